@@ -1,0 +1,186 @@
+"""Residual networks as one flat list of blocks, any of which an image may skip.
+
+Shapes: B images, K blocks, N classes, C channels, H and W pixels, R rows that keep a block.
+Architecture: He et al. 2016, section 4.2 (depth 6n+2), with the shortcuts of the BlockDrop authors.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STAGES = 3  # of a CIFAR ResNet; each after the first halves the resolution and doubles the channels
+MIN_IMAGE_SIZE = 8  # the last stage then sees 2x2 pixels, enough for batch statistics of one image
+
+
+def blocks_per_stage(depth: int) -> int:
+    """n of a CIFAR ResNet of depth 6n+2.
+
+    Raises:
+        ValueError: no n gives that depth.
+    """
+    n, remainder = divmod(depth - 2, 2 * STAGES)
+    if remainder or n < 1:
+        below = 6 * max(n, 1) + 2
+        raise ValueError(
+            f"depth {depth} is not 6n+2 with n >= 1; the nearest are {below} and {below + 6}"
+        )
+    return n
+
+
+def kept_rows(actions: Tensor) -> list[Tensor | None]:
+    """For every block, the rows of the batch that keep it: [B, K] bool to K index tensors [R].
+
+    None stands for "every row", so that nothing need be gathered. The whole policy is known before
+    the ResNet starts, so one `nonzero` serves all blocks, with a single wait for the device.
+    """
+    batch, num_blocks = actions.shape
+    block_of, row_of = actions.bool().t().nonzero(as_tuple=True)  # sorted by block, then by row
+    counts = torch.bincount(block_of, minlength=num_blocks).tolist()
+    return [
+        None if len(rows) == batch else rows for rows in torch.split(row_of, counts)
+    ]
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """[B, C, H, W] to [B, H*W*C]: a view of a channels_last tensor, which row indexing keeps so."""
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1)
+
+
+def _as_images(rows: Tensor, like: Tensor) -> Tensor:
+    """[R, H*W*C] back to a channels_last [R, C, H, W], with C, H, W of `like`."""
+    _, channels, height, width = like.shape
+    return rows.view(-1, height, width, channels).permute(0, 3, 1, 2)
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows] for x [B, C, H, W], channels_last in and out (plain indexing would lose it)."""
+    return _as_images(_as_rows(x).index_select(0, rows), x)
+
+
+def put_rows(x: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    """A copy of x [B, C, H, W] in which `rows` are `new` [R, C, H, W]."""
+    return _as_images(_as_rows(x).index_copy(0, rows, _as_rows(new)), x)
+
+
+class PoolPadShortcut(nn.Module):
+    """The authors' shortcut where the shape changes: average pooling, then zero channels appended.
+
+    It has no weights, and it runs also when the block is dropped.
+    """
+
+    def __init__(self, *, stride: int, extra_channels: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.extra_channels = extra_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C + extra, H / stride, W / stride]."""
+        return F.pad(F.avg_pool2d(x, self.stride), (0, 0, 0, 0, 0, self.extra_channels))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: relu(shortcut(x) + residual(x)).
+
+    A row that drops the block takes the shortcut alone, without the last ReLU: what comes in is
+    non-negative already, so a ReLU would change nothing.
+    """
+
+    def __init__(self, in_channels: int, channels: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        changes_shape = stride != 1 or in_channels != channels
+        self.shortcut: nn.Module = (
+            PoolPadShortcut(stride=stride, extra_channels=channels - in_channels)
+            if changes_shape
+            else nn.Identity()
+        )
+
+    def residual(self, x: Tensor) -> Tensor:
+        """F(x): what dropping the block saves."""
+        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Run the block on `rows` of x [B, C, H, W] (None: on all), the shortcut on every row."""
+        shortcut = self.shortcut(x)
+        if rows is None:
+            return F.relu(shortcut + self.residual(x))
+        if rows.numel() == 0:
+            return shortcut
+        kept = F.relu(take_rows(shortcut, rows) + self.residual(take_rows(x, rows)))
+        return put_rows(shortcut, rows, kept)
+
+
+class ResNet(nn.Module):
+    """A CIFAR ResNet of depth 6n+2 with K = 3n droppable blocks in one flat list.
+
+    Args:
+        depth: 6n+2 (He et al. 2016): 8, 14, 20, 32, 44, 56, 110, ...
+        width: channels of the first stage; the next two have twice and four times as many.
+        num_classes: outputs of the last linear layer.
+
+    Raises:
+        ValueError: the depth is not 6n+2.
+    """
+
+    def __init__(self, *, depth: int, width: int = 16, num_classes: int = 10) -> None:
+        super().__init__()
+        n = blocks_per_stage(depth)
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        blocks: list[BasicBlock] = []
+        in_channels = width
+        for stage in range(STAGES):
+            channels = width * 2**stage
+            for index in range(n):
+                stride = 2 if stage > 0 and index == 0 else 1
+                blocks.append(BasicBlock(in_channels, channels, stride=stride))
+                in_channels = channels
+        self.blocks = nn.ModuleList(blocks)
+        self.fc = nn.Linear(in_channels, num_classes)
+        self.to(memory_format=torch.channels_last)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @property
+    def num_blocks(self) -> int:
+        """K, the length of a policy."""
+        return len(self.blocks)
+
+    def stem(self, images: Tensor) -> Tensor:
+        """What runs before the blocks: [B, 3, H, W] to [B, C, H, W]."""
+        x = images.contiguous(memory_format=torch.channels_last)
+        return F.relu(self.bn1(self.conv1(x)))
+
+    def head(self, x: Tensor) -> Tensor:
+        """What runs after the blocks: [B, C, H, W] to logits [B, N]."""
+        return self.fc(x.mean(dim=(2, 3)))
+
+    def forward(self, images: Tensor, actions: Tensor | None = None) -> Tensor:
+        """Logits [B, N] of images [B, 3, H, W] under actions [B, K] (None: every block runs).
+
+        A block runs only on the rows that keep it, in training too. The authors run it on every row
+        and discard the rest, so images that drop a block still move its batch-norm statistics; here
+        they do not, and a dropped block costs no time.
+
+        Raises:
+            ValueError: actions are not [B, K].
+        """
+        expected = (images.shape[0], self.num_blocks)
+        if actions is not None and tuple(actions.shape) != expected:
+            raise ValueError(f"actions have shape {tuple(actions.shape)}, expected {expected}")
+        rows: Sequence[Tensor | None] = (
+            [None] * self.num_blocks if actions is None else kept_rows(actions)
+        )
+        x = self.stem(images)
+        for block, block_rows in zip(self.blocks, rows, strict=True):
+            x = block(x, block_rows)
+        return self.head(x)

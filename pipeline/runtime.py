@@ -1,0 +1,56 @@
+"""The machine: device, precision, seeds. Which device it is is no parameter, so that it reruns nothing."""
+
+import hashlib
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+DEVICE_VARIABLE = "BLOCKDROP_DEVICE"
+
+
+def choose_device() -> torch.device:
+    """The device named by BLOCKDROP_DEVICE: `auto` (the default; CUDA when there is one), `cpu`, `cuda`.
+
+    Raises:
+        ValueError: another name, or CUDA asked for where there is none.
+    """
+    name = os.environ.get(DEVICE_VARIABLE, "auto")
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"{DEVICE_VARIABLE}={name!r}: choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{DEVICE_VARIABLE}=cuda, but PyTorch sees no CUDA device; unset it or use cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def describe_device(device: torch.device) -> str:
+    """One line for logs and reports: what ran, on what, with which PyTorch."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"CPU, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Mixed precision for `bf16`, nothing for `fp32`."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A CPU generator whose numbers depend on the key alone, e.g. (seed, "finetune", epoch).
+
+    Drawing on the CPU makes them the same on every device, and a key for each epoch lets a resumed
+    run draw what the interrupted one would have drawn.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def seed_everything(*key: int | str) -> None:
+    """Seed PyTorch's global generators (weight initialisation) by the key alone."""
+    torch.manual_seed(generator(*key).initial_seed())

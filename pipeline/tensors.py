@@ -1,0 +1,89 @@
+"""Prepared images on the device: one uint8 tensor a split, normalised and augmented there.
+
+Shapes: B images of a batch, M images of a split, H and W pixels. Images are [.., H, W, 3] uint8 at
+rest and [.., 3, H, W] float (channels_last) when a network sees them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One split of a data set, on one device.
+
+    Attributes:
+        images: [M, H, W, 3] uint8.
+        labels: [M] int64.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the (square) images in pixels."""
+        return self.images.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalisation:
+    """(pixel / 255 - mean) / std for each channel; mean and std are shares of full brightness."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[B, H, W, 3] uint8 to [B, 3, H, W] float32 in channels_last memory."""
+        mean = torch.tensor(self.mean, device=images.device)
+        std = torch.tensor(self.std, device=images.device)
+        # one multiply-add a pixel: x / (255 std) - mean / std
+        return (images.float() * (1 / (255 * std)) - mean / std).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random crop after padding with black, and random mirror, as the authors use for CIFAR.
+
+    Attributes:
+        crop_padding: pixels added on each side before a crop of the old size.
+        flip: whether half of the images are mirrored left to right.
+    """
+
+    crop_padding: int
+    flip: bool
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """The random part for `count` images: [count, 3] int64, crop row, crop column, mirrored."""
+        offsets = torch.randint(2 * self.crop_padding + 1, (count, 2), generator=generator)
+        mirrored = torch.randint(2, (count, 1), generator=generator) * int(self.flip)
+        return torch.cat([offsets, mirrored], dim=1)
+
+    def __call__(self, images: Tensor, drawn: Tensor) -> Tensor:
+        """Augment [B, H, W, 3] uint8 by `drawn` [B, 3]; same shape and type out."""
+        if not self.crop_padding and not self.flip:
+            return images
+        batch, height, width, _ = images.shape
+        pad = self.crop_padding
+        padded = F.pad(images, (0, 0, pad, pad, pad, pad))
+        ys = drawn[:, 0:1] + torch.arange(height, device=images.device)  # [B, H]
+        xs = torch.arange(width, device=images.device).expand(batch, width)
+        xs = drawn[:, 1:2] + torch.where(drawn[:, 2:3].bool(), width - 1 - xs, xs)  # [B, W]
+        every = torch.arange(batch, device=images.device)[:, None, None]
+        return padded[every, ys[:, :, None], xs[:, None, :]]
+
+
+def batches(order: Tensor, batch_size: int) -> Sequence[Tensor]:
+    """Split indices [M] into ceil(M / batch_size) batches of nearly equal size.
+
+    A short last batch would count as much as a full one in the optimiser and spoil the batch
+    statistics; this way sizes differ by one at most.
+    """
+    return torch.tensor_split(order, max(1, -(-len(order) // batch_size)))
