@@ -1,0 +1,306 @@
+"""params.yaml as frozen, validated objects. The only reader of that file.
+
+No field has a default: every value stands in params.yaml, where DVC tracks it. So this module says
+which values are allowed and never what a result is, and no stage needs to rerun when it changes.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+NO_FILE = "import/none"  # tracked and empty: "nothing is imported"; DVC needs a path that exists
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Triple = Annotated[tuple[float, float, float], Field(strict=False)]
+Schedule = Literal["constant", "cosine", "step"]
+Precision = Literal["fp32", "bf16"]
+
+
+class ParamsError(ValueError):
+    """params.yaml can't be used; the message names every key, its value and the remedy."""
+
+
+class Section(BaseModel):
+    """Exact types, no unknown keys, no changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """What `prepare` writes."""
+
+    source: Literal["digits", "cifar10", "cifar100", "imagefolder"]
+    folder: str
+    image_size: Annotated[int, Field(ge=8, le=512)]
+    validation_share: Share | None
+    test_share: Share | None
+    split_seed: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _fits_the_source(self) -> "Data":
+        cifar = self.source in ("cifar10", "cifar100")
+        if cifar and (self.validation_share is not None or self.test_share is not None):
+            raise ValueError(
+                "CIFAR's splits are fixed (validation: the last 5,000 training images in file order); "
+                "set validation_share and test_share to null"
+            )
+        if cifar and self.image_size != 32:
+            raise ValueError(f"CIFAR images are 32 pixels wide; set image_size {self.image_size} to 32")
+        if self.source == "digits" and (self.validation_share is None or self.test_share is None):
+            raise ValueError("digits has no splits of its own; set validation_share and test_share")
+        if (self.validation_share or 0) + (self.test_share or 0) > 0.8:
+            raise ValueError("validation_share + test_share leave under 20 % to train on; lower them")
+        if (self.source == "imagefolder") != (self.folder != NO_FILE):
+            raise ValueError(
+                f"folder is for the source imagefolder alone: there it is the path of the images, with "
+                f"any other source it is {NO_FILE}; it is {self.folder!r} with source {self.source}"
+            )
+        return self
+
+
+class AugmentationParams(Section):
+    """Random changes to training images, the same in every training stage."""
+
+    crop_padding: Annotated[int, Field(ge=0, le=64)]
+    flip: bool
+
+
+class ResNetParams(Section):
+    """The network whose blocks are dropped, and how its input is normalised."""
+
+    depth: Count
+    width: Count
+    mean: Triple
+    std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
+
+    @model_validator(mode="after")
+    def _depth(self) -> "ResNetParams":
+        _check_depth(self.depth)
+        return self
+
+    @property
+    def num_blocks(self) -> int:
+        """K = 3n for depth 6n+2."""
+        return (self.depth - 2) // 2
+
+
+class PolicyNetParams(Section):
+    """The network that looks at the image and decides."""
+
+    depth: Count
+    width: Count
+    input_size: Annotated[int, Field(ge=8)] | None
+    initial_keep_prob: Share
+
+    @model_validator(mode="after")
+    def _depth(self) -> "PolicyNetParams":
+        _check_depth(self.depth)
+        return self
+
+
+class Pretrain(Section):
+    """Training the ResNet with every block."""
+
+    checkpoint: str
+    epochs: Count
+    batch_size: Count
+    optimizer: Literal["sgd", "adam"]
+    lr: Positive
+    weight_decay: NonNegative
+    warmup_share: Annotated[float, Field(ge=0, lt=1)]
+    schedule: Schedule
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    precision: Precision
+
+
+class Curriculum(Section):
+    """Learning the policy with a frozen ResNet."""
+
+    checkpoint: str
+    gamma: NonNegative
+    alpha: Annotated[float, Field(gt=0.5, le=1)]
+    entropy_weight: NonNegative
+    epochs_per_block: Positive
+    epochs: Count
+    batch_size: Count
+    lr: Positive
+    weight_decay: NonNegative
+    schedule: Schedule
+    precision: Precision
+
+
+class Finetune(Section):
+    """Joint finetuning of policy and ResNet; its gamma is the top-level one."""
+
+    checkpoint: str
+    alpha: Annotated[float, Field(gt=0.5, le=1)]
+    entropy_weight: NonNegative
+    epochs: Count
+    batch_size: Count
+    policy_lr: Positive
+    resnet_lr: Positive
+    weight_decay: NonNegative
+    schedule: Schedule
+    precision: Precision
+
+
+class Evaluate(Section):
+    """How thoroughly the result is questioned."""
+
+    shuffles: Count
+    single_policies: Count
+    bootstrap: Annotated[int, Field(ge=100)]
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    gamma: NonNegative
+    seed: Annotated[int, Field(ge=0)]
+    data: Data
+    augmentation: AugmentationParams
+    resnet: ResNetParams
+    policy_net: PolicyNetParams
+    pretrain: Pretrain
+    curriculum: Curriculum
+    finetune: Finetune
+    evaluate: Evaluate
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "Params":
+        size = self.policy_net.input_size
+        if size is not None and size > self.data.image_size:
+            raise ValueError(
+                f"policy_net.input_size {size} is more than data.image_size {self.data.image_size}; "
+                "lower it, or null for the image's own size"
+            )
+        if self.augmentation.crop_padding >= self.data.image_size:
+            raise ValueError(
+                f"augmentation.crop_padding {self.augmentation.crop_padding} is as large as the image "
+                f"(data.image_size {self.data.image_size}); lower it"
+            )
+        needed = (self.resnet.num_blocks - 1) * self.curriculum.epochs_per_block + 1
+        if self.curriculum.epochs < needed and self.curriculum.checkpoint == NO_FILE:
+            raise ValueError(
+                f"curriculum.epochs {self.curriculum.epochs} end before the first of the "
+                f"{self.resnet.num_blocks} blocks is learnt; with epochs_per_block "
+                f"{self.curriculum.epochs_per_block} it takes {int(needed + 0.999)} epochs or more"
+            )
+        return self
+
+    def flat(self) -> dict[str, Any]:
+        """Every value under its dotted key, as params.yaml has it (for logging)."""
+        return dict(_flatten(self.model_dump()))
+
+
+def _check_depth(depth: int) -> None:
+    if depth < 8 or (depth - 2) % 6:
+        below = max(8, depth - (depth - 2) % 6)
+        raise ValueError(f"depth {depth} is not 6n+2; the nearest are {below} and {below + 6}")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as DVC reads it: 1e-05 is a number (`dvc exp run -S` writes it so), and no key twice."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            line = key_node.start_mark.line + 1
+            raise ParamsError(f"{key!r} stands twice (again in line {line}); keep one of the two")
+        seen.add(key)
+    return loader.construct_mapping(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
+
+
+def load(path: Path | str = "params.yaml") -> Params:
+    """Read and check the whole file.
+
+    Raises:
+        ParamsError: it is missing, is no YAML mapping, or holds a key or value that can't be used.
+    """
+    path = Path(path)
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a SafeLoader
+    except FileNotFoundError:
+        raise ParamsError(f"{path} is missing; `make preset NAME=digits` writes one") from None
+    except UnicodeDecodeError as error:
+        raise ParamsError(f"{path} is not UTF-8 text ({error.reason})") from None
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path} is no valid YAML: {error}") from None
+    except (ParamsError, RecursionError) as error:
+        raise ParamsError(f"{path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ParamsError(f"{path} holds {type(content).__name__}, not keys with values")
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        problems = [_explain(item) for item in error.errors()]
+        listing = "\n".join(f"  - {problem}" for problem in problems)
+        raise ParamsError(f"{path} can't be used, and nothing was run:\n{listing}") from None
+
+
+def _explain(error: Any) -> str:
+    """One line for one problem: key, value, what is wrong, what to do."""
+    parts = [str(part) for part in error["loc"] if part in _known_names() or isinstance(part, str)]
+    key = ".".join(parts)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(parts[-1], _siblings(parts[:-1]), n=1)
+        hint = f"did you mean {'.'.join([*parts[:-1], near[0]])}?" if near else "remove it"
+        return f"{key}: no such key; {hint}"
+    if error["type"] == "missing":
+        return f"{key}: missing; add it (presets/digits.yaml has every key with a comment)"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    shown = error["input"] if not isinstance(error["input"], dict) else "a section"
+    advice = " (a number in quotes is a text; write it without)" if _quoted_number(shown) else ""
+    return f"{key}: is {shown!r}, but {message.replace('input ', 'it ')}{advice}"
+
+
+def _quoted_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(value, str)
+
+
+def _known_names() -> set[str]:
+    return set(Params.model_fields)
+
+
+def _siblings(parents: list[str]) -> list[str]:
+    """The keys that may stand beside an unknown one."""
+    model: Any = Params
+    for parent in parents:
+        model = model.model_fields[parent].annotation
+    return list(model.model_fields)
