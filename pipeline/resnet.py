@@ -130,6 +130,8 @@ class ResNet(nn.Module):
     def __init__(self, *, depth: int, width: int = 16, num_classes: int = 10) -> None:
         super().__init__()
         n = blocks_per_stage(depth)
+        self.depth = depth
+        self.width = width
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         blocks: list[BasicBlock] = []
@@ -149,6 +151,11 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @property
+    def num_classes(self) -> int:
+        """N, the length of the logits."""
+        return self.fc.out_features
 
     @property
     def num_blocks(self) -> int:

@@ -1,0 +1,143 @@
+"""Prepared data sets: a few files of uint8 arrays, written by `prepare`, read by all later stages.
+
+A prepared folder holds, for each split, `SPLIT_images.npy` [M, H, W, 3] uint8 and `SPLIT_labels.npy`
+[M] uint8 or int64, and `dataset.json` with the names of the classes and a digest of every file.
+Shapes: M images of a split, H and W pixels.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.tensors import Split
+
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+DESCRIPTION = "dataset.json"
+
+
+class DataError(ValueError):
+    """Data can't be used; the message names the file, what is wrong with it and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrays:
+    """One split: images [M, H, W, 3] uint8 and labels [M], each below the number of classes."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    def at(self, rows: NDArray[np.int64]) -> "Arrays":
+        """The images and labels of some rows."""
+        return Arrays(images=self.images[rows], labels=self.labels[rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A data set with its splits."""
+
+    source: str
+    classes: tuple[str, ...]
+    splits: dict[SplitName, Arrays]
+
+
+def digest(array: NDArray[np.generic]) -> str:
+    """SHA-256 of an array's bytes in C order."""
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def split_by_seed(
+    arrays: Arrays, *, shares: dict[SplitName, float], seed: int
+) -> dict[SplitName, Arrays]:
+    """Draw disjoint splits of the given shares; what is left is the training split.
+
+    Raises:
+        DataError: a split would be empty.
+    """
+    order = np.random.default_rng(seed).permutation(len(arrays.labels))
+    splits: dict[SplitName, Arrays] = {}
+    start = 0
+    for name, share in shares.items():
+        count = math.ceil(share * len(order))
+        splits[name] = arrays.at(np.sort(order[start : start + count]))
+        start += count
+    splits["train"] = arrays.at(np.sort(order[start:]))
+    for name, split in splits.items():
+        if len(split.labels) == 0:
+            raise DataError(f"the split {name} of {len(order)} images is empty; raise its share")
+    return splits
+
+
+def save(dataset: Dataset, folder: Path) -> None:
+    """Write the prepared folder; the same data give the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    description: dict[str, object] = {
+        "source": dataset.source,
+        "classes": list(dataset.classes),
+        "splits": {
+            name: {
+                "images": len(split.labels),
+                "images_sha256": digest(split.images),
+                "labels_sha256": digest(split.labels),
+            }
+            for name, split in sorted(dataset.splits.items())
+        },
+    }
+    for name, split in dataset.splits.items():
+        np.save(folder / f"{name}_images.npy", np.ascontiguousarray(split.images))
+        np.save(folder / f"{name}_labels.npy", split.labels.astype(np.int64))
+    text = json.dumps(description, indent=2, sort_keys=True) + "\n"
+    (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+
+
+def load_classes(folder: Path) -> tuple[str, ...]:
+    """The names of the classes of a prepared folder."""
+    return tuple(_description(folder)["classes"])
+
+
+def load_split(folder: Path, name: SplitName, device: torch.device) -> Split:
+    """Read one split onto a device, checking shapes, types, labels and digests.
+
+    Raises:
+        DataError: a file is missing, damaged or not what `dataset.json` says.
+    """
+    description = _description(folder)
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for kind in ("images", "labels"):
+        path = folder / f"{name}_{kind}.npy"
+        try:
+            arrays[kind] = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{path} can't be read ({error}); {_REMEDY}") from None
+        if digest(arrays[kind]) != description["splits"][name][f"{kind}_sha256"]:
+            raise DataError(f"{path} is not what {DESCRIPTION} beside it says; {_REMEDY}")
+    images, labels = arrays["images"], arrays["labels"]
+    square = images.ndim == 4 and images.shape[1] == images.shape[2] and images.shape[3] == 3
+    if images.dtype != np.uint8 or not square or labels.shape != (len(images),):
+        raise DataError(
+            f"{folder / name}_*.npy hold {images.dtype} {images.shape} and labels {labels.shape}, "
+            f"expected uint8 [M, S, S, 3] and [M]; {_REMEDY}"
+        )
+    if labels.min() < 0 or labels.max() >= len(description["classes"]):
+        raise DataError(f"{folder / name}_labels.npy has labels outside the classes; {_REMEDY}")
+    return Split(
+        images=torch.from_numpy(images).to(device), labels=torch.from_numpy(labels).to(device)
+    )
+
+
+_REMEDY = "make it anew with `dvc repro -f prepare`"
+
+
+def _description(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
+    path = folder / DESCRIPTION
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} can't be read ({error}); {_REMEDY}") from None

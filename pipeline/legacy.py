@@ -1,0 +1,156 @@
+"""The authors' checkpoints (Tushar-N/blockdrop and its fork): pickles of unknown hands.
+
+They open only under `torch.load(weights_only=True)`, with `argparse.Namespace` as the one further type
+that may be in them, so no code in a file can run.
+"""
+
+import argparse
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint import CheckpointError, fill
+from pipeline.policy_net import PolicyNet
+from pipeline.resnet import STAGES, ResNet
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LegacyCheckpoint:
+    """What was in the file; None where it had none. The authors keep no input normalisation."""
+
+    resnet: ResNet | None
+    policy_net: PolicyNet | None
+
+    def need_resnet(self, path: Path) -> ResNet:
+        """The ResNet, or CheckpointError when the file has none."""
+        if self.resnet is None:
+            raise CheckpointError(
+                f"{path} holds a policy and no ResNet (some files of the fork are called finetuned but "
+                "lost it); import it for the stage curriculum, and a ResNet for pretrain"
+            )
+        return self.resnet
+
+    def need_policy_net(self, path: Path) -> PolicyNet:
+        """The policy network, or CheckpointError when the file has none."""
+        if self.policy_net is None:
+            raise CheckpointError(f"{path} holds a ResNet and no policy; import it for pretrain")
+        return self.policy_net
+
+
+def load(path: Path) -> LegacyCheckpoint:
+    """Read one of the authors' files: a ResNet, a policy, or both.
+
+    Raises:
+        CheckpointError: it is no such file, holds forbidden types, or its weights don't fit.
+    """
+    content = _open(path)
+    resnet = policy_net = None
+    if "state_dict" in content:
+        resnet = _resnet(_weights(content, "state_dict", path), path)
+    if "resnet" in content:
+        resnet = _resnet(_weights(content, "resnet", path), path)
+    key = next((name for name in ("agent", "net") if name in content), None)
+    if key is not None:
+        policy_net = _policy_net(_weights(content, key, path), path)
+    if resnet is None and policy_net is None:
+        raise CheckpointError(
+            f"{path} holds none of state_dict, resnet, agent, net; its keys are {sorted(content)}"
+        )
+    return LegacyCheckpoint(resnet=resnet, policy_net=policy_net)
+
+
+def _open(path: Path) -> dict[str, object]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)|`([\w.]+)`", str(error))
+        what = f" ({next(filter(None, named.groups()))})" if named else ""
+        raise CheckpointError(
+            f"{path} is refused: it is damaged, or would run code or build objects beyond plain "
+            f"weights{what}; take the file from its authors, and never load it in another way"
+        ) from None
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except Exception as error:  # torch.load raises what the damaged bytes happen to break
+        raise CheckpointError(f"{path} is no readable checkpoint ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def _weights(content: dict[str, object], key: str, path: Path) -> Weights:
+    found = content[key]
+    if not isinstance(found, Mapping) or not found:
+        raise CheckpointError(f"{path}: {key} is no table of weights")
+    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
+        raise CheckpointError(f"{path}: {key} holds more than named tensors")
+    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+def _flat(weights: Weights, path: Path) -> tuple[dict[str, Tensor], int]:
+    """Names with one flat block index instead of (stage, block), and the depth that they make."""
+    pattern = re.compile(r"^(?:layer(?P<from_1>\d+)|blocks\.(?P<from_0>\d+))\.(\d+)\.(.+)$")
+    placed: list[tuple[int, int, str, Tensor]] = []
+    flat: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        match = pattern.match(name)
+        if match is None:
+            flat[name] = tensor
+            continue
+        stage = int(match["from_0"]) if match["from_0"] else int(match["from_1"]) - 1
+        placed.append((stage, int(match[3]), match[4], tensor))
+    sizes = [1 + max((b for s, b, *_ in placed if s == stage), default=-1) for stage in range(3)]
+    if len(set(sizes)) != 1 or not sizes[0] or any(s >= STAGES for s, *_ in placed):
+        raise CheckpointError(
+            f"{path} has {sizes} blocks in its first stages; a CIFAR ResNet has the same number in "
+            "each of three"
+        )
+    n = sizes[0]
+    for stage, block, rest, tensor in placed:
+        flat[f"blocks.{stage * n + block}.{rest}"] = tensor
+    return flat, 2 * STAGES * n + 2
+
+
+def _complete(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the batch counters that files of before PyTorch 0.4.1 lack (no result depends on them)."""
+    counters = {
+        name.replace("running_mean", "num_batches_tracked"): torch.tensor(0)
+        for name in weights
+        if name.endswith("running_mean")
+    }
+    return counters | weights
+
+
+def _resnet(weights: Weights, path: Path) -> ResNet:
+    flat, depth = _flat(weights, path)
+    if "conv1.weight" not in flat or "fc.weight" not in flat:
+        raise CheckpointError(f"{path} lacks the ResNet's conv1 or fc")
+    width, classes = flat["conv1.weight"].shape[0], flat["fc.weight"].shape[0]
+    network = ResNet(depth=depth, width=width, num_classes=classes)
+    fill(network, _complete(flat), path)
+    return network
+
+
+def _policy_net(weights: Weights, path: Path) -> PolicyNet:
+    """The policy without its value head (`vnet`), which the authors never trained."""
+    trunk = {
+        name.removeprefix("features."): tensor
+        for name, tensor in weights.items()
+        if name.startswith("features.") and not name.startswith("features.fc.")
+    }
+    flat, depth = _flat(trunk, path)
+    if "conv1.weight" not in flat or "logit.weight" not in weights:
+        raise CheckpointError(f"{path} lacks the policy's features.conv1 or logit")
+    flat |= {name.replace("logit", "fc"): weights[name] for name in ("logit.weight", "logit.bias")}
+    width, num_blocks = flat["conv1.weight"].shape[0], weights["logit.weight"].shape[0]
+    network = PolicyNet(num_blocks=num_blocks, depth=depth, width=width)
+    fill(network, {f"features.{k}": v for k, v in _complete(flat).items()}, path)
+    return network

