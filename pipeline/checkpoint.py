@@ -14,17 +14,18 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
 from pipeline.tensors import Normalisation
 
 WEIGHTS = "model.safetensors"
 SIDECAR = "model.json"
-FORMAT = 1
+FORMAT: Literal[1] = 1
 MAX_BYTES = 2 << 30  # refuse to read more: the largest network here has under 1 GB of weights
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint can't be used; the message names the file, what is wrong and the remedy."""
 
 
@@ -121,9 +122,7 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
         stage=checkpoint.stage,
         resnet=None
         if resnet is None
-        else ResNetArchitecture(
-            depth=resnet.depth, width=resnet.width, num_classes=resnet.num_classes
-        ),
+        else ResNetArchitecture(depth=resnet.depth, width=resnet.width, num_classes=resnet.num_classes),
         policy_net=None
         if policy_net is None
         else PolicyNetArchitecture(

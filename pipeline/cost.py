@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
 
-
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -50,9 +49,9 @@ class Cost:
         return Cost(always=self.always - self.policy_net, policy_net=0, blocks=self.blocks)
 
 
-def _count(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
+def _count(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, Tensor]:
     with FlopCounterMode(display=False) as counter:
-        out = run()
+        out = run(x)
     return counter.get_total_flops(), out
 
 
@@ -66,15 +65,14 @@ def measure(resnet: ResNet, policy_net: PolicyNet | None, image_size: int) -> Co
     """Count the FLOPs of one image of `image_size` by `image_size` pixels."""
     resnet = _on_meta(resnet)
     image = torch.empty(1, 3, image_size, image_size, device="meta")
-    always, x = _count(lambda: resnet.stem(image))
+    always, x = _count(resnet.stem, image)
     blocks = []
-    for block in resnet.blocks:
-        blocks.append(_count(lambda: block.residual(x))[0])
-        shortcut_flops, x = _count(lambda: block.shortcut(x))
+    for block in resnet.flat_blocks():
+        blocks.append(_count(block.residual, x)[0])
+        shortcut_flops, x = _count(block.shortcut, x)
         always += shortcut_flops
-    always += _count(lambda: resnet.head(x))[0]
+    always += _count(resnet.head, x)[0]
     policy_flops = 0
     if policy_net is not None:
-        on_meta = _on_meta(policy_net)
-        policy_flops = _count(lambda: on_meta(image))[0]
+        policy_flops = _count(_on_meta(policy_net), image)[0]
     return Cost(always=always + policy_flops, policy_net=policy_flops, blocks=tuple(blocks))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.errors import UserError
 from pipeline.tensors import Split
 
 SplitName = Literal["train", "validation", "test"]
@@ -23,7 +24,7 @@ SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 DESCRIPTION = "dataset.json"
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data can't be used; the message names the file, what is wrong with it and the remedy."""
 
 
@@ -127,9 +128,7 @@ def load_split(folder: Path, name: SplitName, device: torch.device) -> Split:
         )
     if labels.min() < 0 or labels.max() >= len(description["classes"]):
         raise DataError(f"{folder / name}_labels.npy has labels outside the classes; {_REMEDY}")
-    return Split(
-        images=torch.from_numpy(images).to(device), labels=torch.from_numpy(labels).to(device)
-    )
+    return Split(images=torch.from_numpy(images).to(device), labels=torch.from_numpy(labels).to(device))
 
 
 _REMEDY = "make it anew with `dvc repro -f prepare`"

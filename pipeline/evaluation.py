@@ -1,94 +1,94 @@
-"""What a network and its policy are worth on a split.
+"""What a policy is worth beyond its accuracy: does looking at the image pay?
 
-Shapes: M images of a split, K blocks, N classes.
+Shapes: M images of a split, K blocks, P policies.
 """
 
-from dataclasses import dataclass
-
+import numpy as np
 import torch
-import torch.nn.functional as F
+from scipy.stats import spearmanr
 from torch import Tensor
 
-from pipeline.policy_net import PolicyNet
+from pipeline.cost import Cost
+from pipeline.inference import predict
 from pipeline.resnet import ResNet
-from pipeline.runtime import autocast
 from pipeline.tensors import Normalisation, Split
 
-EVALUATION_BATCH = 500  # bounds memory; results do not depend on it
 
-
-@dataclass(frozen=True, kw_only=True)
-class Predictions:
-    """Per image, on the CPU.
-
-    Attributes:
-        classes: [M] int64, the predicted class.
-        losses: [M] float32, cross-entropy in nats.
-        correct: [M] bool.
-    """
-
-    classes: Tensor
-    losses: Tensor
-    correct: Tensor
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right predictions."""
-        return float(self.correct.double().mean())
-
-
-@torch.inference_mode()
-def predict(
+def shuffled_accuracy(
     resnet: ResNet,
     split: Split,
-    actions: Tensor | None = None,
+    actions: Tensor,
     *,
     normalisation: Normalisation,
-    precision: str = "fp32",
-) -> Predictions:
-    """Classify a split in evaluation mode under actions [M, K] (None: every block runs)."""
-    resnet.eval()
-    device = split.images.device
-    logits = []
-    for start in range(0, len(split), EVALUATION_BATCH):
-        part = slice(start, start + EVALUATION_BATCH)
-        some = None if actions is None else actions[part].to(device)
-        with autocast(device, precision):
-            logits.append(resnet(normalisation(split.images[part]), some).float())
-    all_logits = torch.cat(logits)
-    losses = F.cross_entropy(all_logits, split.labels, reduction="none")
-    classes = all_logits.argmax(dim=1)
-    correct = classes == split.labels
-    return Predictions(classes=classes.cpu(), losses=losses.cpu(), correct=correct.cpu())
+    repeats: int,
+    draw: torch.Generator,
+) -> float:
+    """Accuracy when every image takes another image's policy, the mean of some shuffles.
 
-
-@torch.inference_mode()
-def predict_policy(
-    policy_net: PolicyNet, split: Split, *, normalisation: Normalisation, precision: str = "fp32"
-) -> Tensor:
-    """Logits [M, K] of the keep probabilities, on the CPU."""
-    policy_net.eval()
-    device = split.images.device
-    logits = []
-    for start in range(0, len(split), EVALUATION_BATCH):
-        images = normalisation(split.images[start : start + EVALUATION_BATCH])
-        with autocast(device, precision):
-            logits.append(policy_net(images).float())
-    return torch.cat(logits).cpu()
-
-
-def policy_statistics(actions: Tensor) -> dict[str, float]:
-    """How many blocks run, and how many policies there really are, for actions [M, K].
-
-    `effective_policies` is exp of the entropy (nats) of the histogram of policies: the number of
-    equally frequent policies that would be as diverse. 1 means one policy for all images.
+    The same policies in the same numbers, so the same cost; what accuracy loses is what looking at the
+    image buys. Each shuffle is one random cycle through all images, so no image keeps its own row.
     """
-    blocks = actions.double().sum(dim=1)
-    _, counts = torch.unique(actions, dim=0, return_counts=True)
-    shares = counts.double() / counts.sum()
-    return {
-        "blocks_mean": float(blocks.mean()),
-        "blocks_std": float(blocks.std(correction=0)),
-        "unique_policies": float(len(counts)),
-        "effective_policies": float(torch.special.entr(shares).sum().exp()),
-    }
+    accuracies = []
+    for _ in range(repeats):
+        cycle = torch.randperm(len(split), generator=draw)
+        others = torch.empty_like(actions)
+        others[cycle] = actions[cycle.roll(1)]
+        accuracies.append(predict(resnet, split, others, normalisation=normalisation).accuracy)
+    return sum(accuracies) / repeats
+
+
+def single_policy_candidates(actions: Tensor, cost: Cost, budget: float, limit: int) -> Tensor:
+    """Policies [P, K] bool that one could give to all images at no more than `budget` FLOPs each.
+
+    From the policies [M, K] of some images: the `limit` most frequent ones within the budget, and for
+    each number of blocks the policy of the most often kept blocks. No policy network runs for these.
+    """
+    distinct, counts = torch.unique(actions, dim=0, return_counts=True)
+    by_frequency = distinct[counts.argsort(descending=True, stable=True)]
+    order = actions.double().mean(dim=0).argsort(descending=True, stable=True)
+    top = torch.zeros(len(order) + 1, len(order), dtype=torch.bool)
+    for count in range(len(order) + 1):
+        top[count, order[:count]] = True
+    static = cost.without_policy_net()
+    affordable = [some[static.of(some) <= budget] for some in (by_frequency.bool(), top)]
+    found = torch.cat([affordable[0][:limit], affordable[1]])
+    keys, first = np.unique(found.numpy(), axis=0, return_index=True)
+    return found[np.sort(first)] if len(keys) else found
+
+
+def best_single_policy(
+    resnet: ResNet, split: Split, candidates: Tensor, *, normalisation: Normalisation
+) -> tuple[Tensor, float]:
+    """The policy [K] of candidates [P, K] that is right most often on a split, and how often."""
+    accuracies = [
+        predict(resnet, split, policy.expand(len(split), -1), normalisation=normalisation).accuracy
+        for policy in candidates
+    ]
+    best = int(np.argmax(accuracies))  # the first of equals, so the most frequent
+    return candidates[best], accuracies[best]
+
+
+def difficulty_spearman(
+    losses: Tensor, blocks: Tensor, *, resamples: int, seed: int
+) -> tuple[float | None, float | None, float | None]:
+    """Spearman's rank correlation of difficulty and effort, with a 95 % bootstrap interval.
+
+    Args:
+        losses: [M], the full network's loss on each image.
+        blocks: [M], how many blocks the image took.
+
+    Returns:
+        Correlation, lower and upper end; None three times when all images take equally many blocks,
+        where the correlation is not defined.
+    """
+    if len(torch.unique(blocks)) < 2 or len(torch.unique(losses)) < 2:
+        return None, None, None
+    x, y = losses.double().numpy(), blocks.double().numpy()
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(resamples):
+        rows = rng.integers(0, len(x), len(x))
+        if np.ptp(y[rows]) > 0:
+            found.append(float(spearmanr(x[rows], y[rows]).statistic))
+    low, high = np.percentile(found, [2.5, 97.5])
+    return float(spearmanr(x, y).statistic), float(low), float(high)

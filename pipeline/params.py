@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.errors import UserError
+
 NO_FILE = "import/none"  # tracked and empty: "nothing is imported"; DVC needs a path that exists
 
 Positive = Annotated[float, Field(gt=0)]
@@ -24,7 +26,7 @@ Schedule = Literal["constant", "cosine", "step"]
 Precision = Literal["fp32", "bf16"]
 
 
-class ParamsError(ValueError):
+class ParamsError(UserError):
     """params.yaml can't be used; the message names every key, its value and the remedy."""
 
 
@@ -248,7 +250,7 @@ def load(path: Path | str = "params.yaml") -> Params:
     """
     path = Path(path)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a SafeLoader
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ParamsError(f"{path} is missing; `make preset NAME=digits` writes one") from None
     except UnicodeDecodeError as error:

@@ -16,11 +16,6 @@ def bounded(keep_prob: Tensor, alpha: float) -> Tensor:
     return alpha * keep_prob + (1 - alpha) * (1 - keep_prob)
 
 
-def greedy_actions(keep_prob: Tensor) -> Tensor:
-    """The most likely policy u~ [B, K] bool: a block runs where its probability is at least 0.5."""
-    return keep_prob >= 0.5
-
-
 def reward(correct: Tensor, actions: Tensor, gamma: float) -> Tensor:
     """Eq. 3: 1 - (|u|_0 / K)^2 where the prediction is right, -gamma where it is wrong.
 
@@ -37,7 +32,7 @@ def reward(correct: Tensor, actions: Tensor, gamma: float) -> Tensor:
 
 
 def log_prob(actions: Tensor, keep_prob: Tensor, learnt: Tensor | None = None) -> Tensor:
-    """log pi(u | x) = sum over blocks of log Bernoulli(u_k; p_k), [B, K] twice to [B].
+    """Log pi(u | x) = sum over blocks of log Bernoulli(u_k; p_k), [B, K] twice to [B].
 
     `learnt` [K] bool limits the sum to the blocks whose decision is learnt: a block that the
     curriculum still keeps took no random action, so it adds nothing and gets no gradient.

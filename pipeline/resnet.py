@@ -15,7 +15,7 @@ MIN_IMAGE_SIZE = 8  # the last stage then sees 2x2 pixels, enough for batch stat
 
 
 def blocks_per_stage(depth: int) -> int:
-    """n of a CIFAR ResNet of depth 6n+2.
+    """N of a CIFAR ResNet of depth 6n+2.
 
     Raises:
         ValueError: no n gives that depth.
@@ -38,9 +38,7 @@ def kept_rows(actions: Tensor) -> list[Tensor | None]:
     batch, num_blocks = actions.shape
     block_of, row_of = actions.bool().t().nonzero(as_tuple=True)  # sorted by block, then by row
     counts = torch.bincount(block_of, minlength=num_blocks).tolist()
-    return [
-        None if len(rows) == batch else rows for rows in torch.split(row_of, counts)
-    ]
+    return [None if len(rows) == batch else rows for rows in torch.split(row_of, counts)]
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -162,6 +160,10 @@ class ResNet(nn.Module):
         """K, the length of a policy."""
         return len(self.blocks)
 
+    def flat_blocks(self) -> list[BasicBlock]:
+        """The K blocks from input to output."""
+        return [block for block in self.blocks if isinstance(block, BasicBlock)]
+
     def stem(self, images: Tensor) -> Tensor:
         """What runs before the blocks: [B, 3, H, W] to [B, C, H, W]."""
         x = images.contiguous(memory_format=torch.channels_last)
@@ -188,6 +190,6 @@ class ResNet(nn.Module):
             [None] * self.num_blocks if actions is None else kept_rows(actions)
         )
         x = self.stem(images)
-        for block, block_rows in zip(self.blocks, rows, strict=True):
+        for block, block_rows in zip(self.flat_blocks(), rows, strict=True):
             x = block(x, block_rows)
         return self.head(x)

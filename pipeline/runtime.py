@@ -1,10 +1,12 @@
-"""The machine: device, precision, seeds. Which device it is is no parameter, so that it reruns nothing."""
+"""The machine: device, precision, seeds. Which device is used is no parameter: it reruns nothing."""
 
 import hashlib
 import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
+from pipeline.errors import UserError
 
 DEVICE_VARIABLE = "BLOCKDROP_DEVICE"
 
@@ -13,13 +15,13 @@ def choose_device() -> torch.device:
     """The device named by BLOCKDROP_DEVICE: `auto` (the default; CUDA when there is one), `cpu`, `cuda`.
 
     Raises:
-        ValueError: another name, or CUDA asked for where there is none.
+        UserError: another name, or CUDA asked for where there is none.
     """
     name = os.environ.get(DEVICE_VARIABLE, "auto")
     if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"{DEVICE_VARIABLE}={name!r}: choose auto, cpu or cuda")
+        raise UserError(f"{DEVICE_VARIABLE}={name!r}: choose auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{DEVICE_VARIABLE}=cuda, but PyTorch sees no CUDA device; unset it or use cpu")
+        raise UserError(f"{DEVICE_VARIABLE}=cuda, but PyTorch sees no CUDA device; unset it or use cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

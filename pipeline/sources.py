@@ -88,9 +88,7 @@ def cifar100(raw: Path) -> Dataset:
     return Dataset(source="cifar100", classes=classes, splits=_cifar_splits(train, test))
 
 
-def imagefolder(
-    folder: Path, *, image_size: int, shares: dict[SplitName, float], seed: int
-) -> Dataset:
+def imagefolder(folder: Path, *, image_size: int, shares: dict[SplitName, float], seed: int) -> Dataset:
     """Class folders of images of any size and kind, cut to squares of `image_size`.
 
     Either `folder/CLASS/...` (splits by seed), or `folder/train/CLASS/...` with `folder/test/CLASS/...`
@@ -215,7 +213,7 @@ def _read_torchvision(name: str, path: Path) -> tuple[Arrays, Arrays, tuple[str,
             opened = archive.extractfile(f"{source.base_folder}/{file}")
             if opened is None:
                 raise DataError(f"{path} lacks {file}; {_AGAIN}")
-            return pickle.load(opened, encoding="latin1")  # noqa: S301, digest checked above
+            return pickle.load(opened, encoding="latin1")
 
         def read(files: list[list[str]]) -> Arrays:
             parts = [member(file) for file, _ in tqdm(files, desc=path.name, unit="file", disable=None)]

@@ -185,12 +185,8 @@ def _log_params(client: "MlflowClient", run_id: str, params: Mapping[str, Any]) 
     client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
 
 
-def _log_metrics(
-    client: "MlflowClient", run_id: str, metrics: Mapping[str, float], step: int
-) -> None:
+def _log_metrics(client: "MlflowClient", run_id: str, metrics: Mapping[str, float], step: int) -> None:
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    client.log_batch(
-        run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()]
-    )
+    client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])

@@ -5,10 +5,11 @@ from pathlib import Path
 from pipeline import checkpoint, legacy
 from pipeline.checkpoint import Checkpoint, CheckpointError
 from pipeline.params import Params
+from pipeline.policy_learning import PolicyLearning, PolicyRules
 from pipeline.policy_net import PolicyNet
 from pipeline.runtime import choose_device, seed_everything
-from pipeline.training import PolicyLearning, PolicyRules, make_optimizer
-from stages import common
+from pipeline.training import make_optimizer
+from stages import common, trainer
 
 
 def import_policy_net(path: Path, num_blocks: int) -> PolicyNet:
@@ -29,10 +30,10 @@ def main(params: Params) -> None:
     """Write models/curriculum (the policy alone; the ResNet is the one of models/pretrain)."""
     pretrained = checkpoint.load(common.PRETRAINED)
     resnet = pretrained.need_resnet()
-    path = common.imported(params.curriculum)
+    path = trainer.imported(params.curriculum)
     if path is not None:
         policy_net = import_policy_net(path, resnet.num_blocks)
-        common.write_untrained("curriculum")
+        trainer.write_untrained("curriculum")
         metrics: dict[str, float] = {}
         print(f"curriculum: imported {path}")
     else:
@@ -65,7 +66,7 @@ def main(params: Params) -> None:
             finetune_resnet=False,
         )
         inputs = [common.PREPARED, common.PRETRAINED]
-        metrics = common.train("curriculum", learner, params, section, inputs)
+        metrics = trainer.train("curriculum", learner, params, section, inputs)
     checkpoint.save(
         Checkpoint(
             stage="curriculum",

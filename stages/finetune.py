@@ -5,11 +5,12 @@ from pathlib import Path
 from pipeline import checkpoint, legacy
 from pipeline.checkpoint import Checkpoint, CheckpointError
 from pipeline.params import Params
+from pipeline.policy_learning import PolicyLearning, PolicyRules
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
 from pipeline.runtime import choose_device
-from pipeline.training import PolicyLearning, PolicyRules, make_optimizer
-from stages import common
+from pipeline.training import make_optimizer
+from stages import common, trainer
 
 
 def import_both(path: Path) -> tuple[ResNet, PolicyNet]:
@@ -31,10 +32,10 @@ def import_both(path: Path) -> tuple[ResNet, PolicyNet]:
 def main(params: Params) -> None:
     """Write models/finetune (both networks)."""
     pretrained = checkpoint.load(common.PRETRAINED)
-    path = common.imported(params.finetune)
+    path = trainer.imported(params.finetune)
     if path is not None:
         resnet, policy_net = import_both(path)
-        common.write_untrained("finetune")
+        trainer.write_untrained("finetune")
         metrics: dict[str, float] = {}
         print(f"finetune: imported {path}")
     else:
@@ -61,7 +62,7 @@ def main(params: Params) -> None:
             finetune_resnet=True,
         )
         inputs = [common.PREPARED, common.PRETRAINED, common.POLICY]
-        metrics = common.train("finetune", learner, params, section, inputs)
+        metrics = trainer.train("finetune", learner, params, section, inputs)
     checkpoint.save(
         Checkpoint(
             stage="finetune",

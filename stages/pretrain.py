@@ -8,15 +8,21 @@ from pipeline.data import load_classes
 from pipeline.params import Params
 from pipeline.resnet import ResNet
 from pipeline.runtime import choose_device, seed_everything
+from pipeline.tensors import Normalisation
 from pipeline.training import Classification, make_optimizer
-from stages import common
+from stages import common, trainer
+
+
+def normalisation_of(params: Params) -> Normalisation:
+    """The input normalisation that params.yaml asks for."""
+    return Normalisation(mean=params.resnet.mean, std=params.resnet.std)
 
 
 def import_resnet(path: Path, params: Params, num_classes: int) -> ResNet:
     """The ResNet of our own or the authors' checkpoint, when it is the one params.yaml describes."""
     if path.is_dir():
         own = checkpoint.load(path)
-        found, wanted = own.normalisation, common.normalisation_of(params)
+        found, wanted = own.normalisation, normalisation_of(params)
         if found != wanted:
             raise CheckpointError(
                 f"{path} was trained on inputs normalised by mean {found.mean} and std {found.std}; "
@@ -38,10 +44,10 @@ def import_resnet(path: Path, params: Params, num_classes: int) -> ResNet:
 def main(params: Params) -> None:
     """Write models/pretrain."""
     classes = load_classes(common.PREPARED)
-    path = common.imported(params.pretrain)
+    path = trainer.imported(params.pretrain)
     if path is not None:
         resnet = import_resnet(path, params, len(classes))
-        common.write_untrained("pretrain")
+        trainer.write_untrained("pretrain")
         metrics: dict[str, float] = {}
         print(f"pretrain: imported {path}")
     else:
@@ -57,17 +63,17 @@ def main(params: Params) -> None:
                 [{"params": list(resnet.parameters()), "lr": section.lr}],
                 weight_decay=section.weight_decay,
             ),
-            normalisation=common.normalisation_of(params),
+            normalisation=normalisation_of(params),
             precision=section.precision,
             label_smoothing=section.label_smoothing,
         )
-        metrics = common.train("pretrain", learner, params, section, [common.PREPARED])
+        metrics = trainer.train("pretrain", learner, params, section, [common.PREPARED])
     checkpoint.save(
         Checkpoint(
             stage="pretrain",
             resnet=resnet,
             policy_net=None,
-            normalisation=common.normalisation_of(params),
+            normalisation=normalisation_of(params),
             classes=classes,
             metrics=metrics,
         ),

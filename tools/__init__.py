@@ -1,0 +1,1 @@
+"""Commands for people, called by the Makefile. No stage imports them."""
