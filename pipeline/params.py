@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline.errors import UserError
 
-NO_FILE = "import/none"  # tracked and empty: "nothing is imported"; DVC needs a path that exists
+NO_FILE = "import/none"  # stands for "nothing is imported": DVC needs a path that exists
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]

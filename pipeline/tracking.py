@@ -93,6 +93,11 @@ def stage_run(
     run.finish("FINISHED")
 
 
+def store_uri() -> str:
+    """Where runs are logged: MLFLOW_TRACKING_URI, or mlflow.db in the main checkout."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root() / 'mlflow.db'}"
+
+
 def experiment_name() -> str:
     """DVC's name of the experiment; under plain `dvc repro`, branch and commit."""
     name = os.environ.get("DVC_EXP_NAME")
@@ -133,10 +138,10 @@ def _open(stage: str, params: Mapping[str, Any], resumed: str | None) -> StageRu
         from mlflow import MlflowClient
 
         root = project_root()
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+        (root / ".dvc" / "tmp").mkdir(parents=True, exist_ok=True)
         # several processes that open a fresh store at once crash in its migrations
         with FileLock(root / ".dvc" / "tmp" / "mlflow.lock", timeout=LOCK_PATIENCE):
-            client = MlflowClient(tracking_uri=uri)
+            client = MlflowClient(tracking_uri=store_uri())
             experiment_id = _experiment(client, root)
             parent_id = _parent(client, experiment_id, params)
             client.update_run(parent_id, status="RUNNING")

@@ -1,0 +1,49 @@
+# `make repro` and `make test` each set up everything and do their job; all other targets likewise.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+# DVC's stages take the python of the PATH
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := 1
+PORT ?= 5000
+
+.PHONY: help setup repro test check ui preset import lock
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
+
+# .venv is stale when it was not made from this requirements.txt
+setup: ## .venv from requirements.txt
+	@if ! cmp -s requirements.txt .venv/requirements.txt; then \
+		echo "setting up .venv (about two minutes, 6 GB) ..." && \
+		$(PYTHON) -m venv .venv && \
+		.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt && \
+		cp requirements.txt .venv/requirements.txt; \
+	fi
+
+repro: setup ## run the pipeline: whatever params.yaml, code or data changed
+	dvc repro
+
+test: setup ## all tests
+	python -m pytest
+
+check: setup ## lint, format, types and the fast tests
+	ruff check .
+	ruff format --check .
+	mypy
+	python -m pytest -m "not e2e and not slow"
+
+ui: setup ## the MLflow UI on 127.0.0.1 (PORT=5000)
+	python -m tools.ui --port $(PORT)
+
+preset: setup ## NAME=cifar10_resnet32: put a file of presets/ in place of params.yaml
+	@python -m tools.preset "$(NAME)"
+
+import: setup ## FILE=path STAGE=pretrain|curriculum|finetune: start a stage from a checkpoint
+	@python -m tools.import_checkpoint "$(FILE)" "$(STAGE)"
+
+lock: setup ## requirements.txt anew from pyproject.toml
+	uv pip compile --universal --python-version 3.11 --group dev --upgrade --quiet \
+		--no-header --no-annotate pyproject.toml -o requirements.txt

@@ -1,0 +1,40 @@
+"""The schedule from the last block to the first, and that kept blocks stay out of the learning."""
+
+import pytest
+import torch
+
+from pipeline.curriculum import learnt_count, learnt_mask, restrict
+from pipeline.policy_gradient import entropy, log_prob
+
+
+@pytest.mark.parametrize(
+    ("epochs_per_block", "expected"),
+    [(1, [1, 2, 3, 4, 4, 4]), (2, [1, 1, 2, 2, 3, 3]), (0.5, [1, 3, 4, 4, 4, 4])],
+)
+def test_blocks_join_one_after_another(epochs_per_block, expected):
+    counts = [
+        learnt_count(epoch, num_blocks=4, epochs_per_block=epochs_per_block) for epoch in range(6)
+    ]
+    assert counts == expected
+
+
+def test_the_last_blocks_are_learnt_first():
+    assert learnt_mask(1, 4).tolist() == [False, False, False, True]
+    assert learnt_mask(3, 4).tolist() == [False, True, True, True]
+    assert learnt_mask(4, 4).all()
+
+
+def test_a_block_that_is_not_learnt_yet_is_kept():
+    actions = torch.tensor([[False, False, True, False], [True, True, False, True]])
+    restricted = restrict(actions, learnt_mask(2, 4))
+    assert restricted.tolist() == [[True, True, True, False], [True, True, False, True]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_no_gradient_reaches_a_kept_block(count):
+    logits = torch.tensor([[0.3, -0.2, 0.9, -1.0]], requires_grad=True)
+    learnt = learnt_mask(count, 4)
+    prob = torch.sigmoid(logits)
+    actions = restrict(prob.detach() > 0.5, learnt)
+    (log_prob(actions, prob, learnt).sum() + entropy(logits, learnt).sum()).backward()
+    assert ((logits.grad[0] != 0) == learnt).all()

@@ -1,0 +1,259 @@
+"""The loop: what is random, what moves, what is learnt, and that an interruption changes nothing."""
+
+import copy
+
+import pytest
+import torch
+from conftest import NORMALISATION, make_split
+
+from pipeline.policy_learning import PolicyLearning, PolicyRules
+from pipeline.policy_net import PolicyNet
+from pipeline.resnet import ResNet
+from pipeline.runtime import generator
+from pipeline.tensors import Augmentation, batches
+from pipeline.training import (
+    Batch,
+    Classification,
+    constant,
+    cosine,
+    fit,
+    make_optimizer,
+    step_down,
+)
+
+PLAIN = Augmentation(crop_padding=0, flip=False)
+
+
+def classifier(resnet: ResNet, lr: float = 0.05) -> Classification:
+    return Classification(
+        resnet,
+        optimizer=make_optimizer(
+            "sgd", [{"params": list(resnet.parameters()), "lr": lr}], weight_decay=0.0
+        ),
+        normalisation=NORMALISATION,
+        precision="fp32",
+    )
+
+
+def policy_learner(
+    resnet: ResNet, *, finetune: bool, epochs_per_block: float | None = None, gamma: float = 2.0
+) -> PolicyLearning:
+    torch.manual_seed(1)
+    policy_net = PolicyNet(num_blocks=resnet.num_blocks, width=4)
+    groups = [{"params": list(policy_net.parameters()), "lr": 0.01}]
+    if finetune:
+        groups.append({"params": list(resnet.parameters()), "lr": 0.01})
+    return PolicyLearning(
+        resnet,
+        policy_net,
+        optimizer=make_optimizer("adam", groups, weight_decay=0.0),
+        rules=PolicyRules(
+            gamma=gamma, alpha=0.8, entropy_weight=0.01, epochs_per_block=epochs_per_block
+        ),
+        normalisation=NORMALISATION,
+        precision="fp32",
+        finetune_resnet=finetune,
+    )
+
+
+def run(learner, train, validation, *, epochs, start=0, augmentation=PLAIN, until=None):
+    results = []
+    for result in fit(
+        learner,
+        train=train,
+        validation=validation,
+        epochs=epochs,
+        batch_size=16,
+        schedule=cosine,
+        augmentation=augmentation,
+        normalisation=NORMALISATION,
+        key=(0, "test"),
+        start_epoch=start,
+    ):
+        results.append(result)
+        if until is not None and result.epoch + 1 == until:
+            break
+    return results
+
+
+def weights(*modules) -> list[torch.Tensor]:
+    return [t.clone() for module in modules for t in module.state_dict().values()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_classifier_learns(small_resnet, train_split, validation_split):
+    results = run(classifier(small_resnet), train_split, validation_split, epochs=8)
+    assert results[-1].validation["accuracy"] > 0.9
+    assert results[-1].train["loss"] < results[0].train["loss"] / 2
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_resumed_training_ends_in_the_same_bytes(finetune, train_split, validation_split):
+    augmentation = Augmentation(crop_padding=1, flip=True)
+
+    def fresh() -> PolicyLearning:
+        torch.manual_seed(0)
+        resnet = ResNet(depth=8, width=4, num_classes=3)
+        return policy_learner(resnet, finetune=finetune, epochs_per_block=1)
+
+    whole = fresh()
+    expected = run(whole, train_split, validation_split, epochs=4, augmentation=augmentation)
+    first = fresh()
+    run(first, train_split, validation_split, epochs=4, augmentation=augmentation, until=2)
+    state = copy.deepcopy(
+        ({k: m.state_dict() for k, m in first.modules.items()}, first.optimizer.state_dict())
+    )
+    second = fresh()
+    for name, module in second.modules.items():
+        module.load_state_dict(state[0][name])
+    second.optimizer.load_state_dict(state[1])
+    found = run(second, train_split, validation_split, epochs=4, start=2, augmentation=augmentation)
+    assert same(weights(second.resnet, second.policy_net), weights(whole.resnet, whole.policy_net))
+    assert found == expected[2:]
+
+
+def test_the_curriculum_leaves_the_resnet_alone(small_resnet, train_split, validation_split):
+    learner = policy_learner(small_resnet, finetune=False, epochs_per_block=1)
+    before, policy_before = weights(small_resnet), weights(learner.policy_net)
+    run(learner, train_split, validation_split, epochs=2)
+    assert same(weights(small_resnet), before)
+    assert not same(weights(learner.policy_net), policy_before)
+
+
+def test_the_curriculum_gives_no_gradient_to_blocks_that_are_kept(small_resnet, train_split):
+    learner = policy_learner(small_resnet, finetune=False, epochs_per_block=1)
+    learner.begin_epoch(0)  # K = 3: only the last block is learnt
+    images = NORMALISATION(train_split.images)
+    noise = torch.rand(len(images), 3, generator=torch.Generator().manual_seed(0))
+    learner.step(Batch(images=images, labels=train_split.labels, noise=noise))
+    gradient = learner.policy_net.features.fc.weight.grad
+    assert not gradient[:2].any()
+    assert gradient[2].any()
+
+
+def test_validation_follows_the_curriculum(small_resnet, validation_split):
+    learner = policy_learner(small_resnet, finetune=False, epochs_per_block=1)
+    torch.nn.init.constant_(learner.policy_net.features.fc.bias, -50.0)  # would drop everything
+    blocks = []
+    for epoch in range(3):
+        learner.begin_epoch(epoch)
+        blocks.append(learner.validate(validation_split)["blocks_mean"])
+    assert blocks == [2, 1, 0]
+
+
+def test_finetuning_trains_both_networks(small_resnet, train_split, validation_split):
+    learner = policy_learner(small_resnet, finetune=True)
+    before, policy_before = weights(small_resnet.fc), weights(learner.policy_net.features.fc)
+    results = run(learner, train_split, validation_split, epochs=8)
+    assert not same(weights(small_resnet.fc), before)
+    assert not same(weights(learner.policy_net.features.fc), policy_before)
+    assert results[-1].validation["accuracy"] > 0.8
+    assert results[-1].validation["reward"] > results[0].validation["reward"]
+
+
+def test_a_high_penalty_keeps_more_blocks_than_none(train_split, validation_split):
+    """A network that is right only with its blocks: without a penalty they are not worth it."""
+    kept = {}
+    for gamma in (0.0, 20.0):
+        torch.manual_seed(0)
+        resnet = ResNet(depth=8, width=4, num_classes=3)
+        run(classifier(resnet), train_split, validation_split, epochs=8)
+        learner = policy_learner(resnet, finetune=False, epochs_per_block=0.01, gamma=gamma)
+        results = run(learner, train_split, validation_split, epochs=25)
+        kept[gamma] = results[-1].validation["blocks_mean"]
+    assert kept[20.0] > kept[0.0]
+
+
+def test_the_greedy_pass_moves_no_batch_statistics(small_resnet, train_split):
+    learner = policy_learner(small_resnet, finetune=True)
+    learner.begin_epoch(0)
+    tracked = small_resnet.bn1.num_batches_tracked.clone()
+    images = NORMALISATION(train_split.images)
+    noise = torch.rand(len(images), 3, generator=torch.Generator().manual_seed(0))
+    learner.step(Batch(images=images, labels=train_split.labels, noise=noise))
+    assert small_resnet.bn1.num_batches_tracked == tracked + 1  # the sampled pass alone
+
+
+def test_means_weigh_every_image_equally():
+    class Counter:
+        """Reports its batch's mean label, so that the epoch's mean must be the split's."""
+
+        modules: dict = {}
+        num_actions = 0
+        normalisation = NORMALISATION
+        optimizer = make_optimizer("sgd", [{"params": [torch.zeros(1)], "lr": 1.0}], weight_decay=0)
+
+        def begin_epoch(self, epoch): ...
+
+        def step(self, batch):
+            return {"label": batch.labels.float().mean()}
+
+        def validate(self, split):
+            return {}
+
+    split = make_split(37)
+    (result,) = run(Counter(), split, split, epochs=1)
+    assert result.train["label"] == pytest.approx(float(split.labels.float().mean()))
+
+
+def test_batches_differ_by_one_image_at_most_and_cover_all():
+    parts = batches(torch.randperm(37), 16)
+    assert sorted(len(p) for p in parts) == [12, 12, 13]
+    assert sorted(torch.cat(list(parts)).tolist()) == list(range(37))
+
+
+def test_schedules_at_their_ends():
+    assert constant(0.7) == 1
+    assert cosine(0.0) == 1
+    assert cosine(0.5) == pytest.approx(0.5)
+    assert cosine(1.0) == pytest.approx(0)
+    assert cosine(0.05, warmup=0.1) == pytest.approx(0.5)
+    assert cosine(0.1, warmup=0.1) == 1
+    assert step_down(0.79, at=0.8) == 1
+    assert step_down(0.8, at=0.8) == pytest.approx(0.1)
+
+
+def test_the_schedule_sets_every_groups_rate(small_resnet, train_split, validation_split):
+    learner = classifier(small_resnet, lr=0.1)
+    run(learner, train_split, validation_split, epochs=2)
+    last_step = (1 + 2 / 3) / 2  # the third of three steps of the second of two epochs
+    assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * cosine(last_step))
+
+
+def test_augmentation_shifts_and_mirrors_as_drawn():
+    image = torch.arange(3 * 3 * 3, dtype=torch.uint8).view(1, 3, 3, 3)
+    shift = Augmentation(crop_padding=1, flip=True)
+    same_place = shift(image, torch.tensor([[1, 1, 0]]))
+    assert torch.equal(same_place, image)
+    down = shift(image, torch.tensor([[0, 1, 0]]))
+    assert torch.equal(down[0, 1:], image[0, :2])
+    assert not down[0, 0].any()
+    mirrored = shift(image, torch.tensor([[1, 1, 1]]))
+    assert torch.equal(mirrored, image.flip(2))
+
+
+def test_augmentation_draws_every_offset_and_mirrors_half():
+    drawn = Augmentation(crop_padding=2, flip=True).draw(4000, generator(0))
+    assert set(drawn[:, 0].tolist()) == set(range(5)) == set(drawn[:, 1].tolist())
+    assert drawn[:, 2].double().mean() == pytest.approx(0.5, abs=0.05)
+    assert not Augmentation(crop_padding=2, flip=False).draw(100, generator(0))[:, 2].any()
+
+
+def test_normalisation_is_that_of_its_definition():
+    images = torch.randint(256, (2, 4, 4, 3), dtype=torch.uint8)
+    found = NORMALISATION(images)
+    expected = ((images.float() / 255 - 0.5) / 0.25).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_random_tables_depend_on_the_key_alone():
+    torch.manual_seed(5)
+    first = torch.rand(4, generator=generator(0, "finetune", 3))
+    torch.manual_seed(6)
+    assert torch.equal(first, torch.rand(4, generator=generator(0, "finetune", 3)))
+    for other in ((1, "finetune", 3), (0, "curriculum", 3), (0, "finetune", 4)):
+        assert not torch.equal(first, torch.rand(4, generator=generator(*other)))
