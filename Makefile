@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 PORT ?= 5000
 
-.PHONY: help setup repro test check ui preset import lock
+.PHONY: help setup repro test slow check ui preset import lock
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -26,8 +26,11 @@ setup: ## .venv from requirements.txt
 repro: setup ## run the pipeline: whatever params.yaml, code or data changed
 	dvc repro
 
-test: setup ## all tests
-	python -m pytest
+test: setup ## all tests but the slow ones
+	python -m pytest -m "not slow"
+
+slow: setup ## the tests on real CIFAR-10 (fetches it)
+	python -m pytest -m slow
 
 check: setup ## lint, format, types and the fast tests
 	ruff check .

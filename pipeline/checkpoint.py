@@ -167,6 +167,10 @@ def load(folder: Path) -> Checkpoint:
         tensors = load_safetensors(content)
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is no valid safetensors file ({error})") from None
+    known = tuple(f"{prefix}." for prefix in ("resnet", "policy_net") if getattr(sidecar, prefix))
+    strays = sorted(name for name in tensors if not name.startswith(known))
+    if strays:
+        raise CheckpointError(f"{path} holds weights of no network of {SIDECAR}: {_some(strays)}")
     networks: dict[str, nn.Module | None] = {}
     for prefix, architecture in (("resnet", sidecar.resnet), ("policy_net", sidecar.policy_net)):
         networks[prefix] = None

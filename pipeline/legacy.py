@@ -19,6 +19,7 @@ from pipeline.policy_net import PolicyNet
 from pipeline.resnet import STAGES, ResNet
 
 Weights = Mapping[str, Tensor]
+MAX_BLOCK = 333  # index in a stage; a name alone must not make a network of depth 600,000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,8 @@ def _flat(weights: Weights, path: Path) -> tuple[dict[str, Tensor], int]:
             continue
         stage = int(match["from_0"]) if match["from_0"] else int(match["from_1"]) - 1
         placed.append((stage, int(match[3]), match[4], tensor))
+    if any(block > MAX_BLOCK for _, block, *_ in placed):
+        raise CheckpointError(f"{path} claims a stage of over {MAX_BLOCK} blocks")
     sizes = [1 + max((b for s, b, *_ in placed if s == stage), default=-1) for stage in range(3)]
     if len(set(sizes)) != 1 or not sizes[0] or any(s >= STAGES for s, *_ in placed):
         raise CheckpointError(

@@ -21,6 +21,8 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+# the shortcut pools 2x2 twice where the strided convolution rounds up: they agree on multiples of 4
+Side = Annotated[int, Field(ge=8, le=512, multiple_of=4)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 Schedule = Literal["constant", "cosine", "step"]
 Precision = Literal["fp32", "bf16"]
@@ -41,7 +43,7 @@ class Data(Section):
 
     source: Literal["digits", "cifar10", "cifar100", "imagefolder"]
     folder: str
-    image_size: Annotated[int, Field(ge=8, le=512)]
+    image_size: Side
     validation_share: Share | None
     test_share: Share | None
     split_seed: Annotated[int, Field(ge=0)]
@@ -99,7 +101,7 @@ class PolicyNetParams(Section):
 
     depth: Count
     width: Count
-    input_size: Annotated[int, Field(ge=8)] | None
+    input_size: Side | None
     initial_keep_prob: Share
 
     @model_validator(mode="after")
@@ -232,6 +234,9 @@ def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[An
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
+        if not isinstance(key, str):
+            line = key_node.start_mark.line + 1
+            raise ParamsError(f"{key!r} in line {line} is no name of a parameter; remove it")
         if key in seen:
             line = key_node.start_mark.line + 1
             raise ParamsError(f"{key!r} stands twice (again in line {line}); keep one of the two")

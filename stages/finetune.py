@@ -1,79 +1,86 @@
 """finetune: policy and ResNet jointly, with the gamma on top of params.yaml, or import both."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pipeline import checkpoint, legacy
-from pipeline.checkpoint import Checkpoint, CheckpointError
+from pipeline.checkpoint import Checkpoint
 from pipeline.params import Params
 from pipeline.policy_learning import PolicyLearning, PolicyRules
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
 from pipeline.runtime import choose_device
-from pipeline.training import make_optimizer
+from pipeline.training import Metrics, make_optimizer
 from stages import common, trainer
 
 
-def import_both(path: Path) -> tuple[ResNet, PolicyNet]:
-    """ResNet and policy network of our own or the authors' finetuned checkpoint."""
+def import_both(path: Path, pretrained: Checkpoint) -> tuple[ResNet, PolicyNet]:
+    """ResNet and policy network of our own or the authors' finetuned checkpoint, when they fit."""
     if path.is_dir():
         own = checkpoint.load(path)
+        trainer.require_same(
+            path, "input normalisation and list of classes",
+            (own.normalisation, own.classes), (pretrained.normalisation, pretrained.classes),
+            "import for pretrain the ResNet that it was finetuned from",
+        )  # fmt: skip
         resnet, policy_net = own.need_resnet(), own.need_policy_net()
     else:
         theirs = legacy.load(path)
         resnet, policy_net = theirs.need_resnet(path), theirs.need_policy_net(path)
-    if resnet.num_blocks != policy_net.num_blocks:
-        raise CheckpointError(
-            f"{path}: the policy decides on {policy_net.num_blocks} blocks, its ResNet has "
-            f"{resnet.num_blocks}"
-        )
+    before = pretrained.need_resnet()
+    trainer.require_same(
+        path, "depth, width and number of classes",
+        (resnet.depth, resnet.width, resnet.num_classes),
+        (before.depth, before.width, before.num_classes),
+        "import for pretrain the ResNet that it was finetuned from",
+    )  # fmt: skip
+    trainer.require_same(
+        path, "policy's number of blocks", policy_net.num_blocks, resnet.num_blocks,
+        "its two networks do not belong together; take another file",
+    )  # fmt: skip
     return resnet, policy_net
 
 
 def main(params: Params) -> None:
     """Write models/finetune (both networks)."""
     pretrained = checkpoint.load(common.PRETRAINED)
+
+    def save(resnet: ResNet, policy_net: PolicyNet, metrics: Metrics) -> None:
+        made = replace(
+            pretrained, stage="finetune", resnet=resnet, policy_net=policy_net, metrics=metrics
+        )
+        checkpoint.save(made, common.FINETUNED)
+
     path = trainer.imported(params.finetune)
     if path is not None:
-        resnet, policy_net = import_both(path)
-        trainer.write_untrained("finetune")
-        metrics: dict[str, float] = {}
-        print(f"finetune: imported {path}")
-    else:
-        device = choose_device()
-        resnet = pretrained.need_resnet().to(device)
-        policy_net = checkpoint.load(common.POLICY).need_policy_net().to(device)
-        section = params.finetune
-        learner = PolicyLearning(
-            resnet,
-            policy_net,
-            optimizer=make_optimizer(
-                "adam",
-                [
-                    {"params": list(policy_net.parameters()), "lr": section.policy_lr},
-                    {"params": list(resnet.parameters()), "lr": section.resnet_lr},
-                ],
-                weight_decay=section.weight_decay,
-            ),
-            rules=PolicyRules(
-                gamma=params.gamma, alpha=section.alpha, entropy_weight=section.entropy_weight
-            ),
-            normalisation=pretrained.normalisation,
-            precision=section.precision,
-            finetune_resnet=True,
-        )
-        inputs = [common.PREPARED, common.PRETRAINED, common.POLICY]
-        metrics = trainer.train("finetune", learner, params, section, inputs)
-    checkpoint.save(
-        Checkpoint(
-            stage="finetune",
-            resnet=resnet,
-            policy_net=policy_net,
-            normalisation=pretrained.normalisation,
-            classes=pretrained.classes,
-            metrics=metrics,
+        save(*import_both(path, pretrained), {})
+        trainer.record_import("finetune", params, path)
+        return
+    device = choose_device()
+    resnet = pretrained.need_resnet().to(device)
+    policy_net = checkpoint.load(common.POLICY).need_policy_net().to(device)
+    section = params.finetune
+    learner = PolicyLearning(
+        resnet,
+        policy_net,
+        optimizer=make_optimizer(
+            "adam",
+            [
+                {"params": list(policy_net.parameters()), "lr": section.policy_lr},
+                {"params": list(resnet.parameters()), "lr": section.resnet_lr},
+            ],
+            weight_decay=section.weight_decay,
         ),
-        common.FINETUNED,
+        rules=PolicyRules(
+            gamma=params.gamma, alpha=section.alpha, entropy_weight=section.entropy_weight
+        ),
+        normalisation=pretrained.normalisation,
+        precision=section.precision,
+        finetune_resnet=True,
     )
+    inputs = [common.PREPARED, common.PRETRAINED, common.POLICY]
+    trainer.train("finetune", learner, params, section, inputs, partial(save, resnet, policy_net))
 
 
 if __name__ == "__main__":

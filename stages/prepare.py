@@ -5,9 +5,11 @@ from pathlib import Path
 from pipeline import sources
 from pipeline.data import Dataset, SplitName, save
 from pipeline.params import Data, Params
+from pipeline.resume import project_root
+from pipeline.tracking import stage_run
 from stages.common import METRICS, PREPARED, run, write_json
 
-RAW = Path("data/raw")  # archives, kept between runs and out of DVC and Git
+RAW = project_root() / "data/raw"  # archives, kept between runs and out of DVC and Git
 
 
 def read(data: Data) -> Dataset:
@@ -30,10 +32,12 @@ def read(data: Data) -> Dataset:
 
 def main(params: Params) -> None:
     """Write data/prepared and how many images each split has."""
-    dataset = read(params.data)
-    save(dataset, PREPARED)
-    counts = {f"{name}_images": len(split.labels) for name, split in dataset.splits.items()}
-    write_json(METRICS / "prepare.json", {**counts, "classes": len(dataset.classes)})
+    with stage_run("prepare", params.flat()) as mlflow_run:
+        dataset = read(params.data)
+        save(dataset, PREPARED)
+        counts = {f"{name}_images": len(split.labels) for name, split in dataset.splits.items()}
+        write_json(METRICS / "prepare.json", {**counts, "classes": len(dataset.classes)})
+        mlflow_run.log_metrics(counts)
     print(f"prepare: {params.data.source}, " + ", ".join(f"{k} {v}" for k, v in counts.items()))
 
 

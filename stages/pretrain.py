@@ -1,15 +1,16 @@
 """pretrain: train the ResNet with every block, or import one."""
 
+from functools import partial
 from pathlib import Path
 
 from pipeline import checkpoint, legacy
-from pipeline.checkpoint import Checkpoint, CheckpointError
+from pipeline.checkpoint import Checkpoint
 from pipeline.data import load_classes
 from pipeline.params import Params
 from pipeline.resnet import ResNet
 from pipeline.runtime import choose_device, seed_everything
 from pipeline.tensors import Normalisation
-from pipeline.training import Classification, make_optimizer
+from pipeline.training import Classification, Metrics, make_optimizer
 from stages import common, trainer
 
 
@@ -18,67 +19,66 @@ def normalisation_of(params: Params) -> Normalisation:
     return Normalisation(mean=params.resnet.mean, std=params.resnet.std)
 
 
-def import_resnet(path: Path, params: Params, num_classes: int) -> ResNet:
+def import_resnet(path: Path, params: Params, classes: tuple[str, ...]) -> ResNet:
     """The ResNet of our own or the authors' checkpoint, when it is the one params.yaml describes."""
     if path.is_dir():
         own = checkpoint.load(path)
-        found, wanted = own.normalisation, normalisation_of(params)
-        if found != wanted:
-            raise CheckpointError(
-                f"{path} was trained on inputs normalised by mean {found.mean} and std {found.std}; "
-                f"set resnet.mean and resnet.std to these (they are {wanted.mean} and {wanted.std})"
-            )
+        trainer.require_same(
+            path, "input normalisation", own.normalisation, normalisation_of(params),
+            "set resnet.mean and resnet.std in params.yaml to the checkpoint's",
+        )  # fmt: skip
+        trainer.require_same(
+            path, "list of classes", own.classes, classes, "set data in params.yaml to its data set"
+        )
         resnet = own.need_resnet()
     else:
         resnet = legacy.load(path).need_resnet(path)
-    given = (resnet.depth, resnet.width, resnet.num_classes)
-    asked = (params.resnet.depth, params.resnet.width, num_classes)
-    if given != asked:
-        raise CheckpointError(
-            f"{path} is a ResNet of depth {given[0]}, width {given[1]} and {given[2]} classes; "
-            f"resnet.depth, resnet.width and the data say {asked[0]}, {asked[1]} and {asked[2]}"
-        )
+    trainer.require_same(
+        path, "depth, width and number of classes",
+        (resnet.depth, resnet.width, resnet.num_classes),
+        (params.resnet.depth, params.resnet.width, len(classes)),
+        "set resnet.depth, resnet.width and data in params.yaml to the checkpoint's",
+    )  # fmt: skip
     return resnet
 
 
 def main(params: Params) -> None:
     """Write models/pretrain."""
     classes = load_classes(common.PREPARED)
-    path = trainer.imported(params.pretrain)
-    if path is not None:
-        resnet = import_resnet(path, params, len(classes))
-        trainer.write_untrained("pretrain")
-        metrics: dict[str, float] = {}
-        print(f"pretrain: imported {path}")
-    else:
-        seed_everything(params.seed, "pretrain")
-        resnet = ResNet(
-            depth=params.resnet.depth, width=params.resnet.width, num_classes=len(classes)
-        ).to(choose_device())
-        section = params.pretrain
-        learner = Classification(
-            resnet,
-            optimizer=make_optimizer(
-                section.optimizer,
-                [{"params": list(resnet.parameters()), "lr": section.lr}],
-                weight_decay=section.weight_decay,
-            ),
-            normalisation=normalisation_of(params),
-            precision=section.precision,
-            label_smoothing=section.label_smoothing,
-        )
-        metrics = trainer.train("pretrain", learner, params, section, [common.PREPARED])
-    checkpoint.save(
-        Checkpoint(
+
+    def save(resnet: ResNet, metrics: Metrics) -> None:
+        made = Checkpoint(
             stage="pretrain",
             resnet=resnet,
             policy_net=None,
             normalisation=normalisation_of(params),
             classes=classes,
             metrics=metrics,
-        ),
-        common.PRETRAINED,
+        )
+        checkpoint.save(made, common.PRETRAINED)
+
+    path = trainer.imported(params.pretrain)
+    if path is not None:
+        save(import_resnet(path, params, classes), {})
+        trainer.record_import("pretrain", params, path)
+        return
+    seed_everything(params.seed, "pretrain")
+    resnet = ResNet(depth=params.resnet.depth, width=params.resnet.width, num_classes=len(classes)).to(
+        choose_device()
     )
+    section = params.pretrain
+    learner = Classification(
+        resnet,
+        optimizer=make_optimizer(
+            section.optimizer,
+            [{"params": list(resnet.parameters()), "lr": section.lr}],
+            weight_decay=section.weight_decay,
+        ),
+        normalisation=normalisation_of(params),
+        precision=section.precision,
+        label_smoothing=section.label_smoothing,
+    )
+    trainer.train("pretrain", learner, params, section, [common.PREPARED], partial(save, resnet))
 
 
 if __name__ == "__main__":

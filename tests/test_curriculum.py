@@ -12,9 +12,7 @@ from pipeline.policy_gradient import entropy, log_prob
     [(1, [1, 2, 3, 4, 4, 4]), (2, [1, 1, 2, 2, 3, 3]), (0.5, [1, 3, 4, 4, 4, 4])],
 )
 def test_blocks_join_one_after_another(epochs_per_block, expected):
-    counts = [
-        learnt_count(epoch, num_blocks=4, epochs_per_block=epochs_per_block) for epoch in range(6)
-    ]
+    counts = [learnt_count(epoch, num_blocks=4, epochs_per_block=epochs_per_block) for epoch in range(6)]
     assert counts == expected
 
 

@@ -84,9 +84,7 @@ def test_single_policies_are_limited_in_number():
 
 
 def test_the_best_single_policy_is_the_most_often_right_one():
-    split = Split(
-        images=torch.zeros(4, 8, 8, 3, dtype=torch.uint8), labels=torch.tensor([2, 2, 2, 1])
-    )
+    split = Split(images=torch.zeros(4, 8, 8, 3, dtype=torch.uint8), labels=torch.tensor([2, 2, 2, 1]))
     policy, accuracy = best_single_policy(
         Oracle(), split, torch.eye(3).bool(), normalisation=NORMALISATION
     )
@@ -119,6 +117,4 @@ def test_predictions_do_not_depend_on_how_images_are_batched(small_resnet, monke
     parts = predict(small_resnet, split, actions, normalisation=NORMALISATION)
     assert torch.equal(whole.classes, parts.classes)
     torch.testing.assert_close(whole.losses, parts.losses)
-    torch.testing.assert_close(
-        policy, predict_policy(policy_net, split, normalisation=NORMALISATION)
-    )
+    torch.testing.assert_close(policy, predict_policy(policy_net, split, normalisation=NORMALISATION))

@@ -40,34 +40,44 @@ def exact_gradient(logits: torch.Tensor) -> torch.Tensor:
 
 
 def test_expectation_of_the_estimator_is_the_exact_gradient(logits):
-    prob = sampling_prob(logits)
     greedy = greedy_actions(torch.sigmoid(logits)).expand(1, K)
-    baseline = pg.reward(is_right(greedy), greedy, GAMMA)
-    found = torch.zeros(K, dtype=torch.float64)
-    for actions in ALL_POLICIES.split(1):
-        advantage = pg.reward(is_right(actions), actions, GAMMA) - baseline
-        loss = pg.policy_gradient_loss(pg.log_prob(actions, prob.expand(1, K)), advantage)
-        weight = probability_of(actions, prob.detach())
-        found -= weight * torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    baseline = float(pg.reward(is_right(greedy), greedy, GAMMA))
+    weights = probability_of(ALL_POLICIES, sampling_prob(logits).detach())[:, None]
+    found = (weights * estimates(logits, baseline)).sum(dim=0)
     torch.testing.assert_close(found, exact_gradient(logits))
 
 
-def test_the_baseline_changes_the_variance_and_not_the_mean(logits):
+def estimates(logits: torch.Tensor, baseline: float) -> torch.Tensor:
+    """What the estimator gives for each of the 16 policies, [16, K]."""
     prob = sampling_prob(logits)
-    weights = probability_of(ALL_POLICIES, prob.detach())
-    log_probs = pg.log_prob(ALL_POLICIES, prob.expand(len(ALL_POLICIES), K))
-    constant = (weights * log_probs).sum()  # a constant reward of 1 for every policy
-    gradient = torch.autograd.grad(constant, logits)[0]
-    torch.testing.assert_close(gradient, torch.zeros(K, dtype=torch.float64))
+    found = []
+    for actions in ALL_POLICIES.split(1):
+        advantage = pg.reward(is_right(actions), actions, GAMMA) - baseline
+        loss = pg.policy_gradient_loss(pg.log_prob(actions, prob.expand(1, K)), advantage)
+        found.append(-torch.autograd.grad(loss, logits, retain_graph=True)[0])
+    return torch.stack(found)
 
 
-def test_following_the_gradient_raises_the_expected_reward(logits):
+def test_the_self_critical_baseline_changes_the_variance_and_not_the_mean(logits):
+    greedy = greedy_actions(torch.sigmoid(logits)).expand(1, K)
+    baseline = float(pg.reward(is_right(greedy), greedy, GAMMA))
+    weights = probability_of(ALL_POLICIES, sampling_prob(logits).detach())[:, None]
+    without, with_baseline = estimates(logits, 0.0), estimates(logits, baseline)
+    mean = (weights * without).sum(dim=0)
+    torch.testing.assert_close(mean, (weights * with_baseline).sum(dim=0))
+    spread = [(weights * (e - mean) ** 2).sum() for e in (without, with_baseline)]
+    assert spread[0] != pytest.approx(float(spread[1]))
+
+
+def test_following_the_estimates_raises_the_expected_reward(logits):
     rewards = pg.reward(is_right(ALL_POLICIES), ALL_POLICIES, GAMMA).double()
 
     def expected(at: torch.Tensor) -> float:
         return float((probability_of(ALL_POLICIES, sampling_prob(at.detach())) * rewards).sum())
 
-    assert expected(logits + 0.1 * exact_gradient(logits)) > expected(logits)
+    weights = probability_of(ALL_POLICIES, sampling_prob(logits).detach())[:, None]
+    direction = (weights * estimates(logits, 0.3)).sum(dim=0)
+    assert expected(logits + 0.1 * direction) > expected(logits)
 
 
 def test_loss_is_the_mean_over_the_batch_and_advantages_take_no_gradient():

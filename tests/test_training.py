@@ -181,7 +181,6 @@ def test_means_weigh_every_image_equally():
     class Counter:
         """Reports its batch's mean label, so that the epoch's mean must be the split's."""
 
-        modules: dict = {}
         num_actions = 0
         normalisation = NORMALISATION
         optimizer = make_optimizer("sgd", [{"params": [torch.zeros(1)], "lr": 1.0}], weight_decay=0)

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 
 from pipeline import checkpoint, legacy
 from pipeline.errors import UserError
+from pipeline.params import NO_FILE
 
 IMPORT = Path("import")
 PARAMS = Path("params.yaml")
@@ -55,14 +56,23 @@ def bring_in(path: Path) -> Path:
     return target
 
 
-def name_in_params(stage: str, path: Path) -> None:
-    """Set STAGE.checkpoint in params.yaml, comments kept."""
+def name_in_params(stage: str, path: Path) -> list[str]:
+    """Set STAGE.checkpoint in params.yaml, comments kept; the list names all that import it.
+
+    A finetuned pair holds both networks, so the stages before it take them from the same file unless they
+    have one of their own: otherwise they would train networks that nobody uses.
+    """
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 200
     content = yaml.load(PARAMS)
-    content[stage]["checkpoint"] = path.as_posix()
+    named = [stage]
+    if stage == "finetune":
+        named += [s for s in STAGES[:2] if content[s]["checkpoint"] == NO_FILE]
+    for name in named:
+        content[name]["checkpoint"] = path.as_posix()
     yaml.dump(content, PARAMS)
+    return named
 
 
 def main() -> None:
@@ -79,10 +89,14 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     target = bring_in(path)
-    subprocess.run(["dvc", "add", "--quiet", str(target)], check=True)
-    subprocess.run(["git", "add", f"{target}.dvc", str(IMPORT / ".gitignore")], check=True)
-    name_in_params(arguments.stage, target)
-    print(f"{arguments.stage}.checkpoint in params.yaml is now {target}; run `dvc repro`")
+    try:
+        subprocess.run(["dvc", "add", "--quiet", str(target)], check=True)
+        subprocess.run(["git", "add", f"{target}.dvc", str(IMPORT / ".gitignore")], check=True)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"error: `{' '.join(error.cmd)}` failed; params.yaml is as it was")
+    for stage in name_in_params(arguments.stage, target):
+        print(f"{stage}.checkpoint in params.yaml is now {target}")
+    print("run `dvc repro`")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+from pipeline.errors import UserError
 from pipeline.params import load
 
 PRESETS = Path("presets")
@@ -25,7 +26,10 @@ def use(name: str) -> None:
             f"error: {PARAMS} was changed and would be lost; keep it (`cp params.yaml "
             "presets/mine.yaml`) or give it up (`rm params.yaml`), then repeat"
         )
-    load(PRESETS / f"{name}.yaml")
+    try:
+        load(PRESETS / f"{name}.yaml")
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
     shutil.copyfile(PRESETS / f"{name}.yaml", PARAMS)
     print(f"{PARAMS} is now {name}; run `dvc repro`")
 

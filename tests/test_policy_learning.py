@@ -1,0 +1,139 @@
+"""One step of policy learning against the exact gradient, by enumeration of what could be sampled."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import NORMALISATION
+
+from pipeline import policy_gradient as pg
+from pipeline.policies import greedy_actions
+from pipeline.policy_learning import PolicyLearning, PolicyRules
+from pipeline.training import Batch, make_optimizer
+
+K = 3
+ALPHA, GAMMA = 0.8, 2.0
+ALL_POLICIES = torch.tensor(list(itertools.product([0, 1], repeat=K))).bool()  # [8, K]
+START = torch.tensor([0.6, -0.3, 1.1])
+
+
+def is_right(actions: torch.Tensor) -> torch.Tensor:
+    return actions[:, 2] & (actions[:, 0] | ~actions[:, 1])
+
+
+class RuleNet(torch.nn.Module):
+    """Predicts class 0 (the true one) where the actions are right, else class 1."""
+
+    num_blocks = K
+
+    def forward(self, images, actions=None):
+        right = is_right(actions).float()
+        return torch.stack([right, 1 - right], dim=1)
+
+
+class SameForAll(torch.nn.Module):
+    """A policy network whose logits are its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(START.clone())
+
+    def forward(self, images):
+        return self.logits.expand(len(images), K)
+
+
+def gradient_of_step(
+    noise: torch.Tensor, *, entropy_weight: float = 0.0, epoch: int | None = None
+) -> torch.Tensor:
+    """What one step on a single image leaves as the gradient of the logits."""
+    policy_net = SameForAll()
+    learner = PolicyLearning(
+        RuleNet(),
+        policy_net,
+        optimizer=make_optimizer("sgd", [{"params": [policy_net.logits], "lr": 0.0}], weight_decay=0),
+        rules=PolicyRules(
+            gamma=GAMMA, alpha=ALPHA, entropy_weight=entropy_weight,
+            epochs_per_block=None if epoch is None else 1.0,
+        ),
+        normalisation=NORMALISATION,
+        precision="fp32",
+        finetune_resnet=False,
+    )  # fmt: skip
+    learner.begin_epoch(epoch or 0)
+    images = torch.zeros(1, 3, 8, 8)
+    learner.step(Batch(images=images, labels=torch.zeros(1, dtype=torch.int64), noise=noise))
+    return policy_net.logits.grad
+
+
+def noise_that_samples(actions: torch.Tensor) -> torch.Tensor:
+    """Below every s' where the block is to run, above it where not (s' lies in [0.2, 0.8])."""
+    return torch.where(actions, 0.0, 0.999)[None]
+
+
+def expected_reward(logits: torch.Tensor) -> torch.Tensor:
+    prob = pg.bounded(torch.sigmoid(logits), ALPHA)
+    weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
+    return (weights * pg.reward(is_right(ALL_POLICIES), ALL_POLICIES, GAMMA)).sum()
+
+
+def test_the_expected_step_follows_the_exact_gradient_of_the_expected_reward():
+    logits = START.clone().requires_grad_()
+    exact = torch.autograd.grad(expected_reward(logits), logits)[0]
+    prob = pg.bounded(torch.sigmoid(START), ALPHA)
+    weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
+    steps = torch.stack([gradient_of_step(noise_that_samples(a)) for a in ALL_POLICIES])
+    torch.testing.assert_close(-(weights[:, None] * steps).sum(dim=0), exact)
+
+
+def test_the_entropy_bonus_pushes_towards_one_half():
+    greedy = greedy_actions(torch.sigmoid(START))
+    bonus = gradient_of_step(noise_that_samples(greedy), entropy_weight=1.0)
+    logits = START.clone().requires_grad_()
+    entropy = torch.distributions.Bernoulli(logits=logits).entropy().sum()
+    torch.testing.assert_close(bonus, -torch.autograd.grad(entropy, logits)[0])
+    assert ((bonus > 0) == (START > 0)).all()  # descent moves every logit towards 0
+
+
+def test_sampling_the_greedy_policy_teaches_nothing():
+    greedy = greedy_actions(torch.sigmoid(START))
+    assert not gradient_of_step(noise_that_samples(greedy)).any()
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_the_curriculum_lets_gradients_reach_learnt_blocks_alone(epoch):
+    other = ~greedy_actions(torch.sigmoid(START))
+    gradient = gradient_of_step(noise_that_samples(other), entropy_weight=0.1, epoch=epoch)
+    learnt = torch.arange(K) >= K - 1 - epoch
+    assert ((gradient != 0) == learnt).all()
+
+
+def test_metrics_are_those_of_the_step():
+    policy_net = SameForAll()
+    learner = PolicyLearning(
+        RuleNet(),
+        policy_net,
+        optimizer=make_optimizer("sgd", [{"params": [policy_net.logits], "lr": 0.0}], weight_decay=0),
+        rules=PolicyRules(gamma=GAMMA, alpha=ALPHA, entropy_weight=0.0),
+        normalisation=NORMALISATION,
+        precision="fp32",
+        finetune_resnet=False,
+    )
+    learner.begin_epoch(0)
+    wrong = torch.tensor([True, True, False])
+    found = learner.step(
+        Batch(
+            images=torch.zeros(2, 3, 8, 8),
+            labels=torch.zeros(2, dtype=torch.int64),
+            noise=torch.cat([noise_that_samples(wrong), noise_that_samples(ALL_POLICIES[-1])]),
+        )
+    )
+    greedy = greedy_actions(torch.sigmoid(START))  # block 1 dropped: right, two of three blocks
+    assert greedy.tolist() == [True, False, True]
+    assert found["greedy_reward"].item() == pytest.approx(1 - 4 / 9)
+    assert found["reward"].item() == pytest.approx((-GAMMA + 0.0) / 2)
+    assert found["blocks"].item() == 2
+    prob = torch.sigmoid(START)
+    entropy = -(prob * prob.log() + (1 - prob) * (1 - prob).log()).mean()
+    assert found["entropy"].item() == pytest.approx(entropy.item(), rel=1e-5)
+    assert found["entropy"].item() < math.log(2)

@@ -1,0 +1,170 @@
+"""Resume points: whole at any moment, found by what the training depends on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.resume import ResumePoint, digest_of_files, key_of, project_root
+
+OLD = {"epoch": 1, "weights": {"a": torch.arange(3.0)}, "metrics": [0.5, None]}
+NEW = {"epoch": 2}
+
+
+@pytest.fixture
+def point(tmp_path: Path) -> ResumePoint:
+    return ResumePoint(path=tmp_path / ".resume" / "pretrain-abc.pt")
+
+
+def test_state_comes_back(point):
+    point.save(OLD)
+    found = point.load()
+    assert torch.equal(found["weights"]["a"], OLD["weights"]["a"])
+    assert found["epoch"] == 1
+    assert found["metrics"] == [0.5, None]
+
+
+def test_later_state_replaces_the_earlier_and_leaves_no_other_file(point):
+    point.save(OLD)
+    point.save(NEW)
+    assert point.load() == NEW
+    assert list(point.path.parent.iterdir()) == [point.path]
+
+
+def test_without_a_state_there_is_none_and_no_word(point, capsys):
+    assert point.load() is None
+    assert capsys.readouterr().out == ""
+
+
+def test_discarded_state_is_gone_and_may_be_discarded_again(point):
+    point.save(OLD)
+    point.discard()
+    assert point.load() is None
+    point.discard()
+
+
+def test_failed_save_keeps_the_old_state(point, monkeypatch):
+    point.save(OLD)
+
+    def fail(state, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", fail)
+        with pytest.raises(OSError, match="No space left"):
+            point.save(NEW)
+    assert point.load()["epoch"] == 1
+
+
+def test_failed_save_leaves_no_half_file_behind(point, monkeypatch):
+    def fail(state, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        point.save(NEW)
+    assert list(point.path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_damaged_state_is_said_and_the_training_starts_over(point, capsys, share):
+    point.save(OLD)
+    content = point.path.read_bytes()
+    point.path.write_bytes(content[: int(share * len(content))])
+    assert point.load() is None
+    said = capsys.readouterr().out
+    assert str(point.path) in said
+    assert "starting from the first epoch" in said
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, ran: Path) -> None:
+        self.ran = ran
+
+    def __reduce__(self):
+        return Path.mkdir, (self.ran,)
+
+
+def test_state_that_would_run_code_is_not_opened(point, tmp_path):
+    point.save({"epoch": Hostile(tmp_path / "ran")})
+    assert point.load() is None
+    assert not (tmp_path / "ran").exists()
+
+
+def test_places_differ_by_stage_and_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    places = {ResumePoint.of(stage, key).path for stage in ("pretrain", "finetune") for key in "ab"}
+    assert len(places) == 4
+    assert {place.parent for place in places} == {tmp_path / ".resume"}
+
+
+def test_key_is_the_same_for_the_same_ingredients_in_any_order():
+    assert key_of(seed=0, params={"lr": 0.1, "epochs": 2}) == key_of(
+        params={"epochs": 2, "lr": 0.1}, seed=0
+    )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 1, "params": {"lr": 0.1}},
+        {"seed": 0, "params": {"lr": 0.2}},
+        {"seed": 0, "params": {"rl": 0.1}},
+        {"seed": 0, "params": {"lr": 0.1}, "data": "x"},
+        {"seed": 0},
+    ],
+)
+def test_key_differs_by_every_ingredient(other):
+    assert key_of(**other) != key_of(seed=0, params={"lr": 0.1})
+
+
+def test_key_may_stand_in_a_file_name():
+    assert key_of(path=Path("a/b")).isalnum()
+
+
+def test_digest_of_files_follows_their_contents_and_names_and_not_their_order(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.write_bytes(b"1")
+    second.write_bytes(b"2")
+    before = digest_of_files([first, second])
+    assert digest_of_files([second, first]) == before
+    second.write_bytes(b"3")
+    assert digest_of_files([first, second]) != before
+    second.write_bytes(b"2")
+    assert digest_of_files([first, second.rename(tmp_path / "c")]) != before
+
+
+def test_dvc_tells_the_root(tmp_path, monkeypatch):
+    (tmp_path / "temporary" / ".dvc").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "temporary")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    assert project_root() == tmp_path
+
+
+def test_without_dvc_the_root_is_the_nearest_folder_with_its_mark(tmp_path, monkeypatch):
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    (tmp_path / ".dvc").mkdir()
+    inner = tmp_path / "inner"
+    (inner / ".dvc").mkdir(parents=True)
+    (inner / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(inner / "a" / "b")
+    assert project_root() == inner
+
+
+def test_file_of_the_name_is_no_mark(tmp_path, monkeypatch):
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / ".dvc").write_text("a file")
+    monkeypatch.chdir(tmp_path / "inner")
+    assert project_root() == tmp_path
+
+
+def test_without_any_mark_the_root_is_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert project_root() == tmp_path
