@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -16,7 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.policy_net import PolicyNet
-from pipeline.resnet import ResNet
+from pipeline.resnet import STAGES, ResNet, blocks_per_stage
 from pipeline.tensors import Normalisation
 
 WEIGHTS = "model.safetensors"
@@ -33,10 +40,19 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def _depth_of_a_resnet(depth: int) -> int:
+    blocks_per_stage(depth)
+    return depth
+
+
+Positive = Annotated[float, Field(gt=0)]
+Depth = Annotated[int, Field(le=2000), AfterValidator(_depth_of_a_resnet)]
+
+
 class ResNetArchitecture(_Strict):
     """What rebuilds the ResNet."""
 
-    depth: Annotated[int, Field(ge=8, le=2000)]
+    depth: Depth
     width: Annotated[int, Field(ge=1, le=4096)]
     num_classes: Annotated[int, Field(ge=2, le=100_000)]
 
@@ -48,7 +64,7 @@ class ResNetArchitecture(_Strict):
 class PolicyNetArchitecture(_Strict):
     """What rebuilds the policy network."""
 
-    depth: Annotated[int, Field(ge=8, le=2000)]
+    depth: Depth
     width: Annotated[int, Field(ge=1, le=4096)]
     input_size: Annotated[int, Field(ge=8)] | None
     num_blocks: Annotated[int, Field(ge=1)]
@@ -67,7 +83,7 @@ class NormalisationRecord(_Strict):
     """How images are normalised before the networks see them."""
 
     mean: Annotated[tuple[float, float, float], Field(strict=False)]
-    std: Annotated[tuple[float, float, float], Field(strict=False)]
+    std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
 
 
 class Sidecar(_Strict):
@@ -82,12 +98,30 @@ class Sidecar(_Strict):
     metrics: dict[str, float | None]
     weights_sha256: str
 
+    @model_validator(mode="after")
+    def _fit_together(self) -> "Sidecar":
+        if self.resnet is not None and self.resnet.num_classes != len(self.classes):
+            raise ValueError(
+                f"resnet.num_classes is {self.resnet.num_classes}, classes has {len(self.classes)} names"
+            )
+        if self.resnet is not None and self.policy_net is not None:
+            blocks = STAGES * blocks_per_stage(self.resnet.depth)
+            if self.policy_net.num_blocks != blocks:
+                raise ValueError(
+                    f"policy_net.num_blocks is {self.policy_net.num_blocks}, the ResNet has {blocks}"
+                )
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Networks with what is needed to use them; a network that is not in it is None."""
+    """Networks with what is needed to use them; a network that is not in it is None.
+
+    `path` is where it was read from, None for one that is still to be written.
+    """
 
     stage: str
+    path: Path | None = None
     resnet: ResNet | None
     policy_net: PolicyNet | None
     normalisation: Normalisation
@@ -97,13 +131,13 @@ class Checkpoint:
     def need_resnet(self) -> ResNet:
         """The ResNet, or CheckpointError when there is none."""
         if self.resnet is None:
-            raise CheckpointError(f"the checkpoint of stage {self.stage} holds no ResNet")
+            raise CheckpointError(f"{self.path} holds no ResNet; import it for curriculum")
         return self.resnet
 
     def need_policy_net(self) -> PolicyNet:
         """The policy network, or CheckpointError when there is none."""
         if self.policy_net is None:
-            raise CheckpointError(f"the checkpoint of stage {self.stage} holds no policy network")
+            raise CheckpointError(f"{self.path} holds no policy network; import it for pretrain")
         return self.policy_net
 
 
@@ -144,6 +178,9 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
     (folder / SIDECAR).write_text(text, encoding="utf-8")
 
 
+_ANEW = "copy both files of the checkpoint anew, or rerun the stage that made them"
+
+
 def load(folder: Path) -> Checkpoint:
     """Read a checkpoint folder, strictly.
 
@@ -154,23 +191,27 @@ def load(folder: Path) -> Checkpoint:
     path = folder / WEIGHTS
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise CheckpointError(f"{path} is over {MAX_BYTES >> 30} GB, too large for its networks")
+            raise CheckpointError(
+                f"{path} is over {MAX_BYTES >> 30} GB, too large for its networks; {_ANEW}"
+            )
         content = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path} can't be read ({error.strerror})") from None
+        raise CheckpointError(f"{path} can't be read ({error.strerror}); {_ANEW}") from None
     if hashlib.sha256(content).hexdigest() != sidecar.weights_sha256:
         raise CheckpointError(
             f"{path} is damaged or of another checkpoint: its SHA-256 is not the one in {SIDECAR}; "
-            "copy both files anew or rerun the stage that made them"
+            f"{_ANEW}"
         )
     try:
         tensors = load_safetensors(content)
     except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} is no valid safetensors file ({error})") from None
+        raise CheckpointError(f"{path} is no valid safetensors file ({error}); {_ANEW}") from None
     known = tuple(f"{prefix}." for prefix in ("resnet", "policy_net") if getattr(sidecar, prefix))
     strays = sorted(name for name in tensors if not name.startswith(known))
     if strays:
-        raise CheckpointError(f"{path} holds weights of no network of {SIDECAR}: {_some(strays)}")
+        raise CheckpointError(
+            f"{path} holds weights of no network of {SIDECAR}: {_some(strays)}; {_ANEW}"
+        )
     networks: dict[str, nn.Module | None] = {}
     for prefix, architecture in (("resnet", sidecar.resnet), ("policy_net", sidecar.policy_net)):
         networks[prefix] = None
@@ -180,10 +221,13 @@ def load(folder: Path) -> Checkpoint:
                 for name, tensor in tensors.items()
                 if name.startswith(f"{prefix}.")
             }
+            with torch.device("meta"):  # shapes first: a false sidecar must not take the memory
+                require_fit(architecture.build(), own, path)
             networks[prefix] = fill(architecture.build(), own, path)
     record = sidecar.normalisation
     return Checkpoint(
         stage=sidecar.stage,
+        path=folder,
         resnet=networks["resnet"],  # type: ignore[arg-type]
         policy_net=networks["policy_net"],  # type: ignore[arg-type]
         normalisation=Normalisation(mean=record.mean, std=record.std),
@@ -193,7 +237,18 @@ def load(folder: Path) -> Checkpoint:
 
 
 def fill(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """Load weights into a network: all of them, no others, of the right shapes and types, finite.
+    """Load weights into a network.
+
+    Raises:
+        CheckpointError: they don't fit it.
+    """
+    require_fit(network, weights, path)
+    network.load_state_dict(weights)
+    return network
+
+
+def require_fit(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """All of the network's weights, no others, of the right shapes and types, and finite.
 
     Raises:
         CheckpointError: anything else.
@@ -203,18 +258,16 @@ def fill(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> nn.Mo
     if missing or unknown:
         raise CheckpointError(
             f"{path} does not hold the weights of its {type(network).__name__}: "
-            f"missing {_some(missing)}, unknown {_some(unknown)}"
+            f"missing {_some(missing)}, unknown {_some(unknown)}; {_ANEW}"
         )
     for name, tensor in weights.items():
         if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
             raise CheckpointError(
                 f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
-                f"expected {own[name].dtype} {tuple(own[name].shape)}"
+                f"expected {own[name].dtype} {tuple(own[name].shape)}; {_ANEW}"
             )
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: {name} holds NaN or infinite numbers")
-    network.load_state_dict(weights)
-    return network
+            raise CheckpointError(f"{path}: {name} holds NaN or infinite numbers; {_ANEW}")
 
 
 def _some(names: list[str]) -> str:
@@ -228,14 +281,15 @@ def _read_sidecar(path: Path) -> Sidecar:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
-            f"{path} can't be read ({error.strerror}); a checkpoint is a folder with {WEIGHTS} and "
-            f"{SIDECAR}"
+            f"{path} can't be read ({error.strerror}); a checkpoint is a folder with "
+            f"{WEIGHTS} and {SIDECAR}; copy both"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid JSON ({error})") from None
+        raise CheckpointError(f"{path} is no valid JSON ({error}); {_ANEW}") from None
     try:
         return Sidecar.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{path}: {where}: {first['msg']}") from None
+        value = "" if isinstance(first["input"], dict) else f"is {first['input']!r}: "
+        raise CheckpointError(f"{path}: {where}: {value}{first['msg']}; {_ANEW}") from None

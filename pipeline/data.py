@@ -10,11 +10,13 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from tokenize import TokenError
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.errors import UserError
 from pipeline.tensors import Split
@@ -72,14 +74,15 @@ def split_by_seed(
     splits["train"] = arrays.at(np.sort(order[start:]))
     for name, split in splits.items():
         if len(split.labels) == 0:
-            raise DataError(f"the split {name} of {len(order)} images is empty; raise its share")
+            remedy = "lower the shares or add images" if name == "train" else "raise its share"
+            raise DataError(f"the split {name} of {len(order)} images is empty; {remedy}")
     return splits
 
 
 def save(dataset: Dataset, folder: Path) -> None:
     """Write the prepared folder; the same data give the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    description: dict[str, object] = {
+    description = {
         "source": dataset.source,
         "classes": list(dataset.classes),
         "splits": {
@@ -100,7 +103,7 @@ def save(dataset: Dataset, folder: Path) -> None:
 
 def load_classes(folder: Path) -> tuple[str, ...]:
     """The names of the classes of a prepared folder."""
-    return tuple(_description(folder)["classes"])
+    return _description(folder).classes
 
 
 def load_split(folder: Path, name: SplitName, device: torch.device) -> Split:
@@ -115,18 +118,19 @@ def load_split(folder: Path, name: SplitName, device: torch.device) -> Split:
         path = folder / f"{name}_{kind}.npy"
         try:
             arrays[kind] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, MemoryError, TokenError) as error:
             raise DataError(f"{path} can't be read ({error}); {_REMEDY}") from None
-        if digest(arrays[kind]) != description["splits"][name][f"{kind}_sha256"]:
+        if digest(arrays[kind]) != getattr(description.splits[name], f"{kind}_sha256"):
             raise DataError(f"{path} is not what {DESCRIPTION} beside it says; {_REMEDY}")
     images, labels = arrays["images"], arrays["labels"]
     square = images.ndim == 4 and images.shape[1] == images.shape[2] and images.shape[3] == 3
-    if images.dtype != np.uint8 or not square or labels.shape != (len(images),):
+    typed = images.dtype == np.uint8 and labels.dtype == np.int64
+    if not typed or not square or labels.shape != (len(images),) or not len(labels):
         raise DataError(
-            f"{folder / name}_*.npy hold {images.dtype} {images.shape} and labels {labels.shape}, "
-            f"expected uint8 [M, S, S, 3] and [M]; {_REMEDY}"
+            f"{folder / name}_*.npy hold {images.dtype} {images.shape} and labels {labels.dtype} "
+            f"{labels.shape}, expected uint8 [M, S, S, 3] and int64 [M]; {_REMEDY}"
         )
-    if labels.min() < 0 or labels.max() >= len(description["classes"]):
+    if labels.min() < 0 or labels.max() >= len(description.classes):
         raise DataError(f"{folder / name}_labels.npy has labels outside the classes; {_REMEDY}")
     return Split(images=torch.from_numpy(images).to(device), labels=torch.from_numpy(labels).to(device))
 
@@ -134,9 +138,45 @@ def load_split(folder: Path, name: SplitName, device: torch.device) -> Split:
 _REMEDY = "make it anew with `dvc repro -f prepare`"
 
 
-def _description(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _SplitRecord(_Record):
+    images: int
+    images_sha256: str
+    labels_sha256: str
+
+
+class _Description(_Record):
+    """dataset.json."""
+
+    source: str
+    classes: Annotated[tuple[str, ...], Field(strict=False, min_length=2)]
+    splits: dict[SplitName, _SplitRecord]
+
+    @field_validator("splits")
+    @classmethod
+    def _all_of_them(cls, value: dict[SplitName, _SplitRecord]) -> dict[SplitName, _SplitRecord]:
+        if set(value) != set(SPLITS):
+            raise ValueError(f"the splits are {sorted(value)}")
+        return value
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _a_list(cls, value: object) -> object:
+        if not isinstance(value, list):
+            raise ValueError("the classes are no list")
+        return value
+
+
+def _description(folder: Path) -> _Description:
     path = folder / DESCRIPTION
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return _Description.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path}: {where}: {first['msg']}; {_REMEDY}") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} can't be read ({error}); {_REMEDY}") from None

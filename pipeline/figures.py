@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 Rows = Sequence[Mapping[str, float]]
@@ -65,6 +66,7 @@ def learning_curves(path: Path, *, curriculum: Rows, finetune: Rows) -> None:
         ax.axvline(start + 0.5, color=GREY, linestyle=":", linewidth=1)
         ax.set(xlabel="epoch (dotted: joint finetuning begins)", ylabel=label)
         ax.grid(alpha=0.3)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(frameon=False)
     _save(figure, path)
 
@@ -100,7 +102,9 @@ def _blocks_by_outcome(
     used = blocks.min() - 1, blocks.max() + 1
     ax.set(xlabel="blocks kept", ylabel="share of these images", xlim=used)
     ax.set_title("blocks for right and wrong predictions")
-    ax.legend(frameon=False)
+    ax.margins(y=0.3)  # room for the legend
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(frameon=False, loc="upper left")
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

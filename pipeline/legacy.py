@@ -19,6 +19,7 @@ from pipeline.policy_net import PolicyNet
 from pipeline.resnet import STAGES, ResNet
 
 Weights = Mapping[str, Tensor]
+_ANEW = "take the file anew from its authors"
 MAX_BLOCK = 333  # index in a stage; a name alone must not make a network of depth 600,000
 
 
@@ -62,7 +63,8 @@ def load(path: Path) -> LegacyCheckpoint:
         policy_net = _policy_net(_weights(content, key, path), path)
     if resnet is None and policy_net is None:
         raise CheckpointError(
-            f"{path} holds none of state_dict, resnet, agent, net; its keys are {sorted(content)}"
+            f"{path} holds none of state_dict, resnet, agent, net; its keys are "
+            f"{sorted(map(repr, content))}; {_ANEW}"
         )
     return LegacyCheckpoint(resnet=resnet, policy_net=policy_net)
 
@@ -72,27 +74,27 @@ def _open(path: Path) -> dict[str, object]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)|`([\w.]+)`", str(error))
-        what = f" ({next(filter(None, named.groups()))})" if named else ""
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" ({named[1]})" if named else ""
         raise CheckpointError(
             f"{path} is refused: it is damaged, or would run code or build objects beyond plain "
             f"weights{what}; take the file from its authors, and never load it in another way"
         ) from None
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
+        raise CheckpointError(f"{path} does not exist; give the path of a checkpoint") from None
     except Exception as error:  # torch.load raises what the damaged bytes happen to break
-        raise CheckpointError(f"{path} is no readable checkpoint ({error})") from None
+        raise CheckpointError(f"{path} is no readable checkpoint ({error!r}); {_ANEW}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint; {_ANEW}")
     return content
 
 
 def _weights(content: dict[str, object], key: str, path: Path) -> Weights:
     found = content[key]
     if not isinstance(found, Mapping) or not found:
-        raise CheckpointError(f"{path}: {key} is no table of weights")
+        raise CheckpointError(f"{path}: {key} is no table of weights; {_ANEW}")
     if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
-        raise CheckpointError(f"{path}: {key} holds more than named tensors")
+        raise CheckpointError(f"{path}: {key} holds more than named tensors; {_ANEW}")
     return {name.removeprefix("module."): tensor for name, tensor in found.items()}
 
 
@@ -108,18 +110,25 @@ def _flat(weights: Weights, path: Path) -> tuple[dict[str, Tensor], int]:
             continue
         stage = int(match["from_0"]) if match["from_0"] else int(match["from_1"]) - 1
         placed.append((stage, int(match[3]), match[4], tensor))
-    if any(block > MAX_BLOCK for _, block, *_ in placed):
-        raise CheckpointError(f"{path} claims a stage of over {MAX_BLOCK} blocks")
+    if any(stage < 0 or block > MAX_BLOCK for stage, block, *_ in placed):
+        raise CheckpointError(f"{path} claims blocks that no ResNet here has; {_ANEW}")
     sizes = [1 + max((b for s, b, *_ in placed if s == stage), default=-1) for stage in range(3)]
     if len(set(sizes)) != 1 or not sizes[0] or any(s >= STAGES for s, *_ in placed):
         raise CheckpointError(
             f"{path} has {sizes} blocks in its first stages; a CIFAR ResNet has the same number in "
-            "each of three"
+            f"each of three; {_ANEW}"
         )
     n = sizes[0]
     for stage, block, rest, tensor in placed:
         flat[f"blocks.{stage * n + block}.{rest}"] = tensor
     return flat, 2 * STAGES * n + 2
+
+
+def _length(weights: Weights, name: str, path: Path) -> int:
+    """Length of the first axis of a weight that decides on the architecture."""
+    if name not in weights or weights[name].ndim == 0:
+        raise CheckpointError(f"{path} lacks {name}, or it is a single number; {_ANEW}")
+    return weights[name].shape[0]
 
 
 def _complete(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,9 +143,7 @@ def _complete(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _resnet(weights: Weights, path: Path) -> ResNet:
     flat, depth = _flat(weights, path)
-    if "conv1.weight" not in flat or "fc.weight" not in flat:
-        raise CheckpointError(f"{path} lacks the ResNet's conv1 or fc")
-    width, classes = flat["conv1.weight"].shape[0], flat["fc.weight"].shape[0]
+    width, classes = (_length(flat, name, path) for name in ("conv1.weight", "fc.weight"))
     network = ResNet(depth=depth, width=width, num_classes=classes)
     fill(network, _complete(flat), path)
     return network
@@ -150,10 +157,9 @@ def _policy_net(weights: Weights, path: Path) -> PolicyNet:
         if name.startswith("features.") and not name.startswith("features.fc.")
     }
     flat, depth = _flat(trunk, path)
-    if "conv1.weight" not in flat or "logit.weight" not in weights:
-        raise CheckpointError(f"{path} lacks the policy's features.conv1 or logit")
+    num_blocks, _ = (_length(weights, name, path) for name in ("logit.weight", "logit.bias"))
     flat |= {name.replace("logit", "fc"): weights[name] for name in ("logit.weight", "logit.bias")}
-    width, num_blocks = flat["conv1.weight"].shape[0], weights["logit.weight"].shape[0]
+    width = _length(weights, "features.conv1.weight", path)
     network = PolicyNet(num_blocks=num_blocks, depth=depth, width=width)
     fill(network, {f"features.{k}": v for k, v in _complete(flat).items()}, path)
     return network

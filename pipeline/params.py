@@ -5,6 +5,7 @@ which values are allowed and never what a result is, and no stage needs to rerun
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ NO_FILE = "import/none"  # stands for "nothing is imported": DVC needs a path th
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+PathText = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 # the shortcut pools 2x2 twice where the strided convolution rounds up: they agree on multiples of 4
 Side = Annotated[int, Field(ge=8, le=512, multiple_of=4)]
@@ -42,7 +44,7 @@ class Data(Section):
     """What `prepare` writes."""
 
     source: Literal["digits", "cifar10", "cifar100", "imagefolder"]
-    folder: str
+    folder: PathText
     image_size: Side
     validation_share: Share | None
     test_share: Share | None
@@ -113,7 +115,7 @@ class PolicyNetParams(Section):
 class Pretrain(Section):
     """Training the ResNet with every block."""
 
-    checkpoint: str
+    checkpoint: PathText
     epochs: Count
     batch_size: Count
     optimizer: Literal["sgd", "adam"]
@@ -128,7 +130,7 @@ class Pretrain(Section):
 class Curriculum(Section):
     """Learning the policy with a frozen ResNet."""
 
-    checkpoint: str
+    checkpoint: PathText
     gamma: NonNegative
     alpha: Annotated[float, Field(gt=0.5, le=1)]
     entropy_weight: NonNegative
@@ -144,7 +146,7 @@ class Curriculum(Section):
 class Finetune(Section):
     """Joint finetuning of policy and ResNet; its gamma is the top-level one."""
 
-    checkpoint: str
+    checkpoint: PathText
     alpha: Annotated[float, Field(gt=0.5, le=1)]
     entropy_weight: NonNegative
     epochs: Count
@@ -196,7 +198,7 @@ class Params(Section):
             raise ValueError(
                 f"curriculum.epochs {self.curriculum.epochs} end before the first of the "
                 f"{self.resnet.num_blocks} blocks is learnt; with epochs_per_block "
-                f"{self.curriculum.epochs_per_block} it takes {int(needed + 0.999)} epochs or more"
+                f"{self.curriculum.epochs_per_block} it takes {math.ceil(needed)} epochs or more"
             )
         return self
 
@@ -258,20 +260,25 @@ def load(path: Path | str = "params.yaml") -> Params:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ParamsError(f"{path} is missing; `make preset NAME=digits` writes one") from None
+    except OSError as error:
+        raise ParamsError(f"{path} can't be read ({error.strerror}); {_ANEW}") from None
     except UnicodeDecodeError as error:
-        raise ParamsError(f"{path} is not UTF-8 text ({error.reason})") from None
+        raise ParamsError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
     except yaml.YAMLError as error:
-        raise ParamsError(f"{path} is no valid YAML: {error}") from None
-    except (ParamsError, RecursionError) as error:
-        raise ParamsError(f"{path}: {error}") from None
+        raise ParamsError(f"{path} is no valid YAML: {error}; mend it there") from None
+    except (ValueError, RecursionError) as error:  # ours, or a date or number that can't be
+        raise ParamsError(f"{path}: {error}; mend it there, or {_ANEW}") from None
     if not isinstance(content, dict):
-        raise ParamsError(f"{path} holds {type(content).__name__}, not keys with values")
+        raise ParamsError(f"{path} holds {type(content).__name__}, not keys with values; {_ANEW}")
     try:
         return Params.model_validate(content)
     except ValidationError as error:
         problems = [_explain(item) for item in error.errors()]
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise ParamsError(f"{path} can't be used, and nothing was run:\n{listing}") from None
+
+
+_ANEW = "`make preset NAME=digits` writes one"
 
 
 def _explain(error: Any) -> str:
@@ -282,12 +289,18 @@ def _explain(error: Any) -> str:
         near = difflib.get_close_matches(parts[-1], _siblings(parts[:-1]), n=1)
         hint = f"did you mean {'.'.join([*parts[:-1], near[0]])}?" if near else "remove it"
         return f"{key}: no such key; {hint}"
+    if isinstance(error["input"], int) and abs(error["input"]) > 10**300:
+        return f"{key}: is a number of over 300 digits; lower it"
+    if error["type"] == "missing" and isinstance(error["loc"][-1], int):
+        return f"{key}: is {list(error['input'])!r}, but it takes 3 numbers, one for each channel"
     if error["type"] == "missing":
         return f"{key}: missing; add it (presets/digits.yaml has every key with a comment)"
-    message = error["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
     if error["type"] == "value_error":
-        return f"{key}: {message}" if key else message
+        own = error["msg"].removeprefix("Value error, ")
+        return f"{key}: {own}" if key else own
+    if error["type"] == "model_type":
+        return f"{key}: is {error['input']!r}, but it is a section: give it its keys and values"
+    message = error["msg"][0].lower() + error["msg"][1:]
     shown = error["input"] if not isinstance(error["input"], dict) else "a section"
     advice = " (a number in quotes is a text; write it without)" if _quoted_number(shown) else ""
     return f"{key}: is {shown!r}, but {message.replace('input ', 'it ')}{advice}"

@@ -42,12 +42,15 @@ class PolicyLearning:
 
     The one step for the curriculum (`finetune_resnet` False) and the joint finetuning (True):
     sampled actions u ~ Bernoulli(s'), the greedy policy u~ as the baseline, advantage R(u) - R(u~).
+
     Frozen, the ResNet stays in evaluation mode: no weight and no batch-norm statistic moves, unlike in
-    the authors' code. In finetuning the sampled pass trains it; a block's batch statistics are
-    those of the images that run it; the greedy pass always runs in evaluation mode and moves nothing.
-    So in finetuning R(u) is the reward of the network with batch statistics and R(u~) that of the network
-    as it is deployed. A baseline may be anything that does not depend on the sampled actions, so the
-    estimate stays unbiased for the former; where u = u~ the advantage is 0 by definition and is set so.
+    the authors' code. In finetuning the sampled pass trains it, and a block's batch statistics are those
+    of the images that run it; the greedy pass always runs in evaluation mode and moves nothing.
+
+    So in finetuning R(u) is the reward of the network with batch statistics, R(u~) that of the network
+    as it is deployed. A baseline may be anything that does not depend on the sampled actions, so what is
+    estimated is the former's gradient, but for one term: where u = u~ the advantage is 0 by definition,
+    and is set so, not left to the difference between the two kinds of statistics.
     """
 
     def __init__(

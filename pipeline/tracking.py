@@ -65,7 +65,8 @@ class StageRun:
             for run_id in (self.run_id, self.parent_id):
                 self._closing_client.set_terminated(run_id, status)
         except Exception as error:  # a store, a network, a server: none may stop a training
-            _say_once(error)
+            if self._client is not None:  # else it was said
+                _say_once(error)
 
     def _attempt(self, action: Any) -> None:
         if self._client is None:

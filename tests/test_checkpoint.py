@@ -98,7 +98,7 @@ def test_network_that_was_not_saved_is_none_and_is_missed_by_name(tmp_path, left
     checkpoint.save(replace(networks(), **{left_out: None}), tmp_path)
     loaded = checkpoint.load(tmp_path)
     assert getattr(loaded, left_out) is None
-    with pytest.raises(CheckpointError, match="stage finetune") as caught:
+    with pytest.raises(CheckpointError, match=f"{tmp_path} holds no .*; import it for") as caught:
         getattr(loaded, f"need_{left_out}")()
     assert {"resnet": "ResNet", "policy_net": "policy network"}[left_out] in str(caught.value)
 
@@ -239,12 +239,11 @@ def test_depth_that_no_network_has_is_refused(folder, section):
 
 @pytest.mark.parametrize(
     ("key", "value", "network"),
-    [
-        ("resnet.depth", 14, "ResNet"),
-        ("policy_net.depth", 14, "PolicyNet"),
-    ],
+    [("resnet.depth", 14, "ResNet"), ("policy_net.depth", 14, "PolicyNet")],
 )
 def test_deeper_network_than_its_weights_is_refused(folder, key, value, network):
+    if network == "ResNet":
+        checkpoint.save(replace(networks(), policy_net=None), folder)
     edit(folder, key, value)
     message = refusal(folder)
     assert f"{folder / WEIGHTS} does not hold the weights of its {network}" in message
@@ -252,15 +251,13 @@ def test_deeper_network_than_its_weights_is_refused(folder, key, value, network)
 
 
 def test_shallower_network_than_its_weights_is_refused(tmp_path):
-    deep = replace(networks(), resnet=ResNet(depth=14, width=4, num_classes=3))
+    deep = replace(networks(), resnet=ResNet(depth=14, width=4, num_classes=3), policy_net=None)
     checkpoint.save(deep, tmp_path)
     edit(tmp_path, "resnet.depth", 8)
     assert "unknown blocks.3" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("resnet.width", 5), ("resnet.num_classes", 4), ("policy_net.num_blocks", 9)]
-)
+@pytest.mark.parametrize(("key", "value"), [("resnet.width", 5), ("policy_net.width", 5)])
 def test_network_of_other_shapes_than_its_weights_is_refused(folder, key, value):
     edit(folder, key, value)
     message = refusal(folder)
@@ -268,7 +265,18 @@ def test_network_of_other_shapes_than_its_weights_is_refused(folder, key, value)
     assert "expected torch.float32" in message
 
 
-def test_as_many_classes_as_outputs_or_none_at_all(folder):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("resnet.num_classes", 4), ("policy_net.num_blocks", 9), ("resnet.depth", 14)],
+)
+def test_sidecar_that_contradicts_itself_is_refused(folder, key, value):
+    edit(folder, key, value)
+    message = refusal(folder)
+    assert str(folder / SIDECAR) in message
+    assert str(value if key != "resnet.depth" else 6) in message
+
+
+def test_names_of_classes_that_are_fewer_than_the_outputs_are_refused(folder):
     edit(folder, "classes", ["cat", "dog"])
     message = refusal(folder)
     assert str(folder / SIDECAR) in message

@@ -283,12 +283,20 @@ def test_stages_of_unequal_length_are_refused(path, resnet, left_out):
     assert "the same number in each of three" in message
 
 
+def test_name_that_claims_a_huge_network_is_refused_before_it_is_built(path, resnet):
+    last = {f"layer{stage}.9999999.conv1.weight": torch.zeros(1) for stage in (1, 2, 3)}
+    message = refusal(write(path, {"state_dict": as_layers(resnet) | last}))
+    assert str(path) in message
+    assert "blocks" in message
+
+
 def test_fourth_stage_is_refused(path, resnet):
     weights = as_layers(resnet)
     weights |= {k.replace("layer3", "layer4"): v for k, v in weights.items() if "layer3" in k}
     assert "the same number in each of three" in refusal(write(path, {"state_dict": weights}))
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
 @pytest.mark.parametrize("name", ["conv1.weight", "fc.weight", "bn1.weight"])
 @pytest.mark.parametrize("shape", [(), (1,), (0,)])
 def test_resnet_weight_of_another_shape_is_named(path, resnet, name, shape):

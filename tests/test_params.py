@@ -329,8 +329,13 @@ def test_empty_path_is_refused(path, key):
 
 
 def test_policy_input_larger_than_the_image_is_refused(path):
-    message = refusal(path, {"policy_net.input_size": 17})
-    assert "policy_net.input_size 17 is more than data.image_size 16; lower it" in message
+    message = refusal(path, {"policy_net.input_size": 20})
+    assert "policy_net.input_size 20 is more than data.image_size 16; lower it" in message
+
+
+@pytest.mark.parametrize("key", ["data.image_size", "policy_net.input_size"])
+def test_side_that_the_shortcuts_cannot_pool_is_refused(path, key):
+    assert f"{key}: is 10, but it should be a multiple of 4" in refusal(path, {key: 10})
 
 
 def test_policy_input_as_large_as_the_image_is_accepted(path):

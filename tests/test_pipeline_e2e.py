@@ -109,10 +109,13 @@ def test_bad_parameters_stop_before_any_work(copy, change, words):
 
 
 def test_scientific_notation_is_a_number(copy):
-    output = copy.run("dvc", "exp", "run", "--dry", "-S", "finetune.policy_lr=1e-5")
-    assert "finetune" in ran(output)
-    copy.run(sys.executable, "-c", "from pipeline.params import load; load()")
-    copy.run("git", "checkout", "params.yaml")
+    before = copy.outs()
+    output = copy.run("dvc", "exp", "run", "-S", "finetune.policy_lr=1e-5", "finetune")
+    assert ran(output) == ["check", "finetune"]
+    assert "1e-05" in (copy.folder / "params.yaml").read_text()
+    copy.run("git", "checkout", "params.yaml", "dvc.lock", "metrics")
+    copy.run("dvc", "checkout", "--force")
+    assert copy.outs() == before
 
 
 def test_a_killed_training_goes_on_and_ends_in_the_same_bytes(copy):

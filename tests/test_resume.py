@@ -1,9 +1,12 @@
 """Resume points: whole at any moment, found by what the training depends on."""
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
 from pipeline.resume import ResumePoint, digest_of_files, key_of, project_root
 
@@ -77,6 +80,50 @@ def test_damaged_state_is_said_and_the_training_starts_over(point, capsys, share
     said = capsys.readouterr().out
     assert str(point.path) in said
     assert "starting from the first epoch" in said
+
+
+def other_may_start(point: ResumePoint) -> bool:
+    lock = FileLock(point.path.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    lock.release()
+    return True
+
+
+def test_held_training_is_closed_to_others_until_it_ends(point, capsys):
+    with point.held():
+        assert not other_may_start(point)
+    assert other_may_start(point)
+    assert capsys.readouterr().out == ""
+
+
+def test_held_training_that_fails_is_open_again(point):
+    with pytest.raises(KeyboardInterrupt), point.held():
+        raise KeyboardInterrupt
+    assert other_may_start(point)
+
+
+def test_training_that_another_process_is_at_waits_and_says_so(point, capsys):
+    point.path.parent.mkdir()
+    held = threading.Event()
+
+    def hold() -> None:
+        with FileLock(point.path.with_suffix(".lock")):
+            held.set()
+            time.sleep(0.2)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    started = time.monotonic()
+    with point.held():
+        assert time.monotonic() - started > 0.1
+    other.join()
+    said = capsys.readouterr().out
+    assert "waiting: another process is at the same training" in said
+    assert point.path.stem in said
 
 
 class Hostile:

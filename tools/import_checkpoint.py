@@ -7,6 +7,7 @@ import argparse
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -17,6 +18,7 @@ from pipeline.params import NO_FILE
 
 IMPORT = Path("import")
 PARAMS = Path("params.yaml")
+OWN_FILES = (checkpoint.WEIGHTS, checkpoint.SIDECAR)
 STAGES = ("pretrain", "curriculum", "finetune")
 
 
@@ -40,31 +42,56 @@ def check(path: Path, stage: str) -> None:
             theirs.need_policy_net(path)
 
 
-def bring_in(path: Path) -> Path:
-    """Copy a legacy file, or both files of one of our own folders, into import/."""
+def bring_in(path: Path, in_use: Collection[Path] = ()) -> Path:
+    """Copy a legacy file, or both files of one of our own folders, into import/.
+
+    Args:
+        in_use: imports that other stages name; they are not overwritten.
+
+    Raises:
+        UserError: another stage uses an import of that name with other content.
+    """
+    path = path.resolve()
+    if path.parent == IMPORT.resolve():
+        return IMPORT / path.name
     target = IMPORT / (f"{path.parent.name}-{path.name}" if path.is_dir() else path.name)
-    if target.resolve() == path.resolve():
-        return target
-    if target.is_dir():
-        shutil.rmtree(target)
+    if target == Path(NO_FILE) or (target in in_use and not _same(path, target)):
+        raise UserError(f"{target} is in use with other content; rename {path.name} and repeat")
     if path.is_dir():
-        target.mkdir(parents=True)
-        for name in (checkpoint.WEIGHTS, checkpoint.SIDECAR):
+        target.mkdir(parents=True, exist_ok=True)
+        for name in OWN_FILES:
             shutil.copyfile(path / name, target / name)
     else:
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
     return target
 
 
-def name_in_params(stage: str, path: Path) -> list[str]:
-    """Set STAGE.checkpoint in params.yaml, comments kept; the list names all that import it.
+def _same(one: Path, other: Path) -> bool:
+    if one.is_dir() != other.is_dir():
+        return False
+    pairs = [(one / n, other / n) for n in OWN_FILES] if one.is_dir() else [(one, other)]
+    return all(a.read_bytes() == b.read_bytes() for a, b in pairs)
 
-    A finetuned pair holds both networks, so the stages before it take them from the same file unless they
-    have one of their own: otherwise they would train networks that nobody uses.
+
+def used_by_others(stage: str) -> set[Path]:
+    """The imports that params.yaml names for other stages."""
+    content = YAML().load(PARAMS)
+    return {Path(content[s]["checkpoint"]) for s in STAGES if s != stage}
+
+
+def name_in_params(stage: str, path: Path) -> list[str]:
+    """Set STAGE.checkpoint in params.yaml, comments kept; returns all that import.
+
+    A finetuned pair holds both networks, so the stages before it take them from the same file unless
+    they have one of their own: otherwise they would train networks that nobody uses.
     """
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 200
+    yaml.representer.add_representer(  # it would write null as nothing at all
+        type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
     content = yaml.load(PARAMS)
     named = [stage]
     if stage == "finetune":
@@ -82,13 +109,13 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     arguments = parser.parse_args()
     path: Path = arguments.file
-    if path.suffix == ".safetensors":  # one of our own folders, named by its weights
-        path = path.parent
+    if path.name in OWN_FILES:  # one of our own folders, named by a file in it
+        path = path.resolve().parent
     try:
         check(path, arguments.stage)
+        target = bring_in(path, used_by_others(arguments.stage))
     except UserError as error:
         sys.exit(f"error: {error}")
-    target = bring_in(path)
     try:
         subprocess.run(["dvc", "add", "--quiet", str(target)], check=True)
         subprocess.run(["git", "add", f"{target}.dvc", str(IMPORT / ".gitignore")], check=True)

@@ -1,0 +1,352 @@
+"""Runs in MLflow: where they are found again, how they end, and that nothing fails without them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from mlflow import MlflowClient
+
+from pipeline import tracking
+from pipeline.tracking import experiment_name, stage_run, store_uri
+
+ROOT = Path(__file__).parents[1]
+TOGETHER = {"seed": 0, "resnet.mean": (0.5, 0.5, 0.5)}
+VARIABLES = (
+    "BLOCKDROP_TRACKING",
+    "DVC_EXP_BASELINE_REV",
+    "DVC_EXP_NAME",
+    "MLFLOW_EXPERIMENT_NAME",
+    "MLFLOW_TRACKING_URI",
+)
+PROCESS = """
+import sys
+sys.modules["torch"] = type(sys)("torch")  # slow to import, and not needed here
+from pipeline.tracking import stage_run
+with stage_run(sys.argv[1], {"seed": 0, "resnet.mean": (0.5, 0.5, 0.5)}) as run:
+    print(run.run_id, run.parent_id)
+"""
+
+
+@pytest.fixture(scope="module")
+def started_together(tmp_path_factory) -> tuple[Path, list[list[str]]]:
+    """A store that three processes set up at once, and the run and parent of each."""
+    root = tmp_path_factory.mktemp("store")
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment |= {"DVC_ROOT": str(root), "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, stage],
+            cwd=root,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for stage in ("pretrain", "curriculum", "finetune")
+    ]
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    assert not any("can't be reached" in err for _, err in said), said
+    return root, [out.split() for out, _ in said]
+
+
+@pytest.fixture
+def root(started_together, monkeypatch) -> Path:
+    folder = started_together[0]
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DVC_ROOT", str(folder))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def client(root) -> MlflowClient:
+    return MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
+
+
+@pytest.fixture
+def params(request) -> dict[str, object]:
+    """Other parameters for every test, so another parent."""
+    return {"test": request.node.name}
+
+
+def complaints(capsys) -> int:
+    return capsys.readouterr().err.count("MLflow can't be reached")
+
+
+def test_three_processes_on_a_fresh_store_find_one_parent(started_together, client):
+    _, runs = started_together
+    assert len({run for run, _ in runs}) == 3
+    assert len({parent for _, parent in runs}) == 1
+    experiment = client.get_experiment_by_name("blockdrop")
+    same = "tags.`blockdrop.role` = 'parent' and params.seed = '0'"
+    assert len(client.search_runs([experiment.experiment_id], filter_string=same)) == 1
+
+
+def test_folder_for_the_lock_is_made_where_there_is_none(started_together):
+    assert (started_together[0] / ".dvc" / "tmp").is_dir()
+
+
+def test_stage_stands_under_its_parent(client, params):
+    with stage_run("pretrain", params) as run:
+        pass
+    child = client.get_run(run.run_id)
+    assert child.data.tags["mlflow.parentRunId"] == run.parent_id
+    assert child.data.tags["blockdrop.stage"] == "pretrain"
+    assert child.info.run_name == "pretrain"
+    assert client.get_run(run.parent_id).data.tags["blockdrop.role"] == "parent"
+
+
+def test_stage_and_parent_carry_all_parameters(client):
+    wanted = {"gamma": 2.0, "policy_net.input_size": None, "resnet.mean": (0.1, 0.2, 0.3)}
+    with stage_run("pretrain", wanted) as run:
+        pass
+    for run_id in (run.run_id, run.parent_id):
+        assert client.get_run(run_id).data.params == {k: str(v) for k, v in wanted.items()}
+
+
+def test_finished_stage_finishes_its_parent(client, params):
+    with stage_run("pretrain", params) as run:
+        assert client.get_run(run.run_id).info.status == "RUNNING"
+        assert client.get_run(run.parent_id).info.status == "RUNNING"
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert client.get_run(run.parent_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED"), (ValueError, "FAILED")],
+)
+def test_exception_goes_on_and_leaves_its_status(client, params, error, status):
+    with pytest.raises(error), stage_run("pretrain", params) as run:
+        raise error
+    assert client.get_run(run.run_id).info.status == status
+    assert client.get_run(run.parent_id).info.status == status
+
+
+def test_next_stage_of_the_same_parameters_finds_the_parent_and_wakes_it(client, params):
+    with stage_run("pretrain", params) as first:
+        pass
+    with stage_run("curriculum", dict(reversed(params.items()))) as second:
+        assert client.get_run(second.parent_id).info.status == "RUNNING"
+    assert second.parent_id == first.parent_id
+    assert second.run_id != first.run_id
+
+
+@pytest.mark.usefixtures("root")
+def test_other_parameters_have_another_parent(params):
+    with stage_run("pretrain", params) as first, stage_run("pretrain", params | {"gamma": 5}) as other:
+        pass
+    assert other.parent_id != first.parent_id
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("variable", ["DVC_EXP_NAME", "DVC_EXP_BASELINE_REV"])
+def test_other_experiment_of_the_same_parameters_has_another_parent(params, monkeypatch, variable):
+    parents = set()
+    for value in ("first", "second"):
+        monkeypatch.setenv(variable, value)
+        with stage_run("pretrain", params) as run:
+            parents.add(run.parent_id)
+    assert len(parents) == 2
+
+
+def test_parent_has_the_name_that_dvc_gave(client, params, monkeypatch):
+    monkeypatch.setenv("DVC_EXP_NAME", "tawny-quop")
+    with stage_run("pretrain", params) as run:
+        pass
+    assert client.get_run(run.parent_id).info.run_name == "tawny-quop"
+
+
+def test_resumed_run_goes_on_in_the_same_run(client, params):
+    with stage_run("pretrain", params) as first:
+        first.log_metrics({"loss": 2.0}, step=0)
+    client.set_terminated(first.run_id, "KILLED")
+    with stage_run("pretrain", params, resumed=first.run_id) as second:
+        assert client.get_run(second.run_id).info.status == "RUNNING"
+        second.log_metrics({"loss": 1.0}, step=1)
+    assert (second.run_id, second.parent_id) == (first.run_id, first.parent_id)
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+    history = client.get_metric_history(first.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(0, 2.0), (1, 1.0)]
+
+
+def test_resumed_run_moves_under_the_experiment_that_resumed_it(client, params, monkeypatch):
+    with stage_run("pretrain", params) as first:
+        pass
+    monkeypatch.setenv("DVC_EXP_NAME", "second-try")
+    with stage_run("pretrain", params, resumed=first.run_id) as second:
+        pass
+    assert second.run_id == first.run_id
+    assert second.parent_id != first.parent_id
+    assert client.get_run(first.run_id).data.tags["mlflow.parentRunId"] == second.parent_id
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_resumed_run_that_is_gone_gives_way_to_a_new_one(client, params, capsys, deleted):
+    gone = 32 * "0"
+    if deleted:
+        with stage_run("pretrain", params) as first:
+            gone = first.run_id
+        client.delete_run(gone)
+    with stage_run("pretrain", params, resumed=gone) as run:
+        run.log_metrics({"loss": 1.0})
+    assert complaints(capsys) == 0
+    assert client.get_run(run.run_id).data.metrics == {"loss": 1.0}
+
+
+def test_run_that_a_killed_process_left_running_is_ended(client, params):
+    with stage_run("pretrain", params) as orphan:
+        pass
+    client.update_run(orphan.run_id, status="RUNNING")
+    with stage_run("curriculum", params):
+        assert client.get_run(orphan.run_id).info.status == "RUNNING"
+    with stage_run("pretrain", params):
+        assert client.get_run(orphan.run_id).info.status == "KILLED"
+
+
+def test_undefined_metrics_are_left_out(client, params):
+    with stage_run("evaluate", params) as run:
+        run.log_metrics({"accuracy": 0.5, "spearman": None})
+        run.log_headline({"flops": 0.25, "interval": None})
+    assert client.get_run(run.run_id).data.metrics == {"accuracy": 0.5}
+    assert client.get_run(run.parent_id).data.metrics == {"flops": 0.25}
+
+
+def test_headline_stands_on_the_parent_and_other_metrics_on_the_stage(client, params):
+    with stage_run("evaluate", params) as run:
+        run.log_metrics({"loss": 0.5})
+        run.log_headline({"accuracy": 0.75})
+    assert client.get_run(run.run_id).data.metrics == {"loss": 0.5}
+    assert client.get_run(run.parent_id).data.metrics == {"accuracy": 0.75}
+
+
+def test_nothing_but_undefined_metrics_is_no_failure(client, params, capsys):
+    with stage_run("evaluate", params) as run:
+        run.log_metrics({"spearman": None})
+        run.log_metrics({"accuracy": 0.5})
+    assert complaints(capsys) == 0
+    assert client.get_run(run.run_id).data.metrics == {"accuracy": 0.5}
+
+
+def test_files_go_to_the_stage_or_to_the_parent_in_the_main_checkout(client, params, root, tmp_path):
+    (tmp_path / "own.txt").write_text("own")
+    (tmp_path / "report.txt").write_text("report")
+    with stage_run("report", params) as run:
+        run.log_artifact(tmp_path / "own.txt")
+        run.log_artifact_to_parent(tmp_path / "report.txt")
+    assert [item.path for item in client.list_artifacts(run.run_id)] == ["own.txt"]
+    assert [item.path for item in client.list_artifacts(run.parent_id)] == ["report.txt"]
+    assert {path.name for path in (root / "mlartifacts").rglob("*.txt")} >= {"own.txt", "report.txt"}
+
+
+@pytest.mark.usefixtures("root")
+def test_missing_file_is_said_once_and_stops_nothing(params, capsys, tmp_path):
+    with stage_run("report", params) as run:
+        run.log_artifact(tmp_path / "missing")
+        run.log_artifact(tmp_path / "missing")
+    assert complaints(capsys) == 1
+
+
+def test_call_that_fails_is_said_once_and_the_runs_end_all_the_same(client, params, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    with stage_run("pretrain", params) as run:
+        monkeypatch.setattr(MlflowClient, "log_batch", fail)
+        run.log_metrics({"loss": 1.0})
+        run.log_metrics({"loss": 0.5})
+        run.log_headline({"accuracy": 0.5})
+    said = capsys.readouterr().err
+    assert said.count("MLflow can't be reached (disk full)") == 1
+    assert "metrics/ and plots/" in said
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert client.get_run(run.parent_id).info.status == "FINISHED"
+
+
+@pytest.mark.usefixtures("root")
+def test_store_that_is_lost_midway_is_said_once_and_stops_nothing(params, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    with stage_run("pretrain", params) as run:
+        monkeypatch.setattr(MlflowClient, "log_batch", fail)
+        monkeypatch.setattr(MlflowClient, "set_terminated", fail)
+        run.log_metrics({"loss": 1.0})
+    assert complaints(capsys) == 1
+
+
+@pytest.fixture
+def _no_server(root, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+@pytest.mark.usefixtures("_no_server")
+def test_server_out_of_reach_is_said_once_and_the_body_runs(params, capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    with stage_run("pretrain", params, resumed="abc") as run:
+        run.log_metrics({"loss": 1.0})
+        run.log_headline({"accuracy": 0.5})
+        run.log_artifact(tmp_path / "a.txt")
+        run.log_artifact_to_parent(tmp_path / "a.txt")
+        ran = True
+    assert ran
+    assert complaints(capsys) == 1
+
+
+@pytest.mark.usefixtures("_no_server")
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_server_out_of_reach_hides_no_exception_of_the_body(params, error):
+    with pytest.raises(error), stage_run("pretrain", params):
+        raise error
+
+
+@pytest.mark.usefixtures("root")
+def test_lock_that_nobody_gives_back_is_said_and_stops_nothing(root, params, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "LOCK_PATIENCE", 0.05)
+    with FileLock(root / ".dvc" / "tmp" / "mlflow.lock"), stage_run("pretrain", params) as run:
+        run.log_metrics({"loss": 1.0})
+    assert complaints(capsys) == 1
+
+
+def test_tracking_that_is_off_writes_and_says_nothing(tmp_path, params, monkeypatch, capsys):
+    monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    with stage_run("pretrain", params) as run:
+        run.log_metrics({"loss": 1.0})
+        run.log_headline({"accuracy": 0.5})
+        run.log_artifact(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_tracking_that_is_off_hides_no_exception(params, monkeypatch):
+    monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
+    with pytest.raises(ZeroDivisionError), stage_run("pretrain", params):
+        raise ZeroDivisionError
+
+
+def test_store_is_in_the_main_checkout_unless_told_otherwise(root, monkeypatch):
+    assert store_uri() == f"sqlite:///{root}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    assert store_uri() == "http://tracking:5000"
+
+
+def test_without_dvc_and_git_the_experiment_still_has_a_name(root):
+    assert experiment_name() == "no-git-no-commit"
+
+
+def test_without_dvc_the_experiment_is_named_after_branch_and_commit(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q", "-b", "trunk"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    assert experiment_name() == f"trunk-{head}"
