@@ -73,12 +73,13 @@ def _difficulty(evaluated: dict[str, Any]) -> str:
 
 def headline(evaluated: dict[str, Any]) -> dict[str, float | None]:
     """What the parent run shows: evaluate's metrics as they are, others under their stage's name."""
-    found = dict(evaluated)
-    for stage in ("prepare", *TRAININGS, "baseline"):
-        metrics = common.read_json(common.METRICS / f"{stage}.json")
-        found |= {f"{stage}.{name}": value for name, value in metrics.items()}
+    found = evaluated | common.read_json(common.METRICS / "prepare.json")
+    baseline = common.read_json(common.METRICS / "baseline.json")
+    found |= {f"baseline.{name}": value for name, value in baseline.items()}
     for stage in TRAININGS:
+        metrics = common.read_json(common.METRICS / f"{stage}.json")[stage]
         times = common.read_json(common.METRICS / "times" / f"{stage}.json")
+        found |= {f"{stage}.{name}": value for name, value in metrics.items()}
         found[f"{stage}.seconds"] = times["seconds"]
     return found
 

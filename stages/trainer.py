@@ -127,7 +127,7 @@ def train(
             save(final)
             write_csv(PLOTS / f"{stage}.csv", history)
             write_times(stage, seconds, images=len(splits["train"]) * section.epochs)
-            write_json(METRICS / f"{stage}.json", final)
+            write_json(METRICS / f"{stage}.json", {stage: final})  # DVC names it {stage}.{name}
             mlflow_run.log_metrics({"seconds": seconds})
             mlflow_run.log_artifact(PLOTS / f"{stage}.csv")
         point.discard()
@@ -138,7 +138,7 @@ def record_import(stage: str, params: Params, path: Path) -> None:
     with stage_run(stage, params.flat()):
         write_csv(PLOTS / f"{stage}.csv", [{"epoch": 0}])
         write_json(METRICS / "times" / f"{stage}.json", {"seconds": None, "images_per_second": None})
-        write_json(METRICS / f"{stage}.json", {"imported": 1})
+        write_json(METRICS / f"{stage}.json", {stage: {"imported": 1}})
         print(f"{stage}: imported {path}")
 
 

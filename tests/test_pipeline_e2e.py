@@ -171,4 +171,4 @@ def test_importing_a_checkpoint_replaces_training(copy):
     weights = "models/pretrain/model.safetensors"
     assert after[weights] == before[weights]
     assert after["models/finetune/model.safetensors"] == before["models/finetune/model.safetensors"]
-    assert copy.metrics("pretrain") == {"imported": 1}
+    assert copy.metrics("pretrain") == {"pretrain": {"imported": 1}}

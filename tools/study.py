@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+PREFIX = "metrics/evaluate.json:"  # of metrics that another file has as well
 METRICS = {
     "accuracy": "test accuracy",
     "full_accuracy": "every block",
@@ -32,7 +33,7 @@ def finished() -> pd.DataFrame:
     shown = subprocess.run(
         ["dvc", "exp", "show", "--csv"], check=True, capture_output=True, text=True
     ).stdout
-    table = pd.read_csv(io.StringIO(shown))
+    table = pd.read_csv(io.StringIO(shown)).rename(columns=lambda name: name.removeprefix(PREFIX))
     table = table[table["Experiment"].notna() & table["accuracy"].notna()]
     return table.set_index("Experiment")
 
