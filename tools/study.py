@@ -7,10 +7,12 @@ does not depend on gamma runs once for each seed. Experiments that are there alr
 import argparse
 import io
 import subprocess
+import time
 from pathlib import Path
 
 import pandas as pd
 
+POLL_SECONDS = 5
 PREFIX = "metrics/evaluate.json:"  # of metrics that another file has as well
 METRICS = {
     "accuracy": "test accuracy",
@@ -50,8 +52,27 @@ def run_missing(gammas: list[float], seeds: list[int], jobs: int) -> None:
             subprocess.run(command, check=True)
         if missing:
             subprocess.run(["dvc", "queue", "start", "--jobs", str(jobs)], check=True)
-            for gamma, seed in missing:  # returns when the task is done; fails when it failed
-                subprocess.run(["dvc", "queue", "logs", "-f", name_of(gamma, seed)], check=True)
+            wait_for({name_of(*pair) for pair in missing})
+
+
+def wait_for(names: set[str]) -> None:
+    """Return when the queue is done with these experiments.
+
+    Raises:
+        SystemExit: one of them failed.
+    """
+    while True:
+        status = subprocess.run(
+            ["dvc", "queue", "status"], check=True, capture_output=True, text=True
+        ).stdout
+        words = [line.split() for line in status.splitlines()]
+        states = {row[1]: row for row in words if len(row) > 1 and row[1] in names}
+        failed = sorted(name for name, row in states.items() if "Failed" in row)
+        if failed:
+            raise SystemExit(f"error: {failed[0]} failed; `dvc queue logs {failed[0]}` says why")
+        if not any({"Queued", "Running"} & set(row) for row in states.values()):
+            return
+        time.sleep(POLL_SECONDS)
 
 
 def summary(table: pd.DataFrame) -> str:
