@@ -132,7 +132,8 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_bytes(copy):
     output = copy.run(*train)
     assert re.search(r"resuming after epoch [12] of 3", output)
     assert copy.outs() == before
-    assert not list((copy.folder / ".resume").glob("*"))
+    left = {path.suffix for path in (copy.folder / ".resume").iterdir()}
+    assert left == {".lock"}  # empty files: to remove one would race with who waits for it
     copy.run("dvc", "checkout", "--force")
 
 
