@@ -32,6 +32,14 @@ class RuleNet(torch.nn.Module):
         return torch.stack([right, 1 - right], dim=1)
 
 
+class ModeNet(RuleNet):
+    """Right in evaluation mode, wrong in training mode, as batch statistics can make a network."""
+
+    def forward(self, images, actions=None):
+        right = torch.full((len(images),), float(not self.training))
+        return torch.stack([right, 1 - right], dim=1)
+
+
 class SameForAll(torch.nn.Module):
     """A policy network whose logits are its parameters."""
 
@@ -44,12 +52,17 @@ class SameForAll(torch.nn.Module):
 
 
 def gradient_of_step(
-    noise: torch.Tensor, *, entropy_weight: float = 0.0, epoch: int | None = None
+    noise: torch.Tensor,
+    *,
+    entropy_weight: float = 0.0,
+    epoch: int | None = None,
+    resnet: torch.nn.Module | None = None,
+    finetune: bool = False,
 ) -> torch.Tensor:
     """What one step on a single image leaves as the gradient of the logits."""
     policy_net = SameForAll()
     learner = PolicyLearning(
-        RuleNet(),
+        resnet or RuleNet(),
         policy_net,
         optimizer=make_optimizer("sgd", [{"params": [policy_net.logits], "lr": 0.0}], weight_decay=0),
         rules=PolicyRules(
@@ -58,7 +71,7 @@ def gradient_of_step(
         ),
         normalisation=NORMALISATION,
         precision="fp32",
-        finetune_resnet=False,
+        finetune_resnet=finetune,
     )  # fmt: skip
     learner.begin_epoch(epoch or 0)
     images = torch.zeros(1, 3, 8, 8)
@@ -98,6 +111,14 @@ def test_the_entropy_bonus_pushes_towards_one_half():
 def test_sampling_the_greedy_policy_teaches_nothing():
     greedy = greedy_actions(torch.sigmoid(START))
     assert not gradient_of_step(noise_that_samples(greedy)).any()
+
+
+def test_the_two_kinds_of_batch_statistics_make_no_advantage_of_the_same_policy():
+    greedy = greedy_actions(torch.sigmoid(START))
+    same = gradient_of_step(noise_that_samples(greedy), resnet=ModeNet(), finetune=True)
+    other = gradient_of_step(noise_that_samples(~greedy), resnet=ModeNet(), finetune=True)
+    assert not same.any()
+    assert other.any()
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
