@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from pipeline.resnet import ResNet
 
 
+def average_down(images: Tensor, size: int | None) -> Tensor:
+    """[B, 3, H, W] to [B, 3, size, size] by averages over areas; None leaves them as they are."""
+    if size is None or images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="area")
+
+
 class PolicyNet(nn.Module):
     """A small ResNet whose K outputs are the logits of the keep probabilities s (paper, section 3).
 
@@ -45,6 +52,4 @@ class PolicyNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, K] of the keep probabilities for images [B, 3, H, W]."""
-        if self.input_size is not None and images.shape[-1] != self.input_size:
-            images = F.interpolate(images, size=(self.input_size,) * 2, mode="area")
-        return self.features(images)
+        return self.features(average_down(images, self.input_size))

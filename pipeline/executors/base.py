@@ -1,0 +1,121 @@
+"""What every executor takes and gives.
+
+Shapes: B images, K blocks, N classes, C channels, H and W pixels.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pipeline.policy_net import PolicyNet
+from pipeline.resnet import ResNet
+from pipeline.tensors import Normalisation
+
+
+class Unavailable(Exception):
+    """This executor can't run here; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """What an executor runs. Without a policy network every block runs, unless actions are given."""
+
+    resnet: ResNet
+    policy_net: PolicyNet | None
+    normalisation: Normalisation
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.resnet.fc.weight.device
+
+    @property
+    def num_blocks(self) -> int:
+        """K, the length of a policy."""
+        return self.resnet.num_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """On the device of the images.
+
+    Attributes:
+        logits: [B, N] float32.
+        actions: [B, K] bool, the blocks that ran.
+    """
+
+    logits: Tensor
+    actions: Tensor
+
+
+class Executor(ABC):
+    """Weights packed once, then images in, logits and actions out.
+
+    Networks are taken as they are in evaluation mode when the executor is made; later changes of their
+    weights are not seen.
+
+    Args:
+        networks: on one device.
+        precision: `fp32` or `bf16`, of weights and activations.
+
+    Raises:
+        Unavailable: not with these networks, this precision or on this machine.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, networks: Networks, *, precision: str = "fp32") -> None:
+        self.networks = networks
+        self.precision = precision
+        self.device = networks.device
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, actions: Tensor | None = None) -> Output:
+        """Classify images [B, H, W, 3] uint8 under actions [B, K] (None: the policy network's).
+
+        Raises:
+            ValueError: images or actions have another shape or type.
+        """
+        if images.dim() != 4 or images.shape[-1] != 3 or images.dtype != torch.uint8:
+            raise ValueError(
+                f"images are {images.dtype} {tuple(images.shape)}, expected uint8 [B, H, W, 3]"
+            )
+        if actions is not None:
+            actions = self._checked(actions, len(images))
+        elif self.networks.policy_net is None:
+            actions = images.new_ones((len(images), self.networks.num_blocks), dtype=torch.bool)
+        return self._run(images, actions)
+
+    @torch.no_grad()
+    def classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
+        """Logits [B, N] float32 of normalised inputs [B, 3, H, W] under actions [B, K].
+
+        Raises:
+            ValueError: actions are not [B, K].
+        """
+        return self._classify(inputs, self._checked(actions, len(inputs)))
+
+    def _checked(self, actions: Tensor, batch: int) -> Tensor:
+        expected = (batch, self.networks.num_blocks)
+        if tuple(actions.shape) != expected:
+            raise ValueError(f"actions have shape {tuple(actions.shape)}, expected {expected}")
+        return actions.to(device=self.device, dtype=torch.bool)
+
+    def _run(self, images: Tensor, actions: Tensor | None) -> Output:
+        """Actions None: ask the policy network, which there is then."""
+        inputs = self.networks.normalisation(images).to(self.dtype)
+        if actions is None:
+            actions = self._decide(inputs)
+        return Output(logits=self._classify(inputs, actions), actions=actions)
+
+    @abstractmethod
+    def _decide(self, inputs: Tensor) -> Tensor:
+        """Greedy actions [B, K] bool for normalised inputs [B, 3, H, W]."""
+
+    @abstractmethod
+    def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
+        """Logits [B, N] float32."""

@@ -1,0 +1,242 @@
+"""The CPU executor in C++ (native.cpp): an image at a time, only the blocks that it keeps.
+
+It is compiled where it runs, once, with the compiler that is there; without one it is unavailable.
+Shapes: B images, K blocks, N classes, O output channels, I input channels.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import weakref
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.executors.base import Executor, Networks, Output, Unavailable
+from pipeline.executors.packed import fold
+from pipeline.executors.workers import native_workers
+from pipeline.resnet import ResNet
+
+SOURCE = Path(__file__).with_name("native.cpp")
+BUILDS = ".native"  # folder in the project's root
+FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread"]
+# what compilers on x86 and others take, most specific first
+TUNING = [["-march=native", "-mprefer-vector-width=512"], ["-march=native"], ["-mcpu=native"], []]
+
+
+class _Conv(ctypes.Structure):
+    _fields_ = [
+        ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("in_channels", ctypes.c_int32),
+        ("out_channels", ctypes.c_int32), ("stride", ctypes.c_int32), ("block", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+class _Network(ctypes.Structure):
+    _fields_ = [
+        ("convs", ctypes.POINTER(_Conv)), ("fc_weight", ctypes.c_void_p), ("fc_bias", ctypes.c_void_p),
+        ("num_blocks", ctypes.c_int32), ("outputs", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+class _Job(ctypes.Structure):
+    _fields_ = [
+        ("resnet", ctypes.POINTER(_Network)), ("policy_net", ctypes.POINTER(_Network)),
+        ("images", ctypes.c_void_p), ("inputs", ctypes.c_void_p), ("scale", ctypes.c_void_p),
+        ("shift", ctypes.c_void_p), ("actions", ctypes.c_void_p), ("logits", ctypes.c_void_p),
+        ("batch", ctypes.c_int64), ("height", ctypes.c_int32), ("width", ctypes.c_int32),
+        ("policy_size", ctypes.c_int32), ("teams", ctypes.c_int32), ("team_size", ctypes.c_int32),
+        ("next_image", ctypes.c_void_p), ("barriers", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled native.cpp, from the project's .native or anew.
+
+    Raises:
+        Unavailable: no C++ compiler, or it fails.
+    """
+    compiler = (
+        os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    )
+    if compiler is None:
+        raise Unavailable("no C++ compiler (c++, g++ or clang++) is installed")
+    source = SOURCE.read_bytes()
+    machine = f"{compiler} {platform.machine()} {_cpu_flags()}"
+    key = hashlib.sha256(source + machine.encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("DVC_ROOT") or SOURCE.parents[2]) / BUILDS
+    built = folder / f"{key}.so"
+    if not built.exists():
+        _build(compiler, built)
+    found = ctypes.CDLL(str(built))
+    found.make_space.restype = ctypes.c_void_p
+    found.make_space.argtypes = [ctypes.POINTER(_Job)]
+    found.free_space.argtypes = [ctypes.c_void_p]
+    found.run.argtypes = [ctypes.POINTER(_Job), ctypes.POINTER(ctypes.c_void_p), ctypes.c_int32]
+    return found
+
+
+def _cpu_flags() -> str:
+    """What tells machines apart that share a folder: the same code may not run on both."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _build(compiler: str, built: Path) -> None:
+    built.parent.mkdir(exist_ok=True)
+    failure = ""
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        made = Path(folder) / "made.so"
+        for tuning in TUNING:
+            command = [compiler, *FLAGS, *tuning, str(SOURCE), "-o", str(made)]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise Unavailable(f"{compiler} does not run: {error}") from None
+            if done.returncode == 0:
+                made.replace(built)  # whole or not at all, whoever else builds it
+                return
+            failure = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"
+    raise Unavailable(f"{compiler} does not compile {SOURCE.name}: {failure}")
+
+
+class _PackedNetwork:
+    """A network's weights as native.cpp wants them; keeps alive what the structure points to."""
+
+    def __init__(self, resnet: ResNet, lanes: int) -> None:
+        pairs = [(resnet.conv1, resnet.bn1)]
+        for block in resnet.flat_blocks():
+            pairs += [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+        self.kept: list[Tensor] = []
+        convs = []
+        for conv, bn in pairs:
+            weight, bias = fold(conv, bn)
+            out_channels, in_channels = weight.shape[:2]
+            widths = [width for width in (2 * lanes, lanes, 4) if out_channels % width == 0]
+            if not widths:
+                raise Unavailable(f"{out_channels} channels are no multiple of 4")
+            # [O, I, 3, 3] to [O / width][ky, kx, I][width]
+            packed = weight.view(out_channels // widths[0], widths[0], in_channels, 3, 3)
+            convs.append(
+                _Conv(
+                    weight=self._keep(packed.permute(0, 3, 4, 2, 1)),
+                    bias=self._keep(bias),
+                    in_channels=in_channels,
+                    out_channels=out_channels,
+                    stride=conv.stride[0],
+                    block=widths[0],
+                )
+            )
+        self.convs = (_Conv * len(convs))(*convs)
+        self.structure = _Network(
+            convs=self.convs,
+            fc_weight=self._keep(resnet.fc.weight),
+            fc_bias=self._keep(resnet.fc.bias),
+            num_blocks=resnet.num_blocks,
+            outputs=resnet.num_classes,
+        )
+
+    def _keep(self, tensor: Tensor) -> int:
+        self.kept.append(tensor.detach().float().contiguous())
+        return self.kept[-1].data_ptr()
+
+
+class Native(Executor):
+    """fp32 on CPU cores: as fast at batch 1 as at 1024, and at any mix of policies.
+
+    Raises:
+        Unavailable: the networks are on another device, bf16, channels that are no multiple of 4, or no
+            compiler.
+    """
+
+    name = "native"
+
+    def __init__(self, networks: Networks, *, precision: str = "fp32") -> None:
+        super().__init__(networks, precision=precision)
+        if self.device.type != "cpu" or precision != "fp32":
+            raise Unavailable(f"it runs fp32 on CPUs, not {precision} on {self.device.type}")
+        self.library = library()
+        lanes = self.library.lanes()
+        self.resnet = _PackedNetwork(networks.resnet, lanes)
+        self.policy_net = (
+            None if networks.policy_net is None else _PackedNetwork(networks.policy_net.features, lanes)
+        )
+        self.workers = native_workers(torch.get_num_threads())
+        self.spaces: dict[tuple[int | bool | None, ...], list[int]] = {}
+        self.scale, self.shift = networks.normalisation.scale_and_shift()
+
+    def _run(self, images: Tensor, actions: Tensor | None) -> Output:
+        images = images.contiguous()
+        return self._job(images.shape[:3], actions, images=images.data_ptr())
+
+    def _decide(self, inputs: Tensor) -> Tensor:
+        raise NotImplementedError("the policy network runs inside of _run")
+
+    def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
+        rows = inputs.float().permute(0, 2, 3, 1).contiguous()
+        return self._job(rows.shape[:3], actions, inputs=rows.data_ptr()).logits
+
+    def _spaces(self, job: _Job, key: tuple[int | bool | None, ...], teams: int) -> ctypes.Array[Any]:
+        """Memory for the activations of an image for each team, kept from call to call."""
+        kept = self.spaces.setdefault(key, [])
+        while len(kept) < teams:
+            kept.append(self.library.make_space(job))
+            weakref.finalize(self, self.library.free_space, kept[-1])
+        return (ctypes.c_void_p * teams)(*kept[:teams])
+
+    def _job(
+        self,
+        shape: torch.Size,
+        actions: Tensor | None,
+        *,
+        images: int | None = None,
+        inputs: int | None = None,
+    ) -> Output:
+        batch, height, width = shape
+        logits = torch.empty(batch, self.networks.resnet.num_classes)
+        if batch == 0:
+            return Output(
+                logits=logits, actions=torch.ones(0, self.networks.num_blocks, dtype=torch.bool)
+            )
+        policy_net = self.policy_net if actions is None else None
+        taken = (
+            torch.empty(batch, self.networks.num_blocks, dtype=torch.bool)
+            if actions is None
+            else actions.contiguous()
+        )
+        teams = min(batch, self.workers.count)
+        team_size = self.workers.count // teams
+        next_image = ctypes.c_int64(0)
+        barriers = (ctypes.c_int32 * (2 * teams))()
+        size = self.networks.policy_net.input_size if self.networks.policy_net is not None else None
+        job = _Job(
+            resnet=ctypes.pointer(self.resnet.structure),
+            policy_net=None if policy_net is None else ctypes.pointer(policy_net.structure),
+            images=images,
+            inputs=inputs,
+            scale=self.scale.data_ptr(),
+            shift=self.shift.data_ptr(),
+            actions=taken.data_ptr(),
+            logits=logits.data_ptr(),
+            batch=batch,
+            height=height,
+            width=width,
+            policy_size=size or height,
+            teams=teams,
+            team_size=team_size,
+            next_image=ctypes.addressof(next_image),
+            barriers=ctypes.addressof(barriers),
+        )
+        spaces = self._spaces(job, (height, width, size, policy_net is None), teams)
+        self.workers.run(lambda worker: self.library.run(job, spaces, worker), teams * team_size)
+        return Output(logits=logits, actions=taken)

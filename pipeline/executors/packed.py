@@ -1,0 +1,141 @@
+"""A ResNet made ready for inference: batch norm folded, weights packed, convolutions fused with what follows.
+
+Folding: w' = w gamma / sqrt(var + eps), b' = beta - mean gamma / sqrt(var + eps) for each output channel,
+by PyTorch's own `fuse_conv_bn_weights`. Shapes: B images, C channels, H and W pixels, N classes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from pipeline.policy_net import PolicyNet, average_down
+from pipeline.resnet import ResNet
+
+
+def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight [O, I, 3, 3] and bias [O], fp32, of a convolution that includes its batch norm."""
+    assert bn.running_mean is not None and bn.running_var is not None
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+    )
+    return weight.detach(), bias.detach()
+
+
+class PackedConv:
+    """A 3x3 convolution with its batch norm inside, and the ReLU after it."""
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> None:
+        weight, bias = fold(conv, bn)
+        self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+        self.bias = bias.to(dtype)
+        self.stride = conv.stride[0]
+
+    def relu(self, x: Tensor) -> Tensor:
+        """relu(conv(x)), channels_last."""
+        return F.relu_(F.conv2d(x, self.weight, self.bias, stride=self.stride, padding=1))
+
+    def add_relu_(self, x: Tensor, out: Tensor) -> Tensor:
+        """out = relu(out + conv(x)), in place."""
+        return out.add_(F.conv2d(x, self.weight, self.bias, stride=self.stride, padding=1)).relu_()
+
+
+class OneDnnConv(PackedConv):
+    """The same on CPUs by oneDNN's fused kernels, which torch.compile uses as well."""
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> None:
+        super().__init__(conv, bn, dtype)
+        self.geometry = (
+            [1, 1],
+            [self.stride, self.stride],
+            [1, 1],
+            1,
+        )  # padding, stride, dilation, groups
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry)
+
+    def relu(self, x: Tensor) -> Tensor:
+        """relu(conv(x)), channels_last."""
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self.weight, self.bias, *self.geometry, "relu", [], ""
+        )
+
+    def add_relu_(self, x: Tensor, out: Tensor) -> Tensor:
+        """out = relu(out + conv(x)), in place."""
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            out, x, self.weight, self.bias, *self.geometry, "add", None, "relu", [], ""
+        )
+
+
+def _has_fused_onednn() -> bool:
+    """Whether these operators, which are PyTorch's own business, are there as we know them."""
+    try:
+        with torch.no_grad():
+            OneDnnConv(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).eval(), torch.float32).relu(
+                torch.zeros(1, 3, 4, 4)
+            )
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class PackedBlock:
+    """Two convolutions and the shortcut, which is None where the shape stays."""
+
+    first: PackedConv
+    second: PackedConv
+    shortcut: nn.Module | None
+
+    def skip(self, x: Tensor) -> Tensor:
+        """What a dropped block gives: the shortcut alone."""
+        if self.shortcut is None:
+            return x
+        return self.shortcut(x).contiguous(memory_format=torch.channels_last)
+
+    def keep_(self, x: Tensor, skipped: Tensor) -> Tensor:
+        """What a kept block gives, written into `skipped` = skip(x)."""
+        return self.second.add_relu_(self.first.relu(x), skipped)
+
+
+class PackedNetwork:
+    """A ResNet, or the one inside a policy network, in evaluation mode."""
+
+    def __init__(self, resnet: ResNet, dtype: torch.dtype) -> None:
+        fused = resnet.fc.weight.device.type == "cpu" and _has_fused_onednn()
+        kind = OneDnnConv if fused else PackedConv
+        self.stem = kind(resnet.conv1, resnet.bn1, dtype)
+        self.blocks = [
+            PackedBlock(
+                kind(block.conv1, block.bn1, dtype),
+                kind(block.conv2, block.bn2, dtype),
+                None if isinstance(block.shortcut, nn.Identity) else block.shortcut,
+            )
+            for block in resnet.flat_blocks()
+        ]
+        self.fc_weight = resnet.fc.weight.detach().to(dtype)
+        self.fc_bias = resnet.fc.bias.detach().to(dtype)
+
+    def head(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to logits [B, N] float32."""
+        return F.linear(x.mean(dim=(2, 3)), self.fc_weight, self.fc_bias).float()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits [B, N] float32 of inputs [B, 3, H, W] with every block."""
+        x = self.stem.relu(inputs)
+        for block in self.blocks:
+            x = block.keep_(x, block.skip(x))
+        return self.head(x)
+
+
+class PackedPolicyNet:
+    """A policy network in evaluation mode."""
+
+    def __init__(self, policy_net: PolicyNet, dtype: torch.dtype) -> None:
+        self.input_size = policy_net.input_size
+        self.features = PackedNetwork(policy_net.features, dtype)
+
+    def actions(self, inputs: Tensor) -> Tensor:
+        """Greedy actions [B, K] bool: a probability of at least 0.5 is a logit of at least 0."""
+        return self.features.forward(average_down(inputs, self.input_size)) >= 0
