@@ -15,8 +15,8 @@ from pipeline.resnet import ResNet
 from pipeline.tensors import Normalisation
 
 
-class Unavailable(Exception):
-    """This executor can't run here; the message says why."""
+class UnavailableError(Exception):
+    """The executor can't run here; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Executor(ABC):
         precision: `fp32` or `bf16`, of weights and activations.
 
     Raises:
-        Unavailable: not with these networks, this precision or on this machine.
+        UnavailableError: not with these networks, this precision or on this machine.
     """
 
     name: ClassVar[str]

@@ -4,6 +4,7 @@ Shapes: B images, K blocks, R rows that keep a block, C channels, H and W pixels
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def in_parts(count: int, workers: int) -> list[slice]:
     """Split `count` images into at most `workers` nearly equal parts of SMALLEST_PART or more."""
     parts = max(1, min(workers, count // SMALLEST_PART))
     edges = [count * part // parts for part in range(parts + 1)]
-    return [slice(start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
 def put_rows_(x: Tensor, rows: Tensor, new: Tensor) -> None:
@@ -30,7 +31,7 @@ def put_rows_(x: Tensor, rows: Tensor, new: Tensor) -> None:
 
 
 class Packed(Executor):
-    """What executors on packed networks share: the policy network, and one part of the batch a worker."""
+    """What executors on packed networks share: the policy network, and a part of the batch a worker."""
 
     def __init__(self, networks: Networks, *, precision: str = "fp32") -> None:
         super().__init__(networks, precision=precision)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.executors.base import Executor, Networks, Output, Unavailable
+from pipeline.executors.base import Executor, Networks, Output, UnavailableError
 from pipeline.executors.packed import fold
 from pipeline.executors.workers import native_workers
 from pipeline.resnet import ResNet
@@ -61,13 +61,13 @@ def library() -> ctypes.CDLL:
     """The compiled native.cpp, from the project's .native or anew.
 
     Raises:
-        Unavailable: no C++ compiler, or it fails.
+        UnavailableError: no C++ compiler, or it fails.
     """
     compiler = (
         os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     )
     if compiler is None:
-        raise Unavailable("no C++ compiler (c++, g++ or clang++) is installed")
+        raise UnavailableError("no C++ compiler (c++, g++ or clang++) is installed")
     source = SOURCE.read_bytes()
     machine = f"{compiler} {platform.machine()} {_cpu_flags()}"
     key = hashlib.sha256(source + machine.encode()).hexdigest()[:16]
@@ -102,12 +102,12 @@ def _build(compiler: str, built: Path) -> None:
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=300)
             except (OSError, subprocess.TimeoutExpired) as error:
-                raise Unavailable(f"{compiler} does not run: {error}") from None
+                raise UnavailableError(f"{compiler} does not run: {error}") from None
             if done.returncode == 0:
                 made.replace(built)  # whole or not at all, whoever else builds it
                 return
             failure = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"
-    raise Unavailable(f"{compiler} does not compile {SOURCE.name}: {failure}")
+    raise UnavailableError(f"{compiler} does not compile {SOURCE.name}: {failure}")
 
 
 class _PackedNetwork:
@@ -124,7 +124,7 @@ class _PackedNetwork:
             out_channels, in_channels = weight.shape[:2]
             widths = [width for width in (2 * lanes, lanes, 4) if out_channels % width == 0]
             if not widths:
-                raise Unavailable(f"{out_channels} channels are no multiple of 4")
+                raise UnavailableError(f"{out_channels} channels are no multiple of 4")
             # [O, I, 3, 3] to [O / width][ky, kx, I][width]
             packed = weight.view(out_channels // widths[0], widths[0], in_channels, 3, 3)
             convs.append(
@@ -155,7 +155,7 @@ class Native(Executor):
     """fp32 on CPU cores: as fast at batch 1 as at 1024, and at any mix of policies.
 
     Raises:
-        Unavailable: the networks are on another device, bf16, channels that are no multiple of 4, or no
+        UnavailableError: the networks are on another device, bf16, channels that are no multiple of 4, or no
             compiler.
     """
 
@@ -164,7 +164,7 @@ class Native(Executor):
     def __init__(self, networks: Networks, *, precision: str = "fp32") -> None:
         super().__init__(networks, precision=precision)
         if self.device.type != "cpu" or precision != "fp32":
-            raise Unavailable(f"it runs fp32 on CPUs, not {precision} on {self.device.type}")
+            raise UnavailableError(f"it runs fp32 on CPUs, not {precision} on {self.device.type}")
         self.library = library()
         lanes = self.library.lanes()
         self.resnet = _PackedNetwork(networks.resnet, lanes)
