@@ -155,8 +155,7 @@ class Native(Executor):
     """fp32 on CPU cores: as fast at batch 1 as at 1024, and at any mix of policies.
 
     Raises:
-        UnavailableError: the networks are on another device, bf16, channels that are no multiple of 4, or no
-            compiler.
+        UnavailableError: another device, bf16, channels that are no multiple of 4, or no compiler.
     """
 
     name = "native"

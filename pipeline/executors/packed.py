@@ -1,7 +1,7 @@
-"""A ResNet made ready for inference: batch norm folded, weights packed, convolutions fused with what follows.
+"""A ResNet ready for inference: batch norm folded, weights packed, convolutions fused with ReLUs.
 
-Folding: w' = w gamma / sqrt(var + eps), b' = beta - mean gamma / sqrt(var + eps) for each output channel,
-by PyTorch's own `fuse_conv_bn_weights`. Shapes: B images, C channels, H and W pixels, N classes.
+Folding: w' = w gamma / sqrt(var + eps), b' = beta - mean gamma / sqrt(var + eps) for each output
+channel, by PyTorch's own `fuse_conv_bn_weights`. Shapes: B images, C channels, H and W pixels, N classes.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from pipeline.resnet import ResNet
 
 def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight [O, I, 3, 3] and bias [O], fp32, of a convolution that includes its batch norm."""
-    assert bn.running_mean is not None and bn.running_var is not None
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
     weight, bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
     )
@@ -34,11 +35,11 @@ class PackedConv:
         self.stride = conv.stride[0]
 
     def relu(self, x: Tensor) -> Tensor:
-        """relu(conv(x)), channels_last."""
+        """The convolution of x and its ReLU, channels_last."""
         return F.relu_(F.conv2d(x, self.weight, self.bias, stride=self.stride, padding=1))
 
     def add_relu_(self, x: Tensor, out: Tensor) -> Tensor:
-        """out = relu(out + conv(x)), in place."""
+        """In place: relu(out + conv(x)), written to `out`."""
         return out.add_(F.conv2d(x, self.weight, self.bias, stride=self.stride, padding=1)).relu_()
 
 
@@ -56,13 +57,13 @@ class OneDnnConv(PackedConv):
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry)
 
     def relu(self, x: Tensor) -> Tensor:
-        """relu(conv(x)), channels_last."""
+        """The convolution of x and its ReLU, channels_last."""
         return torch.ops.mkldnn._convolution_pointwise(
             x, self.weight, self.bias, *self.geometry, "relu", [], ""
         )
 
     def add_relu_(self, x: Tensor, out: Tensor) -> Tensor:
-        """out = relu(out + conv(x)), in place."""
+        """In place: relu(out + conv(x)), written to `out`."""
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             out, x, self.weight, self.bias, *self.geometry, "add", None, "relu", [], ""
         )

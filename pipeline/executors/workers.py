@@ -38,7 +38,7 @@ def map_torch(call: Callable[[T], R], items: Sequence[T], *, workers: int) -> li
 
 
 class NativeWorkers:
-    """`count` threads, the calling one included, for code that runs without PyTorch and without the GIL."""
+    """`count` threads, the calling one included, for code without PyTorch and without the GIL."""
 
     def __init__(self, count: int) -> None:
         self.count = count
