@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 PORT ?= 5000
 
-.PHONY: help setup repro test slow check ui preset import lock
+.PHONY: help setup repro benchmark test slow check ui preset import lock
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -25,6 +25,9 @@ setup: ## .venv from requirements.txt
 
 repro: setup ## run the pipeline: whatever params.yaml, code or data changed
 	dvc repro
+
+benchmark: setup ## measure inference time anew, on this machine, and report it
+	dvc repro --single-item --force benchmark report
 
 test: setup ## all tests but the slow ones
 	python -m pytest -m "not slow"

@@ -1,6 +1,6 @@
-"""Running the networks on a split: class predictions under given actions, and the policy itself.
+"""Dynamic inference: the choice of an executor, and predictions for a whole split.
 
-Shapes: M images of a split, K blocks, N classes.
+Shapes: B images of a batch, M images of a split, K blocks, N classes, H and W pixels.
 """
 
 from dataclasses import dataclass
@@ -9,12 +9,78 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.policy_net import PolicyNet
+from pipeline.executors.base import Executor, Networks, Output, UnavailableError
+from pipeline.executors.gather import Gather
+from pipeline.executors.grouped import Grouped
+from pipeline.executors.masked import Masked
+from pipeline.executors.native import Native
+from pipeline.executors.persistent import Persistent
+from pipeline.policy_net import PolicyNet, average_down
 from pipeline.resnet import ResNet
-from pipeline.runtime import autocast
 from pipeline.tensors import Normalisation, Split
 
+EXECUTORS: dict[str, type[Executor]] = {
+    kind.name: kind for kind in (Masked, Gather, Grouped, Native, Persistent)
+}
 EVALUATION_BATCH = 500  # bounds memory; results do not depend on it
+IMAGES_PER_POLICY = 16  # from which on images of one policy are run together, apart from the others
+
+
+class Auto(Executor):
+    """The fastest executor for the device, the precision and each batch's policies.
+
+    `native` on CPUs and `persistent` on CUDA, where they can run; otherwise `grouped` when the images of
+    a batch share few policies, `gather` when they do not.
+    """
+
+    name = "auto"
+
+    def __init__(self, networks: Networks, *, precision: str = "fp32") -> None:
+        super().__init__(networks, precision=precision)
+        kind = Native if self.device.type == "cpu" else Persistent
+        self.whole: Executor | None = None
+        self.reason = ""
+        try:
+            self.whole = kind(networks, precision=precision)
+        except UnavailableError as error:
+            self.reason = f"{kind.name}: {error}"
+            self.gather = Gather(networks, precision=precision)
+            self.grouped = Grouped(networks, precision=precision)
+
+    @property
+    def description(self) -> str:
+        """Which executors it comes down to here, and why not a faster one."""
+        if self.whole is not None:
+            return self.whole.name
+        return f"{self.grouped.name} or {self.gather.name} (no {self.reason})"
+
+    def _run(self, images: Tensor, actions: Tensor | None) -> Output:
+        if self.whole is not None:
+            return self.whole._run(images, actions)
+        return super()._run(images, actions)
+
+    def _decide(self, inputs: Tensor) -> Tensor:
+        return self.gather._decide(inputs)
+
+    def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
+        if self.whole is not None:
+            return self.whole._classify(inputs, actions)
+        distinct = len(torch.unique(actions, dim=0))
+        executor = self.grouped if len(actions) >= IMAGES_PER_POLICY * distinct else self.gather
+        return executor._classify(inputs, actions)
+
+
+def make_executor(networks: Networks, *, name: str = "auto", precision: str = "fp32") -> Executor:
+    """Pack the networks' weights for `name`: auto, masked, gather, grouped, native or persistent.
+
+    Raises:
+        ValueError: no executor has that name.
+        UnavailableError: it can't run here; `auto` always can.
+    """
+    kinds: dict[str, type[Executor]] = {Auto.name: Auto, **EXECUTORS}
+    if name not in kinds:
+        raise ValueError(f"no executor {name!r}; choose one of {', '.join(kinds)}")
+    return kinds[name](networks, precision=precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +103,6 @@ class Predictions:
         return float(self.correct.double().mean())
 
 
-@torch.inference_mode()
 def predict(
     resnet: ResNet,
     split: Split,
@@ -47,31 +112,35 @@ def predict(
     precision: str = "fp32",
 ) -> Predictions:
     """Classify a split in evaluation mode under actions [M, K] (None: every block runs)."""
-    resnet.eval()
-    device = split.images.device
-    logits = []
-    for start in range(0, len(split), EVALUATION_BATCH):
-        part = slice(start, start + EVALUATION_BATCH)
-        some = None if actions is None else actions[part].to(device)
-        with autocast(device, precision):
-            logits.append(resnet(normalisation(split.images[part]), some).float())
-    all_logits = torch.cat(logits)
-    losses = F.cross_entropy(all_logits, split.labels, reduction="none")
-    classes = all_logits.argmax(dim=1)
+    networks = Networks(resnet=resnet, policy_net=None, normalisation=normalisation)
+    execute = make_executor(networks, precision=precision)
+    logits = torch.cat(
+        [
+            execute(split.images[part], None if actions is None else actions[part]).logits
+            for part in _parts(len(split))
+        ]
+    )
+    losses = F.cross_entropy(logits, split.labels, reduction="none")
+    classes = logits.argmax(dim=1)
     correct = classes == split.labels
     return Predictions(classes=classes.cpu(), losses=losses.cpu(), correct=correct.cpu())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict_policy(
     policy_net: PolicyNet, split: Split, *, normalisation: Normalisation, precision: str = "fp32"
 ) -> Tensor:
     """Logits [M, K] of the keep probabilities, on the CPU."""
-    policy_net.eval()
-    device = split.images.device
+    # what decides is a ResNet too, all of whose blocks run
+    networks = Networks(resnet=policy_net.features, policy_net=None, normalisation=normalisation)
+    execute = make_executor(networks, precision=precision)
     logits = []
-    for start in range(0, len(split), EVALUATION_BATCH):
-        images = normalisation(split.images[start : start + EVALUATION_BATCH])
-        with autocast(device, precision):
-            logits.append(policy_net(images).float())
+    for part in _parts(len(split)):
+        inputs = average_down(normalisation(split.images[part]), policy_net.input_size)
+        every = torch.ones(len(inputs), networks.num_blocks, dtype=torch.bool, device=inputs.device)
+        logits.append(execute.classify(inputs, every))
     return torch.cat(logits).cpu()
+
+
+def _parts(count: int) -> list[slice]:
+    return [slice(start, start + EVALUATION_BATCH) for start in range(0, count, EVALUATION_BATCH)]

@@ -28,6 +28,7 @@ Side = Annotated[int, Field(ge=8, le=512, multiple_of=4)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 Schedule = Literal["constant", "cosine", "step"]
 Precision = Literal["fp32", "bf16"]
+ExecutorName = Literal["masked", "gather", "grouped", "native", "persistent"]
 
 
 class ParamsError(UserError):
@@ -166,6 +167,32 @@ class Evaluate(Section):
     bootstrap: Annotated[int, Field(ge=100)]
 
 
+class Benchmark(Section):
+    """What is timed, and for how long."""
+
+    batch_sizes: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
+    precisions: Annotated[tuple[Precision, ...], Field(strict=False, min_length=1)]
+    executors: Annotated[tuple[ExecutorName, ...], Field(strict=False, min_length=1)]
+    kept_shares: Annotated[
+        tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(strict=False, min_length=2)
+    ]
+    few_policies: Count
+    sole_depths: Annotated[tuple[Count, ...], Field(strict=False)]
+    rounds: Annotated[int, Field(ge=5)]
+    seconds: Positive
+    with_compile: bool
+
+    @model_validator(mode="after")
+    def _depths(self) -> "Benchmark":
+        for depth in self.sole_depths:
+            _check_depth(depth)
+        for name in ("batch_sizes", "precisions", "executors", "kept_shares", "sole_depths"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} {list(values)} names something twice; once is enough")
+        return self
+
+
 class Params(Section):
     """All of params.yaml."""
 
@@ -179,6 +206,7 @@ class Params(Section):
     curriculum: Curriculum
     finetune: Finetune
     evaluate: Evaluate
+    benchmark: Benchmark
 
     @model_validator(mode="after")
     def _fit_together(self) -> "Params":

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pipeline import policy_gradient as pg
 from pipeline.curriculum import learnt_count, learnt_mask, restrict
-from pipeline.inference import predict, predict_policy
+from pipeline.executors.base import Networks
+from pipeline.inference import make_executor, predict, predict_policy
 from pipeline.policies import greedy_actions, policy_statistics
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
@@ -76,6 +77,9 @@ class PolicyLearning:
         self.finetune_resnet = finetune_resnet
         self.num_actions = resnet.num_blocks
         self.learnt = torch.ones(resnet.num_blocks, dtype=torch.bool)
+        # frozen weights are packed once, and dropped blocks cost no time
+        networks = Networks(resnet=resnet, policy_net=None, normalisation=normalisation)
+        self.frozen = None if finetune_resnet else make_executor(networks, precision=precision)
 
     def begin_epoch(self, epoch: int) -> None:
         """Let the curriculum decide which blocks' decisions are learnt."""
@@ -103,6 +107,9 @@ class PolicyLearning:
 
     def _classify(self, batch: Batch, actions: Tensor, *, learn: bool) -> tuple[Tensor, Tensor]:
         """Class logits [B, N] under the actions, and whether the prediction is right, [B]."""
+        if self.frozen is not None:
+            logits = self.frozen.classify(batch.images, actions)
+            return logits, logits.argmax(dim=1) == batch.labels
         self.resnet.train(learn)
         with torch.set_grad_enabled(learn), autocast(batch.images.device, self.precision):
             logits = self.resnet(batch.images, actions)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+
+from pipeline.locks import alone
 
 PROJECT_MARK = ".dvc"
 
@@ -59,17 +60,9 @@ class ResumePoint:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep other processes off the same training (an orphan's, say) until this one is done."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path.with_suffix(".lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"waiting: another process is at the same training ({self.path.stem})", flush=True)
-            lock.acquire()
-        try:
+        waiting = f"waiting: another process is at the same training ({self.path.stem})"
+        with alone(self.path.with_suffix(".lock"), waiting=waiting):
             yield
-        finally:
-            lock.release()
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace the old state by a new one, so that at any moment one of them is whole."""

@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import platform
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -37,6 +39,33 @@ def describe_device(device: torch.device) -> str:
     else:
         name = f"CPU, {torch.get_num_threads()} threads"
     return f"{name}, torch {torch.__version__}"
+
+
+def describe_machine(device: torch.device) -> dict[str, str | int | None]:
+    """What a time was measured on: hardware and versions."""
+    on_cuda = device.type == "cuda"
+    return {
+        "device": describe_device(device),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if on_cuda else None,
+        "cudnn": torch.backends.cudnn.version() if on_cuda else None,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _processor() -> str:
+    """The CPU's name where Linux tells it, and its instructions for small numbers."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    told = {key.strip(): value.strip() for key, value in facts.items()}
+    extras = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in told.get("flags", "")]
+    return " ".join([told.get("model name", platform.processor()), *extras])
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.params import Params
+from pipeline.runtime import choose_device, describe_machine
 from pipeline.tracking import stage_run
 from stages import common
 
 OUT = Path("report")
+MACHINE = ("device", "processor", "threads")  # what makes times comparable
 TRAININGS = ("pretrain", "curriculum", "finetune")
 
 
@@ -56,8 +58,86 @@ def page(params: Params, evaluated: dict[str, Any], baseline: dict[str, Any]) ->
         else:
             rate, device = times["images_per_second"], times["device"]
             lines.append(f"| {stage} | {times['seconds']:.0f} | {rate:.0f} | {device} |")
+    lines += ["", *timing(common.read_json(common.PLOTS / "benchmark/benchmark.json"))]
     lines += ["", "Reproduce it with `dvc repro` and the params.yaml of this commit.", ""]
     return "\n".join(lines)
+
+
+def timing(benchmark: dict[str, Any]) -> list[str]:
+    """The benchmark's section: when BlockDrop is beneficial, in words and in a table."""
+    measured = benchmark["machine"]
+    here = describe_machine(choose_device())
+    lines = [
+        "## Does it pay in time?",
+        "",
+        f"Measured on {measured['device']} ({measured['processor']}), against the full ResNet in its "
+        "fastest form here, policy network and normalisation included.",
+        "",
+    ]
+    if {k: measured[k] for k in MACHINE} != {k: here[k] for k in MACHINE}:
+        lines += [
+            f"**Another machine than this one** ({here['device']}, {here['processor']}): these times "
+            "come from DVC's cache. `make benchmark` measures here.",
+            "",
+        ]
+    lines += [*(f"- {beneficial(answer)}" for answer in benchmark["answers"]), ""]
+    lines += ["![Speed-up by batch size](speedups.png)", ""]
+    if benchmark["sweep"]:
+        lines += ["![Time by kept share of the blocks](break_evens.png)", ""]
+    lines += [
+        "| batch | precision | executor | ms | images per second | times as fast | share of what FLOPs "
+        "promise | best static form | ms |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for answer in benchmark["answers"]:
+        if "executor" in answer:
+            rate = 1000 * answer["batch"] / answer["milliseconds"]
+            lines.append(
+                f"| {answer['batch']} | {answer['precision']} | {answer['executor']} "
+                f"| {answer['milliseconds']:.2f} | {rate:,.0f} | {_claim(answer)} "
+                f"| {100 * answer['share_of_ideal']:.0f} % of {answer['ideal']:.2f} "
+                f"| {answer['best_static']} | {answer['static_milliseconds']:.2f} |"
+            )
+    if benchmark["left_out"]:
+        lines += ["", "Left out here: " + _left_out(benchmark["left_out"]) + "."]
+    return lines
+
+
+def beneficial(answer: dict[str, Any]) -> str:
+    """One answer of the benchmark in words."""
+    where = f"Batch {answer['batch']}, {answer['precision']}"
+    if "executor" not in answer:
+        return f"{where}: no executor gave what the reference gives, so nothing is claimed."
+    if not answer["reliable"]:
+        return f"{where}: too noisy here to say (nothing is claimed)."
+    ratio, low, high = (answer[k] for k in ("speedup", "speedup_low", "speedup_high"))
+    interval = f"{ratio:.2f} times as fast (95 % interval {low:.2f} to {high:.2f})"
+    if low > 1:
+        said = f"{where}: beneficial, {interval}"
+    elif high < 1:
+        said = f"{where}: **not** beneficial, {interval}"
+    else:
+        said = f"{where}: no difference, {interval}"
+    shares = [
+        f"{100 * answer[f'break_even_{variant}']:.0f} % with {variant} different policies"
+        for variant in ("few", "many")
+        if answer.get(f"break_even_{variant}") is not None
+    ]
+    if shares:
+        said += f"; it would be up to a kept share of {', '.join(shares)}"
+    if answer["faster_than"]:
+        said += f"; no slower than a full {answer['faster_than']}"
+    return said + "."
+
+
+def _claim(answer: dict[str, Any]) -> str:
+    if not answer["reliable"]:
+        return "too noisy"
+    return f"{answer['speedup']:.2f} ({answer['speedup_low']:.2f} to {answer['speedup_high']:.2f})"
+
+
+def _left_out(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{what} ({why})" for what, why in reasons.items())
 
 
 def _difficulty(evaluated: dict[str, Any]) -> str:
@@ -81,7 +161,8 @@ def headline(evaluated: dict[str, Any]) -> dict[str, float | None]:
         times = common.read_json(common.METRICS / "times" / f"{stage}.json")
         found |= {f"{stage}.{name}": value for name, value in metrics.items()}
         found[f"{stage}.seconds"] = times["seconds"]
-    return found
+    timed = common.read_json(common.METRICS / "benchmark.json")["benchmark"]
+    return found | {f"benchmark.{name}": value for name, value in timed.items()}
 
 
 def main(params: Params) -> None:
@@ -89,9 +170,11 @@ def main(params: Params) -> None:
     evaluated = common.read_json(common.METRICS / "evaluate.json")
     baseline = common.read_json(common.METRICS / "baseline.json")
     OUT.mkdir(exist_ok=True)
+    pictures = [common.PLOTS / "evaluate" / name for name in ("policy.png", "learning_curves.png")]
+    pictures += sorted((common.PLOTS / "benchmark").glob("*.png"))
     with stage_run("report", params.flat()) as mlflow_run:
-        for name in ("policy.png", "learning_curves.png"):
-            (OUT / name).write_bytes((common.PLOTS / "evaluate" / name).read_bytes())
+        for picture in pictures:
+            (OUT / picture.name).write_bytes(picture.read_bytes())
         path = OUT / "report.md"
         path.write_text(page(params, evaluated, baseline), encoding="utf-8")
         mlflow_run.log_headline(headline(evaluated))  # of cached stages too: their code never ran

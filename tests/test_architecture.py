@@ -11,10 +11,10 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 # What no result depends on: values stand in params.yaml alone (no schema field has a default), logging
 # changes nothing, and a resumed training gives the bytes of an uninterrupted one (test_training).
-NEUTRAL = {"pipeline/params.py", "pipeline/tracking.py", "pipeline/resume.py", "pipeline/errors.py"}
+NEUTRAL = {f"pipeline/{name}.py" for name in ("params", "tracking", "resume", "locks", "errors")}
 MATHEMATICS = {
     "resnet", "policy_net", "policy_gradient", "policies", "curriculum", "cost", "tensors",
-    "inference", "evaluation", "training", "policy_learning",
+    "inference", "evaluation", "training", "policy_learning", "timing", "benchmark",
 }  # fmt: skip
 INPUT_OUTPUT = {"params", "data", "sources", "checkpoint", "legacy", "tracking", "resume", "figures"}
 
@@ -32,6 +32,8 @@ def imports_of(path: Path) -> set[str]:
             file = name.replace(".", "/") + ".py"
             if (ROOT / file).exists():
                 found.add(file)
+        if isinstance(node, ast.Constant) and str(node.value).endswith((".cpp", ".hpp")):
+            found.add(path.with_name(node.value).relative_to(ROOT).as_posix())  # compiled when it runs
     return found
 
 
@@ -39,13 +41,13 @@ def closure(file: str) -> set[str]:
     seen, todo = set(), {file}
     while todo:
         seen |= todo
-        todo = set().union(*(imports_of(ROOT / f) for f in todo)) - seen
+        todo = set().union(*(imports_of(ROOT / f) for f in todo if f.endswith(".py"))) - seen
     return seen
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_lists_the_code_it_depends_on(stage):
-    listed = {d for d in STAGES[stage]["deps"] if d.endswith(".py")}
+    listed = {d for d in STAGES[stage]["deps"] if d.endswith((".py", ".cpp", ".hpp"))}
     needed = closure(f"stages/{stage}.py")
     if stage != "check":  # whose result does depend on the schema
         needed -= NEUTRAL
@@ -68,14 +70,14 @@ def test_mathematics_does_no_io(module):
 
 
 def test_library_does_not_import_stages():
-    for file in (ROOT / "pipeline").glob("*.py"):
+    for file in (ROOT / "pipeline").rglob("*.py"):
         assert not any(f.startswith("stages/") for f in imports_of(file)), file
 
 
 @pytest.mark.parametrize("name", ["mlflow", "dvc"])
 def test_one_module_knows_mlflow_and_none_dvc(name):
     allowed = {"mlflow": {"tracking.py"}, "dvc": set()}[name]
-    for file in [*(ROOT / "pipeline").glob("*.py"), *(ROOT / "stages").glob("*.py")]:
+    for file in [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").glob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):

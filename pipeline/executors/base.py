@@ -88,6 +88,9 @@ class Executor(ABC):
             actions = self._checked(actions, len(images))
         elif self.networks.policy_net is None:
             actions = images.new_ones((len(images), self.networks.num_blocks), dtype=torch.bool)
+        if len(images) == 0:
+            nothing = torch.empty(0, self.networks.num_blocks, dtype=torch.bool, device=self.device)
+            return Output(logits=self._no_logits(), actions=nothing)
         return self._run(images, actions)
 
     @torch.no_grad()
@@ -97,7 +100,11 @@ class Executor(ABC):
         Raises:
             ValueError: actions are not [B, K].
         """
-        return self._classify(inputs, self._checked(actions, len(inputs)))
+        actions = self._checked(actions, len(inputs))
+        return self._classify(inputs, actions) if len(inputs) > 0 else self._no_logits()
+
+    def _no_logits(self) -> Tensor:
+        return torch.empty(0, self.networks.resnet.num_classes, device=self.device)
 
     def _checked(self, actions: Tensor, batch: int) -> Tensor:
         expected = (batch, self.networks.num_blocks)

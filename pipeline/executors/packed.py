@@ -1,7 +1,8 @@
 """A ResNet ready for inference: batch norm folded, weights packed, convolutions fused with ReLUs.
 
 Folding: w' = w gamma / sqrt(var + eps), b' = beta - mean gamma / sqrt(var + eps) for each output
-channel, by PyTorch's own `fuse_conv_bn_weights`. Shapes: B images, C channels, H and W pixels, N classes.
+channel, by PyTorch's own `fuse_conv_bn_weights`.
+Shapes: B images, C channels, H and W pixels, N classes.
 """
 
 from dataclasses import dataclass

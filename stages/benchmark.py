@@ -1,0 +1,75 @@
+"""benchmark: what dropping blocks saves in time on this machine, against the best static networks."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pipeline import checkpoint, figures
+from pipeline.benchmark import Benchmark, Settings
+from pipeline.cost import measure
+from pipeline.data import load_split
+from pipeline.executors.base import Networks
+from pipeline.locks import alone
+from pipeline.params import Params
+from pipeline.runtime import choose_device, describe_device, describe_machine
+from pipeline.tracking import stage_run
+from stages import common
+
+OUT = common.PLOTS / "benchmark"
+LOCK = Path(tempfile.gettempdir()) / "blockdrop-benchmark.lock"  # one benchmark at a time on a machine
+
+
+def headline(answers: list[dict[str, Any]]) -> dict[str, float]:
+    """Numbers for `dvc exp show` and MLflow: speed-ups that may be claimed, the others are left out."""
+    found: dict[str, float] = {}
+    for answer in answers:
+        where = f"batch{answer['batch']}_{answer['precision']}"
+        found[f"reliable_{where}"] = int(answer["reliable"])
+        if answer["reliable"]:
+            found[f"speedup_{where}"] = answer["speedup"]
+            found[f"share_of_ideal_{where}"] = answer["share_of_ideal"]
+    return found
+
+
+def main(params: Params) -> None:
+    """Write metrics/benchmark.json, and tables and figures in plots/benchmark."""
+    device = choose_device()
+    print(f"benchmark: on {describe_device(device)}", flush=True)
+    with stage_run("benchmark", params.flat()) as mlflow_run:
+        full = checkpoint.load(common.PRETRAINED).need_resnet().to(device)
+        tuned = checkpoint.load(common.FINETUNED)
+        resnet, policy_net = tuned.need_resnet().to(device), tuned.need_policy_net().to(device)
+        test = load_split(common.PREPARED, "test", device)
+        benchmark = Benchmark(
+            Networks(resnet=resnet, policy_net=policy_net, normalisation=tuned.normalisation),
+            full=full,
+            images=test.images,
+            cost=measure(resnet, policy_net, test.image_size),
+            settings=Settings(**dict(params.benchmark)),
+        )
+        with alone(LOCK, waiting="benchmark: waiting for another one on this machine to end"):
+            tables = benchmark.run(lambda line: print(f"benchmark: {line}", flush=True))
+        machine = describe_machine(device)
+        result = {
+            "machine": machine,
+            "left_out": benchmark.left_out,
+            "settings": dataclasses.asdict(benchmark.settings),
+            **tables,
+        }
+        metrics = headline(tables["answers"])
+        common.write_json(OUT / "benchmark.json", result)
+        common.write_json(common.METRICS / "benchmark.json", {"benchmark": metrics})
+        title = f"ResNet-{resnet.depth}, {machine['device']}"
+        figures.speedups(OUT / "speedups.png", times=tables["times"], title=title)
+        if tables["sweep"]:
+            figures.break_evens(OUT / "break_evens.png", sweep=tables["sweep"], title=title)
+        mlflow_run.log_metrics({f"benchmark.{name}": value for name, value in metrics.items()})
+        for file in sorted(OUT.iterdir()):
+            mlflow_run.log_artifact(file)
+    for what, why in benchmark.left_out.items():
+        print(f"benchmark: without {what}: {why}")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,295 @@
+"""Every executor gives what `masked` gives, whatever the policies, the batch and the memory layout."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import NORMALISATION
+from torch import nn
+
+from pipeline.executors import native, static
+from pipeline.executors.base import Networks, UnavailableError
+from pipeline.executors.gather import in_parts
+from pipeline.executors.masked import Masked
+from pipeline.executors.workers import map_torch, native_workers
+from pipeline.inference import EXECUTORS, Auto, make_executor
+from pipeline.policy_net import PolicyNet
+from pipeline.resnet import ResNet
+
+SIZE = 16
+NAMES = ["gather", "grouped", "native", "auto"]
+
+
+def trained(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Batch norm as after a training, so that folding it wrongly shows."""
+    torch.manual_seed(seed)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.uniform_(part.weight, 0.5, 1.5)
+            nn.init.normal_(part.bias, std=0.3)
+            part.running_mean.normal_(0, 0.3)
+            part.running_var.uniform_(0.5, 3)
+    return module.eval()
+
+
+def make_networks(*, depth=14, width=8, input_size=None, policy=True, seed=0) -> Networks:
+    torch.manual_seed(seed)
+    resnet = trained(ResNet(depth=depth, width=width, num_classes=5), seed)
+    policy_net = trained(
+        PolicyNet(num_blocks=resnet.num_blocks, width=width, input_size=input_size), seed + 1
+    )
+    return Networks(
+        resnet=resnet, policy_net=policy_net if policy else None, normalisation=NORMALISATION
+    )
+
+
+def make_images(count: int, size: int = SIZE, seed: int = 0) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, size, size, 3), generator=draw).byte()
+
+
+def executor(name: str, networks: Networks, precision: str = "fp32"):
+    try:
+        return make_executor(networks, name=name, precision=precision)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=[1, 2, 3], ids=lambda n: f"{n}-threads", scope="module")
+def threads(request):
+    """Several workers, also more than cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+POLICIES = {
+    "random": lambda b, k: torch.rand(b, k, generator=torch.Generator().manual_seed(3)) < 0.4,
+    "all kept": lambda b, k: torch.ones(b, k, dtype=torch.bool),
+    "all dropped": lambda b, k: torch.zeros(b, k, dtype=torch.bool),
+    "first of stages dropped": lambda b, k: (torch.arange(k) % (k // 3) != 0).expand(b, k),
+    "only first of stages": lambda b, k: (torch.arange(k) % (k // 3) == 0).expand(b, k),
+    "one image keeps": lambda b, k: torch.eye(b, k, dtype=torch.bool),
+    "two policies": lambda b, k: (torch.arange(b) % 2 == 0)[:, None] ^ (torch.arange(k) % 2 == 0),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("batch", [1, 2, 3, 17, 64])
+@pytest.mark.parametrize("name", NAMES)
+def test_same_logits_as_masked_under_given_actions(name, batch, policy, threads):
+    networks = make_networks()
+    images = make_images(batch)
+    actions = POLICIES[policy](batch, networks.num_blocks)
+    expected = Masked(networks)(images, actions)
+    found = executor(name, networks)(images, actions)
+    assert found.logits.dtype == torch.float32
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+    assert torch.equal(found.actions, actions)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 257])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("input_size", [None, 8])
+def test_same_actions_as_masked_from_the_policy_network(name, batch, input_size, threads):
+    networks = make_networks(input_size=input_size)
+    images = make_images(batch)
+    expected = Masked(networks)(images)
+    found = executor(name, networks)(images)
+    assert 0 < expected.actions.double().mean() < 1
+    assert torch.equal(found.actions, expected.actions)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "size"),
+    [(8, 4, 8), (8, 12, 8), (14, 16, 12), (8, 32, 32), (8, 20, 20), (26, 16, 28)],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_other_shapes(name, depth, width, size, threads):
+    networks = make_networks(depth=depth, width=width)
+    images = make_images(5, size)
+    expected = Masked(networks)(images)
+    found = executor(name, networks)(images)
+    assert torch.equal(found.actions, expected.actions)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["masked", *NAMES])
+def test_without_a_policy_network_every_block_runs(name):
+    networks = make_networks(policy=False)
+    images = make_images(9)
+    with torch.no_grad():
+        expected = networks.resnet(NORMALISATION(images))
+    found = executor(name, networks)(images)
+    assert found.actions.all()
+    torch.testing.assert_close(found.logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["masked", *NAMES])
+def test_memory_layouts(name):
+    networks = make_networks()
+    images = make_images(6)
+    actions = POLICIES["random"](6, networks.num_blocks)
+    execute = executor(name, networks)
+    expected = execute(images, actions).logits
+    scattered = make_images(12, 2 * SIZE)
+    scattered[::2, ::2, ::2] = images
+    assert not scattered[::2, ::2, ::2].is_contiguous()
+    torch.testing.assert_close(execute(scattered[::2, ::2, ::2], actions).logits, expected)
+    transposed = actions.t().contiguous().t()
+    torch.testing.assert_close(execute(images, transposed).logits, expected)
+    inputs = NORMALISATION(images)
+    for form in (inputs, inputs.contiguous(), inputs.contiguous().double().float()):
+        torch.testing.assert_close(execute.classify(form, actions), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["masked", *NAMES])
+def test_inputs_are_left_alone_and_calls_do_not_depend_on_each_other(name):
+    networks = make_networks()
+    execute = executor(name, networks)
+    images, others = make_images(20), make_images(33, seed=1)
+    actions = POLICIES["random"](20, networks.num_blocks)
+    copies = images.clone(), actions.clone()
+    first = execute(images, actions)
+    execute(others)
+    again = execute(images, actions)
+    assert torch.equal(first.logits, again.logits)
+    assert torch.equal(images, copies[0])
+    assert torch.equal(actions, copies[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dropped_block_does_not_run(name):
+    """Weights that would show in every logit, in a block that nobody keeps."""
+    networks = make_networks()
+    images = make_images(12)
+    actions = POLICIES["random"](12, networks.num_blocks).clone()
+    actions[:, 2] = False
+    expected = Masked(networks)(images, actions).logits
+    nn.init.constant_(networks.resnet.flat_blocks()[2].conv2.weight, float("nan"))
+    found = executor(name, networks)(images, actions).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gather", "grouped", "auto"])
+def test_bf16_predicts_nearly_the_same(name):
+    networks = make_networks(depth=20, width=16)
+    images = make_images(256)
+    actions = POLICIES["random"](256, networks.num_blocks)
+    expected = Masked(networks)(images, actions).logits
+    found = executor(name, networks, "bf16")(images, actions).logits
+    assert found.dtype == torch.float32
+    scale = expected.abs().max()
+    assert (found - expected).abs().max() < 0.05 * scale
+    assert not torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["masked", *NAMES])
+@pytest.mark.parametrize(
+    ("images", "actions", "words"),
+    [
+        (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), None, "uint8 [B, H, W, 3]"),
+        (torch.zeros(2, 16, 16, 3), None, "torch.float32"),
+        (make_images(2), torch.ones(2, 5), "(2, 5), expected (2, 6)"),
+        (make_images(2), torch.ones(3, 6), "(3, 6), expected (2, 6)"),
+    ],
+)
+def test_wrong_shapes_are_refused(name, images, actions, words):
+    with pytest.raises(ValueError, match="expected") as error:
+        executor(name, make_networks())(images, actions)
+    assert words in str(error.value)
+
+
+def test_no_images_give_no_logits():
+    for name in NAMES:
+        found = executor(name, make_networks())(make_images(0), torch.ones(0, 6))
+        assert found.logits.shape == (0, 5)
+
+
+def test_unknown_name_is_refused():
+    with pytest.raises(ValueError, match=r"no executor 'fast'; choose one of auto, masked"):
+        make_executor(make_networks(), name="fast")
+
+
+@pytest.mark.parametrize("name", sorted(EXECUTORS))
+def test_registry_uses_the_executors_own_names(name):
+    assert EXECUTORS[name].name == name
+
+
+def test_native_says_why_it_is_unavailable(monkeypatch, tmp_path):
+    native.library.cache_clear()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UnavailableError, match=r"no C\+\+ compiler"):
+        make_executor(make_networks(), name="native")
+    auto = make_executor(make_networks())
+    assert isinstance(auto, Auto)
+    assert "no C++ compiler" in auto.description
+    native.library.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which("false") is None, reason="no command `false`")
+def test_native_with_a_compiler_that_fails(monkeypatch, tmp_path):
+    native.library.cache_clear()
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    with pytest.raises(UnavailableError, match="does not compile"):
+        make_executor(make_networks(), name="native")
+    native.library.cache_clear()
+
+
+def test_native_refuses_channels_that_do_not_fill_a_vector():
+    with pytest.raises(UnavailableError, match="6 channels are no multiple of 4"):
+        make_executor(make_networks(width=6), name="native")
+
+
+@pytest.mark.parametrize("form", [static.eager, static.packed])
+def test_static_forms_are_the_full_network(form):
+    networks = make_networks()
+    images = make_images(10)
+    with torch.no_grad():
+        expected = networks.resnet(NORMALISATION(images))
+    torch.testing.assert_close(form(networks, "fp32")(images), expected, atol=1e-4, rtol=0)
+
+
+def test_auto_chooses_by_how_many_policies_there_are(monkeypatch):
+    monkeypatch.setattr(
+        "pipeline.inference.Native.__init__",
+        lambda *_, **__: (_ for _ in ()).throw(UnavailableError("off")),
+    )
+    auto = make_executor(make_networks())
+    ran = []
+    for name in ("gather", "grouped"):
+        part = getattr(auto, name)
+        monkeypatch.setattr(
+            part, "_classify", lambda i, a, n=name, real=part._classify: ran.append(n) or real(i, a)
+        )
+    images = make_images(64)
+    auto(images, POLICIES["two policies"](64, 6))
+    auto(images, POLICIES["random"](64, 6))
+    assert ran == ["grouped", "gather"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 15, 16, 17, 100, 257])
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_parts_cover_the_batch_once(count, workers):
+    parts = in_parts(count, workers)
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
+    assert len(parts) <= workers
+
+
+def test_errors_of_workers_reach_the_caller():
+    def fail(item):
+        raise RuntimeError(f"item {item}")
+
+    with pytest.raises(RuntimeError, match="item 0"):
+        map_torch(fail, [0, 1, 2], workers=2)
+    with pytest.raises(RuntimeError, match="item 1"):
+        native_workers(2).run(lambda member: fail(member) if member else None, 2)
+
+
+def test_workers_leave_the_number_of_threads_as_it_was(threads):
+    map_torch(lambda _: torch.rand(3), range(6), workers=2)
+    assert torch.get_num_threads() == threads
