@@ -438,6 +438,8 @@ def _classify(execute: Executor) -> Classify:
 
 def _line(answer: Row) -> str:
     where = f"batch {answer['batch']}, {answer['precision']}"
+    if "executor" not in answer:
+        return f"{where}: no executor gave what the reference gives, so nothing is claimed"
     if not answer["reliable"]:
         return f"{where}: too noisy to claim a speed-up"
     return (

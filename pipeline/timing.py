@@ -111,7 +111,7 @@ def break_even(shares: Sequence[float], seconds: Sequence[float], rival: float) 
     blocks take no more time, so that the line says nothing.
     """
     slope, start = np.polyfit(shares, seconds, 1)
-    if slope <= 0:
+    if slope < 0.01 * np.mean(seconds):  # all blocks cost less than 1 % more than none
         return None
     return float(np.clip((rival - start) / slope, 0, 1))
 

@@ -20,6 +20,7 @@ TINY = {
     "curriculum": {"epochs": 4},
     "finetune": {"epochs": 3},
     "evaluate": {"shuffles": 2, "single_policies": 4, "bootstrap": 100},
+    "benchmark": {"batch_sizes": [4, 40], "rounds": 5, "seconds": 0.1},
 }
 
 
@@ -52,12 +53,13 @@ class Copy:
     def python(self, code: str) -> str:
         return self.run(sys.executable, "-c", code)
 
-    def outs(self) -> dict[str, str]:
-        """Digests of everything the stages write but times."""
+    def outs(self, *, timed: bool = False) -> dict[str, str]:
+        """Digests of what the stages write, without or with what depends on the clock."""
         found = {}
         for top in ("data/prepared", "models", "metrics", "plots", "report"):
             for path in sorted((self.folder / top).rglob("*")):
-                if path.is_file() and "times" not in path.parts and path.name != ".gitignore":
+                clocked = {"times", "benchmark", "benchmark.json", "report"} & set(path.parts)
+                if path.is_file() and (timed or not clocked) and path.name != ".gitignore":
                     name = path.relative_to(self.folder).as_posix()
                     found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 from repository_copy import make_copy, ran
 
-from pipeline import sources
+from pipeline import legacy, sources
 from pipeline.data import DataError
+from pipeline.executors.base import Networks, UnavailableError
+from pipeline.executors.masked import Masked
+from pipeline.inference import EXECUTORS, make_executor
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ import pytest
 from repository_copy import TINY, Copy, environment, make_copy, ran
 
 pytestmark = pytest.mark.e2e
-GAMMA_STAGES = ["check", "finetune", "evaluate", "report"]
-ALL_STAGES = ["check", "prepare", "pretrain", "curriculum", "finetune", "evaluate", "baseline", "report"]
+GAMMA_STAGES = ["check", "finetune", "evaluate", "benchmark", "report"]
+ALL_STAGES = [*GAMMA_STAGES, "prepare", "pretrain", "curriculum", "baseline"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,12 @@ def test_one_command_runs_every_stage(copy):
     assert evaluated["flops_saved"] == pytest.approx(
         1 - evaluated["flops_mean"] / evaluated["full_flops"]
     )
+    benchmark = json.loads((copy.folder / "plots/benchmark/benchmark.json").read_text())
+    assert [answer["batch"] for answer in benchmark["answers"]] == [4, 40]
+    assert all(row["agrees"] for row in benchmark["times"] if row["kind"] == "blockdrop")
     report = (copy.folder / "report/report.md").read_text()
+    assert "## Does it pay in time?" in report
+    assert "Another machine" not in report
     assert f"{100 * evaluated['accuracy']:.2f} %" in report
     for name in re.findall(r"!\[.*?\]\((.*?)\)", report):
         assert (copy.folder / "report" / name).read_bytes().startswith(b"\x89PNG")
@@ -71,11 +76,27 @@ def test_stages_again_give_the_same_bytes(copy):
 
 
 def test_gamma_reruns_what_depends_on_it_and_going_back_reruns_nothing(copy):
-    before = copy.outs()
-    assert ran(copy.run("dvc", "exp", "run", "-S", "gamma=5")) == GAMMA_STAGES
-    assert copy.outs() != before
+    before = copy.outs(timed=True)
+    assert sorted(ran(copy.run("dvc", "exp", "run", "-S", "gamma=5"))) == sorted(GAMMA_STAGES)
+    assert copy.outs(timed=True) != before
     assert ran(copy.run("dvc", "exp", "run", "-S", "gamma=2.0")) == []
-    assert copy.outs() == before
+    assert copy.outs(timed=True) == before
+
+
+def test_the_report_says_when_times_come_from_another_machine(copy):
+    before = copy.outs(timed=True)
+    file = copy.folder / "plots/benchmark/benchmark.json"
+    text = file.read_text()
+    file.unlink()  # it is a link into DVC's cache or a copy: never write through it
+    content = json.loads(text)
+    content["machine"]["device"] = "NVIDIA H200, torch 2.11.0"
+    file.write_text(json.dumps(content))
+    copy.run(sys.executable, "-m", "stages.report")
+    report = (copy.folder / "report/report.md").read_text()
+    assert "**Another machine than this one**" in report
+    assert "NVIDIA H200" in report
+    copy.run("dvc", "checkout", "--force")
+    assert copy.outs(timed=True) == before
 
 
 def test_a_changed_comment_reruns_only_what_imports_the_module(copy):
@@ -98,14 +119,14 @@ def test_a_changed_comment_reruns_only_what_imports_the_module(copy):
     ],
 )
 def test_bad_parameters_stop_before_any_work(copy, change, words):
-    before = copy.outs()
+    before = copy.outs(timed=True)
     output = copy.run("dvc", "exp", "run", "-S", change, check=False)
     copy.run("git", "checkout", "params.yaml")
     assert not output.startswith("exit 0")
     assert set(ran(output)) <= {"check"}
     assert all(word in output for word in words), output
     assert "Traceback" not in output
-    assert copy.outs() == before
+    assert copy.outs(timed=True) == before
 
 
 def test_scientific_notation_is_a_number(copy):
@@ -139,7 +160,7 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_bytes(copy):
 
 def test_a_temporary_experiment_logs_to_the_main_checkout(copy):
     output = copy.run("dvc", "exp", "run", "--temp", "-n", "three", "-S", "gamma=3")
-    assert ran(output) == GAMMA_STAGES
+    assert sorted(ran(output)) == sorted(GAMMA_STAGES)
     found = copy.python(
         "import json, mlflow\n"
         "client = mlflow.MlflowClient('sqlite:///mlflow.db')\n"
@@ -156,7 +177,7 @@ def test_a_temporary_experiment_logs_to_the_main_checkout(copy):
     assert parent["metrics"].keys() >= {"accuracy", "blocks_mean", "baseline.accuracy"}
     assert "report.md" in parent["artifacts"]
     children = {r["name"] for r in runs if r["parent"] == parent["id"]}
-    assert children == {"finetune", "evaluate", "report"}
+    assert children == {"finetune", "evaluate", "benchmark", "report"}
     killed_before = [r for r in runs if r["status"] != "FINISHED"]
     assert killed_before == []
 

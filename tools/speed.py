@@ -3,8 +3,8 @@
     python -m tools.speed --depth 110 --kept 0.31 --out results/speed_cpu.json
 
 Time does not depend on what the weights have learnt, so this says what a trained policy of that kept
-share would give on this machine. It needs PyTorch alone, neither DVC nor MLflow. Images are random pixels,
-unless `--images` names a prepared array.
+share would give on this machine. It needs PyTorch alone, neither DVC nor MLflow. Images are random
+pixels, unless `--images` names a prepared array.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""The CPU executor in C++ (native.cpp): an image at a time, only the blocks that it keeps.
+"""The CPU executors in C++ (native.cpp, native_bf16.cpp): an image at a time, only the blocks it keeps.
 
 It is compiled where it runs, once, with the compiler that is there; without one it is unavailable.
-Shapes: B images, K blocks, N classes, O output channels, I input channels.
+Shapes: B images, K blocks, N classes, O output channels, I input channels, T taps of a kernel row,
+G neighbouring outputs computed together.
 """
 
 import ctypes
@@ -12,11 +13,13 @@ import shutil
 import subprocess
 import tempfile
 import weakref
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.executors.base import Executor, Networks, Output, UnavailableError
@@ -24,7 +27,9 @@ from pipeline.executors.packed import fold
 from pipeline.executors.workers import native_workers
 from pipeline.resnet import ResNet
 
-SOURCE = Path(__file__).with_name("native.cpp")
+FOLDER = Path(__file__).parent
+SHARED = FOLDER / "native_common.hpp"
+SOURCES = {"fp32": FOLDER / "native.cpp", "bf16": FOLDER / "native_bf16.cpp"}
 BUILDS = ".native"  # folder in the project's root
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread"]
 # what compilers on x86 and others take, most specific first
@@ -57,8 +62,8 @@ class _Job(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """The compiled native.cpp, from the project's .native or anew.
+def library(precision: str = "fp32") -> ctypes.CDLL:
+    """The compiled source for a precision, from the project's .native or anew.
 
     Raises:
         UnavailableError: no C++ compiler, or it fails.
@@ -68,13 +73,13 @@ def library() -> ctypes.CDLL:
     )
     if compiler is None:
         raise UnavailableError("no C++ compiler (c++, g++ or clang++) is installed")
-    source = SOURCE.read_bytes()
-    machine = f"{compiler} {platform.machine()} {_cpu_flags()}"
-    key = hashlib.sha256(source + machine.encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("DVC_ROOT") or SOURCE.parents[2]) / BUILDS
+    source = SOURCES[precision]
+    machine = f"{source.name} {compiler} {platform.machine()} {_cpu_flags()}"
+    key = hashlib.sha256(source.read_bytes() + SHARED.read_bytes() + machine.encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("DVC_ROOT") or FOLDER.parents[1]) / BUILDS
     built = folder / f"{key}.so"
     if not built.exists():
-        _build(compiler, built)
+        _build(compiler, source, built)
     found = ctypes.CDLL(str(built))
     found.make_space.restype = ctypes.c_void_p
     found.make_space.argtypes = [ctypes.POINTER(_Job)]
@@ -92,13 +97,13 @@ def _cpu_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _build(compiler: str, built: Path) -> None:
+def _build(compiler: str, source: Path, built: Path) -> None:
     built.parent.mkdir(exist_ok=True)
     failure = ""
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         made = Path(folder) / "made.so"
         for tuning in TUNING:
-            command = [compiler, *FLAGS, *tuning, str(SOURCE), "-o", str(made)]
+            command = [compiler, *FLAGS, *tuning, str(source), "-o", str(made)]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=300)
             except (OSError, subprocess.TimeoutExpired) as error:
@@ -107,68 +112,141 @@ def _build(compiler: str, built: Path) -> None:
                 made.replace(built)  # whole or not at all, whoever else builds it
                 return
             failure = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"
-    raise UnavailableError(f"{compiler} does not compile {SOURCE.name}: {failure}")
+    raise UnavailableError(f"{compiler} does not compile {source.name}: {failure}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PackedConv:
+    """As a kernel wants it: its weights, a bias for each of its columns, and what _Conv says of it."""
+
+    weight: Tensor
+    bias: Tensor
+    in_channels: int
+    out_channels: int
+    block: int
+
+
+class _Fp32Kernel:
+    """How native.cpp wants weights."""
+
+    def __init__(self) -> None:
+        self.library = library("fp32")
+        self.lanes = self.library.lanes()
+
+    def pack(self, weight: Tensor, bias: Tensor, stride: int) -> _PackedConv:
+        """Weight [O, I, 3, 3] as [O / block][ky, kx, I][block]."""
+        del stride  # it makes no difference here
+        out_channels, in_channels = weight.shape[:2]
+        block = next(width for width in (2 * self.lanes, self.lanes, 4) if out_channels % width == 0)
+        packed = weight.view(out_channels // block, block, in_channels, 3, 3).permute(0, 3, 4, 2, 1)
+        return _PackedConv(
+            weight=packed.contiguous(),
+            bias=bias.contiguous(),
+            in_channels=in_channels,
+            out_channels=out_channels,
+            block=block,
+        )
+
+
+class _Bf16Kernel:
+    """How native_bf16.cpp wants weights. Channels are padded with zeros, which stay zeros."""
+
+    COLUMNS = 16  # output channels of one product
+    IMAGE_CHANNELS = 8
+    LINE = 32  # inputs in a cache line
+
+    def __init__(self) -> None:
+        self.library = library("bf16")
+        self.depth = self.library.depth()
+        if self.depth == 0:
+            raise UnavailableError("this CPU has no bf16 instructions, or the system bars them")
+
+    def pack(self, weight: Tensor, bias: Tensor, stride: int) -> _PackedConv:
+        """Weight [O, I, 3, 3] as [G * O / 16][ky][T * I / 2][16][2]."""
+        out_channels, in_channels = weight.shape[:2]
+        outputs = _round_up(out_channels, self.COLUMNS)
+        inputs = self.IMAGE_CHANNELS if in_channels == 3 else _round_up(in_channels, self.COLUMNS)
+        group = 1 if self.depth < self.LINE or stride * inputs % self.LINE == 0 else 2
+        taps = stride * (group - 1) + 3
+        run = _round_up(taps * inputs, self.depth)
+        matrix = torch.zeros(3, taps, inputs, group, outputs)
+        for member in range(group):
+            seen = slice(stride * member, stride * member + 3)
+            matrix[:, seen, :in_channels, member, :out_channels] = weight.permute(2, 3, 1, 0)
+        rows = F.pad(matrix.flatten(3).flatten(1, 2), (0, 0, 0, run - taps * inputs))
+        packed = rows.view(3, run // 2, 2, -1, self.COLUMNS).permute(3, 0, 1, 4, 2)
+        return _PackedConv(
+            weight=packed.to(torch.bfloat16).contiguous(),
+            bias=F.pad(bias, (0, outputs - out_channels)).repeat(group),
+            in_channels=inputs,
+            out_channels=outputs,
+            block=group,
+        )
+
+
+def _round_up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
 
 
 class _PackedNetwork:
-    """A network's weights as native.cpp wants them; keeps alive what the structure points to."""
+    """A network's weights as a kernel wants them; keeps alive what the structure points to."""
 
-    def __init__(self, resnet: ResNet, lanes: int) -> None:
+    def __init__(self, resnet: ResNet, kernel: _Fp32Kernel | _Bf16Kernel) -> None:
         pairs = [(resnet.conv1, resnet.bn1)]
         for block in resnet.flat_blocks():
             pairs += [(block.conv1, block.bn1), (block.conv2, block.bn2)]
         self.kept: list[Tensor] = []
         convs = []
         for conv, bn in pairs:
-            weight, bias = fold(conv, bn)
-            out_channels, in_channels = weight.shape[:2]
-            widths = [width for width in (2 * lanes, lanes, 4) if out_channels % width == 0]
-            if not widths:
-                raise UnavailableError(f"{out_channels} channels are no multiple of 4")
-            # [O, I, 3, 3] to [O / width][ky, kx, I][width]
-            packed = weight.view(out_channels // widths[0], widths[0], in_channels, 3, 3)
+            if conv.out_channels % 4 != 0:
+                raise UnavailableError(f"{conv.out_channels} channels are no multiple of 4")
+            stride = conv.stride[0]
+            packed = kernel.pack(*fold(conv, bn), stride)
             convs.append(
                 _Conv(
-                    weight=self._keep(packed.permute(0, 3, 4, 2, 1)),
-                    bias=self._keep(bias),
-                    in_channels=in_channels,
-                    out_channels=out_channels,
-                    stride=conv.stride[0],
-                    block=widths[0],
+                    weight=self._keep(packed.weight),
+                    bias=self._keep(packed.bias),
+                    in_channels=packed.in_channels,
+                    out_channels=packed.out_channels,
+                    stride=stride,
+                    block=packed.block,
                 )
             )
         self.convs = (_Conv * len(convs))(*convs)
+        fc_weight = resnet.fc.weight.detach().float()
+        padding = convs[-1].out_channels - fc_weight.shape[1]
         self.structure = _Network(
             convs=self.convs,
-            fc_weight=self._keep(resnet.fc.weight),
-            fc_bias=self._keep(resnet.fc.bias),
+            fc_weight=self._keep(F.pad(fc_weight, (0, padding)).contiguous()),
+            fc_bias=self._keep(resnet.fc.bias.detach().float()),
             num_blocks=resnet.num_blocks,
             outputs=resnet.num_classes,
         )
 
     def _keep(self, tensor: Tensor) -> int:
-        self.kept.append(tensor.detach().float().contiguous())
-        return self.kept[-1].data_ptr()
+        self.kept.append(tensor)
+        return tensor.data_ptr()
 
 
 class Native(Executor):
-    """fp32 on CPU cores: as fast at batch 1 as at 1024, and at any mix of policies.
+    """On CPU cores: as fast at batch 1 as at 1024, and at any mix of policies.
 
     Raises:
-        UnavailableError: another device, bf16, channels that are no multiple of 4, or no compiler.
+        UnavailableError: another device, channels that are no multiple of 4, no compiler, or bf16 on a
+            CPU that has neither AMX nor AVX512_BF16.
     """
 
     name = "native"
 
     def __init__(self, networks: Networks, *, precision: str = "fp32") -> None:
         super().__init__(networks, precision=precision)
-        if self.device.type != "cpu" or precision != "fp32":
-            raise UnavailableError(f"it runs fp32 on CPUs, not {precision} on {self.device.type}")
-        self.library = library()
-        lanes = self.library.lanes()
-        self.resnet = _PackedNetwork(networks.resnet, lanes)
+        if self.device.type != "cpu":
+            raise UnavailableError(f"it runs on CPUs, not on {self.device.type}")
+        kernel = _Fp32Kernel() if precision == "fp32" else _Bf16Kernel()
+        self.library = kernel.library
+        self.resnet = _PackedNetwork(networks.resnet, kernel)
         self.policy_net = (
-            None if networks.policy_net is None else _PackedNetwork(networks.policy_net.features, lanes)
+            None if networks.policy_net is None else _PackedNetwork(networks.policy_net.features, kernel)
         )
         self.workers = native_workers(torch.get_num_threads())
         self.spaces: dict[tuple[int | bool | None, ...], list[int]] = {}

@@ -96,6 +96,10 @@ class PackedBlock:
             return x
         return self.shortcut(x).contiguous(memory_format=torch.channels_last)
 
+    def keep(self, x: Tensor, skipped: Tensor) -> Tensor:
+        """What a kept block gives, for `skipped` = skip(x), which stays as it is."""
+        return self.keep_(x, skipped.clone())
+
     def keep_(self, x: Tensor, skipped: Tensor) -> Tensor:
         """What a kept block gives, written into `skipped` = skip(x)."""
         return self.second.add_relu_(self.first.relu(x), skipped)

@@ -1,0 +1,276 @@
+// What native.cpp (fp32) and native_bf16.cpp share: an image at a time through the policy network and
+// the blocks that it keeps. An image's activations stay in the core's cache, so a dropped block costs
+// nothing and a kept one needs neither gather nor scatter; images of one batch may all have policies of
+// their own.
+//
+// Activations are [H + 2, W + 2, C] with a border of zeros, so that no convolution has edges to treat.
+// pipeline/executors/native.py packs the weights and compiles this for the machine that it runs on.
+//
+// A Kernel has the type of an activation, Value; to_float and from_float; INPUT_CHANNELS, how many an
+// image has in memory; and conv(team, conv, in, out, add), which does a team member's share of
+// out = relu(conv(in)), or of relu(out + conv(in)).
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#define INLINE inline __attribute__((always_inline))
+
+extern "C" {
+
+struct Conv {  // 3x3, padding 1, batch norm folded in
+  const void* weight;
+  const float* bias;
+  int32_t in_channels, out_channels, stride, block;  // block: as the kernel packs weights
+};
+
+struct Network {
+  const Conv* convs;  // the stem, then two for each block
+  const float* fc_weight;  // [outputs, C]
+  const float* fc_bias;
+  int32_t num_blocks, outputs;
+};
+
+struct Job {
+  const Network* resnet;
+  const Network* policy_net;  // null: the actions are given
+  const uint8_t* images;  // [B, H, W, 3], to be normalised; or null
+  const float* inputs;  // [B, H, W, 3], normalised; or null
+  const float* scale;  // [3]: pixel * scale + shift is the networks' input
+  const float* shift;
+  uint8_t* actions;  // [B, K], read or written
+  float* logits;  // [B, N]
+  int64_t batch;
+  int32_t height, width, policy_size;  // policy_size: side of what the policy network sees
+  int32_t teams, team_size;
+  int64_t* next_image;  // shared by the teams: images differ in cost, so whoever is free takes one
+  int32_t* barriers;  // [teams, 2]: arrived, generation
+};
+}
+
+namespace {
+
+// Workers that share one image. A team of one never waits.
+struct Team {
+  int rank, size;
+  std::atomic<int32_t>*arrived, *generation;
+
+  void wait() const {
+    if (size == 1) return;
+    const int32_t mine = generation->load(std::memory_order_acquire);
+    if (arrived->fetch_add(1, std::memory_order_acq_rel) == size - 1) {
+      arrived->store(0, std::memory_order_relaxed);
+      generation->store(mine + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; generation->load(std::memory_order_acquire) == mine; ++spins)
+      if (spins > 2000) std::this_thread::yield();
+  }
+  int from(int rows) const { return rows * rank / size; }
+  int to(int rows) const { return rows * (rank + 1) / size; }
+};
+
+template <class Value>
+struct ImageOf {  // activations with their border
+  Value* data;
+  int height, width, channels;
+  int row() const { return (width + 2) * channels; }
+  Value* at(int y, int x) const { return data + (y + 1) * row() + (x + 1) * channels; }
+};
+
+// Memory for images, zeros at first; borders stay so. Every image begins with a cache line, and a kernel
+// may read SPARE pixels further than the last one.
+template <class Value>
+class Memory {
+ public:
+  explicit Memory(const std::vector<ImageOf<Value>*>& images) {
+    int64_t total = LINE, channels = 0;
+    for (auto* image : images) {
+      total += lines(*image);
+      channels = std::max<int64_t>(channels, image->channels);
+    }
+    values_.assign(total + SPARE * channels, Value{});
+    const int64_t behind = reinterpret_cast<uintptr_t>(values_.data()) % 64 / sizeof(Value);
+    Value* next = values_.data() + (LINE - behind) % LINE;
+    for (auto* image : images) {
+      image->data = next;
+      next += lines(*image);
+    }
+  }
+
+ private:
+  static constexpr int64_t LINE = 64 / sizeof(Value), SPARE = 96;
+
+  static int64_t lines(const ImageOf<Value>& image) {
+    return ((int64_t)(image.height + 2) * image.row() + LINE - 1) / LINE * LINE;
+  }
+  std::vector<Value> values_;
+};
+
+// One network's activations: for each of its stages the stream and what lies between two convolutions.
+template <class Value>
+struct Workspace {
+  std::vector<ImageOf<Value>> streams, hidden;
+  Memory<Value> memory;
+
+  Workspace(const Network& net, int height, int width)
+      : streams(stages(net, height, width)), hidden(streams), memory(all()) {}
+
+  static std::vector<ImageOf<Value>> stages(const Network& net, int height, int width) {
+    std::vector<ImageOf<Value>> found{{nullptr, height, width, net.convs[0].out_channels}};
+    for (int b = 0; b < net.num_blocks; ++b) {
+      const Conv& first = net.convs[1 + 2 * b];
+      if (first.stride == 2) found.push_back({nullptr, height /= 2, width /= 2, first.out_channels});
+    }
+    return found;
+  }
+  std::vector<ImageOf<Value>*> all() {
+    std::vector<ImageOf<Value>*> found;
+    for (size_t i = 0; i < streams.size(); ++i) found.insert(found.end(), {&streams[i], &hidden[i]});
+    return found;
+  }
+};
+
+// The shortcut where the shape changes: 2x2 averages, then channels of zeros.
+template <class Kernel, class Image>
+void pool_and_pad(const Team& team, const Image& in, const Image& out) {
+  for (int y = team.from(out.height); y < team.to(out.height); ++y)
+    for (int x = 0; x < out.width; ++x) {
+      const auto *above = in.at(2 * y, 2 * x), *below = in.at(2 * y + 1, 2 * x);
+      const auto *above_right = above + in.channels, *below_right = below + in.channels;
+      auto* to = out.at(y, x);
+      for (int c = 0; c < in.channels; ++c)
+        to[c] = Kernel::from_float(0.25f * (Kernel::to_float(above[c]) + Kernel::to_float(above_right[c]) +
+                                            Kernel::to_float(below[c]) + Kernel::to_float(below_right[c])));
+      std::fill(to + in.channels, to + out.channels, typename Kernel::Value{});
+    }
+  team.wait();
+}
+
+// The last layer: means over the pixels, then a linear map, both in fp32.
+template <class Kernel, class Image>
+void head(const Network& net, const Image& last, float* outputs) {
+  std::vector<float> means(last.channels, 0.f);
+  for (int y = 0; y < last.height; ++y)
+    for (int x = 0; x < last.width; ++x) {
+      const auto* pixel = last.at(y, x);
+      for (int c = 0; c < last.channels; ++c) means[c] += Kernel::to_float(pixel[c]);
+    }
+  for (float& mean : means) mean /= last.height * last.width;
+  for (int n = 0; n < net.outputs; ++n) {
+    float sum = net.fc_bias[n];
+    for (int c = 0; c < last.channels; ++c) sum += net.fc_weight[n * last.channels + c] * means[c];
+    outputs[n] = sum;
+  }
+}
+
+template <class Kernel, class Image>
+void forward(const Team& team, const Network& net, const Workspace<typename Kernel::Value>& space,
+             const Image& input, const uint8_t* actions, float* outputs) {
+  int stage = 0;
+  Kernel::conv(team, net.convs[0], input, space.streams[0], false);
+  team.wait();
+  for (int b = 0; b < net.num_blocks; ++b) {
+    const Conv &first = net.convs[1 + 2 * b], &second = net.convs[2 + 2 * b];
+    const Image from = space.streams[stage];
+    if (first.stride == 2) pool_and_pad<Kernel>(team, from, space.streams[++stage]);
+    if (actions && !actions[b]) continue;
+    Kernel::conv(team, first, from, space.hidden[stage], false);
+    team.wait();
+    Kernel::conv(team, second, space.hidden[stage], space.streams[stage], true);
+    team.wait();
+  }
+  if (team.rank == 0) head<Kernel>(net, space.streams[stage], outputs);
+  team.wait();
+}
+
+template <class Kernel, class Image>
+void read_input(const Team& team, const Job& job, int64_t image, const Image& out) {
+  const int64_t offset = image * job.height * job.width * 3;
+  for (int y = team.from(out.height); y < team.to(out.height); ++y) {
+    const int64_t row = offset + (int64_t)y * out.width * 3;
+    auto* to = out.at(y, 0);
+    for (int x = 0; x < out.width; ++x)
+      for (int c = 0; c < 3; ++c) {
+        const int64_t i = row + x * 3 + c;
+        const float value = job.inputs ? job.inputs[i] : job.images[i] * job.scale[c] + job.shift[c];
+        to[x * Kernel::INPUT_CHANNELS + c] = Kernel::from_float(value);
+      }
+  }
+  team.wait();
+}
+
+// Averages over areas, as torch's adaptive_avg_pool2d has it.
+template <class Kernel, class Image>
+void average_down(const Team& team, const Image& in, const Image& out) {
+  for (int y = team.from(out.height); y < team.to(out.height); ++y)
+    for (int x = 0; x < out.width; ++x) {
+      const int top = y * in.height / out.height, left = x * in.width / out.width;
+      const int bottom = ((y + 1) * in.height + out.height - 1) / out.height;
+      const int right = ((x + 1) * in.width + out.width - 1) / out.width;
+      for (int c = 0; c < 3; ++c) {
+        float sum = 0.f;
+        for (int i = top; i < bottom; ++i)
+          for (int j = left; j < right; ++j) sum += Kernel::to_float(in.at(i, j)[c]);
+        out.at(y, x)[c] = Kernel::from_float(sum / ((bottom - top) * (right - left)));
+      }
+    }
+  team.wait();
+}
+
+// What the members of one team share.
+template <class Kernel>
+struct TeamSpace {
+  typedef typename Kernel::Value Value;
+  ImageOf<Value> input, small;
+  Memory<Value> memory;
+  Workspace<Value> resnet, policy_net;
+  std::vector<float> policy_logits;
+  int64_t image = 0;
+
+  explicit TeamSpace(const Job& job)
+      : input{nullptr, job.height, job.width, Kernel::INPUT_CHANNELS},
+        small{nullptr, job.policy_size, job.policy_size, Kernel::INPUT_CHANNELS},
+        memory({&input, &small}),
+        resnet(*job.resnet, job.height, job.width),
+        policy_net(job.policy_net ? *job.policy_net : *job.resnet, job.policy_size, job.policy_size),
+        policy_logits(job.resnet->num_blocks) {}
+};
+
+template <class Kernel>
+void run_image(const Team& team, const Job& job, TeamSpace<Kernel>& space) {
+  const int num_blocks = job.resnet->num_blocks;
+  uint8_t* actions = job.actions + space.image * num_blocks;
+  read_input<Kernel>(team, job, space.image, space.input);
+  if (job.policy_net) {
+    const bool whole = job.policy_size == job.height;
+    if (!whole) average_down<Kernel>(team, space.input, space.small);
+    forward<Kernel>(team, *job.policy_net, space.policy_net, whole ? space.input : space.small, nullptr,
+                    space.policy_logits.data());
+    if (team.rank == 0)  // a probability of at least 0.5 is a logit of at least 0
+      for (int k = 0; k < num_blocks; ++k) actions[k] = space.policy_logits[k] >= 0.f;
+    team.wait();
+  }
+  forward<Kernel>(team, *job.resnet, space.resnet, space.input, actions,
+                  job.logits + space.image * job.resnet->outputs);
+}
+
+// One worker's share of a job, called once by every worker; spaces: one for each team.
+template <class Kernel>
+void run_share(const Job& job, void* const* spaces, int32_t worker) {
+  const int number = worker / job.team_size;
+  auto* barrier = reinterpret_cast<std::atomic<int32_t>*>(job.barriers + 2 * number);
+  const Team team{worker % job.team_size, job.team_size, barrier, barrier + 1};
+  TeamSpace<Kernel>& space = *static_cast<TeamSpace<Kernel>*>(spaces[number]);
+  auto* next = reinterpret_cast<std::atomic<int64_t>*>(job.next_image);
+  for (;;) {
+    if (team.rank == 0) space.image = next->fetch_add(1);
+    team.wait();
+    if (space.image >= job.batch) return;
+    run_image<Kernel>(team, job, space);
+  }
+}
+
+}  // namespace
