@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from repository_copy import make_copy, ran
 
 from pipeline import legacy, sources
 from pipeline.data import DataError
 from pipeline.executors.base import Networks, UnavailableError
-from pipeline.executors.masked import Masked
-from pipeline.inference import EXECUTORS, make_executor
+from pipeline.inference import make_executor
+from pipeline.tensors import Normalisation
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,42 @@ def test_splits_are_in_file_order_and_validation_is_the_last_5000(cifar10):
     ]  # fmt: skip
     assert cifar10.splits["train"].labels[:4].tolist() == [6, 9, 9, 4]
     assert cifar10.splits["validation"].labels[-3:].tolist() == [9, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def authors_resnet() -> Networks:
+    if not WEIGHTS.exists():
+        pytest.skip(f"{WEIGHTS.name} is not here; name it by BLOCKDROP_LEGACY")
+    normalisation = Normalisation(
+        mean=(0.491373, 0.482353, 0.446667), std=(0.247059, 0.243529, 0.261569)
+    )
+    resnet = legacy.load(WEIGHTS).need_resnet(WEIGHTS)
+    return Networks(resnet=resnet, policy_net=None, normalisation=normalisation)
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.8])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_executors_predict_what_masked_predicts(cifar10, authors_resnet, precision, kept):
+    images = torch.from_numpy(cifar10.splits["test"].images)
+    draw = torch.Generator().manual_seed(0)
+    actions = torch.rand(len(images), authors_resnet.num_blocks, generator=draw) < kept
+
+    def logits(name: str) -> torch.Tensor:
+        execute = make_executor(authors_resnet, name=name, precision=precision)
+        parts = zip(images.split(500), actions.split(500), strict=True)
+        return torch.cat([execute(*part).logits for part in parts])
+
+    expected = logits("masked")
+    for name in ("gather", "grouped", "native"):
+        try:
+            found = logits(name)
+        except UnavailableError as error:
+            print(f"without {name}: {error}")
+            continue
+        same = (found.argmax(dim=1) == expected.argmax(dim=1)).double().mean()
+        assert same >= {"fp32": 0.9999, "bf16": 0.999}[precision], (name, same)
+        if precision == "fp32":
+            assert (found - expected).abs().max() < 1e-4, name
 
 
 def test_preset_import_and_baseline_score_what_was_measured(cifar10, tmp_path):

@@ -1,12 +1,13 @@
 """The reference, and what public code of this family does above batch 1: run, then throw away."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pipeline.executors.base import Executor, Networks
-from pipeline.executors.packed import PackedNetwork, PackedPolicyNet
+from pipeline.executors.packed import PackedBlock, PackedNetwork, PackedPolicyNet
 from pipeline.policies import greedy_actions
 from pipeline.resnet import BasicBlock
 
@@ -29,7 +30,7 @@ class Masked(Executor):
 
     As in the authors' code, it skips a block only when no image of the batch keeps it. In fp32 the
     networks run as they were trained, layer by layer. In bf16 batch norm is folded in before weights are
-    rounded, as in every other executor: layer by layer, rounding changes three times as many predictions.
+    rounded, as in every other executor: layer by layer, more would be lost to rounding.
     """
 
     name = "masked"
@@ -54,7 +55,7 @@ class Masked(Executor):
         resnet = self.networks.resnet.eval()
         x = inputs.to(self.dtype).contiguous(memory_format=torch.channels_last)
         x = resnet.stem(x) if self.packed is None else self.packed.stem.relu(x)
-        blocks = (
+        blocks: Sequence[_Layers | PackedBlock] = (
             [_Layers(b) for b in resnet.flat_blocks()] if self.packed is None else self.packed.blocks
         )
         used = actions.any(dim=0).tolist()
