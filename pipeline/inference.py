@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.executors.base import Executor, Networks, Output, UnavailableError
 from pipeline.executors.gather import Gather
+from pipeline.executors.graphed import Graphed
 from pipeline.executors.grouped import Grouped
 from pipeline.executors.masked import Masked
 from pipeline.executors.native import Native
@@ -20,7 +21,7 @@ from pipeline.resnet import ResNet
 from pipeline.tensors import Normalisation, Split
 
 EXECUTORS: dict[str, type[Executor]] = {
-    kind.name: kind for kind in (Masked, Gather, Grouped, Native, Persistent)
+    kind.name: kind for kind in (Masked, Gather, Grouped, Graphed, Native, Persistent)
 }
 EVALUATION_BATCH = 500  # bounds memory; results do not depend on it
 IMAGES_PER_POLICY = 16  # from which on images of one policy are run together, apart from the others
@@ -30,7 +31,7 @@ class Auto(Executor):
     """The fastest executor for the device, the precision and each batch's policies.
 
     `native` on CPUs and `persistent` on CUDA, where they can run; otherwise `grouped` when the images of
-    a batch share few policies, `gather` when they do not.
+    a batch share few policies, `gather` when they do not. A single image on CUDA: `graphed`.
     """
 
     name = "auto"
@@ -40,6 +41,7 @@ class Auto(Executor):
         kind = Native if self.device.type == "cpu" else Persistent
         self.whole: Executor | None = None
         self.reason = ""
+        self.single = Graphed(networks, precision=precision) if self.device.type == "cuda" else None
         try:
             self.whole = kind(networks, precision=precision)
         except UnavailableError as error:
@@ -55,6 +57,8 @@ class Auto(Executor):
         return f"{self.grouped.name} or {self.gather.name} (no {self.reason})"
 
     def _run(self, images: Tensor, actions: Tensor | None) -> Output:
+        if self.single is not None and len(images) == 1:
+            return self.single._run(images, actions)
         if self.whole is not None:
             return self.whole._run(images, actions)
         return super()._run(images, actions)
@@ -63,6 +67,8 @@ class Auto(Executor):
         return self.gather._decide(inputs)
 
     def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
+        if self.single is not None and len(inputs) == 1:
+            return self.single._classify(inputs, actions)
         if self.whole is not None:
             return self.whole._classify(inputs, actions)
         distinct = len(torch.unique(actions, dim=0))
@@ -71,7 +77,8 @@ class Auto(Executor):
 
 
 def make_executor(networks: Networks, *, name: str = "auto", precision: str = "fp32") -> Executor:
-    """Pack the networks' weights for `name`: auto, masked, gather, grouped, native or persistent.
+    """Pack the networks' weights for `name`: auto, masked, gather, grouped, graphed, native or
+    persistent.
 
     Raises:
         ValueError: no executor has that name.

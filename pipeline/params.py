@@ -28,7 +28,7 @@ Side = Annotated[int, Field(ge=8, le=512, multiple_of=4)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 Schedule = Literal["constant", "cosine", "step"]
 Precision = Literal["fp32", "bf16"]
-ExecutorName = Literal["masked", "gather", "grouped", "native", "persistent"]
+ExecutorName = Literal["masked", "gather", "grouped", "graphed", "native", "persistent"]
 
 
 class ParamsError(UserError):
@@ -170,12 +170,10 @@ class Evaluate(Section):
 class Benchmark(Section):
     """What is timed, and for how long."""
 
-    batch_sizes: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
-    precisions: Annotated[tuple[Precision, ...], Field(strict=False, min_length=1)]
-    executors: Annotated[tuple[ExecutorName, ...], Field(strict=False, min_length=1)]
-    kept_shares: Annotated[
-        tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(strict=False, min_length=2)
-    ]
+    batch_sizes: Annotated[tuple[Count, ...], Field(strict=False)]
+    precisions: Annotated[tuple[Precision, ...], Field(strict=False)]
+    executors: Annotated[tuple[ExecutorName, ...], Field(strict=False)]
+    kept_shares: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(strict=False)]
     few_policies: Count
     sole_depths: Annotated[tuple[Count, ...], Field(strict=False)]
     rounds: Annotated[int, Field(ge=5)]
@@ -183,13 +181,17 @@ class Benchmark(Section):
     with_compile: bool
 
     @model_validator(mode="after")
-    def _depths(self) -> "Benchmark":
+    def _lists(self) -> "Benchmark":
         for depth in self.sole_depths:
             _check_depth(depth)
         for name in ("batch_sizes", "precisions", "executors", "kept_shares", "sole_depths"):
             values = getattr(self, name)
+            if not values and name != "sole_depths":
+                raise ValueError(f"{name} is empty; name one at least")
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} {list(values)} names something twice; once is enough")
+        if len(self.kept_shares) < 2:
+            raise ValueError(f"kept_shares {list(self.kept_shares)} is one point; a line takes two")
         return self
 
 

@@ -168,7 +168,7 @@ def test_nan_and_infinity_are_refused(path, key, value):
         ("policy_net.initial_keep_prob", 1.0, "less than 1"),
         ("policy_net.input_size", 4, "greater than or equal to 8"),
         ("evaluate.bootstrap", 99, "greater than or equal to 100"),
-        ("augmentation.crop_padding", -1, "greater than or equal to 0"),
+        ("benchmark.rounds", 4, "greater than or equal to 5"),
     ],
 )
 def test_number_out_of_range_names_its_bound(path, key, value, bound):
@@ -180,6 +180,26 @@ def test_channel_that_would_be_divided_by_zero_is_refused(path):
     assert "resnet.std: is 0.0, but it should be greater than 0" in message
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("batch_sizes", [0], "is 0, but it should be greater than or equal to 1"),
+        ("batch_sizes", [], "batch_sizes is empty; name one at least"),
+        ("batch_sizes", [8, 8], "batch_sizes [8, 8] names something twice"),
+        ("precisions", ["fp16"], "is 'fp16', but it should be 'fp32' or 'bf16'"),
+        ("executors", ["fast"], "is 'fast', but it should be 'masked', 'gather'"),
+        ("kept_shares", [0.5, 1.5], "is 1.5, but it should be less than or equal to 1"),
+        ("kept_shares", [0.5], "kept_shares [0.5] is one point; a line takes two"),
+        ("sole_depths", [21], "depth 21 is not 6n+2; the nearest are 20 and 26"),
+    ],
+)
+def test_lists_of_the_benchmark(path, key, value, words):
+    message = refusal(path, {f"benchmark.{key}": value})
+    assert message.count("\n") == 1  # one problem, one line
+    assert "benchmark" in message
+    assert words in message
+
+
 @pytest.mark.parametrize("value", [[0.3, 0.3], [0.3] * 4])
 def test_wrong_number_of_channels_shows_the_list(path, value):
     message = refusal(path, {"resnet.mean": value})
@@ -187,9 +207,7 @@ def test_wrong_number_of_channels_shows_the_list(path, value):
     assert str(value) in message
 
 
-@pytest.mark.parametrize(
-    ("added", "key"), [("gamma: 3.0\n", "gamma"), ("  bootstrap: 100\n", "bootstrap")]
-)
+@pytest.mark.parametrize(("added", "key"), [("gamma: 3.0\n", "gamma"), ("  rounds: 20\n", "rounds")])
 def test_duplicate_key_names_its_line(path, added, key):
     message = refusal(path, text=DIGITS + added)
     line = len(DIGITS.splitlines()) + 1

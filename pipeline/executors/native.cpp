@@ -1,5 +1,5 @@
-// BlockDrop on CPU cores in fp32: sums of a few pixels and output channels in registers. Weights are packed
-// as [out / block][ky, kx, in][block]. Written with GCC's and Clang's vector extensions.
+// BlockDrop on CPU cores in fp32: sums of a few pixels and output channels in registers.
+// Weights are packed as [out / block][ky, kx, in][block]. Uses GCC's and Clang's vector extensions.
 
 #include "native_common.hpp"
 

@@ -1,12 +1,12 @@
 // BlockDrop on CPU cores in bf16: activations and weights are bf16, sums are fp32. The products are those
 // of AMX (matrices of 16 rows of 64 bytes), or of AVX512_BF16 where there is no AMX.
 //
-// A convolution is a product of matrices. A row of the left one is what an output needs of one row of
-// pixels: in memory that is one run of 3 * C inputs, so the matrix is never built, its rows are read where
-// they lie (and overlap). AMX is slow where they don't begin with a cache line, so if a pixel is shorter
-// than one (C = 16), a row serves `group` neighbouring outputs at once: the run is longer by their inputs,
-// the right matrix has group * C columns, and its zeros are where an output does not look.
-// Weights are packed as [columns / 16][ky][run / 2][16][2], runs are zero-padded to multiples of DEPTH.
+// A convolution is a product of matrices. A row of the left one is what an output sees of one row of
+// pixels. In memory that is one run of 3 * C inputs, so the matrix is never built: its rows are read
+// where they lie, and overlap. AMX is slow where they don't begin with a cache line. Therefore, if a pixel
+// is shorter than one (C = 16), a row serves `block` = 2 neighbouring outputs: the run has the inputs of
+// both, the right matrix has 2 * C columns, with zeros where an output does not look.
+// Weights are packed as [columns / 16][ky][run / 2][16][2], runs zero-padded to multiples of DEPTH.
 
 #include <immintrin.h>
 
@@ -41,12 +41,13 @@ typedef uint16_t Bf16;
 typedef ImageOf<Bf16> Image;
 constexpr int ROWS = 16, COLUMNS = 16;  // of a tile of sums
 constexpr int MOST_TILES = 5;  // that share one read of the weights
-constexpr int AHEAD = 4;  // matrices of weights: those of ResNet-110 come from the third cache level
+constexpr int AHEAD = 4;  // matrices of weights to fetch early: ResNet-110's don't fit the second cache
 
 // The left matrix of some tiles: where each begins, and how far apart rows and rows of pixels are.
 struct Left {
   const Bf16* tiles[MOST_TILES];
   int64_t stride, pixel_row;
+  bool alone;  // there are no other tiles, so no weight is in a near cache
 };
 
 #if defined(WITH_AMX)
@@ -67,8 +68,8 @@ INLINE void multiply_add() {
   asm volatile("tdpbf16ps %%tmm7, %%tmm6, %%tmm%c0" ::"i"(T));
 }
 
-// sums[t] = left[t] * weights + bias; all rows of the bias' tile are the same 16 numbers. `meanwhile` has
-// other work, which is done while the matrix unit is busy: a share of it at each step.
+// sums[t] = left[t] * weights + bias; all rows of the bias' tile are the same 16 numbers. `meanwhile` is
+// other work: a share of it is done at each step, while the matrix unit is busy.
 template <int... T, class Work>
 INLINE void multiply(std::integer_sequence<int, T...>, const Left& left, const Bf16* weights, int steps,
                      const float* bias, float* sums, Work& meanwhile) {
@@ -77,8 +78,9 @@ INLINE void multiply(std::integer_sequence<int, T...>, const Left& left, const B
     for (int step = 0; step < steps; ++step) {
       const int64_t offset = ky * left.pixel_row + step * DEPTH;
       load<7>(weights, 64);
+      if (left.alone)
 #pragma GCC unroll 16
-      for (int row = 0; row < 16; ++row) _mm_prefetch(weights + (AHEAD * 16 + row) * 32, _MM_HINT_T0);
+        for (int row = 0; row < 16; ++row) _mm_prefetch(weights + (AHEAD * 16 + row) * 32, _MM_HINT_T0);
       weights += DEPTH * COLUMNS;
       ((load<6>(left.tiles[T] + offset, left.stride * sizeof(Bf16)), multiply_add<T>()), ...);
       meanwhile.share(3 * steps);
@@ -133,7 +135,9 @@ INLINE void multiply(std::integer_sequence<int, T...>, const Left& left, const B
   }
 }
 
-struct TileRegisters {};
+struct TileRegisters {
+  TileRegisters() {}
+};
 
 bool permitted() { return true; }
 
@@ -177,7 +181,7 @@ struct Sums {
   }
 };
 
-// Which outputs a tile has: 16 times `block` pixels of a run, which is a row of pixels, or several rows and
+// Which outputs a tile has: 16 times `block` pixels of a run. A run is a row of pixels, or all rows and
 // the borders between them if that makes fewer tiles.
 struct Plan {
   int tiles, run_tiles, run_rows;  // all; of one run; rows of the matrix that a run has
@@ -196,7 +200,7 @@ template <int N, bool ADD>
 void some_tiles(const Conv& c, const Image& in, const Image& out, int top, const Plan& p, int tile,
                 int column, Sums<ADD>& sums, Sums<ADD>& before) {
   const int steps = ((c.stride * (c.block - 1) + 3) * in.channels + DEPTH - 1) / DEPTH;
-  Left left{{}, (int64_t)c.stride * c.block * in.channels, in.row()};
+  Left left{{}, (int64_t)c.stride * c.block * in.channels, in.row(), p.tiles == N};
   sums.stride = (int64_t)c.block * out.channels;
   for (int t = 0; t < N; ++t) {
     const int y = top + (tile + t) / p.run_tiles, row = (tile + t) % p.run_tiles * ROWS;
@@ -205,7 +209,8 @@ void some_tiles(const Conv& c, const Image& in, const Image& out, int top, const
     sums.rows[t] = std::min(ROWS, p.run_rows - row);
   }
   const Bf16* weights = static_cast<const Bf16*>(c.weight) + (int64_t)column * 3 * steps * DEPTH;
-  multiply(std::make_integer_sequence<int, N>(), left, weights, steps, c.bias + column, sums.values, before);
+  const auto tiles = std::make_integer_sequence<int, N>();
+  multiply(tiles, left, weights, steps, c.bias + column, sums.values, before);
   sums.next = 0;
   sums.end = N * ROWS / Sums<ADD>::PART;
 }

@@ -142,8 +142,9 @@ void pool_and_pad(const Team& team, const Image& in, const Image& out) {
       const auto *above_right = above + in.channels, *below_right = below + in.channels;
       auto* to = out.at(y, x);
       for (int c = 0; c < in.channels; ++c)
-        to[c] = Kernel::from_float(0.25f * (Kernel::to_float(above[c]) + Kernel::to_float(above_right[c]) +
-                                            Kernel::to_float(below[c]) + Kernel::to_float(below_right[c])));
+        to[c] = Kernel::from_float(
+            0.25f * (Kernel::to_float(above[c]) + Kernel::to_float(above_right[c]) +
+                     Kernel::to_float(below[c]) + Kernel::to_float(below_right[c])));
       std::fill(to + in.channels, to + out.channels, typename Kernel::Value{});
     }
   team.wait();
