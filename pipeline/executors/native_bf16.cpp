@@ -1,11 +1,11 @@
-// BlockDrop on CPU cores in bf16: activations and weights are bf16, sums are fp32. The products are those
-// of AMX (matrices of 16 rows of 64 bytes), or of AVX512_BF16 where there is no AMX.
+// BlockDrop on CPU cores in bf16: activations and weights are bf16, sums are fp32. The products are
+// those of AMX (matrices of 16 rows of 64 bytes), or of AVX512_BF16 where there is no AMX.
 //
 // A convolution is a product of matrices. A row of the left one is what an output sees of one row of
 // pixels. In memory that is one run of 3 * C inputs, so the matrix is never built: its rows are read
-// where they lie, and overlap. AMX is slow where they don't begin with a cache line. Therefore, if a pixel
-// is shorter than one (C = 16), a row serves `block` = 2 neighbouring outputs: the run has the inputs of
-// both, the right matrix has 2 * C columns, with zeros where an output does not look.
+// where they lie, and overlap. AMX is slow where they don't begin with a cache line. Therefore, if a
+// pixel is shorter than one (C = 16), a row serves `block` = 2 neighbouring outputs: the run has the
+// inputs of both, the right matrix has 2 * C columns, with zeros where an output does not look.
 // Weights are packed as [columns / 16][ky][run / 2][16][2], runs zero-padded to multiples of DEPTH.
 
 #include <immintrin.h>
@@ -47,7 +47,7 @@ constexpr int AHEAD = 4;  // matrices of weights to fetch early: ResNet-110's do
 struct Left {
   const Bf16* tiles[MOST_TILES];
   int64_t stride, pixel_row;
-  bool alone;  // there are no other tiles, so no weight is in a near cache
+  bool first;  // of their convolution, so that no weight is in a near cache yet
 };
 
 #if defined(WITH_AMX)
@@ -78,7 +78,7 @@ INLINE void multiply(std::integer_sequence<int, T...>, const Left& left, const B
     for (int step = 0; step < steps; ++step) {
       const int64_t offset = ky * left.pixel_row + step * DEPTH;
       load<7>(weights, 64);
-      if (left.alone)
+      if (left.first)
 #pragma GCC unroll 16
         for (int row = 0; row < 16; ++row) _mm_prefetch(weights + (AHEAD * 16 + row) * 32, _MM_HINT_T0);
       weights += DEPTH * COLUMNS;
@@ -200,7 +200,7 @@ template <int N, bool ADD>
 void some_tiles(const Conv& c, const Image& in, const Image& out, int top, const Plan& p, int tile,
                 int column, Sums<ADD>& sums, Sums<ADD>& before) {
   const int steps = ((c.stride * (c.block - 1) + 3) * in.channels + DEPTH - 1) / DEPTH;
-  Left left{{}, (int64_t)c.stride * c.block * in.channels, in.row(), p.tiles == N};
+  Left left{{}, (int64_t)c.stride * c.block * in.channels, in.row(), tile == 0};
   sums.stride = (int64_t)c.block * out.channels;
   for (int t = 0; t < N; ++t) {
     const int y = top + (tile + t) / p.run_tiles, row = (tile + t) % p.run_tiles * ROWS;

@@ -104,8 +104,8 @@ def _conv(
                 taken = tl.load(at + (ky * pitch + k))
                 factors = tl.load(w + (ky * (4 * cin) + k) * cout)
                 total = tl.dot(taken, factors, total, input_precision=how[2])
-        result = tl.maximum(total, 0.0).to(dst.dtype.element_ty)
-        tl.store(to, result, mask=(pixel < height * width)[:, None])
+        result = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch does
+        tl.store(to, result.to(dst.dtype.element_ty), mask=(pixel < height * width)[:, None])
     tl.debug_barrier()
 
 
