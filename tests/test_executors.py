@@ -240,6 +240,15 @@ def test_native_with_a_compiler_that_fails(monkeypatch, tmp_path):
     native.library.cache_clear()
 
 
+def test_native_without_a_place_for_what_it_compiles(monkeypatch, tmp_path):
+    native.library.cache_clear()
+    (tmp_path / ".native").write_text("a file where the folder should be")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    with pytest.raises(UnavailableError, match=r"can't hold the compiled native\.cpp"):
+        make_executor(make_networks(), name="native")
+    native.library.cache_clear()
+
+
 def test_native_refuses_channels_that_do_not_fill_a_vector():
     with pytest.raises(UnavailableError, match="6 channels are no multiple of 4"):
         make_executor(make_networks(width=6), name="native")

@@ -1,4 +1,4 @@
-"""The graphs of single images, with calls in place of captured graphs: what runs, and where it writes."""
+"""The graphs of single images, with calls in place of captured graphs: what runs, where it writes."""
 
 import pytest
 import torch

@@ -116,7 +116,7 @@ class TestInInterpreter:
         monkeypatch.setattr(InterpreterBuilder, "cast_impl", round_to_even)
 
     @pytest.mark.parametrize("policy", POLICIES)
-    @pytest.mark.parametrize(("depth", "width"), [(8, 16), (14, 4)])
+    @pytest.mark.parametrize(("depth", "width"), [(8, 16), (20, 4)])
     @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.02)])
     def test_same_logits_as_masked(self, precision, tolerance, depth, width, policy, made):
         key = precision, depth
@@ -215,8 +215,15 @@ class TestInInterpreter:
         expected = Masked(networks)(images, actions).logits
         nn.init.constant_(networks.resnet.flat_blocks()[1].conv2.weight, float("nan"))
         monkeypatch.setattr(Persistent, "_prove", lambda self: None)
-        found = Persistent(networks)(images, actions).logits
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        execute = Persistent(networks)
+        torch.testing.assert_close(execute(images, actions).logits, expected, atol=1e-4, rtol=0)
+        assert execute(images).logits.isnan().all()
+
+    def test_the_proof_has_programs_take_several_images(self, monkeypatch):
+        monkeypatch.setattr(Persistent, "PROGRAMS_PER_SM", 50)
+        execute = Persistent(make_networks())
+        assert [len(space) for space in execute.resnet.spaces.values()] == [2]
+        assert execute.programs == 50
 
     def test_sides_that_do_not_halve_twice_are_refused(self):
         with pytest.raises(ValueError, match="10 x 8 pixels, expected multiples of 4"):

@@ -74,13 +74,16 @@ def library(precision: str = "fp32") -> ctypes.CDLL:
     if compiler is None:
         raise UnavailableError("no C++ compiler (c++, g++ or clang++) is installed")
     source = SOURCES[precision]
-    machine = f"{source.name} {compiler} {platform.machine()} {_cpu_flags()}"
+    machine = f"{source.name} {compiler} {FLAGS} {TUNING} {platform.machine()} {_cpu_flags()}"
     key = hashlib.sha256(source.read_bytes() + SHARED.read_bytes() + machine.encode()).hexdigest()[:16]
     folder = Path(os.environ.get("DVC_ROOT") or FOLDER.parents[1]) / BUILDS
     built = folder / f"{key}.so"
-    if not built.exists():
-        _build(compiler, source, built)
-    found = ctypes.CDLL(str(built))
+    try:
+        if not built.exists():
+            _build(compiler, source, built)
+        found = ctypes.CDLL(str(built))
+    except OSError as error:  # a folder that can't be written, or from which nothing may be loaded
+        raise UnavailableError(f"{folder} can't hold the compiled {source.name}: {error}") from None
     found.make_space.restype = ctypes.c_void_p
     found.make_space.argtypes = [ctypes.POINTER(_Job)]
     found.free_space.argtypes = [ctypes.c_void_p]
