@@ -37,7 +37,8 @@ from pipeline.timing import (
     take_turns,
 )
 
-AGREEMENT = {"fp32": 0.999, "bf16": 0.95}  # share of images with the reference's actions and class
+# of the decisions, and of the classes, of the fp32 reference: bf16 turns some close ones
+AGREEMENT = {"fp32": 0.999, "bf16": 0.97}
 CHECKED = 256  # images, or a batch when it is more, on which results are compared with the reference's
 IMAGES_A_ROUND = 32  # at least: smaller batches are repeated with other images
 VARIANTS = ("few", "many")  # of synthetic policies: few distinct ones, or one for each image
@@ -73,15 +74,22 @@ class Settings:
     with_compile: bool
 
 
-def agreement(found: Sequence[Output], expected: Sequence[Output]) -> tuple[float, float]:
-    """Share of images with the same actions, and with the same class, as the reference."""
-    actions = torch.cat(
-        [(a.actions == b.actions).all(dim=1) for a, b in zip(found, expected, strict=True)]
-    )
-    classes = torch.cat(
-        [a.logits.argmax(1) == b.logits.argmax(1) for a, b in zip(found, expected, strict=True)]
-    )
-    return float(actions.double().mean()), float(classes.double().mean())
+def agreement(execute: Executor, reference: Executor, batches: Sequence[Tensor]) -> tuple[float, float]:
+    """Share of the reference's decisions that are the same, and of its classes under these decisions.
+
+    Apart, because where a block is a close decision two roundings may decide it differently, and the
+    class is then another network's. Who asks no policy network shows in the first share, who runs other
+    blocks than it says in the second.
+    """
+    found = [execute(images) for images in batches]
+    decisions = [reference(images).actions for images in batches]
+    classes = [
+        reference(images, output.actions).logits.argmax(dim=1)
+        for images, output in zip(batches, found, strict=True)
+    ]
+    same_decisions = torch.cat([output.actions for output in found]) == torch.cat(decisions)
+    same_classes = torch.cat([output.logits.argmax(dim=1) for output in found]) == torch.cat(classes)
+    return float(same_decisions.double().mean()), float(same_classes.double().mean())
 
 
 class Benchmark:
@@ -216,7 +224,6 @@ class Benchmark:
         times = self._take_turns(calls, batch, seconds)
         checked = [images for batches in rounds.batches for images in batches][: -(-CHECKED // batch)]
         reference = Masked(self.networks)
-        expected = [reference(images) for images in checked]
         flops = self.flops[rounds.rows.flatten()].mean()
         rival = times[contestants.best_static(times)]
         rows = {}
@@ -230,10 +237,9 @@ class Benchmark:
                 **speedup(rival, found),
             }
             if name in contestants.dynamic:
-                outputs = [contestants.dynamic[name](images) for images in checked]
-                same_actions, same_classes = agreement(outputs, expected)
-                agrees = min(same_actions, same_classes) >= AGREEMENT[precision]
-                row |= {"same_actions": same_actions, "same_classes": same_classes, "agrees": agrees}
+                decisions, classes = agreement(contestants.dynamic[name], reference, checked)
+                agrees = min(decisions, classes) >= AGREEMENT[precision]
+                row |= {"same_decisions": decisions, "same_classes": classes, "agrees": agrees}
                 row["ideal"] = self.cost.full / float(flops)
                 own_full = times.get(f"{name}, all blocks")
                 if own_full is not None:

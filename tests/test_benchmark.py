@@ -2,7 +2,6 @@
 
 import time
 
-import numpy as np
 import pytest
 import torch
 from test_executors import make_images, make_networks
@@ -92,7 +91,7 @@ def test_a_sleeper_is_shown_as_slow():
     assert tables["answers"][0]["executor"] != "sleepy"
 
 
-@pytest.mark.parametrize(("kind", "what"), [(Cheat, "same_actions"), (Liar, "same_classes")])
+@pytest.mark.parametrize(("kind", "what"), [(Cheat, "same_decisions"), (Liar, "same_classes")])
 def test_a_cheat_is_shown_and_wins_nothing(kind, what):
     _, tables = run(kind)
     row = row_of(tables, kind.name)
@@ -176,11 +175,20 @@ def test_a_sweep_runs_the_policy_network_and_takes_the_given_actions():
         assert torch.equal(ran[2 * index + 1][1], actions)
 
 
-def test_agreement_counts_images():
-    a = Output(logits=torch.eye(4), actions=torch.ones(4, 3) > 0)
-    other = torch.ones(4, 3) > 0
-    other[1, 2] = False
-    b = Output(logits=torch.eye(4).roll(1, 0)[[1, 2, 3, 3]], actions=other)
-    actions, classes = agreement([a, a], [a, b])
-    assert actions == 7 / 8
-    assert classes == np.mean([1] * 4 + [True, True, True, False])
+def test_agreement_counts_decisions_and_classes_under_them():
+    def executor(flips: list[int], wrong: list[int]):
+        def run(images, actions=None):
+            decided = torch.ones(4, 3) > 0
+            decided[flips] = False
+            taken = decided if actions is None else actions
+            classes = taken.sum(dim=1)
+            classes[wrong] += 1
+            return Output(logits=torch.nn.functional.one_hot(classes, 5).float(), actions=taken)
+
+        return run
+
+    batches = [make_images(4), make_images(4)]
+    reference = executor([], [])
+    assert agreement(executor([], []), reference, batches) == (1, 1)
+    assert agreement(executor([2], []), reference, batches) == (0.75, 1)  # right about what it ran
+    assert agreement(executor([], [0]), reference, batches) == (1, 0.75)
