@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cost import Cost
-from pipeline.executors.base import Executor, Networks, Output, UnavailableError
+from pipeline.executors.base import Executor, Networks, UnavailableError
 from pipeline.executors.masked import Masked
 from pipeline.executors.static import Classify, static_forms
 from pipeline.inference import EVALUATION_BATCH, make_executor
