@@ -3,7 +3,10 @@
 Shapes: B images of a batch, M images of a split, K blocks, N classes, H and W pixels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,9 @@ from pipeline.executors.persistent import Persistent
 from pipeline.policy_net import PolicyNet, average_down
 from pipeline.resnet import ResNet
 from pipeline.tensors import Normalisation, Split
+from pipeline.timing import seconds_of
+
+R = TypeVar("R")
 
 EXECUTORS: dict[str, type[Executor]] = {
     kind.name: kind for kind in (Masked, Gather, Grouped, Graphed, Native, Persistent)
@@ -30,50 +36,63 @@ IMAGES_PER_POLICY = 16  # from which on images of one policy are run together, a
 class Auto(Executor):
     """The fastest executor for the device, the precision and each batch's policies.
 
-    `native` on CPUs and `persistent` on CUDA, where they can run; otherwise `grouped` when the images of
-    a batch share few policies, `gather` when they do not. A single image on CUDA: `graphed`.
+    On CPUs `native`; without it `grouped` when the images of a batch share few policies, `gather` when
+    they do not. On CUDA `graphed` and, where it proves itself, `persistent` race once for each power of
+    two of images, on the first such batch.
     """
 
     name = "auto"
 
     def __init__(self, networks: Networks, *, precision: str = "fp32") -> None:
         super().__init__(networks, precision=precision)
-        kind = Native if self.device.type == "cpu" else Persistent
-        self.whole: Executor | None = None
-        self.reason = ""
-        self.single = Graphed(networks, precision=precision) if self.device.type == "cuda" else None
+        on_cuda = self.device.type == "cuda"
+        self.contestants: list[Executor] = []
+        self.winners: dict[int, Executor] = {}
+        self.without = ""
+        if on_cuda:
+            self.contestants.append(Graphed(networks, precision=precision))
+        kind = Persistent if on_cuda else Native
         try:
-            self.whole = kind(networks, precision=precision)
+            self.contestants.append(kind(networks, precision=precision))
         except UnavailableError as error:
-            self.reason = f"{kind.name}: {error}"
+            self.without = f" (no {kind.name}: {error})"
+        if not self.contestants:
             self.gather = Gather(networks, precision=precision)
             self.grouped = Grouped(networks, precision=precision)
 
     @property
     def description(self) -> str:
         """Which executors it comes down to here, and why not a faster one."""
-        if self.whole is not None:
-            return self.whole.name
-        return f"{self.grouped.name} or {self.gather.name} (no {self.reason})"
+        names = [executor.name for executor in self.contestants] or [Grouped.name, Gather.name]
+        return " or ".join(names) + self.without
 
     def _run(self, images: Tensor, actions: Tensor | None) -> Output:
-        if self.single is not None and len(images) == 1:
-            return self.single._run(images, actions)
-        if self.whole is not None:
-            return self.whole._run(images, actions)
+        if self.contestants:
+            return self._fastest(len(images), lambda executor: executor._run(images, actions))
         return super()._run(images, actions)
 
     def _decide(self, inputs: Tensor) -> Tensor:
         return self.gather._decide(inputs)
 
     def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
-        if self.single is not None and len(inputs) == 1:
-            return self.single._classify(inputs, actions)
-        if self.whole is not None:
-            return self.whole._classify(inputs, actions)
+        if self.contestants:
+            return self._fastest(len(inputs), lambda executor: executor._classify(inputs, actions))
         distinct = len(torch.unique(actions, dim=0))
         executor = self.grouped if len(actions) >= IMAGES_PER_POLICY * distinct else self.gather
         return executor._classify(inputs, actions)
+
+    def _fastest(self, batch: int, run: Callable[[Executor], R]) -> R:
+        """Run it by the executor that has won, or now wins, at batches of this size."""
+        size = batch.bit_length()
+        if size not in self.winners:
+            self.winners[size] = self.contestants[0]
+            if len(self.contestants) > 1:
+                self.winners[size] = min(self.contestants, key=lambda e: self._seconds(partial(run, e)))
+        return run(self.winners[size])
+
+    def _seconds(self, call: Callable[[], object]) -> float:
+        call()  # compiles, captures, warms up
+        return min(seconds_of(call, self.device) for _ in range(3))
 
 
 def make_executor(networks: Networks, *, name: str = "auto", precision: str = "fp32") -> Executor:

@@ -81,6 +81,11 @@ def timing(benchmark: dict[str, Any]) -> list[str]:
             "",
         ]
     lines += [*(f"- {beneficial(answer)}" for answer in benchmark["answers"]), ""]
+    lines += [
+        "Kept shares are of synthetic policies, which run the policy network as a call of its own: at "
+        "small batches that costs more than it does inside, so there the true share is higher.",
+        "",
+    ]
     lines += ["![Speed-up by batch size](speedups.png)", ""]
     if benchmark["sweep"]:
         lines += ["![Time by kept share of the blocks](break_evens.png)", ""]

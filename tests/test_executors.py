@@ -1,6 +1,7 @@
 """Every executor gives what `masked` gives, whatever the policies, the batch and the memory layout."""
 
 import shutil
+import time
 
 import pytest
 import torch
@@ -279,6 +280,30 @@ def test_auto_chooses_by_how_many_policies_there_are(monkeypatch):
     auto(images, POLICIES["two policies"](64, 6))
     auto(images, POLICIES["random"](64, 6))
     assert ran == ["grouped", "gather"]
+
+
+def test_auto_races_once_for_each_size(monkeypatch):
+    networks = make_networks()
+    auto = make_executor(networks)
+    ran = []
+
+    class Counted(type(make_executor(networks, name="gather"))):
+        def _classify(self, inputs, actions):
+            ran.append((self.name, len(inputs)))
+            time.sleep(self.nap(len(inputs)))
+            return super()._classify(inputs, actions)
+
+    one, other = Counted(networks), Counted(networks)
+    one.name, one.nap = "best when small", lambda batch: 0.02 * (batch > 8)
+    other.name, other.nap = "best when large", lambda batch: 0.02 * (batch <= 8)
+    auto.contestants, auto.winners = [one, other], {}
+    for batch in (4, 33):
+        expected = Masked(networks)(make_images(batch)).logits
+        torch.testing.assert_close(auto(make_images(batch)).logits, expected, atol=1e-4, rtol=0)
+    ran.clear()
+    for batch in (4, 5, 40, 63):  # of sizes that have raced
+        auto(make_images(batch))
+    assert ran == [(one.name, 4), (one.name, 5), (other.name, 40), (other.name, 63)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 15, 16, 17, 100, 257])
