@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline.resnet import ResNet
 from pipeline.tensors import Normalisation, Split
@@ -23,6 +24,19 @@ def make_split(count: int, *, size: int = 8, classes: int = 3, seed: int = 0) ->
     base = 40 + 80 * labels[:, None, None, None]
     noise = torch.randint(-30, 31, (count, size, size, 3), generator=draw)
     return Split(images=(base + noise).clamp(0, 255).byte(), labels=labels)
+
+
+def trained(module: nn.Module, seed: int | None = None) -> nn.Module:
+    """Batch norm as after a training, so that folding it wrongly shows."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.uniform_(part.weight, 0.5, 1.5)
+            nn.init.normal_(part.bias, std=0.3)
+            part.running_mean.normal_(0, 0.3)
+            part.running_var.uniform_(0.5, 3)
+    return module.eval()
 
 
 @pytest.fixture

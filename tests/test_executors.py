@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from conftest import NORMALISATION
+from conftest import NORMALISATION, trained
 from torch import nn
 
 from pipeline.executors import native, static
@@ -19,18 +19,6 @@ from pipeline.resnet import ResNet
 
 SIZE = 16
 NAMES = ["gather", "grouped", "native", "auto"]
-
-
-def trained(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Batch norm as after a training, so that folding it wrongly shows."""
-    torch.manual_seed(seed)
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            nn.init.uniform_(part.weight, 0.5, 1.5)
-            nn.init.normal_(part.bias, std=0.3)
-            part.running_mean.normal_(0, 0.3)
-            part.running_var.uniform_(0.5, 3)
-    return module.eval()
 
 
 def make_networks(*, depth=14, width=8, input_size=None, policy=True, seed=0) -> Networks:

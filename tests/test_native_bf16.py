@@ -4,8 +4,7 @@ import platform
 
 import pytest
 import torch
-from conftest import NORMALISATION
-from torch import nn
+from conftest import NORMALISATION, trained
 
 from pipeline.executors import native
 from pipeline.executors.base import Networks, UnavailableError
@@ -36,17 +35,6 @@ def kernel(request, tmp_path_factory):
             pytest.skip(f"this CPU has no {request.param}")
         yield request.param
     native.library.cache_clear()
-
-
-def trained(module: nn.Module) -> nn.Module:
-    """Batch norm as after a training, so that folding it wrongly shows."""
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            nn.init.uniform_(part.weight, 0.5, 1.5)
-            nn.init.normal_(part.bias, std=0.3)
-            part.running_mean.normal_(0, 0.3)
-            part.running_var.uniform_(0.5, 3)
-    return module.eval()
 
 
 def make_networks(*, depth=14, width=16, input_size=None) -> Networks:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NORMALISATION
+from conftest import NORMALISATION, trained
 from torch import nn
 
 from pipeline.executors import persistent
@@ -26,18 +26,6 @@ from pipeline.resnet import ResNet
 triton = pytest.importorskip("triton")
 INTERPRETED = not isinstance(persistent._forward, triton.JITFunction)
 CLASSES = 3
-
-
-def trained(module: nn.Module, seed: int) -> nn.Module:
-    """Batch norm as after a training, so that folding it wrongly shows."""
-    torch.manual_seed(seed)
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            nn.init.uniform_(part.weight, 0.5, 1.5)
-            nn.init.normal_(part.bias, std=0.3)
-            part.running_mean.normal_(0, 0.3)
-            part.running_var.uniform_(0.5, 3)
-    return module.eval()
 
 
 def make_networks(*, depth=8, width=4, policy=False, input_size=None) -> Networks:
