@@ -121,15 +121,17 @@ class Benchmark:
         self.extra = dict(extra or {})
         self.device = networks.device
         self.left_out: dict[str, str] = {}
+        self.tables: dict[str, list[Row]] = {"times": [], "sweep": [], "answers": [], "parts": []}
         execute = make_executor(networks)
         self.flops = torch.cat(
             [cost.of(execute(part).actions).cpu() for part in images.split(EVALUATION_BATCH)]
         )
 
     def run(self, say: Callable[[str], None] = print) -> dict[str, list[Row]]:
-        """Three tables: `times` of every contestant, `sweep` over kept shares, `answers` in short."""
-        tables: dict[str, list[Row]] = {"times": [], "sweep": [], "answers": [], "parts": []}
-        settings = self.settings
+        """The tables: `times` of every contestant, `sweep` over kept shares, `parts` of the winners'
+        times, and `answers` in short. When a line is said, `self.tables` holds them so far.
+        """
+        tables, settings = self.tables, self.settings
         cells = [(p, b) for p in settings.precisions for b in sorted(settings.batch_sizes)]
         clock = Clock(settings.seconds, 2 * len(cells))
         prepared = {precision: self._contestants(precision) for precision in settings.precisions}

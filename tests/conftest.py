@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.executors.base import Executor, Networks, Output
+from pipeline.inference import make_executor
 from pipeline.resnet import ResNet
 from pipeline.tensors import Normalisation, Split
 
@@ -37,6 +39,34 @@ def trained(module: nn.Module, seed: int | None = None) -> nn.Module:
             part.running_mean.normal_(0, 0.3)
             part.running_var.uniform_(0.5, 3)
     return module.eval()
+
+
+class StandIn:
+    """Executes any module that takes images and actions, as an executor does a ResNet."""
+
+    def __init__(self, networks: Networks) -> None:
+        self.networks = networks
+
+    def __call__(self, images: torch.Tensor, actions: torch.Tensor | None = None) -> Output:
+        return Output(
+            logits=self.classify(self.networks.normalisation(images), actions), actions=actions
+        )
+
+    def classify(self, inputs: torch.Tensor, actions: torch.Tensor | None) -> torch.Tensor:
+        return self.networks.resnet.eval()(inputs, actions)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch) -> None:
+    """Let tests put simple rules in place of ResNets, which executors can't pack."""
+
+    def make(networks: Networks, **options: str) -> Executor | StandIn:
+        if isinstance(networks.resnet, ResNet):
+            return make_executor(networks, **options)
+        return StandIn(networks)
+
+    monkeypatch.setattr("pipeline.inference.make_executor", make)
+    monkeypatch.setattr("pipeline.policy_learning.make_executor", make)
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from pipeline.inference import predict, predict_policy
 from pipeline.policy_net import PolicyNet
 from pipeline.tensors import Split
 
+pytestmark = pytest.mark.usefixtures("stand_ins")
+
 COST = Cost(always=15, policy_net=5, blocks=(100, 10, 1))
 
 

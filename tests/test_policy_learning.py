@@ -12,6 +12,8 @@ from pipeline.policies import greedy_actions
 from pipeline.policy_learning import PolicyLearning, PolicyRules
 from pipeline.training import Batch, make_optimizer
 
+pytestmark = pytest.mark.usefixtures("stand_ins")
+
 K = 3
 ALPHA, GAMMA = 0.8, 2.0
 ALL_POLICIES = torch.tensor(list(itertools.product([0, 1], repeat=K))).bool()  # [8, K]

@@ -1,6 +1,7 @@
-"""Choosing a preset and importing a checkpoint: what changes, and what is kept from being lost."""
+"""The commands: what a preset and an import change and keep from being lost, what speed measures."""
 
 import contextlib
+import json
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from conftest import NORMALISATION
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint, CheckpointError
 from pipeline.errors import UserError
+from pipeline.inference import make_executor
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
-from tools import import_checkpoint, preset
+from tools import import_checkpoint, preset, speed
 from tools.import_checkpoint import STAGES, bring_in, check, name_in_params
 
 ROOT = Path(__file__).parents[1]
@@ -352,3 +354,28 @@ def test_program_that_fails_ends_in_a_message_and_leaves_params_alone(place, mon
         run_main(monkeypatch, path, "finetune", fail=program)
     assert f"{program} add" in str(caught.value)
     assert set(named().values()) == {"import/none"}
+
+
+def test_speed_writes_what_it_measured(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "results/speed.json"
+    monkeypatch.setattr(
+        "sys.argv",
+        ["speed", "--depth", "8", "--width", "8", "--kept", "0.5", "--batches", "32", "--rounds", "5",
+         "--executors", "gather,persistent", "--shares", "0,1", "--seconds", "0", "--out", str(out)],
+    )  # fmt: skip
+    monkeypatch.setenv("BLOCKDROP_DEVICE", "cpu")
+    speed.main()
+    found = json.loads(out.read_text())
+    (answer,) = found["answers"]
+    assert answer["executor"] == "gather"
+    assert found["left_out"].keys() == {"persistent fp32"}
+    assert "gather is" in capsys.readouterr().out or not answer["reliable"]
+
+
+def test_speed_makes_a_policy_of_the_kept_share():
+    images = torch.randint(256, (400, 16, 16, 3), generator=torch.Generator().manual_seed(0)).byte()
+    networks, _ = speed.make_networks(20, 8, 0.31, images)
+    actions = make_executor(networks)(images).actions.double()
+    assert actions.mean(dim=0) == pytest.approx([0.31] * 9, abs=0.01)
+    blocks = torch.corrcoef(actions.t()) - torch.eye(9)
+    assert blocks.abs().max() < 0.5  # the decisions are not one and the same

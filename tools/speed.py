@@ -121,7 +121,13 @@ def main() -> None:
     print(f"speed: ResNet-{args.depth} on {runtime.describe_device(device)}", flush=True)
     cost = measure(networks.resnet, networks.policy_net, images.shape[1])
     benchmark = Benchmark(networks, full=full, images=images, cost=cost, settings=settings)
-    tables = benchmark.run(lambda line: print(f"speed: {line}", flush=True))
+
+    def say(line: str) -> None:
+        print(f"speed: {line}", flush=True)
+        if args.out is not None:  # after every part: what is measured is not lost
+            write(args, device, benchmark)
+
+    tables = benchmark.run(say)
     for row in tables["times"]:
         own = f", {row['speedup_over_itself']:.2f} of itself" if "speedup_over_itself" in row else ""
         print(
@@ -133,18 +139,22 @@ def main() -> None:
     for what, why in benchmark.left_out.items():
         print(f"  without {what}: {why}")
     if args.out is not None:
-        result = {
-            "machine": runtime.describe_machine(device),
-            "kept": args.kept,
-            "depth": args.depth,
-            "width": args.width,
-            "left_out": benchmark.left_out,
-            "settings": asdict(settings),
-            **tables,
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(f"speed: {args.out}")
+
+
+def write(args: argparse.Namespace, device: torch.device, benchmark: Benchmark) -> None:
+    """The machine, the settings, and the tables as far as they are."""
+    result = {
+        "machine": runtime.describe_machine(device),
+        "kept": args.kept,
+        "depth": args.depth,
+        "width": args.width,
+        "left_out": benchmark.left_out,
+        "settings": asdict(benchmark.settings),
+        **benchmark.tables,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
