@@ -76,9 +76,10 @@ def test_executors_predict_what_masked_predicts(cifar10, authors_resnet, precisi
         pytest.skip(str(error))
     if precision == "fp32":
         assert share(found, expected) >= 0.9999
-    else:  # it sums in another order: no farther from fp32 than the reference's own rounding
+    else:  # it sums in another order: no farther from fp32 than the reference's own rounding, within
+        # two standard errors of the difference of two such shares of 10,000 images
         exact = classes("native", "fp32")
-        assert share(found, exact) >= share(expected, exact) - 0.0005
+        assert share(found, exact) >= share(expected, exact) - 0.001
         print(f"native {share(found, exact):.4f}, masked {share(expected, exact):.4f} of fp32's classes")
 
 
