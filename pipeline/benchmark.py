@@ -279,11 +279,7 @@ class Benchmark:
         found = speedup(rival, times[winner])
         ideal = rows[winner]["ideal"]
         fastest = statistics(times[winner], 1)["milliseconds"]
-        slower = [
-            name
-            for name in times
-            if name.startswith("ResNet-") and np.median(times[name]) * 1000 >= fastest
-        ]
+        slower = [name for name in contestants.sole if np.median(times[name]) * 1000 >= fastest]
         return {
             "executor": winner,
             **found,

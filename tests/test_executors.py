@@ -191,6 +191,12 @@ def test_wrong_shapes_are_refused(name, images, actions, words):
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize("shape", [(16, 8), (8, 16), (10, 10)])
+def test_native_refuses_images_for_which_it_has_no_memory(shape):
+    with pytest.raises(ValueError, match=f"{shape[0]} x {shape[1]} pixels, expected a square"):
+        executor("native", make_networks())(torch.zeros(2, *shape, 3, dtype=torch.uint8))
+
+
 def test_no_images_give_no_logits():
     for name in NAMES:
         found = executor(name, make_networks())(make_images(0), torch.ones(0, 6))

@@ -283,11 +283,9 @@ class Native(Executor):
         inputs: int | None = None,
     ) -> Output:
         batch, height, width = shape
+        if height != width or height % 4:  # C++ would write past the end of its memory
+            raise ValueError(f"images have {height} x {width} pixels, expected a square, side 4n")
         logits = torch.empty(batch, self.networks.resnet.num_classes)
-        if batch == 0:
-            return Output(
-                logits=logits, actions=torch.ones(0, self.networks.num_blocks, dtype=torch.bool)
-            )
         policy_net = self.policy_net if actions is None else None
         taken = (
             torch.empty(batch, self.networks.num_blocks, dtype=torch.bool)
