@@ -8,7 +8,7 @@ from pipeline.data import load_split
 from pipeline.inference import predict
 from pipeline.params import Params
 from pipeline.runtime import choose_device, describe_device
-from pipeline.tracking import stage_run
+from pipeline.tracking.runs import stage_run
 from stages import common
 
 PRETRAIN_TIMES = common.METRICS / "times" / "pretrain.json"

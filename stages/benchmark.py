@@ -5,15 +5,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint, figures
+from pipeline import checkpoint
 from pipeline.benchmark import Benchmark, Settings
 from pipeline.cost import measure
 from pipeline.data import load_split
 from pipeline.executors.base import Networks
+from pipeline.figures import timing
 from pipeline.locks import alone
 from pipeline.params import Params
 from pipeline.runtime import choose_device, describe_device, describe_machine
-from pipeline.tracking import stage_run
+from pipeline.tracking.runs import stage_run
 from stages import common
 
 OUT = common.PLOTS / "benchmark"
@@ -61,9 +62,9 @@ def main(params: Params) -> None:
         common.write_json(OUT / "benchmark.json", result)
         common.write_json(common.METRICS / "benchmark.json", {"benchmark": metrics})
         title = f"ResNet-{resnet.depth}, {machine['device']}"
-        figures.speedups(OUT / "speedups.png", times=tables["times"], title=title)
+        timing.speedups(OUT / "speedups.png", times=tables["times"], title=title)
         if tables["sweep"]:
-            figures.break_evens(OUT / "break_evens.png", sweep=tables["sweep"], title=title)
+            timing.break_evens(OUT / "break_evens.png", sweep=tables["sweep"], title=title)
         mlflow_run.log_metrics({f"benchmark.{name}": value for name, value in metrics.items()})
         for file in sorted(OUT.iterdir()):
             mlflow_run.log_artifact(file)

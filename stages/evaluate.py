@@ -4,7 +4,7 @@ import csv
 
 import torch
 
-from pipeline import checkpoint, figures
+from pipeline import checkpoint
 from pipeline.cost import measure
 from pipeline.data import load_split
 from pipeline.evaluation import (
@@ -13,11 +13,12 @@ from pipeline.evaluation import (
     shuffled_accuracy,
     single_policy_candidates,
 )
+from pipeline.figures import curves, policies
 from pipeline.inference import predict, predict_policy
 from pipeline.params import Params
 from pipeline.policies import greedy_actions, policy_statistics
 from pipeline.runtime import choose_device, describe_device, generator
-from pipeline.tracking import stage_run
+from pipeline.tracking.runs import stage_run
 from stages import common
 
 IMAGES = common.PLOTS / "evaluate"
@@ -65,7 +66,7 @@ def evaluate(params: Params) -> dict[str, float | None]:
         resamples=params.evaluate.bootstrap,
         seed=params.seed,
     )
-    figures.policy_overview(
+    policies.policy_overview(
         IMAGES / "policy.png",
         actions=actions.numpy(),
         labels=test.labels.cpu().numpy(),
@@ -108,7 +109,7 @@ def draw_learning_curves() -> None:
         with (common.PLOTS / f"{stage}.csv").open(encoding="utf-8") as file:
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         tables.append([] if set(rows[0]) == {"epoch"} else rows)
-    figures.learning_curves(IMAGES / "learning_curves.png", curriculum=tables[0], finetune=tables[1])
+    curves.learning_curves(IMAGES / "learning_curves.png", curriculum=tables[0], finetune=tables[1])
 
 
 def main(params: Params) -> None:

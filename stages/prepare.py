@@ -6,7 +6,7 @@ from pipeline import sources
 from pipeline.data import Dataset, SplitName, save
 from pipeline.params import Data, Params
 from pipeline.resume import project_root
-from pipeline.tracking import stage_run
+from pipeline.tracking.runs import stage_run
 from stages.common import METRICS, PREPARED, run, write_json
 
 RAW = project_root() / "data/raw"  # archives, kept between runs and out of DVC and Git

@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.params import Params
 from pipeline.runtime import choose_device, describe_machine
-from pipeline.tracking import stage_run
+from pipeline.tracking.runs import stage_run
 from stages import common
 
 OUT = Path("report")

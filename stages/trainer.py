@@ -20,7 +20,7 @@ from pipeline.params import NO_FILE, Curriculum, Finetune, Params, Pretrain
 from pipeline.resume import ResumePoint, digest_of_files, key_of
 from pipeline.runtime import choose_device, describe_device
 from pipeline.tensors import Augmentation
-from pipeline.tracking import stage_run
+from pipeline.tracking.runs import stage_run
 from pipeline.training import Metrics
 from stages.common import METRICS, PLOTS, PREPARED, write_csv, write_json, write_times
 

@@ -9,8 +9,8 @@ import pytest
 from filelock import FileLock
 from mlflow import MlflowClient
 
-from pipeline import tracking
-from pipeline.tracking import experiment_name, stage_run, store_uri
+from pipeline.tracking import runs as tracking
+from pipeline.tracking.runs import experiment_name, stage_run, store_uri
 
 ROOT = Path(__file__).parents[1]
 TOGETHER = {"seed": 0, "resnet.mean": (0.5, 0.5, 0.5)}
@@ -24,7 +24,7 @@ VARIABLES = (
 PROCESS = """
 import sys
 sys.modules["torch"] = type(sys)("torch")  # slow to import, and not needed here
-from pipeline.tracking import stage_run
+from pipeline.tracking.runs import stage_run
 with stage_run(sys.argv[1], {"seed": 0, "resnet.mean": (0.5, 0.5, 0.5)}) as run:
     print(run.run_id, run.parent_id)
 """

@@ -5,7 +5,7 @@ import contextlib
 import subprocess
 
 from pipeline.resume import project_root
-from pipeline.tracking import experiment_id, store_uri
+from pipeline.tracking.runs import experiment_id, store_uri
 
 HOST = "127.0.0.1"
 

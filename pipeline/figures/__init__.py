@@ -1,0 +1,1 @@
+"""Figures for papers and READMEs, one module for each kind of question."""
