@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 PORT ?= 5000
 
-.PHONY: help setup repro benchmark test slow check ui preset import lock
+.PHONY: help setup repro benchmark test slow check sync ui front predict promote preset import lock
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -25,9 +25,11 @@ setup: ## .venv from requirements.txt
 
 repro: setup ## run the pipeline: whatever params.yaml, code or data changed
 	dvc repro
+	@python -m tools.sync
 
 benchmark: setup ## measure inference time anew, on this machine, and report it
 	dvc repro --single-item --force benchmark report
+	@python -m tools.sync
 
 test: setup ## all tests but the slow ones
 	python -m pytest -m "not slow"
@@ -41,8 +43,20 @@ check: setup ## lint, format, types and the fast tests
 	mypy
 	python -m pytest -m "not e2e and not slow"
 
+sync: setup ## one finished run in MLflow for every experiment that DVC knows
+	@python -m tools.sync
+
 ui: setup ## the MLflow UI on 127.0.0.1 (PORT=5000)
 	python -m tools.ui --port $(PORT)
+
+front: setup ## the trade-off of the gammas that were run, as a figure: results/front.png
+	@python -m tools.front
+
+predict: setup ## IMAGES="a.png b.png": class, confidence, which blocks run, what is saved
+	@python -m tools.predict $(IMAGES)
+
+promote: setup ## NAME=experiment: make its model the registry's champion
+	@python -m tools.promote "$(NAME)"
 
 preset: setup ## NAME=cifar10_resnet32: put a file of presets/ in place of params.yaml
 	@python -m tools.preset "$(NAME)"

@@ -1,4 +1,4 @@
 """BlockDrop: a policy network decides, image by image, which residual blocks of a ResNet run.
 
-The library behind `stages/`. It knows nothing of DVC, and only the folder `pipeline.tracking` knows MLflow.
+The library behind `stages/`. It knows nothing of DVC, and only `pipeline.tracking` knows MLflow.
 """

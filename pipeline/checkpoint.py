@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import (
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import UserError
 from pipeline.policy_net import PolicyNet
@@ -46,6 +47,7 @@ def _depth_of_a_resnet(depth: int) -> int:
 
 
 Positive = Annotated[float, Field(gt=0)]
+Side = Annotated[int, Field(ge=8, le=512, multiple_of=4)]  # what params.yaml allows
 Depth = Annotated[int, Field(le=2000), AfterValidator(_depth_of_a_resnet)]
 
 
@@ -87,13 +89,17 @@ class NormalisationRecord(_Strict):
 
 
 class Sidecar(_Strict):
-    """model.json. It holds no time and no path, so that equal trainings give equal files."""
+    """model.json. It holds no time and no path, so that equal trainings give equal files.
+
+    `image_size` came later: files without it are read as well.
+    """
 
     format: Literal[1]
     stage: str
     resnet: ResNetArchitecture | None
     policy_net: PolicyNetArchitecture | None
     normalisation: NormalisationRecord
+    image_size: Side | None = None
     classes: Annotated[tuple[str, ...], Field(strict=False)]
     metrics: dict[str, float | None]
     weights_sha256: str
@@ -117,7 +123,8 @@ class Sidecar(_Strict):
 class Checkpoint:
     """Networks with what is needed to use them; a network that is not in it is None.
 
-    `path` is where it was read from, None for one that is still to be written.
+    `path` is where it was read from, None for one that is still to be written. `image_size` is the side
+    in pixels of the images that it was trained on, None where an older file does not say it.
     """
 
     stage: str
@@ -125,6 +132,7 @@ class Checkpoint:
     resnet: ResNet | None
     policy_net: PolicyNet | None
     normalisation: Normalisation
+    image_size: int | None
     classes: tuple[str, ...]
     metrics: Mapping[str, float | None]
 
@@ -168,6 +176,7 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
         normalisation=NormalisationRecord(
             mean=checkpoint.normalisation.mean, std=checkpoint.normalisation.std
         ),
+        image_size=checkpoint.image_size,
         classes=checkpoint.classes,
         metrics=dict(checkpoint.metrics),
         weights_sha256=hashlib.sha256(weights).hexdigest(),
@@ -221,7 +230,8 @@ def load(folder: Path) -> Checkpoint:
                 for name, tensor in tensors.items()
                 if name.startswith(f"{prefix}.")
             }
-            with torch.device("meta"):  # shapes first: a false sidecar must not take the memory
+            # shapes first: a false sidecar must not take the memory
+            with torch.device("meta"), _Uninitialised():
                 require_fit(architecture.build(), own, path)
             networks[prefix] = fill(architecture.build(), own, path)
     record = sidecar.normalisation
@@ -231,9 +241,21 @@ def load(folder: Path) -> Checkpoint:
         resnet=networks["resnet"],  # type: ignore[arg-type]
         policy_net=networks["policy_net"],  # type: ignore[arg-type]
         normalisation=Normalisation(mean=record.mean, std=record.std),
+        image_size=sidecar.image_size,
         classes=sidecar.classes,
         metrics=sidecar.metrics,
     )
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Networks are built without drawing weights, which on `meta` would import PyTorch's compiler."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def fill(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> nn.Module:

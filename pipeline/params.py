@@ -7,7 +7,7 @@ which values are allowed and never what a result is, and no stage needs to rerun
 import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +28,7 @@ Side = Annotated[int, Field(ge=8, le=512, multiple_of=4)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 Schedule = Literal["constant", "cosine", "step"]
 Precision = Literal["fp32", "bf16"]
+RuleName = Literal["first", "random", "distribute"]
 ExecutorName = Literal["masked", "gather", "grouped", "graphed", "native", "persistent"]
 
 
@@ -185,13 +186,35 @@ class Benchmark(Section):
         for depth in self.sole_depths:
             _check_depth(depth)
         for name in ("batch_sizes", "precisions", "executors", "kept_shares", "sole_depths"):
-            values = getattr(self, name)
-            if not values and name != "sole_depths":
-                raise ValueError(f"{name} is empty; name one at least")
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} {list(values)} names something twice; once is enough")
+            _check_list(name, getattr(self, name), may_be_empty=name == "sole_depths")
         if len(self.kept_shares) < 2:
             raise ValueError(f"kept_shares {list(self.kept_shares)} is one point; a line takes two")
+        return self
+
+
+class Sole(Section):
+    """ResNets of other depths, every block of which runs, by pretrain's recipe."""
+
+    depths: Annotated[tuple[Count, ...], Field(strict=False)]
+
+    @model_validator(mode="after")
+    def _lists(self) -> "Sole":
+        for depth in self.depths:
+            _check_depth(depth)
+        _check_list("depths", self.depths)
+        return self
+
+
+class Static(Section):
+    """Rules that drop blocks without looking at the image, finetuned as `finetune` finetunes."""
+
+    rules: Annotated[tuple[RuleName, ...], Field(strict=False)]
+    kept: Annotated[tuple[Count, ...], Field(strict=False)]
+
+    @model_validator(mode="after")
+    def _lists(self) -> "Static":
+        _check_list("rules", self.rules)
+        _check_list("kept", self.kept)
         return self
 
 
@@ -209,6 +232,8 @@ class Params(Section):
     finetune: Finetune
     evaluate: Evaluate
     benchmark: Benchmark
+    sole: Sole
+    static: Static
 
     @model_validator(mode="after")
     def _fit_together(self) -> "Params":
@@ -230,11 +255,25 @@ class Params(Section):
                 f"{self.resnet.num_blocks} blocks is learnt; with epochs_per_block "
                 f"{self.curriculum.epochs_per_block} it takes {math.ceil(needed)} epochs or more"
             )
+        self._check_rivals()
         return self
+
+    def _check_rivals(self) -> None:
+        depth, blocks = self.resnet.depth, self.resnet.num_blocks
+        if depth in self.sole.depths:
+            raise ValueError(
+                f"sole.depths {list(self.sole.depths)} names resnet.depth {depth}, which pretrain "
+                "trains already; name other depths"
+            )
+        if max(self.static.kept) >= blocks:
+            raise ValueError(
+                f"static.kept {list(self.static.kept)} leaves nothing to drop of the {blocks} blocks of "
+                f"resnet.depth {depth}; name numbers from 1 to {blocks - 1}"
+            )
 
     def flat(self) -> dict[str, Any]:
         """Every value under its dotted key, as params.yaml has it (for logging)."""
-        return dict(_flatten(self.model_dump()))
+        return dict(flatten(self.model_dump()))
 
 
 def _check_depth(depth: int) -> None:
@@ -243,26 +282,34 @@ def _check_depth(depth: int) -> None:
         raise ValueError(f"depth {depth} is not 6n+2; the nearest are {below} and {below + 6}")
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _check_list(name: str, values: Sequence[object], *, may_be_empty: bool = False) -> None:
+    if not values and not may_be_empty:  # DVC makes no stage of an empty list, and misses its files
+        raise ValueError(f"{name} is empty; name one at least")
+    if len(set(values)) < len(values):
+        raise ValueError(f"{name} {list(values)} names something twice; once is enough")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested sections under its dotted key."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML as DVC reads it: 1e-05 is a number (`dvc exp run -S` writes it so), and no key twice."""
 
 
-_Loader.add_implicit_resolver(
+Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
 
 
-def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+def _mapping_without_repeats(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
@@ -276,7 +323,7 @@ def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[An
     return loader.construct_mapping(node)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
+Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
 
 
 def load(path: Path | str = "params.yaml") -> Params:
@@ -287,7 +334,7 @@ def load(path: Path | str = "params.yaml") -> Params:
     """
     path = Path(path)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
         raise ParamsError(f"{path} is missing; `make preset NAME=digits` writes one") from None
     except OSError as error:

@@ -269,7 +269,7 @@ def _read_folder(folder: Path, classes: tuple[str, ...], image_size: int) -> Arr
             raise DataError(f"{folder / name} holds no image; add some or remove the folder")
         files += [(path, label) for path in of_class]
     bar = tqdm(files, desc=str(folder.name), unit="image", disable=None)
-    images = np.stack([_read_image(path, image_size) for path, _ in bar])
+    images = np.stack([read_image(path, image_size) for path, _ in bar])
     return Arrays(images=images, labels=np.asarray([label for _, label in files], dtype=np.int64))
 
 
@@ -277,8 +277,12 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
-def _read_image(path: Path, image_size: int) -> NDArray[np.uint8]:
-    """An upright RGB square: the shorter side scaled to `image_size`, the longer one cut to it."""
+def read_image(path: Path, image_size: int) -> NDArray[np.uint8]:
+    """An upright RGB square: the shorter side scaled to `image_size`, the longer one cut to it.
+
+    Raises:
+        DataError: the file is missing or damaged, no image, or one whose brightness has no known range.
+    """
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)

@@ -78,7 +78,7 @@ def fit(
     normalisation: Normalisation,
     key: tuple[int | str, ...],
     start_epoch: int = 0,
-    on_step: Callable[[int, int], None] = lambda done, total: None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[EpochResult]:
     """Train epoch by epoch, yielding after each, so that the caller can log, save or stop.
 
@@ -86,7 +86,7 @@ def fit(
         schedule: factor of the learning rates at a share of the training done, [0, 1) to [0, 1].
         key: (seed, stage), from which every random table is drawn.
         start_epoch: the first epoch to run; earlier ones are taken as done.
-        on_step: called with (steps done, steps in all) of the epoch, for a progress bar.
+        on_step: called after every step, for a progress bar.
     """
     base_rates = [group["initial_lr"] for group in learner.optimizer.param_groups]
     device = train.images.device
@@ -106,9 +106,14 @@ def fit(
             metrics = learner.step(Batch(images=images, labels=train.labels[rows], noise=noise[rows]))
             for name, value in metrics.items():  # summed on the device: no wait for it in a step
                 totals[name] = totals.get(name, torch.zeros((), device=device)) + value * len(rows)
-            on_step(step + 1, len(parts))
+            on_step()
         means = {name: float(total) / len(train) for name, total in totals.items()}
         yield EpochResult(epoch=epoch, train=means, validation=learner.validate(validation))
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """How many steps `fit` makes in an epoch of that many training images."""
+    return len(batches(torch.arange(images), batch_size))
 
 
 def constant(progress: float) -> float:
@@ -143,9 +148,14 @@ def make_optimizer(
 
 
 class Classification:
-    """Cross-entropy training of a ResNet that runs every block (pretraining)."""
+    """Cross-entropy training of a ResNet that runs every block, or those that a fixed rule keeps.
 
-    num_actions = 0
+    Under a rule a block learns, weights and batch statistics alike, from the images that run it; a
+    block that no image of a batch runs is left as it is, weight decay included.
+
+    Args:
+        rule: noise [B, K] in [0, 1) to actions [B, K] bool; None: every block runs (pretraining).
+    """
 
     def __init__(
         self,
@@ -155,6 +165,7 @@ class Classification:
         normalisation: Normalisation,
         precision: str,
         label_smoothing: float = 0.0,
+        rule: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.modules: dict[str, nn.Module] = {"resnet": resnet}
         self.resnet = resnet
@@ -162,6 +173,8 @@ class Classification:
         self.normalisation = normalisation
         self.precision = precision
         self.label_smoothing = label_smoothing
+        self.rule = rule
+        self.num_actions = 0 if rule is None else resnet.num_blocks
 
     def begin_epoch(self, epoch: int) -> None:
         """Nothing changes from epoch to epoch."""
@@ -170,7 +183,7 @@ class Classification:
         """One step on the mean cross-entropy of the batch."""
         self.resnet.train()
         with autocast(batch.images.device, self.precision):
-            logits = self.resnet(batch.images)
+            logits = self.resnet(batch.images, self._actions(batch.noise))
         logits = logits.float()
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
         self.optimizer.zero_grad()
@@ -180,6 +193,16 @@ class Classification:
         return {"loss": loss.detach(), "accuracy": correct.float().mean()}
 
     def validate(self, split: Split) -> Metrics:
-        """Loss and accuracy with every block."""
-        found = predict(self.resnet, split, normalisation=self.normalisation, precision=self.precision)
+        """Loss and accuracy with the blocks that run; what a rule draws is the same at every call."""
+        noise = torch.rand(len(split), self.num_actions, generator=generator("validation"))
+        actions = self._actions(noise)
+        found = predict(
+            self.resnet, split, actions, normalisation=self.normalisation, precision=self.precision
+        )
         return {"loss": float(found.losses.mean()), "accuracy": found.accuracy}
+
+    def _actions(self, noise: Tensor | None) -> Tensor | None:
+        if self.rule is None:
+            return None
+        assert noise is not None  # `fit` draws it for every learner with actions
+        return self.rule(noise)

@@ -1,21 +1,171 @@
-"""baseline: the pretrained ResNet alone, every block on every image. Does not depend on gamma."""
+"""baseline: what BlockDrop must beat, on the test set. Nothing here depends on gamma.
+
+The pretrained ResNet with every block, the same under the static rules with every number of blocks,
+those that `static` finetuned, and the ResNets of other depths that `sole` trained.
+"""
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from pipeline import checkpoint
+from pipeline.checkpoint import Checkpoint
 from pipeline.cost import measure
 from pipeline.data import load_split
-from pipeline.inference import predict
+from pipeline.inference import Predictions, predict
 from pipeline.params import Params
-from pipeline.runtime import choose_device, describe_device
+from pipeline.resnet import ResNet
+from pipeline.runtime import choose_device, describe_device, generator
+from pipeline.static_policies import RULES, static_rule
+from pipeline.tensors import Split
 from pipeline.tracking.runs import stage_run
 from stages import common
 
 PRETRAIN_TIMES = common.METRICS / "times" / "pretrain.json"
+SOLE = Path("models/sole")
+STATIC = Path("models/static")
+RANDOM_DRAWS = 5  # of every image's blocks under the rule `random`, over which accuracies are means
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """One network on the test images, M of them.
+
+    Attributes:
+        kind: full, sole, or the static rule.
+        blocks: that run on an image.
+        flops: per image.
+        accuracy_std: over draws; 0 where nothing is drawn.
+        correct: [M] bool; under the rule `random` in the first draw.
+    """
+
+    kind: str
+    depth: int
+    blocks: int
+    finetuned: bool
+    flops: float
+    accuracy: float
+    accuracy_std: float
+    correct: Tensor
+
+    @property
+    def name(self) -> str:
+        """What it is called in plots/baseline/images.csv: full, sole-DEPTH or RULE-BLOCKS."""
+        number = {"full": "", "sole": f"-{self.depth}"}.get(self.kind, f"-{self.blocks}")
+        return self.kind + number
+
+    def row(self) -> dict[str, Any]:
+        """Its line of plots/baseline/curves.csv."""
+        return {
+            "kind": self.kind,
+            "depth": self.depth,
+            "blocks": self.blocks,
+            "finetuned": int(self.finetuned),
+            "flops": self.flops,
+            "accuracy": self.accuracy,
+            "accuracy_std": self.accuracy_std,
+        }
+
+
+def with_every_block(kind: str, resnet: ResNet, test: Split, found: Predictions) -> Network:
+    """A ResNet all of whose blocks run."""
+    return Network(
+        kind=kind,
+        depth=resnet.depth,
+        blocks=resnet.num_blocks,
+        finetuned=False,
+        flops=measure(resnet, None, test.image_size).full,
+        accuracy=found.accuracy,
+        accuracy_std=0.0,
+        correct=found.correct,
+    )
+
+
+def ruled(
+    own: Checkpoint, kind: str, kept: int, test: Split, noise: Tensor, *, finetuned: bool
+) -> Network:
+    """A checkpoint's ResNet under a static rule, whose draws noise [D, M, K] decides."""
+    resnet = own.need_resnet().to(test.images.device)
+    rule = static_rule(kind, kept)
+    draws = noise if kind == "random" else noise[:1]  # the others are the same in every draw
+    actions = [rule(table) for table in draws]
+    found = [predict(resnet, test, drawn, normalisation=own.normalisation) for drawn in actions]
+    accuracies = [predictions.accuracy for predictions in found]
+    cost = measure(resnet, None, test.image_size)  # no policy network decides
+    return Network(
+        kind=kind,
+        depth=resnet.depth,
+        blocks=kept,
+        finetuned=finetuned,
+        flops=float(cost.of(torch.cat(actions)).mean()),
+        accuracy=mean(accuracies),  # exact, so that equal draws have a deviation of 0
+        accuracy_std=pstdev(accuracies),
+        correct=found[0].correct,
+    )
+
+
+def trained_networks(params: Params, test: Split, noise: Tensor) -> list[Network]:
+    """The sole ResNets, then the finetuned static ones: those that params.yaml names, no others."""
+    networks = []
+    for depth in params.sole.depths:
+        own = checkpoint.load(SOLE / str(depth))
+        resnet = own.need_resnet().to(test.images.device)
+        found = predict(resnet, test, normalisation=own.normalisation)
+        networks.append(with_every_block("sole", resnet, test, found))
+    for rule, kept in product(params.static.rules, params.static.kept):
+        own = checkpoint.load(STATIC / f"{rule}-{kept}")
+        networks.append(ruled(own, rule, kept, test, noise, finetuned=True))
+    return networks
+
+
+def metrics_of(full: Network, loss: float, trained: list[Network]) -> dict[str, dict[str, Any]]:
+    """metrics/baseline.json: one section for each kind, under whose name DVC and MLflow show it."""
+    sole, static = {}, {}
+    for network in trained:
+        told: dict[str, float] = {"accuracy": network.accuracy, "flops": network.flops}
+        if network.kind == "sole":
+            sole[str(network.depth)] = told
+        else:
+            static[f"{network.kind}_{network.blocks}"] = told | {"blocks": network.blocks}
+    baseline = {
+        "accuracy": full.accuracy,
+        "loss": loss,
+        "flops": full.flops,
+        "num_blocks": full.blocks,
+    }
+    return {"baseline": baseline, "sole": sole, "static": static}
+
+
+def flat(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The metrics as MLflow takes them: those of the full ResNet as they are, others dotted."""
+    found = dict(metrics["baseline"])
+    for kind in ("sole", "static"):
+        for name, values in metrics[kind].items():
+            found |= {f"{kind}.{name}.{key}": value for key, value in values.items()}
+    return found
+
+
+def write_tables(unfinetuned: list[Network], named: list[Network]) -> None:
+    """plots/baseline: a row for each network, and a row for each image with who is right on it."""
+    networks = [*named, *unfinetuned]
+    common.write_csv(common.PLOTS / "baseline" / "curves.csv", [n.row() for n in networks])
+    right = {network.name: network.correct.int().tolist() for network in named}
+    rows = [
+        {"image": image, **dict(zip(right, values, strict=True))}
+        for image, values in enumerate(zip(*right.values(), strict=True))
+    ]
+    common.write_csv(common.PLOTS / "baseline" / "images.csv", rows)
 
 
 def main(params: Params) -> None:
-    """Write metrics/baseline.json, and what it took to train and to test in metrics/times."""
+    """Write metrics/baseline.json, plots/baseline, and what it took to train and to test."""
     with stage_run("baseline", params.flat()) as mlflow_run:
         device = choose_device()
         pretrained = checkpoint.load(common.PRETRAINED)
@@ -24,22 +174,26 @@ def main(params: Params) -> None:
         started = time.monotonic()
         found = predict(resnet, test, normalisation=pretrained.normalisation)
         seconds = time.monotonic() - started
-        metrics = {
-            "accuracy": found.accuracy,
-            "loss": float(found.losses.double().mean()),
-            "flops": measure(resnet, None, test.image_size).full,
-            "num_blocks": resnet.num_blocks,
-            "test_images": len(test),
-        }
+        full = with_every_block("full", resnet, test, found)
+        draw = generator(params.seed, "baseline")
+        noise = torch.rand(RANDOM_DRAWS, len(test), resnet.num_blocks, generator=draw)
+        unfinetuned = [
+            ruled(pretrained, rule, kept, test, noise, finetuned=False)
+            for rule, kept in product(RULES, range(resnet.num_blocks + 1))
+        ]
+        trained = trained_networks(params, test, noise)
+        metrics = metrics_of(full, float(found.losses.double().mean()), trained)
         times = {
             "train_seconds": common.read_json(PRETRAIN_TIMES)["seconds"],
             "test_seconds": round(seconds, 3),
             "device": describe_device(device),
         }
+        write_tables(unfinetuned, [full, *trained])
         common.write_json(common.METRICS / "baseline.json", metrics)
         common.write_json(common.METRICS / "times" / "baseline.json", times)
-        mlflow_run.log_metrics({**metrics, "test_seconds": seconds})
-    print(f"baseline: accuracy {metrics['accuracy']:.4f} with every block")
+        mlflow_run.log_metrics({**flat(metrics), "test_seconds": seconds})
+    told = ", ".join(f"{network.name} {network.accuracy:.4f}" for network in trained)
+    print(f"baseline: accuracy {full.accuracy:.4f} with every block, {told}")
 
 
 if __name__ == "__main__":

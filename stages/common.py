@@ -62,6 +62,12 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows that `write_csv` wrote, as texts."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def write_times(stage: str, seconds: float, images: int) -> None:
     """How long a stage took, in a file of its own: it differs from run to run, results do not."""
     content = {

@@ -1,8 +1,8 @@
 """evaluate: what the finetuned pair is worth on the test set, and what looking at images buys."""
 
-import csv
-
+import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline import checkpoint
 from pipeline.cost import measure
@@ -14,14 +14,15 @@ from pipeline.evaluation import (
     single_policy_candidates,
 )
 from pipeline.figures import curves, policies
-from pipeline.inference import predict, predict_policy
+from pipeline.inference import Predictions, predict, predict_policy
 from pipeline.params import Params
 from pipeline.policies import greedy_actions, policy_statistics
 from pipeline.runtime import choose_device, describe_device, generator
+from pipeline.tensors import Split
 from pipeline.tracking.runs import stage_run
 from stages import common
 
-IMAGES = common.PLOTS / "evaluate"
+OUT = common.PLOTS / "evaluate"
 
 
 def evaluate(params: Params) -> dict[str, float | None]:
@@ -66,18 +67,19 @@ def evaluate(params: Params) -> dict[str, float | None]:
         resamples=params.evaluate.bootstrap,
         seed=params.seed,
     )
-    policies.policy_overview(
-        IMAGES / "policy.png",
-        actions=actions.numpy(),
-        labels=test.labels.cpu().numpy(),
-        correct=found.correct.numpy(),
-        classes=tuned.classes,
+    draw(
         title=(
             f"ResNet-{resnet.depth}: "
             f"{100 * found.accuracy:.2f} % with {float(actions.sum(dim=1).double().mean()):.2f} of "
             f"{resnet.num_blocks} blocks (all blocks: {100 * of_full.accuracy:.2f} %)"
         ),
+        test=test,
+        actions=actions,
+        found=found,
+        of_full=of_full,
+        classes=tuned.classes,
     )
+    write_images(test, actions, found, of_full)
     kept = actions.double().mean(dim=0).tolist()
     common.write_csv(
         common.PLOTS / "blocks.csv",
@@ -102,24 +104,86 @@ def evaluate(params: Params) -> dict[str, float | None]:
     }
 
 
-def draw_learning_curves() -> None:
+def draw(
+    *,
+    title: str,
+    test: Split,
+    actions: Tensor,
+    found: Predictions,
+    of_full: Predictions,
+    classes: tuple[str, ...],
+) -> None:
+    """The figures of the test images: which blocks run for which classes and which images."""
+    images, labels = test.images.cpu().numpy(), test.labels.cpu().numpy()
+    taken = actions.numpy().astype(np.bool_)
+    policies.policy_overview(
+        OUT / "policy.png",
+        actions=taken,
+        labels=labels,
+        correct=found.correct.numpy(),
+        classes=classes,
+        title=title,
+    )
+    policies.policies_by_class(
+        OUT / "policies_by_class.png",
+        images=images,
+        labels=labels,
+        actions=taken,
+        classes=classes,
+        title=title,
+    )
+    policies.easy_and_hard(
+        OUT / "easy_and_hard.png",
+        images=images,
+        labels=labels,
+        predicted=found.classes.numpy(),
+        actions=taken,
+        losses=of_full.losses.numpy(),
+        classes=classes,
+        title=title,
+    )
+
+
+def write_images(test: Split, actions: Tensor, found: Predictions, of_full: Predictions) -> None:
+    """A row for each test image: what it is, what it was taken for, and which blocks it ran."""
+    rows = zip(test.labels.tolist(), found.classes.tolist(), found.correct.tolist(), actions.tolist(),
+               of_full.correct.tolist(), of_full.losses.tolist(), strict=True)  # fmt: skip
+    table = [
+        {
+            "image": index,
+            "label": label,
+            "predicted": predicted,
+            "correct": int(correct),
+            "blocks": sum(policy),
+            "policy": "".join("1" if kept else "0" for kept in policy),
+            "full_correct": int(full_correct),
+            "full_loss": f"{loss:.6g}",
+        }
+        for index, (label, predicted, correct, policy, full_correct, loss) in enumerate(rows)
+    ]
+    common.write_csv(OUT / "images.csv", table)
+
+
+def draw_learning_curves(num_blocks: int) -> None:
     """The curves of both policy stages, unless one of them was imported."""
     tables = []
     for stage in ("curriculum", "finetune"):
-        with (common.PLOTS / f"{stage}.csv").open(encoding="utf-8") as file:
-            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-        tables.append([] if set(rows[0]) == {"epoch"} else rows)
-    curves.learning_curves(IMAGES / "learning_curves.png", curriculum=tables[0], finetune=tables[1])
+        rows = common.read_csv(common.PLOTS / f"{stage}.csv")
+        numbers = [{name: float(text) for name, text in row.items()} for row in rows]
+        tables.append([] if set(numbers[0]) == {"epoch"} else numbers)
+    curves.learning_curves(
+        OUT / "learning_curves.png", curriculum=tables[0], finetune=tables[1], num_blocks=num_blocks
+    )
 
 
 def main(params: Params) -> None:
     """Write metrics/evaluate.json, plots/blocks.csv and the figures in plots/evaluate."""
     with stage_run("evaluate", params.flat()) as mlflow_run:
         metrics = evaluate(params)
-        draw_learning_curves()
+        draw_learning_curves(int(metrics["num_blocks"] or 0))
         common.write_json(common.METRICS / "evaluate.json", metrics)
         mlflow_run.log_metrics(metrics)
-        for image in sorted(IMAGES.glob("*.png")):
+        for image in sorted(OUT.iterdir()):
             mlflow_run.log_artifact(image)
     print(
         f"evaluate: accuracy {metrics['accuracy']:.4f} (all blocks {metrics['full_accuracy']:.4f}) "

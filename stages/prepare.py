@@ -36,7 +36,8 @@ def main(params: Params) -> None:
         dataset = read(params.data)
         save(dataset, PREPARED)
         counts = {f"{name}_images": len(split.labels) for name, split in dataset.splits.items()}
-        write_json(METRICS / "prepare.json", {**counts, "classes": len(dataset.classes)})
+        about = {**counts, "classes": len(dataset.classes)}
+        write_json(METRICS / "prepare.json", {"data": about})  # DVC names them data.train_images, ...
         mlflow_run.log_metrics(counts)
     print(f"prepare: {params.data.source}, " + ", ".join(f"{k} {v}" for k, v in counts.items()))
 

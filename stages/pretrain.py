@@ -9,14 +9,8 @@ from pipeline.data import load_classes
 from pipeline.params import Params
 from pipeline.resnet import ResNet
 from pipeline.runtime import choose_device, seed_everything
-from pipeline.tensors import Normalisation
-from pipeline.training import Classification, Metrics, make_optimizer
+from pipeline.training import Metrics
 from stages import common, trainer
-
-
-def normalisation_of(params: Params) -> Normalisation:
-    """The input normalisation that params.yaml asks for."""
-    return Normalisation(mean=params.resnet.mean, std=params.resnet.std)
 
 
 def import_resnet(path: Path, params: Params, classes: tuple[str, ...]) -> ResNet:
@@ -24,7 +18,7 @@ def import_resnet(path: Path, params: Params, classes: tuple[str, ...]) -> ResNe
     if path.is_dir():
         own = checkpoint.load(path)
         trainer.require_same(
-            path, "input normalisation", own.normalisation, normalisation_of(params),
+            path, "input normalisation", own.normalisation, trainer.normalisation_of(params),
             "set resnet.mean and resnet.std in params.yaml to the checkpoint's",
         )  # fmt: skip
         trainer.require_same(
@@ -51,7 +45,8 @@ def main(params: Params) -> None:
             stage="pretrain",
             resnet=resnet,
             policy_net=None,
-            normalisation=normalisation_of(params),
+            normalisation=trainer.normalisation_of(params),
+            image_size=params.data.image_size,  # the size of data/prepared, on which this stage depends
             classes=classes,
             metrics=metrics,
         )
@@ -66,18 +61,8 @@ def main(params: Params) -> None:
     resnet = ResNet(depth=params.resnet.depth, width=params.resnet.width, num_classes=len(classes)).to(
         choose_device()
     )
+    learner = trainer.pretraining(resnet, params)
     section = params.pretrain
-    learner = Classification(
-        resnet,
-        optimizer=make_optimizer(
-            section.optimizer,
-            [{"params": list(resnet.parameters()), "lr": section.lr}],
-            weight_decay=section.weight_decay,
-        ),
-        normalisation=normalisation_of(params),
-        precision=section.precision,
-        label_smoothing=section.label_smoothing,
-    )
     trainer.train("pretrain", learner, params, section, [common.PREPARED], partial(save, resnet))
 
 

@@ -1,4 +1,4 @@
-"""A copy of this repository in a folder of its own, in which tests run DVC."""
+"""Folders of their own in which tests run: DVC in a copy of this repository, or stages alone."""
 
 import hashlib
 import json
@@ -9,7 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import yaml
+from conftest import make_split
+
+from pipeline import data
+from pipeline.params import Params, load
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -21,6 +26,8 @@ TINY = {
     "finetune": {"epochs": 3},
     "evaluate": {"shuffles": 2, "single_policies": 4, "bootstrap": 100},
     "benchmark": {"batch_sizes": [4, 40], "rounds": 5, "seconds": 0.1},
+    "sole": {"depths": [8]},
+    "static": {"rules": ["first", "random", "distribute"], "kept": [3]},
 }
 
 
@@ -69,7 +76,33 @@ class Copy:
 
 
 def ran(output: str) -> list[str]:
-    return re.findall(r"Running stage '(\w+)'", output)
+    return re.findall(r"Running stage '([\w@-]+)'", output)
+
+
+def make_workplace(folder: Path, *, changes: dict[str, dict]) -> Params:
+    """Prepared images of three classes and a params.yaml: all that a training needs, without DVC."""
+    splits = {
+        name: data.Arrays(images=split.images.numpy(), labels=split.labels.numpy().astype(np.int64))
+        for name, split in (
+            ("train", make_split(48)),
+            ("validation", make_split(24, seed=1)),
+            ("test", make_split(30, seed=2)),
+        )
+    }
+    dataset = data.Dataset(source="digits", classes=("dark", "grey", "light"), splits=splits)
+    data.save(dataset, folder / "data/prepared")
+    (folder / "params.yaml").write_text(yaml.safe_dump(changed(changes), sort_keys=False))
+    (ROOT / ".native").mkdir(exist_ok=True)
+    (folder / ".native").symlink_to(ROOT / ".native")  # what is compiled already serves here too
+    return load(folder / "params.yaml")
+
+
+def changed(changes: dict[str, dict]) -> dict:
+    """The digits preset with other values."""
+    params = yaml.safe_load((ROOT / "presets/digits.yaml").read_text())
+    for section, values in changes.items():
+        params[section].update(values)
+    return params
 
 
 def make_copy(folder: Path, *, changes: dict[str, dict]) -> Copy:
@@ -84,10 +117,7 @@ def make_copy(folder: Path, *, changes: dict[str, dict]) -> Copy:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
     if changes:
-        params = yaml.safe_load((ROOT / "presets/digits.yaml").read_text())
-        for section, values in changes.items():
-            params[section].update(values)
-        (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+        (folder / "params.yaml").write_text(yaml.safe_dump(changed(changes), sort_keys=False))
     copy = Copy(folder)
     copy.run("git", "init", "-q", "-b", "main")
     copy.run("git", "config", "user.email", "test@example.org")

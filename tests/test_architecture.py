@@ -15,7 +15,7 @@ NEUTRAL = {f"pipeline/{name}.py" for name in ("params", "resume", "locks", "erro
 NEUTRAL |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline/tracking").glob("*.py")}
 MATHEMATICS = {
     "resnet", "policy_net", "policy_gradient", "policies", "curriculum", "cost", "tensors",
-    "inference", "evaluation", "training", "policy_learning", "timing", "benchmark",
+    "inference", "evaluation", "training", "policy_learning", "static_policies", "timing", "benchmark",
 }  # fmt: skip
 INPUT_OUTPUT = {"params", "data", "sources", "checkpoint", "legacy", "tracking", "resume", "figures"}
 
@@ -38,23 +38,44 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def closure(file: str) -> set[str]:
+def closure(file: str, *, beyond: frozenset[str] = frozenset()) -> set[str]:
+    """All that a file imports, directly or not; imports of `beyond` count only if others need them."""
     seen, todo = set(), {file}
     while todo:
         seen |= todo
-        todo = set().union(*(imports_of(ROOT / f) for f in todo if f.endswith(".py"))) - seen
+        opened = [f for f in todo - beyond if f.endswith(".py")]
+        todo = set().union(*(imports_of(ROOT / f) for f in opened)) - seen
     return seen
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_lists_the_code_it_depends_on(stage):
     listed = {d for d in STAGES[stage]["deps"] if d.endswith((".py", ".cpp", ".hpp"))}
-    needed = closure(f"stages/{stage}.py")
+    needed = closure(f"stages/{stage}.py", beyond=frozenset(NEUTRAL))
     if stage != "check":  # whose result does depend on the schema
         needed -= NEUTRAL
     else:
         needed -= {"pipeline/errors.py"}
     assert listed == needed
+
+
+@pytest.mark.parametrize("stage", [name for name, body in STAGES.items() if "matrix" in body])
+def test_stage_of_a_matrix_names_all_its_keys_wherever_it_writes(stage):
+    """Else two of its items would write one file."""
+    keys = [f"${{item.{key}}}" for key in STAGES[stage]["matrix"]]
+    for text in (STAGES[stage]["cmd"], *STAGES[stage]["outs"]):
+        assert all(key in text for key in keys), text
+
+
+def test_sole_and_static_depend_on_the_fields_of_the_recipe_that_they_follow():
+    """Not on the whole section: importing for pretrain or a policy's learning rate changes nothing."""
+    from pipeline.params import Finetune, Pretrain
+
+    recipe = {f"pretrain.{name}" for name in Pretrain.model_fields} - {"pretrain.checkpoint"}
+    assert {p for p in STAGES["sole"]["params"] if p.startswith("pretrain")} == recipe
+    of_policy = {"checkpoint", "alpha", "entropy_weight", "policy_lr"}
+    recipe = {f"finetune.{name}" for name in Finetune.model_fields.keys() - of_policy}
+    assert {p for p in STAGES["static"]["params"] if p.startswith("finetune")} == recipe
 
 
 def test_no_parameter_has_a_default():

@@ -29,6 +29,7 @@ def networks(seed: int = 0) -> Checkpoint:
         resnet=ResNet(depth=8, width=4, num_classes=3),
         policy_net=PolicyNet(num_blocks=3, depth=8, width=4, input_size=8),
         normalisation=NORMALISATION,
+        image_size=16,
         classes=("cat", "dog", "hält"),
         metrics={"accuracy": 0.1 + 0.2, "difficulty_spearman": None},
     )
@@ -87,7 +88,7 @@ def test_networks_come_back_with_equal_outputs(folder):
 
 def test_everything_beside_the_weights_comes_back(folder):
     saved, loaded = networks(), checkpoint.load(folder)
-    for field in ("stage", "normalisation", "classes", "metrics"):
+    for field in ("stage", "normalisation", "image_size", "classes", "metrics"):
         assert getattr(loaded, field) == getattr(saved, field)
     assert loaded.policy_net.input_size == 8
     assert (loaded.resnet.depth, loaded.resnet.width, loaded.resnet.num_classes) == (8, 4, 3)
@@ -129,10 +130,34 @@ def test_saved_folder_holds_two_files_and_no_path_or_time(folder):
         "resnet",
         "policy_net",
         "normalisation",
+        "image_size",
         "classes",
         "metrics",
         "weights_sha256",
     }
+
+
+def test_older_sidecar_without_an_image_size_is_read(folder):
+    content = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+    del content["image_size"]
+    (folder / SIDECAR).write_text(json.dumps(content), encoding="utf-8")
+    loaded = checkpoint.load(folder)
+    assert loaded.image_size is None
+    checkpoint.save(loaded, folder)
+    assert checkpoint.load(folder).image_size is None
+
+
+@pytest.mark.parametrize("size", [8, 32, 512])
+def test_every_image_size_of_params_comes_back(tmp_path, size):
+    checkpoint.save(replace(networks(), image_size=size), tmp_path)
+    assert checkpoint.load(tmp_path).image_size == size
+
+
+@pytest.mark.parametrize("size", [0, 18, 516])
+def test_image_size_that_params_refuses_is_not_written(tmp_path, size):
+    with pytest.raises(ValueError, match="image_size"):
+        checkpoint.save(replace(networks(), image_size=size), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_undefined_metric_that_is_nan_is_refused_before_anything_is_written(tmp_path):
@@ -210,6 +235,11 @@ WRONG_VALUES = [
     ("normalisation.std", ["a", "b", "c"]),
     ("normalisation.std", [0.2, 0.0, 0.2]),
     ("normalisation.std", [0.2, float("nan"), 0.2]),
+    ("image_size", "16"),
+    ("image_size", 16.0),
+    ("image_size", 4),
+    ("image_size", 18),
+    ("image_size", 516),
     ("classes", [1, 2, 3]),
     ("metrics", []),
     ("metrics.accuracy", float("inf")),

@@ -200,6 +200,35 @@ def test_lists_of_the_benchmark(path, key, value, words):
     assert words in message
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("sole.depths", [], "sole: depths is empty; name one at least"),
+        ("sole.depths", [14, 14], "sole: depths [14, 14] names something twice"),
+        ("sole.depths", [21], "sole: depth 21 is not 6n+2; the nearest are 20 and 26"),
+        ("sole.depths", 20, "sole.depths: is 20, but it should be a valid tuple"),
+        ("sole.depths", [20, 32], "sole.depths [20, 32] names resnet.depth 32, which pretrain trains"),
+        ("static.rules", [], "static: rules is empty; name one at least"),
+        ("static.rules", ["first", "first"], "static: rules ['first', 'first'] names something twice"),
+        ("static.rules", ["last"], "is 'last', but it should be 'first', 'random' or 'distribute'"),
+        ("static.kept", [], "static: kept is empty; name one at least"),
+        ("static.kept", [5, 5], "static: kept [5, 5] names something twice"),
+        ("static.kept", [0], "is 0, but it should be greater than or equal to 1"),
+        ("static.kept", [7, 15], "of the 15 blocks of resnet.depth 32; name numbers from 1 to 14"),
+    ],
+)
+def test_lists_of_the_static_rivals(path, key, value, words):
+    message = refusal(path, {key: value})
+    assert message.count("\n") == 1  # one problem, one line
+    assert words in message
+
+
+@pytest.mark.parametrize("kept", [[1], [14], [1, 7, 14]])
+def test_every_number_of_blocks_from_one_to_all_but_one_may_be_kept(path, kept):
+    write(path, {"static.kept": kept})
+    assert load(path).static.kept == tuple(kept)
+
+
 @pytest.mark.parametrize("value", [[0.3, 0.3], [0.3] * 4])
 def test_wrong_number_of_channels_shows_the_list(path, value):
     message = refusal(path, {"resnet.mean": value})
@@ -207,7 +236,7 @@ def test_wrong_number_of_channels_shows_the_list(path, value):
     assert str(value) in message
 
 
-@pytest.mark.parametrize(("added", "key"), [("gamma: 3.0\n", "gamma"), ("  rounds: 20\n", "rounds")])
+@pytest.mark.parametrize(("added", "key"), [("gamma: 3.0\n", "gamma"), ("  kept: [6]\n", "kept")])
 def test_duplicate_key_names_its_line(path, added, key):
     message = refusal(path, text=DIGITS + added)
     line = len(DIGITS.splitlines()) + 1
@@ -297,7 +326,7 @@ def test_depth_that_is_not_6n_plus_2_names_the_nearest(path, section, depth, nea
 
 @pytest.mark.parametrize(("depth", "blocks"), [(8, 3), (32, 15), (110, 54)])
 def test_number_of_blocks_follows_from_the_depth(path, depth, blocks):
-    write(path, {"resnet.depth": depth, "curriculum.epochs": 100})
+    write(path, {"resnet.depth": depth, "curriculum.epochs": 100, "static.kept": [2]})
     assert load(path).resnet.num_blocks == blocks
 
 

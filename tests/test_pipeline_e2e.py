@@ -16,7 +16,8 @@ from repository_copy import TINY, Copy, environment, make_copy, ran
 
 pytestmark = pytest.mark.e2e
 GAMMA_STAGES = ["check", "finetune", "evaluate", "benchmark", "report"]
-ALL_STAGES = [*GAMMA_STAGES, "prepare", "pretrain", "curriculum", "baseline"]
+STATIC_STAGES = ["sole@8", "static@first-3", "static@random-3", "static@distribute-3"]
+ALL_STAGES = [*GAMMA_STAGES, *STATIC_STAGES, "prepare", "pretrain", "curriculum", "baseline"]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,8 @@ def test_one_command_runs_every_stage(copy):
         "flops_std", "full_flops", "flops_saved", "unique_policies", "effective_policies",
         "shuffled_accuracy", "best_single_policy_accuracy", "difficulty_spearman",
     }  # fmt: skip
-    assert evaluated["full_accuracy"] == baseline["accuracy"]
-    assert evaluated["full_flops"] == baseline["flops"]
+    assert evaluated["full_accuracy"] == baseline["baseline"]["accuracy"]
+    assert evaluated["full_flops"] == baseline["baseline"]["flops"]
     assert evaluated["num_blocks"] == 6
     assert evaluated["flops_saved"] == pytest.approx(
         1 - evaluated["flops_mean"] / evaluated["full_flops"]
@@ -46,7 +47,12 @@ def test_one_command_runs_every_stage(copy):
     assert "## Does it pay in time?" in report
     assert "Another machine" not in report
     assert f"{100 * evaluated['accuracy']:.2f} %" in report
-    for name in re.findall(r"!\[.*?\]\((.*?)\)", report):
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", report)
+    assert len(pictures) >= 7
+    html = (copy.folder / "report/report.html").read_text()
+    assert html.count("data:image/png;base64,") == len(pictures)
+    assert "runs?workflowType=machine_learning" in output
+    for name in pictures:
         assert (copy.folder / "report" / name).read_bytes().startswith(b"\x89PNG")
     copy.run("git", "add", "-A")
     copy.run("git", "commit", "-qm", "results")
@@ -69,8 +75,9 @@ def test_status_is_clean_and_bytecode_does_not_matter(copy):
 
 def test_stages_again_give_the_same_bytes(copy):
     before = copy.outs()
-    for stage in ("prepare", "pretrain", "curriculum", "finetune", "evaluate", "baseline"):
-        copy.run(sys.executable, "-m", f"stages.{stage}")
+    trainings = ("pretrain", "curriculum", "finetune", "sole 8", "static random 3")
+    for stage in ("prepare", *trainings, "evaluate", "baseline"):
+        copy.run(sys.executable, "-m", *f"stages.{stage}".split())
     assert copy.outs() == before
     copy.run("dvc", "checkout", "--force")
 
@@ -107,7 +114,15 @@ def test_a_changed_comment_reruns_only_what_imports_the_module(copy):
     module.write_text(text)
     assert "curriculum" in would_run
     assert "finetune" in would_run
-    assert not {"prepare", "pretrain", "baseline"} & set(would_run)
+    assert not {"prepare", "pretrain", "baseline", *STATIC_STAGES} & set(would_run)
+
+
+def test_another_depth_trains_that_one_alone(copy):
+    text = (copy.folder / "params.yaml").read_text()
+    (copy.folder / "params.yaml").write_text(re.sub(r"depths:\s*- 8", "depths:\n  - 8\n  - 20", text))
+    would_run = ran(copy.run("dvc", "repro", "--dry"))
+    copy.run("git", "checkout", "params.yaml")
+    assert sorted(would_run) == ["baseline", "check", "report", "sole@20"]
 
 
 @pytest.mark.parametrize(
@@ -173,9 +188,9 @@ def test_a_temporary_experiment_logs_to_the_main_checkout(copy):
     )
     runs = json.loads(found.split("RUNS")[1])
     (parent,) = [r for r in runs if r["name"] == "three"]
-    assert parent["params"]["gamma"] == "3.0" or parent["params"]["gamma"] == "3"
+    assert parent["params"]["gamma"] == "3"
     assert parent["metrics"].keys() >= {"accuracy", "blocks_mean", "baseline.accuracy"}
-    assert "report.md" in parent["artifacts"]
+    assert "report" in parent["artifacts"]
     children = {r["name"] for r in runs if r["parent"] == parent["id"]}
     assert children == {"finetune", "evaluate", "benchmark", "report"}
     killed_before = [r for r in runs if r["status"] != "FINISHED"]

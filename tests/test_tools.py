@@ -104,6 +104,7 @@ def networks() -> Checkpoint:
         normalisation=NORMALISATION,
         classes=("a", "b", "c"),
         metrics={},
+        image_size=16,
     )
 
 

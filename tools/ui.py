@@ -1,26 +1,26 @@
-"""Open the MLflow UI on this machine alone: `make ui`."""
+"""Open the MLflow UI on this machine alone: `make ui`. Everything that DVC knows is logged first."""
 
 import argparse
 import contextlib
 import subprocess
 
 from pipeline.resume import project_root
-from pipeline.tracking.runs import experiment_id, store_uri
-
-HOST = "127.0.0.1"
+from pipeline.tracking import overview
+from pipeline.tracking.store import HOST, PORT, store_uri
+from tools.sync import sync
 
 
 def main() -> None:
-    """Print the link that shows the runs, then serve until Ctrl-C."""
+    """Print the links that show the runs, then serve until Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, default=5000)
+    parser.add_argument("--port", type=int, default=PORT)
     port = parser.parse_args().port
+    own = sync(project_root()) or ""
     uri = store_uri()
     if uri.startswith("http"):
-        raise SystemExit(f"MLFLOW_TRACKING_URI names a server: open {uri} in a browser")
-    # MLflow 3.17 opens experiments in its GenAI view, where training runs are out of sight
-    page = f"#/experiments/{experiment_id()}/runs?workflowType=machine_learning"
-    print(f"runs: http://{HOST}:{port}/{page}", flush=True)
+        overview.say(own)
+        return
+    overview.say(own, address=f"http://{HOST}:{port}")
     command = ["mlflow", "ui", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]
     with contextlib.suppress(KeyboardInterrupt):
         subprocess.run(command, check=True, cwd=project_root())

@@ -5,6 +5,7 @@ Shapes: B images, K blocks, N classes, O output channels, I input channels, T ta
 G neighbouring outputs computed together.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +33,7 @@ FOLDER = Path(__file__).parent
 SHARED = FOLDER / "native_common.hpp"
 SOURCES = {"fp32": FOLDER / "native.cpp", "bf16": FOLDER / "native_bf16.cpp"}
 BUILDS = ".native"  # folder in the project's root
+PROJECT_MARK = ".dvc"  # in that root; a logged model, which ships this code, has none
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread"]
 # what compilers on x86 and others take, most specific first
 TUNING = [["-march=native", "-mprefer-vector-width=512"], ["-march=native"], ["-mcpu=native"], []]
@@ -63,7 +66,7 @@ class _Job(ctypes.Structure):
 
 @cache
 def library(precision: str = "fp32") -> ctypes.CDLL:
-    """The compiled source for a precision, from the project's .native or anew.
+    """The compiled source for a precision, from where it is kept or anew.
 
     Raises:
         UnavailableError: no C++ compiler, or it fails.
@@ -76,14 +79,41 @@ def library(precision: str = "fp32") -> ctypes.CDLL:
     source = SOURCES[precision]
     machine = f"{source.name} {compiler} {FLAGS} {TUNING} {platform.machine()} {_cpu_flags()}"
     key = hashlib.sha256(source.read_bytes() + SHARED.read_bytes() + machine.encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("DVC_ROOT") or FOLDER.parents[1]) / BUILDS
-    built = folder / f"{key}.so"
-    try:
-        if not built.exists():
-            _build(compiler, source, built)
-        found = ctypes.CDLL(str(built))
-    except OSError as error:  # a folder that can't be written, or from which nothing may be loaded
-        raise UnavailableError(f"{folder} can't hold the compiled {source.name}: {error}") from None
+    problem = ""
+    for folder in _folders():
+        built = folder / f"{key}.so"
+        try:
+            if not built.exists():
+                _build(compiler, source, built)
+            return _declared(ctypes.CDLL(str(built)))
+        except OSError as error:  # a folder that can't be written, or from which nothing may be loaded
+            problem = f"{folder} can't hold the compiled {source.name}: {error}"
+    raise UnavailableError(problem)
+
+
+def _folders() -> Iterator[Path]:
+    """Where to keep what is compiled, best first: in the project's root.
+
+    A logged model is no project, and its folder must stay as it was logged: then in the user's cache,
+    or, where there is none to write to (in a container, say), for this process alone.
+    """
+    told = os.environ.get("DVC_ROOT")
+    root = Path(told) if told else FOLDER.parents[1]
+    if told or (root / PROJECT_MARK).is_dir():
+        yield root / BUILDS
+        return
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockdrop"
+    yield Path(_of_this_process().name)
+
+
+@cache
+def _of_this_process() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="blockdrop-")  # removed when Python exits
+
+
+def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    """With the types of its functions."""
     found.make_space.restype = ctypes.c_void_p
     found.make_space.argtypes = [ctypes.POINTER(_Job)]
     found.free_space.argtypes = [ctypes.c_void_p]
@@ -101,7 +131,7 @@ def _cpu_flags() -> str:
 
 
 def _build(compiler: str, source: Path, built: Path) -> None:
-    built.parent.mkdir(exist_ok=True)
+    built.parent.mkdir(parents=True, exist_ok=True)
     failure = ""
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         made = Path(folder) / "made.so"

@@ -6,45 +6,76 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
-from pipeline.figures.style import BLUE, CYCLE, GREEN, GREY, MARKERS, ORANGE, save
+from pipeline.figures.style import (
+    BLUE,
+    CYCLE,
+    GREEN,
+    GREY,
+    MARKERS,
+    ORANGE,
+    WIDTH,
+    headline,
+    save,
+)
+
+Row = Mapping[str, Any]
 
 
-def speedups(path: Path, *, times: Sequence[Mapping[str, Any]], title: str) -> None:
+def speedups(path: Path, *, times: Sequence[Row], title: str) -> None:
     """Speed-up of every executor over the best static form, by batch size, beside what FLOPs promise.
 
     Args:
         times: rows of the benchmark's table of that name.
     """
-    precisions = sorted({row["precision"] for row in times}, reverse=True)
+    rows = [row for row in times if row["kind"] == "blockdrop"]
+    precisions = sorted({row["precision"] for row in rows}, reverse=True)
+    names = list(dict.fromkeys(row["contestant"] for row in rows))
     figure, axes = plt.subplots(
-        1, len(precisions), figsize=(5.6 * len(precisions), 4), layout="constrained", squeeze=False
+        1, len(precisions), figsize=(WIDTH, 4.2), layout="constrained", squeeze=False
     )
     for ax, precision in zip(axes[0], precisions, strict=True):
-        rows = [r for r in times if r["precision"] == precision and r["kind"] == "blockdrop"]
-        for index, name in enumerate(dict.fromkeys(row["contestant"] for row in rows)):
-            own = [row for row in rows if row["contestant"] == name]
-            middle = np.array([row["speedup"] for row in own])
-            low, high = ([row[f"speedup_{end}"] for row in own] for end in ("low", "high"))
-            look = {"color": CYCLE[index % len(CYCLE)], "marker": MARKERS[index % len(MARKERS)]}
-            batches, errors = [row["batch"] for row in own], [middle - low, high - middle]
-            ax.errorbar(batches, middle, yerr=errors, label=name, capsize=3, **look)
-        ideal = {row["batch"]: row["ideal"] for row in rows}
-        ax.plot(
-            list(ideal), list(ideal.values()), color=GREY, linestyle="--", label="what FLOPs promise"
-        )
+        here = [row for row in rows if row["precision"] == precision]
+        for index, name in enumerate(names):
+            own = [row for row in here if row["contestant"] == name]
+            _draw_speedup(ax, own, CYCLE[index % len(CYCLE)], MARKERS[index % len(MARKERS)])
+        ideal = {row["batch"]: row["ideal"] for row in here}
+        ax.plot(list(ideal), list(ideal.values()), color="black", linestyle="--", linewidth=1.2)
         ax.axhline(1, color="black", linewidth=0.8)
         ax.set_xscale("log", base=2)
         ax.set_xticks(list(ideal), [str(batch) for batch in ideal])
-        ax.set(xlabel="batch size", ylabel="times as fast as the best static form", title=precision)
-        ax.set_ylim(bottom=0)
-        ax.grid(alpha=0.3)
-        ax.legend(frameon=False, fontsize="small")
-    figure.suptitle(title)
+        ax.set(xlabel="images in a batch", title=precision, ylim=(0, None))
+        ax.grid()
+    axes[0, 0].set_ylabel("times as fast as the best static form")
+    looks = [
+        Line2D([], [], color=CYCLE[i % len(CYCLE)], marker=MARKERS[i % len(MARKERS)], label=name)
+        for i, name in enumerate(names)
+    ]
+    looks.append(Line2D([], [], color="black", linestyle="--", label="what FLOPs promise"))
+    if not all(row["reliable"] for row in rows):
+        looks.append(Line2D([], [], marker="o", linestyle="", color=GREY, label="too noisy to claim"))
+        looks[-1].set_markerfacecolor("white")
+    columns = len(looks) if len(looks) <= 5 else -(-len(looks) // 2)
+    figure.legend(handles=looks, loc="outside lower center", ncols=columns)
+    headline(figure, title)
     save(figure, path)
 
 
-def break_evens(path: Path, *, sweep: Sequence[Mapping[str, Any]], title: str) -> None:
+def _draw_speedup(ax: Axes, rows: Sequence[Row], colour: str, marker: str) -> None:
+    """One executor with its intervals; hollow where the interval is too wide to claim anything."""
+    batches, middle = [row["batch"] for row in rows], np.array([row["speedup"] for row in rows])
+    low, high = (np.array([row[f"speedup_{end}"] for row in rows]) for end in ("low", "high"))
+    reach = np.maximum([middle - low, high - middle], 0)  # an interval may leave its median out
+    ax.errorbar(batches, middle, yerr=reach, color=colour, marker=marker, capsize=3)
+    noisy = [(row["batch"], row["speedup"]) for row in rows if not row["reliable"]]
+    if noisy:
+        x, y = zip(*noisy, strict=True)
+        ax.plot(x, y, marker, markerfacecolor="white", markeredgecolor=colour, zorder=3)
+
+
+def break_evens(path: Path, *, sweep: Sequence[Row], title: str) -> None:
     """Time against the kept share of the blocks, for few and for many policies, by batch size.
 
     Args:
@@ -54,23 +85,22 @@ def break_evens(path: Path, *, sweep: Sequence[Mapping[str, Any]], title: str) -
     columns = min(3, len(cells))
     lines = -(-len(cells) // columns)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(3.9 * columns, 3.1 * lines), layout="constrained", squeeze=False
+        lines, columns, figsize=(WIDTH, 0.9 + 2.5 * lines), layout="constrained", squeeze=False
     )
     for ax, cell in zip(axes.flat, cells, strict=False):
         rows = [row for row in sweep if (row["precision"], row["batch"]) == cell]
         for variant, colour, marker in (("few", GREEN, "s"), ("many", BLUE, "o")):
             own = [row for row in rows if row["variant"] == variant]
-            shares = [row["kept_share"] for row in own]
+            shares = [100 * row["kept_share"] for row in own]
             said = f"BlockDrop, {variant} policies"
             ax.plot(shares, [r["milliseconds"] for r in own], color=colour, marker=marker, label=said)
-        ax.axhline(
-            rows[0]["static_milliseconds"], color=ORANGE, linestyle="--", label="best static form"
-        )
-        ax.set(xlabel="share of the blocks kept", ylabel="ms a batch", ylim=(0, None))
+        static = rows[0]["static_milliseconds"]
+        ax.axhline(static, color=ORANGE, linestyle="--", label="best static form")
+        ax.set(xlabel="blocks kept (%)", ylabel="ms a batch", xlim=(0, 105), ylim=(0, None))
         ax.set_title(f"batch {cell[1]}, {cell[0]}")
-        ax.grid(alpha=0.3)
+        ax.grid()
     for ax in axes.flat[len(cells) :]:
         ax.set_axis_off()
-    axes[0, 0].legend(frameon=False, fontsize="small")
-    figure.suptitle(title)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    headline(figure, title)
     save(figure, path)

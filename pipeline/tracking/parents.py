@@ -1,0 +1,211 @@
+"""The parent run of an experiment, completed from its record: the run that people compare.
+
+Idempotent: what is there already is not logged again.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.tracking import models
+from pipeline.tracking.records import MODEL, PREPARED, Record
+from pipeline.tracking.runs import (
+    TAG_KEY,
+    TAG_ROLE,
+    as_metrics,
+    find_parent,
+    make_parent,
+    origin_tags,
+)
+from pipeline.tracking.store import store
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+TAG_FINGERPRINT = "blockdrop.fingerprint"
+TAG_LOGGED = "blockdrop.logged"  # digest of what was logged, by kind, so that it is logged once
+TAG_REVISION = "dvc.revision"  # the DVC experiment's commit, once all of it is logged
+TAG_SUPERSEDED = "blockdrop.superseded"
+TAG_NOTE = "mlflow.note.content"
+BATCH = 1000  # metrics that MLflow takes at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parent:
+    """An experiment's parent run, for links and tables."""
+
+    run_id: str
+    record: Record
+
+
+def complete(record: Record, *, finish: bool) -> Parent:
+    """Make the parent run of an experiment, or log what it lacks.
+
+    Args:
+        finish: end it as FINISHED; not from inside a stage, which ends it itself.
+    """
+    with store() as (client, experiment_id):
+        run_id = make_parent(
+            client,
+            experiment_id,
+            name=record.name,
+            baseline=record.baseline,
+            params=record.params,
+            tags=_origin(record),
+        )
+        _retire_namesakes(client, experiment_id, record)
+    run = client.get_run(run_id)
+    _log_metrics(client, run, record)
+    _log_dataset(client, run, record)
+    _log_artifacts(client, run, record)
+    _log_model(client, run, record)
+    _set_tags(client, run, record)
+    if finish and run.info.status != "FINISHED":
+        client.set_terminated(run_id, "FINISHED")
+    return Parent(run_id=run_id, record=record)
+
+
+def find(client: "MlflowClient", experiment_id: str, record: Record) -> str | None:
+    """The id of the run that stands for the record's result already, under whatever name."""
+    own = find_parent(client, experiment_id, record.key)
+    if own is not None:
+        return own
+    wanted = f"tags.`{TAG_FINGERPRINT}` = '{record.fingerprint}' and tags.`{TAG_ROLE}` = 'parent'"
+    found = client.search_runs([experiment_id], filter_string=wanted, max_results=1)
+    return str(found[0].info.run_id) if found else None
+
+
+def describe(record: Record) -> str:
+    """The run's description: what it gave, in Markdown."""
+    metrics = record.metrics
+    rows = [("every block", "full_accuracy", "num_blocks", "full_flops")]
+    rows += [("**BlockDrop**", "accuracy", "blocks_mean", "flops_mean")]
+    lines = ["| network | accuracy | blocks | FLOPs |", "|---|---|---|---|"]
+    for said, accuracy, blocks, flops in rows:
+        lines.append(_row(said, metrics.get(accuracy), metrics.get(blocks), metrics.get(flops)))
+    for prefix in sorted({k.rsplit(".", 1)[0] for k in metrics if k.startswith(("sole.", "static."))}):
+        kind, name = prefix.split(".", 1)
+        said = f"ResNet-{name}" if kind == "sole" else f"{name.replace('_', ' ')} blocks, finetuned"
+        found = [metrics.get(f"{prefix}.{what}") for what in ("accuracy", "blocks", "flops")]
+        lines.append(_row(said, *found))
+    if "flops_saved" in metrics:
+        lines += [
+            "",
+            f"{100 * metrics['flops_saved']:.1f} % of the FLOPs saved, policy network counted.",
+        ]
+    lines += ["", f"`dvc exp apply {record.name}` brings it back." if record.revision else ""]
+    return "\n".join(lines).strip()
+
+
+def _row(said: str, accuracy: float | None, blocks: float | None, flops: float | None) -> str:
+    share = "" if accuracy is None else f"{100 * accuracy:.2f} %"
+    kept, cost = "" if blocks is None else f"{blocks:.2f}", "" if flops is None else f"{flops:.3g}"
+    return f"| {said} | {share} | {kept} | {cost} |"
+
+
+def _origin(record: Record) -> dict[str, str]:
+    """Where an experiment that was not run here came from."""
+    if not record.revision:
+        return origin_tags()
+    return {"git.commit": record.baseline, "mlflow.source.git.commit": record.baseline}
+
+
+def _retire_namesakes(client: "MlflowClient", experiment_id: str, record: Record) -> None:
+    """`dvc exp run -f` puts an experiment in the place of one of the same name; say so there."""
+    if not record.revision:
+        return
+    wanted = (
+        f"tags.`dvc.experiment` = '{record.name}' and tags.`dvc.baseline` = '{record.baseline}' "
+        f"and tags.`{TAG_ROLE}` = 'parent' and tags.`{TAG_KEY}` != '{record.key}'"
+    )
+    for run in client.search_runs([experiment_id], filter_string=wanted):
+        if TAG_SUPERSEDED not in run.data.tags:
+            client.set_tag(run.info.run_id, TAG_SUPERSEDED, record.key)
+            client.update_run(run.info.run_id, name=f"{record.name} (superseded)")
+
+
+def _log_metrics(client: "MlflowClient", run: "Run", record: Record) -> None:
+    changed = {k: v for k, v in record.metrics.items() if run.data.metrics.get(k) != v}
+    metrics = as_metrics(changed)
+    with _once(client, run, "curves", json.dumps(record.curves)) as wanted:
+        for name, points in record.curves.items() if wanted else ():
+            for epoch, value in points:
+                metrics += as_metrics({name: value}, epoch)
+        for start in range(0, len(metrics), BATCH):
+            client.log_batch(run.info.run_id, metrics=metrics[start : start + BATCH])
+
+
+def _log_dataset(client: "MlflowClient", run: "Run", record: Record) -> None:
+    if PREPARED in record.outs:
+        digest = record.outs[PREPARED]
+        log_dataset(client, run, record.params.get("data.source", "data"), digest)
+
+
+def log_dataset(client: "MlflowClient", run: "Run", name: str, digest: str) -> None:
+    """The prepared data set as an input of a run, by DVC's digest."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    known = {given.dataset.digest for given in run.inputs.dataset_inputs} if run.inputs else set()
+    if digest in known:
+        return
+    source = json.dumps({"path": PREPARED, "md5": digest})
+    dataset = Dataset(name=name, digest=digest, source_type="dvc", source=source)
+    tags = [InputTag("mlflow.data.context", "train, validation, test")]
+    client.log_inputs(run.info.run_id, datasets=[DatasetInput(dataset=dataset, tags=tags)])
+
+
+def _log_artifacts(client: "MlflowClient", run: "Run", record: Record) -> None:
+    files = record.artifacts()
+    content = repr([(path, hashlib.sha256(data).hexdigest()) for path, data in files.items()])
+    with _once(client, run, "artifacts", content) as wanted, tempfile.TemporaryDirectory() as folder:
+        if not wanted:
+            return
+        for path, data in files.items():
+            target = Path(folder) / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        client.log_artifacts(run.info.run_id, folder)
+
+
+def _log_model(client: "MlflowClient", run: "Run", record: Record) -> None:
+    if MODEL not in record.outs or not record.is_whole():
+        return
+    digest = record.outs[MODEL]
+    with _once(client, run, "model", digest) as wanted, tempfile.TemporaryDirectory() as folder:
+        if not wanted:
+            return
+        for name in ("model.json", "model.safetensors"):
+            (Path(folder) / name).write_bytes(record.files.cat_file(f"{MODEL}/{name}"))
+        example = record.examples(models.EXAMPLES)
+        models.log_model(run.info.run_id, Path(folder), example=example, dvc_md5=digest)
+
+
+def _set_tags(client: "MlflowClient", run: "Run", record: Record) -> None:
+    tags = {
+        TAG_FINGERPRINT: record.fingerprint,
+        TAG_NOTE: describe(record),
+        **{f"dvc.md5.{path}": md5 for path, md5 in record.models.items()},
+    }
+    if record.revision:
+        tags["dvc.experiment"] = record.name
+    if record.revision and record.is_whole():  # else the next sync has something to add
+        tags[TAG_REVISION] = record.revision
+    for tag, text in tags.items():
+        if run.data.tags.get(tag) != text:
+            client.set_tag(run.info.run_id, tag, text)
+
+
+@contextmanager
+def _once(client: "MlflowClient", run: "Run", kind: str, content: str) -> Iterator[bool]:
+    """Whether this content was not logged yet; it counts as logged when the body came to its end."""
+    tag, digest = f"{TAG_LOGGED}.{kind}", hashlib.sha256(content.encode()).hexdigest()[:16]
+    wanted = run.data.tags.get(tag) != digest
+    yield wanted
+    if wanted:
+        client.set_tag(run.info.run_id, tag, digest)

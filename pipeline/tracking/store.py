@@ -1,0 +1,99 @@
+"""The MLflow store: where it is, one process at a time while it is set up, and links into its UI.
+
+`BLOCKDROP_TRACKING=off` logs nothing; MLFLOW_TRACKING_URI names another store; otherwise it is mlflow.db
+in the main checkout, also for what runs in a temporary one.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from pipeline.resume import project_root
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENT = "blockdrop"
+OFF_VARIABLE = "BLOCKDROP_TRACKING"
+LOCK_PATIENCE = 120  # seconds to wait for another process that sets up the store
+HOST = "127.0.0.1"  # of the UI that `make ui` starts
+PORT = 5000
+
+
+def is_off() -> bool:
+    """Whether the user wants nothing logged."""
+    return os.environ.get(OFF_VARIABLE) == "off"
+
+
+def store_uri() -> str:
+    """Where runs are logged: MLFLOW_TRACKING_URI, or mlflow.db in the main checkout."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root() / 'mlflow.db'}"
+
+
+@contextmanager
+def store() -> "Iterator[tuple[MlflowClient, str]]":
+    """A client and our experiment's id, held alone: processes that open a fresh store at once crash."""
+    from filelock import FileLock
+    from mlflow import MlflowClient
+
+    folder = project_root() / ".dvc" / "tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "mlflow.lock", timeout=LOCK_PATIENCE):
+        client = MlflowClient(tracking_uri=store_uri())
+        yield client, _experiment(client)
+
+
+def experiment_id() -> str:
+    """The MLflow experiment that runs are logged to; made when it isn't there."""
+    with store() as (_, found):
+        return found
+
+
+def say_once(error: Exception) -> None:
+    """One line on a store that can't be used."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    print(
+        f"MLflow can't be reached ({first}); going on without it, metrics are in metrics/ and plots/; "
+        "`make sync` logs them later",
+        file=sys.stderr,
+    )
+
+
+def ui_address() -> str:
+    """The server that MLFLOW_TRACKING_URI names, or the one that `make ui` starts."""
+    uri = store_uri()
+    return uri.rstrip("/") if uri.startswith("http") else f"http://{HOST}:{PORT}"
+
+
+def runs_page(experiment: str) -> str:
+    """The part of a link that opens the table of runs.
+
+    MLflow 3.17 opens experiments in its GenAI view, where training runs are out of sight, unless the
+    link says otherwise.
+    """
+    return f"#/experiments/{experiment}/runs?workflowType=machine_learning"
+
+
+def run_page(experiment: str, run_id: str) -> str:
+    """The part of a link that opens one run."""
+    return f"#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
+
+
+def compare_page(experiment: str, run_ids: Sequence[str]) -> str:
+    """The part of a link that compares runs."""
+    runs, experiments = (quote(json.dumps(list(ids))) for ids in (run_ids, [experiment]))
+    return f"#/compare-runs?runs={runs}&experiments={experiments}&workflowType=machine_learning"
+
+
+def _experiment(client: "MlflowClient") -> str:
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    remote = os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http")
+    location = None if remote else (project_root() / "mlartifacts").as_uri()
+    return str(client.create_experiment(name, artifact_location=location))

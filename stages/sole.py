@@ -1,0 +1,55 @@
+"""sole: a ResNet of another depth with every block, by pretrain's recipe: `python -m stages.sole DEPTH`.
+
+What a smaller network of the same cost can do. It is always trained, also when pretrain imports.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from pipeline import checkpoint
+from pipeline.checkpoint import Checkpoint
+from pipeline.data import load_classes
+from pipeline.errors import UserError
+from pipeline.params import Params
+from pipeline.resnet import ResNet
+from pipeline.runtime import choose_device, seed_everything
+from pipeline.training import Metrics
+from stages import common, trainer
+
+OUT = Path("models/sole")
+
+
+def main(params: Params, *, depth: int) -> None:
+    """Write models/sole/DEPTH.
+
+    Raises:
+        UserError: params.yaml does not name the depth.
+    """
+    if depth not in params.sole.depths:
+        raise UserError(f"sole.depths {list(params.sole.depths)} does not name {depth}; add it there")
+    classes = load_classes(common.PREPARED)
+    seed_everything(params.seed, "sole", depth)
+    resnet = ResNet(depth=depth, width=params.resnet.width, num_classes=len(classes)).to(choose_device())
+
+    def save(metrics: Metrics) -> None:
+        made = Checkpoint(
+            stage="sole",
+            resnet=resnet,
+            policy_net=None,
+            normalisation=trainer.normalisation_of(params),
+            image_size=params.data.image_size,  # the size of data/prepared, on which this stage depends
+            classes=classes,
+            metrics=metrics,
+        )
+        checkpoint.save(made, OUT / str(depth))
+
+    learner = trainer.pretraining(resnet, params)
+    section = params.pretrain
+    trainer.train("sole", learner, params, section, [common.PREPARED], save, item=str(depth))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("depth", type=int)
+    common.run(partial(main, depth=parser.parse_args().depth))

@@ -1,0 +1,184 @@
+"""The parent run of an experiment holds all of it, once, however often it is completed."""
+
+from pathlib import Path
+
+import experiment_files
+import mlflow
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.tracking import overview, parents, records
+from pipeline.tracking.runs import stage_run
+from pipeline.tracking.store import store
+
+VARIABLES = ("BLOCKDROP_TRACKING", "DVC_EXP_BASELINE_REV", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(autouse=True)
+def _here(home, monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DVC_ROOT", str(home))
+    monkeypatch.chdir(home)
+
+
+@pytest.fixture
+def client(home) -> MlflowClient:
+    with store() as (found, _):
+        return found
+
+
+def record_of(folder, name, *, revision="r1", baseline="abc", **changes):
+    experiment_files.write(folder, **changes)
+    files = records.work_tree(str(folder))
+    return records.read(files, name=name, baseline=baseline, revision=revision)
+
+
+def runs_named(client, name):
+    with store() as (_, experiment_id):
+        return client.search_runs([experiment_id], f"attributes.run_name = '{name}'")
+
+
+def test_parent_carries_everything(client, tmp_path):
+    record = record_of(tmp_path, "all")
+    run = client.get_run(parents.complete(record, finish=True).run_id)
+    assert run.info.run_name == "all"
+    assert run.info.status == "FINISHED"
+    assert run.data.params == record.params
+    assert run.data.metrics.items() >= record.metrics.items()
+    assert run.data.tags["dvc.revision"] == "r1"
+    assert run.data.tags["dvc.md5.models/finetune"] == record.models["models/finetune"]
+    assert "| **BlockDrop** | 90.00 % | 1.50 | 6e+06 |" in run.data.tags["mlflow.note.content"]
+    assert "| ResNet-20 | 92.00 % |  | 5e+06 |" in run.data.tags["mlflow.note.content"]
+    curve = client.get_metric_history(run.info.run_id, "finetune/validation_accuracy")
+    assert [(point.step, point.value) for point in curve] == [(1, 0.5), (2, 0.75)]
+    (given,) = run.inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest) == ("digits", "aa" * 16)
+    picture = mlflow.artifacts.download_artifacts(
+        run_id=run.info.run_id,
+        artifact_path="report/policy.png",
+        tracking_uri=client.tracking_uri,
+        dst_path=tmp_path,
+    )
+    assert Path(picture).read_bytes() == experiment_files.PNG
+    assert len(run.outputs.model_outputs) == 1
+
+
+def test_completing_again_adds_nothing(client, tmp_path):
+    record = record_of(tmp_path, "again")
+    first = parents.complete(record, finish=True)
+    before = client.get_run(first.run_id)
+    second = parents.complete(record, finish=True)
+    after = client.get_run(first.run_id)
+    assert second.run_id == first.run_id
+    assert after.to_dictionary() == before.to_dictionary()
+    for metric in ("accuracy", "finetune/validation_accuracy"):
+        steps = [point.step for point in client.get_metric_history(first.run_id, metric)]
+        assert len(steps) == len(set(steps))
+
+
+def test_interrupted_completion_is_completed(client, tmp_path, monkeypatch):
+    record = record_of(tmp_path, "interrupted")
+
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_artifacts", fail)
+        with pytest.raises(OSError, match="disk full"):
+            parents.complete(record, finish=True)
+    run = client.get_run(parents.complete(record, finish=True).run_id)
+    assert [item.path for item in client.list_artifacts(run.info.run_id, "report")] != []
+    assert len(runs_named(client, "interrupted")) == 1
+
+
+def test_stages_that_ran_stand_under_the_parent_that_is_completed(client, tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_EXP_NAME", "ran-here")
+    monkeypatch.setenv("DVC_EXP_BASELINE_REV", "abc")
+    record = record_of(tmp_path, "ran-here")
+    params = {
+        "gamma": 2.0,
+        "seed": 0,
+        "data.source": "digits",
+        "resnet.depth": 8,
+        "resnet.std": (1.0, 2.5),
+    }
+    with stage_run("finetune", params) as run:
+        pass
+    assert parents.complete(record, finish=True).run_id == run.parent_id
+
+
+def test_completion_from_inside_a_stage_leaves_the_status_to_it(client, tmp_path):
+    run = client.get_run(parents.complete(record_of(tmp_path, "inside"), finish=False).run_id)
+    assert run.info.status == "RUNNING"
+    client.set_terminated(run.info.run_id, "KILLED")
+
+
+def test_experiment_in_the_place_of_another_retires_it(client, tmp_path):
+    old = parents.complete(record_of(tmp_path, "same", gamma=2), finish=True).run_id
+    new = parents.complete(record_of(tmp_path, "same", gamma=5, revision="r2"), finish=True).run_id
+    assert new != old
+    assert client.get_run(old).info.run_name == "same (superseded)"
+    assert client.get_run(new).info.run_name == "same"
+    _, found = overview.experiments()
+    assert new in {experiment.run_id for experiment in found}
+    assert old not in {experiment.run_id for experiment in found}
+
+
+def test_equal_results_are_found_under_any_name(client, tmp_path):
+    own = record_of(tmp_path, "applied", accuracy=0.123)
+    run_id = parents.complete(own, finish=True).run_id
+    elsewhere = record_of(tmp_path, "main-1234567", baseline="def", revision="", accuracy=0.123)
+    with store() as (_, experiment_id):
+        assert parents.find(client, experiment_id, elsewhere) == run_id
+        other = record_of(tmp_path, "main-1234567", baseline="def", revision="", accuracy=0.125)
+        assert parents.find(client, experiment_id, other) is None
+
+
+def test_experiment_whose_files_are_not_here_is_completed_when_they_come(client, tmp_path):
+    record = record_of(tmp_path, "pulled", model=False)
+    run_id = parents.complete(record, finish=True).run_id
+    assert "dvc.revision" not in client.get_run(run_id).data.tags  # so the next sync looks again
+    experiment_files.write_model(tmp_path / "models/finetune")
+    assert parents.complete(record, finish=True).run_id == run_id
+    run = client.get_run(run_id)
+    assert run.data.tags["dvc.revision"] == "r1"
+    assert len(run.outputs.model_outputs) == 1
+
+
+def test_logged_model_predicts(client, tmp_path):
+    record = record_of(tmp_path, "model")
+    np.save(tmp_path / "images.npy", np.zeros((3, 8, 8, 3), np.uint8))
+    run = client.get_run(parents.complete(record, finish=True).run_id)
+    (output,) = run.outputs.model_outputs
+    mlflow.set_tracking_uri(client.tracking_uri)
+    model = mlflow.pyfunc.load_model(f"models:/{output.model_id}")
+    assert len(model.predict(np.zeros((3, 8, 8, 3), np.uint8))) == 3
+
+
+def test_table_and_links_show_siblings(client, tmp_path):
+    ids = [
+        parents.complete(
+            record_of(tmp_path, f"sweep-{gamma}", baseline="sweep", gamma=gamma, revision=f"s{gamma}"),
+            finish=True,
+        ).run_id
+        for gamma in (1, 5, 10)
+    ]
+    experiment_id, found = overview.experiments()
+    rows = overview.table(found, marked=ids[0])
+    assert rows[0][:3] == ["experiment", "gamma", "accuracy"]
+    assert ["sweep-1 *", "1", "90.00 %", "95.00 %", "1.50", "40.00 %", "4"] in rows
+    links = overview.links(experiment_id, found, ids[0], address="http://here:1")
+    assert links["all runs"].startswith("http://here:1/#/experiments/")
+    assert ids[0] in links["this experiment"]
+    assert all(run_id in links["its gammas compared"] for run_id in ids)
+
+
+def test_no_links_to_what_is_not_there(client):
+    assert list(overview.links("1", [], "nothing", address="http://here:1")) == ["all runs"]

@@ -1,0 +1,152 @@
+"""The report's words say what its numbers say."""
+
+import copy
+
+import numpy as np
+import pytest
+
+from pipeline import report
+from pipeline.report import Results
+
+MACHINE = {"device": "CPU, 2 threads, torch 2.14.0", "processor": "Some CPU", "threads": 2}
+ANSWER = {
+    "batch": 32, "precision": "fp32", "executor": "native", "reliable": True, "speedup": 1.65,
+    "speedup_low": 1.5, "speedup_high": 1.7, "ideal": 1.8, "share_of_ideal": 0.9, "milliseconds": 2.0,
+    "static_milliseconds": 3.3, "best_static": "packed", "faster_than": "ResNet-20",
+    "break_even_many": 0.8,
+}  # fmt: skip
+
+
+def outcomes(right: int, count: int = 1000, shift: int = 0) -> np.ndarray:
+    return np.roll(np.arange(count) < right, shift)
+
+
+@pytest.fixture
+def results() -> Results:
+    evaluated = {
+        "accuracy": 0.95, "full_accuracy": 0.96, "num_blocks": 15, "blocks_mean": 7.5, "blocks_std": 1.5,
+        "flops_mean": 6e7, "flops_saved": 0.4, "unique_policies": 12.0, "effective_policies": 5.5,
+        "shuffled_accuracy": 0.93, "best_single_policy_accuracy": 0.94,
+        "best_single_policy_blocks": 7.0, "difficulty_spearman": 0.2, "difficulty_spearman_low": 0.1,
+        "difficulty_spearman_high": 0.3,
+    }  # fmt: skip
+    return Results(
+        params={
+            "gamma": 5.0, "seed": 0, "data.source": "cifar10", "resnet.depth": 110,
+            "resnet.mean": (0.5, 0.25, 1.0), "policy_net.input_size": None, "augmentation.flip": True,
+        },
+        evaluated=evaluated,
+        baseline={
+            "baseline": {"accuracy": 0.96, "flops": 1e8, "num_blocks": 15},
+            "sole": {"20": {"accuracy": 0.90, "flops": 5.9e7}},
+            "static": {"first_7": {"accuracy": 0.95, "flops": 7e7, "blocks": 7}},
+        },
+        outcomes={
+            "full": outcomes(960), "blockdrop": outcomes(950), "sole-20": outcomes(900),
+            "first-7": outcomes(950, shift=2),
+        },
+        times={
+            "pretrain": {"seconds": None, "images_per_second": None},
+            "curriculum": {"seconds": 10.0, "images_per_second": 2000.0, "device": "CPU"},
+            "finetune": {"seconds": 30.0, "images_per_second": 900.0, "device": "CPU"},
+        },
+        benchmark={
+            "machine": MACHINE, "answers": [ANSWER], "sweep": [], "left_out": {"graphed": "no CUDA"},
+            "times": [
+                {"contestant": "ResNet-20", "batch": 32, "precision": "fp32", "milliseconds": 2.5},
+                {"contestant": "ResNet-14", "batch": 32, "precision": "fp32", "milliseconds": 1.5},
+            ],
+        },
+        machine=dict(MACHINE),
+    )  # fmt: skip
+
+
+def changed(results: Results, **parts: dict) -> Results:
+    made = copy.deepcopy(results)
+    for part, values in parts.items():
+        getattr(made, part).update(values)
+    return made
+
+
+def test_first_table_holds_every_network_and_the_papers(results):
+    text = report.page(results)
+    assert "| **BlockDrop** | 95.00 % | 7.50 | 6e+07 | 60.0 % |" in text
+    assert "| ResNet-20 | 90.00 % | 9.00 | 5.9e+07 | 59.0 % |" in text
+    assert "| FirstK, 7 blocks, finetuned | 95.00 % | 7.00 | 7e+07 | 70.0 % |" in text
+    assert "| BlockDrop in the paper, gamma 10 | 93.60 % | 16.93 | 1.81e+08 |" in text
+    assert "saves 40.0 % of the FLOPs, its policy network counted, at -1.00 points" in text
+
+
+def test_papers_numbers_stand_beside_its_own_network_alone(results):
+    assert "in the paper" not in report.page(changed(results, params={"data.source": "digits"}))
+
+
+@pytest.mark.parametrize(
+    ("right", "flops", "words"),
+    [
+        (900, 7e7, "**ahead**, more accurate and cheaper"),
+        (900, 5e7, "more accurate, but dearer"),
+        (990, 7e7, "cheaper, but less accurate"),
+        (990, 5e7, "**behind**, less accurate and dearer"),
+        (950, 7e7, "no difference in accuracy that these images can show, and cheaper: **ahead**"),
+        (950, 5e7, "no difference in accuracy that these images can show, and dearer: **behind**"),
+    ],
+)
+def test_verdict_says_who_is_ahead(results, right, flops, words):
+    results = changed(results, outcomes={"sole-20": outcomes(right)})
+    rival = report.Rival(said="X", name="sole-20", accuracy=right / 1000, blocks=9, flops=flops)
+    assert report.verdict(results, rival).endswith(f"{words}.")
+
+
+def test_sole_resnets_that_were_trained_are_compared_in_time(results):
+    text = report.page(results)
+    assert "BlockDrop takes 2.00 ms, a full ResNet-20 2.50 ms (1.25 times BlockDrop's)" in text
+    assert "ResNet-14" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, "Batch 32, fp32: beneficial, 1.65 times as fast (95 % interval 1.50 to 1.70); it would "
+             "be up to a kept share of 80 % with many different policies; no slower than a full "
+             "ResNet-20."),
+        ({"speedup": 0.9, "speedup_low": 0.8, "speedup_high": 0.95}, "**not** beneficial"),
+        ({"speedup_low": 0.95}, "no difference"),
+        ({"reliable": False}, "too noisy here to say (nothing is claimed)"),
+    ],
+)  # fmt: skip
+def test_answer_of_the_benchmark_in_words(change, words):
+    assert words in report.beneficial(ANSWER | change)
+
+
+def test_answer_without_an_executor_claims_nothing():
+    assert "nothing is claimed" in report.beneficial({"batch": 1, "precision": "bf16"})
+
+
+def test_times_of_another_machine_are_called_so(results):
+    assert "Another machine" not in report.page(results)
+    elsewhere = changed(results, machine={"device": "NVIDIA H200"})
+    assert "**Another machine than this one** (NVIDIA H200, Some CPU)" in report.page(elsewhere)
+
+
+def test_training_time_is_won_back_after_so_many_images(results):
+    # 40 s of learning, (3.3 - 2.0) ms / 32 saved an image
+    assert f"won back after {40_000 / (1.3 / 32):.2g} images" in report.page(results)
+    assert "| pretrain | imported |" in report.page(results)
+    noisy = {**ANSWER, "reliable": False}
+    assert "won back" not in report.page(changed(results, benchmark={"answers": [noisy]}))
+
+
+def test_effort_that_does_not_vary_is_said(results):
+    same = changed(results, evaluated={"difficulty_spearman": None})
+    assert "can't follow difficulty" in report.page(same)
+
+
+def test_parameters_are_listed_as_yaml(results):
+    text = report.page(results)
+    for line in (
+        "resnet.mean: [0.5, 0.25, 1.0]",
+        "policy_net.input_size: null",
+        "augmentation.flip: true",
+    ):
+        assert f"\n{line}\n" in text

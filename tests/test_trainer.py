@@ -1,0 +1,257 @@
+"""Trainings as stages: what they write, how they go on, what they show on a terminal and in a log."""
+
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from contextlib import redirect_stderr
+
+import pytest
+import torch
+from repository_copy import ROOT, TINY, make_workplace
+
+from pipeline import checkpoint, training
+from pipeline.params import Params
+from pipeline.resnet import ResNet
+from stages import sole, static, trainer
+from stages.trainer import Progress
+
+SMALL = TINY | {"pretrain": {"epochs": 4, "batch_size": 16}, "finetune": {"epochs": 4, "batch_size": 16}}
+STEPS = 3  # of an epoch: 48 images in batches of 16
+
+
+@pytest.fixture
+def params(tmp_path, monkeypatch) -> Params:
+    """In a workplace of its own, which is left as the current folder."""
+    made = make_workplace(tmp_path, changes=SMALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
+    monkeypatch.setenv("BLOCKDROP_DEVICE", "cpu")
+    monkeypatch.delenv("CI", raising=False)
+    return made
+
+
+def files(folder) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for top in ("models", "plots")
+        for path in sorted((folder / top).rglob("*"))
+        if path.is_file()
+    }
+
+
+def pretrained(folder, params: Params) -> None:
+    torch.manual_seed(0)
+    made = checkpoint.Checkpoint(
+        stage="pretrain",
+        resnet=ResNet(depth=params.resnet.depth, width=params.resnet.width, num_classes=3),
+        policy_net=None,
+        normalisation=trainer.normalisation_of(params),
+        image_size=8,
+        classes=("dark", "grey", "light"),
+        metrics={},
+    )
+    checkpoint.save(made, folder / "models/pretrain")
+
+
+def test_an_item_of_a_matrix_writes_under_its_name_and_no_metrics_file(params, tmp_path):
+    sole.main(params, depth=8)
+    written = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert written >= {
+        "models/sole/8/model.json",
+        "models/sole/8/model.safetensors",
+        "plots/sole/8.csv",
+        "metrics/times/sole-8.json",
+    }
+    assert not list((tmp_path / "metrics").glob("*.json"))
+    made = checkpoint.load(tmp_path / "models/sole/8")
+    assert made.need_resnet().depth == 8
+    assert made.image_size == params.data.image_size
+    assert made.normalisation == trainer.normalisation_of(params)
+    assert set(made.metrics) == {"accuracy", "loss"}
+
+
+def test_a_static_finetuning_starts_from_pretrain_and_moves_only_what_runs(params, tmp_path):
+    pretrained(tmp_path, params)
+    before = checkpoint.load(tmp_path / "models/pretrain").need_resnet()
+    static.main(params, rule="first", kept=3)
+    after = checkpoint.load(tmp_path / "models/static/first-3").need_resnet()
+    for index, pair in enumerate(zip(before.flat_blocks(), after.flat_blocks(), strict=True)):
+        same = torch.equal(pair[0].conv1.weight, pair[1].conv1.weight)
+        assert same == (index >= 3)
+    assert (tmp_path / "plots/static/first-3.csv").read_text().count("\n") == 5
+    assert (tmp_path / "metrics/times/static-first-3.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda p: sole.main(p, depth=20), r"sole.depths \[8\] does not name 20"),
+        (lambda p: static.main(p, rule="last", kept=3), "does not name last with 3"),
+        (lambda p: static.main(p, rule="first", kept=4), "does not name first with 4"),
+    ],
+)
+def test_what_params_yaml_does_not_name_is_refused(params, call, words):
+    with pytest.raises(trainer.UserError, match=words):
+        call(params)
+
+
+@pytest.mark.parametrize("rule", ["first", "random"])
+def test_an_interrupted_training_goes_on_and_ends_in_the_same_bytes(
+    rule, params, tmp_path, monkeypatch, capsys
+):
+    pretrained(tmp_path, params)
+    static.main(params, rule=rule, kept=3)
+    whole = files(tmp_path)
+    capsys.readouterr()
+    real = training.fit
+
+    def interrupted(*arguments, **options):
+        for result in real(*arguments, **options):
+            yield result
+            if result.epoch == 1:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "fit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            static.main(params, rule=rule, kept=3)
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        f"static-{rule}-3 epoch 1/4",
+        f"static-{rule}-3 epoch 2/4",
+    ]
+    static.main(params, rule=rule, kept=3)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"static-{rule}-3: resuming after epoch 2 of 4"
+    assert [line.split(":")[0][-3:] for line in lines[2:]] == ["3/4", "4/4"]
+    assert files(tmp_path) == whole
+
+
+def test_items_do_not_take_up_each_others_trainings(params):
+    keys = {
+        trainer._resume_key("static", item, params, params.finetune, [])
+        for item in ("first-3", "random-3", "first-4")
+    }
+    assert len(keys) == 3
+
+
+def test_a_divergence_names_the_section_whose_learning_rate_it_is(params):
+    with pytest.raises(trainer.TrainingError, match=r"sole-8 diverged in epoch 2 .* of pretrain in"):
+        trainer._require_finite("sole-8", params.pretrain, {"epoch": 2, "train_loss": float("nan")})
+
+
+ROW = {"epoch": 1, "validation_accuracy": 0.9912, "validation_blocks_mean": 7.25,
+       "validation_reward": 0.5, "validation_unique_policies": 3.0}  # fmt: skip
+
+
+def test_without_a_terminal_there_is_a_line_an_epoch_with_the_time_left_and_no_bar(capsys):
+    with Progress("finetune", epochs=40, steps=3, history=[]) as progress:
+        for _ in range(3):
+            progress.step()
+        progress.epoch_done(ROW, 2.0)
+        progress.epoch_done(ROW | {"epoch": 2}, 90.0)
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out == (
+        "finetune epoch 1/40: accuracy 0.9912, reward 0.5, blocks 7.25, unique_policies 3, "
+        "00:02 elapsed, 01:18 left\n"
+        "finetune epoch 2/40: accuracy 0.9912, reward 0.5, blocks 7.25, unique_policies 3, "
+        "01:30 elapsed, 28:30 left\n"
+    )
+
+
+class Terminal(io.StringIO):
+    """What is written to a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch) -> Terminal:
+    monkeypatch.delenv("CI", raising=False)
+    return Terminal()
+
+
+def test_a_resumed_bar_starts_where_the_training_is(terminal):
+    with redirect_stderr(terminal), Progress("pretrain", epochs=4, steps=3, history=[ROW] * 2) as bar:
+        assert "50%" in terminal.getvalue()
+        assert "6/12" in terminal.getvalue()
+        assert "accuracy 0.9912" in terminal.getvalue()
+        for _ in range(3):
+            bar.step()
+        bar.epoch_done(ROW | {"epoch": 3, "validation_accuracy": 0.9999}, 9.0)
+    last = terminal.getvalue().split("\r")[-1]
+    assert "75%" in last
+    assert "9/12" in last
+    assert "accuracy 0.9999, blocks 7.25, reward 0.5" in last
+
+
+def test_beside_a_terminal_a_log_file_gets_the_lines(terminal, capsys):
+    with redirect_stderr(terminal), Progress("pretrain", epochs=4, steps=3, history=[]) as progress:
+        progress.epoch_done(ROW, 9.0)
+    assert capsys.readouterr().out.startswith("pretrain epoch 1/4: accuracy 0.9912")
+
+
+def test_a_terminal_of_continuous_integration_gets_lines(terminal, monkeypatch, capsys):
+    monkeypatch.setenv("CI", "true")
+    with redirect_stderr(terminal), Progress("pretrain", epochs=4, steps=3, history=[]) as progress:
+        progress.step()
+        progress.epoch_done(ROW, 9.0)
+    assert terminal.getvalue() == ""
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def on_a_terminal(command: list[str], folder, *, columns: int) -> str:
+    """What a command shows on a terminal of that width."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(
+        command, cwd=folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 65536)
+        except OSError:  # Linux's end of file, when the other side is closed
+            break
+    os.close(ours)
+    assert child.wait() == 0, shown.decode()
+    return shown.decode()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_on_a_terminal_there_is_one_bar_for_the_whole_training(params, tmp_path, columns):
+    shown = on_a_terminal([sys.executable, "-m", "stages.sole", "8"], tmp_path, columns=columns)
+    first, bar, rest = shown.split("\r\n")  # a terminal's line end; the bar goes back by \r alone
+    assert first.startswith("sole-8: 4 epochs on CPU")
+    assert rest == ""
+    states = [state for state in bar.split("\r") if state.strip()]
+    assert all(len(state) <= columns for state in states)
+    assert all(state.startswith("sole-8 ") for state in states)
+    done = [int(re.search(r"(\d+)/(\d+) \[", state)[1]) for state in states]
+    assert done == sorted(done)
+    assert all(f"/{4 * STEPS} [" in state for state in states)
+    assert "100%" in states[-1]
+    assert re.search(r"00:00 left, accuracy \d", states[-1])
+    assert "epoch 1" not in shown
+
+
+def test_in_a_pipe_there_are_lines_alone(params, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.sole", "8"], cwd=tmp_path, text=True, capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=True,
+    )  # fmt: skip
+    assert done.stderr == ""
+    assert "\r" not in done.stdout
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5
+    assert all(re.search(r": accuracy \S+, \d\d:\d\d elapsed, \d\d:\d\d left$", x) for x in lines[1:])

@@ -1,0 +1,159 @@
+"""Classify image files: `python -m tools.predict cat.png dog.jpg`.
+
+Says for each image the class and how sure the network is of it, which blocks ran, and what that saves.
+Images of any size and kind are read as `imagefolder` reads them: the middle square, scaled.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline import checkpoint
+from pipeline.errors import UserError
+from pipeline.predictor import Prediction, Predictor
+from pipeline.runtime import choose_device
+from pipeline.sources import read_image
+
+MODEL = "models/finetune"
+REGISTRY = "models:/"
+COLUMNS = ("image", "class", "confidence", "blocks", "kept", "FLOPs", "saved")
+IN_NUMBERS = COLUMNS[2:3] + COLUMNS[4:]
+REMEDIES = "`make repro` trains one, `dvc pull` fetches one"
+
+
+@contextmanager
+def folder_of(model: str) -> Iterator[Path]:
+    """The checkpoint folder that a command line names, for as long as the context lasts.
+
+    Raises:
+        UserError: there is no such folder, or no such model in MLflow.
+    """
+    if model.startswith(REGISTRY):
+        from pipeline.tracking.models import fetched  # slow to import, and needed for this alone
+
+        with fetched(model) as folder:
+            yield folder
+        return
+    folder = Path(model)
+    if folder.name in (checkpoint.WEIGHTS, checkpoint.SIDECAR):  # named by a file in it
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(
+            f"{model} is no folder with a trained model; {REMEDIES}, `--model` names another"
+        )
+    yield folder
+
+
+def load(model: str, image_size: int | None) -> Predictor:
+    """The predictor of a trained model.
+
+    Raises:
+        UserError: it is missing or damaged, or its image size is not known.
+    """
+    with folder_of(model) as folder:
+        return Predictor(checkpoint.load(folder), image_size=image_size, device=choose_device())
+
+
+def read(paths: Sequence[Path], image_size: int) -> tuple[list[Path], NDArray[np.uint8], list[str]]:
+    """The images that can be read.
+
+    Returns:
+        Their paths, the images [B, S, S, 3], and an error for each of the others.
+    """
+    found, images, errors = [], [], []
+    for path in paths:
+        try:
+            images.append(read_image(path, image_size))
+            found.append(path)
+        except UserError as error:
+            errors.append(str(error))
+    stacked = np.stack(images) if images else np.empty((0, image_size, image_size, 3), dtype=np.uint8)
+    return found, stacked, errors
+
+
+def strip(kept: NDArray[np.bool_]) -> str:
+    """[K] bool as `#` for a block that ran and `.` for one that did not, in their order."""
+    return "".join("#" if block else "." for block in kept)
+
+
+def cells(path: Path, prediction: Prediction) -> tuple[str, ...]:
+    """A row of the table, in the order of COLUMNS."""
+    return (
+        str(path),
+        prediction.name,
+        f"{100 * prediction.confidence:.1f} %",
+        strip(prediction.kept_blocks),
+        f"{prediction.blocks}/{len(prediction.kept_blocks)}",
+        f"{prediction.flops:.3g}",
+        f"{100 * prediction.flops_saved:.1f} %",
+    )
+
+
+def show(paths: Sequence[Path], predictions: Sequence[Prediction]) -> None:
+    """A table on a terminal; otherwise aligned lines, whole however long they are."""
+    rows = [cells(*pair) for pair in zip(paths, predictions, strict=True)]
+    console = Console()
+    if console.is_terminal:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for name in COLUMNS:
+            table.add_column(name, justify="right" if name in IN_NUMBERS else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))  # Text: a name may hold brackets
+        console.print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    for row in (COLUMNS, *rows):
+        aligned = [
+            cell.rjust(width) if name in IN_NUMBERS else cell.ljust(width)
+            for cell, width, name in zip(row, widths, COLUMNS, strict=True)
+        ]
+        print("  ".join(aligned).rstrip())
+
+
+def show_json(paths: Sequence[Path], predictions: Sequence[Prediction], classes: Sequence[str]) -> None:
+    """One object a line; probabilities by the names of the classes."""
+    for path, prediction in zip(paths, predictions, strict=True):
+        record = {"image": str(path)} | prediction.record()
+        record["probabilities"] = dict(zip(classes, record["probabilities"], strict=True))
+        print(json.dumps(record, ensure_ascii=False))
+
+
+def main() -> None:
+    """Predict; exit status 1 when something could not be read, after the answers on all else."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument(
+        "--model",
+        default=MODEL,
+        help=f"a checkpoint folder ({MODEL}), models:/NAME@ALIAS, models:/NAME/VERSION or models:/m-ID",
+    )
+    parser.add_argument("--image-size", type=int, help="for a checkpoint that does not say it")
+    parser.add_argument("--json", action="store_true", help="one object a line")
+    arguments = parser.parse_intermixed_args()
+    try:
+        predictor = load(arguments.model, arguments.image_size)
+        paths, images, errors = read(arguments.images, predictor.image_size)
+        predictions = predictor(images)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    if arguments.json:
+        show_json(paths, predictions, predictor.classes)
+    elif predictions:
+        show(paths, predictions)
+    for said in errors:
+        print(f"error: {said}", file=sys.stderr)
+    if errors:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
