@@ -5,10 +5,9 @@ those that `static` finetuned, and the ResNets of other depths that `sole` train
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
@@ -19,7 +18,8 @@ from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
 from pipeline.cost import measure
 from pipeline.data import load_split
-from pipeline.inference import Predictions, predict
+from pipeline.executors.base import Executor, Networks
+from pipeline.inference import EVALUATION_BATCH, Predictions, make_executor, predict
 from pipeline.params import Params
 from pipeline.resnet import ResNet
 from pipeline.runtime import choose_device, describe_device, generator
@@ -29,8 +29,6 @@ from pipeline.tracking.runs import stage_run
 from stages import common
 
 PRETRAIN_TIMES = common.METRICS / "times" / "pretrain.json"
-SOLE = Path("models/sole")
-STATIC = Path("models/static")
 RANDOM_DRAWS = 5  # of every image's blocks under the rule `random`, over which accuracies are means
 
 
@@ -89,39 +87,57 @@ def with_every_block(kind: str, resnet: ResNet, test: Split, found: Predictions)
 
 
 def ruled(
-    own: Checkpoint, kind: str, kept: int, test: Split, noise: Tensor, *, finetuned: bool
-) -> Network:
-    """A checkpoint's ResNet under a static rule, whose draws noise [D, M, K] decides."""
+    own: Checkpoint, rules: Iterable[tuple[str, int]], test: Split, noise: Tensor, *, finetuned: bool
+) -> list[Network]:
+    """A checkpoint's ResNet under static rules, each with how many blocks it keeps.
+
+    Args:
+        noise: [D, M, K], what each of D draws of the rule `random` comes from.
+    """
     resnet = own.need_resnet().to(test.images.device)
-    rule = static_rule(kind, kept)
-    draws = noise if kind == "random" else noise[:1]  # the others are the same in every draw
-    actions = [rule(table) for table in draws]
-    found = [predict(resnet, test, drawn, normalisation=own.normalisation) for drawn in actions]
-    accuracies = [predictions.accuracy for predictions in found]
+    networks = Networks(resnet=resnet, policy_net=None, normalisation=own.normalisation)
+    execute = make_executor(networks)  # one for all: it packs the weights, and on CUDA it records graphs
     cost = measure(resnet, None, test.image_size)  # no policy network decides
-    return Network(
-        kind=kind,
-        depth=resnet.depth,
-        blocks=kept,
-        finetuned=finetuned,
-        flops=float(cost.of(torch.cat(actions)).mean()),
-        accuracy=mean(accuracies),  # exact, so that equal draws have a deviation of 0
-        accuracy_std=pstdev(accuracies),
-        correct=found[0].correct,
-    )
+    found = []
+    for kind, kept in rules:
+        rule = static_rule(kind, kept)
+        draws = noise if kind == "random" else noise[:1]  # the others are the same in every draw
+        actions = [rule(table) for table in draws]
+        correct = [right(execute, test, drawn) for drawn in actions]
+        accuracies = [float(outcome.double().mean()) for outcome in correct]
+        found.append(
+            Network(
+                kind=kind,
+                depth=resnet.depth,
+                blocks=kept,
+                finetuned=finetuned,
+                flops=float(cost.of(torch.cat(actions)).mean()),
+                accuracy=mean(accuracies),  # exact, so that equal draws have a deviation of 0
+                accuracy_std=pstdev(accuracies),
+                correct=correct[0],
+            )
+        )
+    return found
+
+
+def right(execute: Executor, test: Split, actions: Tensor) -> Tensor:
+    """Whether each prediction under actions [M, K] is right: [M] bool, on the CPU."""
+    parts = zip(test.images.split(EVALUATION_BATCH), actions.split(EVALUATION_BATCH), strict=True)
+    logits = torch.cat([execute(*part).logits for part in parts])
+    return (logits.argmax(dim=1) == test.labels).cpu()
 
 
 def trained_networks(params: Params, test: Split, noise: Tensor) -> list[Network]:
     """The sole ResNets, then the finetuned static ones: those that params.yaml names, no others."""
     networks = []
     for depth in params.sole.depths:
-        own = checkpoint.load(SOLE / str(depth))
+        own = checkpoint.load(common.SOLE / str(depth))
         resnet = own.need_resnet().to(test.images.device)
         found = predict(resnet, test, normalisation=own.normalisation)
         networks.append(with_every_block("sole", resnet, test, found))
     for rule, kept in product(params.static.rules, params.static.kept):
-        own = checkpoint.load(STATIC / f"{rule}-{kept}")
-        networks.append(ruled(own, rule, kept, test, noise, finetuned=True))
+        own = checkpoint.load(common.STATIC / f"{rule}-{kept}")
+        networks += ruled(own, [(rule, kept)], test, noise, finetuned=True)
     return networks
 
 
@@ -177,10 +193,8 @@ def main(params: Params) -> None:
         full = with_every_block("full", resnet, test, found)
         draw = generator(params.seed, "baseline")
         noise = torch.rand(RANDOM_DRAWS, len(test), resnet.num_blocks, generator=draw)
-        unfinetuned = [
-            ruled(pretrained, rule, kept, test, noise, finetuned=False)
-            for rule, kept in product(RULES, range(resnet.num_blocks + 1))
-        ]
+        rules = product(RULES, range(resnet.num_blocks + 1))
+        unfinetuned = ruled(pretrained, rules, test, noise, finetuned=False)
         trained = trained_networks(params, test, noise)
         metrics = metrics_of(full, float(found.losses.double().mean()), trained)
         times = {

@@ -17,6 +17,8 @@ PREPARED = Path("data/prepared")
 PRETRAINED = Path("models/pretrain")
 POLICY = Path("models/curriculum")
 FINETUNED = Path("models/finetune")
+SOLE = Path("models/sole")
+STATIC = Path("models/static")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
 

@@ -5,7 +5,6 @@ What a smaller network of the same cost can do. It is always trained, also when 
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
@@ -16,8 +15,6 @@ from pipeline.resnet import ResNet
 from pipeline.runtime import choose_device, seed_everything
 from pipeline.training import Metrics
 from stages import common, trainer
-
-OUT = Path("models/sole")
 
 
 def main(params: Params, *, depth: int) -> None:
@@ -42,7 +39,7 @@ def main(params: Params, *, depth: int) -> None:
             classes=classes,
             metrics=metrics,
         )
-        checkpoint.save(made, OUT / str(depth))
+        checkpoint.save(made, common.SOLE / str(depth))
 
     learner = trainer.pretraining(resnet, params)
     section = params.pretrain

@@ -7,7 +7,6 @@ learning rate of the ResNet, on cross-entropy alone. Does not depend on gamma.
 import argparse
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from pipeline import checkpoint
 from pipeline.errors import UserError
@@ -16,8 +15,6 @@ from pipeline.runtime import choose_device
 from pipeline.static_policies import static_rule
 from pipeline.training import Classification, Metrics, make_optimizer
 from stages import common, trainer
-
-OUT = Path("models/static")
 
 
 def main(params: Params, *, rule: str, kept: int) -> None:
@@ -34,7 +31,7 @@ def main(params: Params, *, rule: str, kept: int) -> None:
 
     def save(metrics: Metrics) -> None:
         made = replace(pretrained, stage="static", resnet=resnet, metrics=metrics)
-        checkpoint.save(made, OUT / item)
+        checkpoint.save(made, common.STATIC / item)
 
     section = params.finetune
     learner = Classification(

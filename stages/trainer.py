@@ -234,7 +234,7 @@ class Progress:
     def __init__(self, name: str, *, epochs: int, steps: int, history: Sequence[Metrics]) -> None:
         self.name = name
         self.epochs = epochs
-        terminal = sys.stderr.isatty() and "CI" not in os.environ
+        terminal = _can_draw()
         self.lines = not (terminal and sys.stdout.isatty())
         self.bar = tqdm(
             desc=name,
@@ -243,8 +243,7 @@ class Progress:
             disable=not terminal,
             dynamic_ncols=True,
             smoothing=0,  # time left at the mean rate: validation between epochs is part of it
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
-            "[{elapsed}, {remaining} left{postfix}]",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
         )
         if history:
             self.bar.set_postfix_str(_shown(history[-1], self.IN_BAR))
@@ -272,6 +271,13 @@ class Progress:
                 f"{tqdm.format_interval(seconds)} elapsed, {tqdm.format_interval(left)} left",
                 flush=True,
             )
+
+
+def _can_draw() -> bool:
+    """Whether standard error is a terminal that says how wide it is (in a container it may not)."""
+    if not sys.stderr.isatty() or "CI" in os.environ:
+        return False
+    return os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
 def _shown(row: Metrics, names: Sequence[str]) -> str:
