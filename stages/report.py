@@ -10,7 +10,7 @@ from pipeline.params import Params
 from pipeline.report import Results
 from pipeline.runtime import choose_device, describe_machine
 from pipeline.tracking import overview, parents, records
-from pipeline.tracking.runs import StageRun, baseline_commit, experiment_name, stage_run
+from pipeline.tracking.runs import StageRun, baseline_commit, stage_run
 from pipeline.tracking.store import say_once
 from stages import common
 
@@ -74,9 +74,8 @@ def log(run: StageRun) -> None:
     if not run.parent_id:
         return
     try:
-        record = records.read(
-            records.work_tree(), name=experiment_name(), baseline=baseline_commit(), running="report"
-        )
+        files = records.work_tree()
+        record = records.read(files, name="", baseline=baseline_commit(), running="report")
         parents.complete(record, finish=False)
         overview.say(run.parent_id)
     except Exception as error:  # a store, a network, a server: none may lose the report

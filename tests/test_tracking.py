@@ -365,7 +365,7 @@ def test_store_is_in_the_main_checkout_unless_told_otherwise(root, monkeypatch):
 
 
 def test_without_dvc_and_git_the_experiment_still_has_a_name(root):
-    assert experiment_name() == "no-git-no-commit"
+    assert experiment_name({"gamma": "2"}) == "no-git-no-commit"
 
 
 def test_without_dvc_the_experiment_is_named_after_branch_and_commit(root, tmp_path, monkeypatch):
@@ -376,4 +376,19 @@ def test_without_dvc_the_experiment_is_named_after_branch_and_commit(root, tmp_p
     head = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
     ).stdout.strip()
-    assert experiment_name() == f"trunk-{head}"
+    assert experiment_name({"gamma": "2"}) == f"trunk-{head}"
+
+
+def test_without_dvc_the_name_says_what_differs_from_the_commit(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text("gamma: 2\na: {b: 1, c: 2, d: 3}\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q", "-b", "trunk"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
+    same = {"gamma": "2", "a.b": "1", "a.c": "2", "a.d": "3"}
+    assert experiment_name(same).startswith("trunk-")
+    assert " " not in experiment_name(same)
+    assert experiment_name(same | {"gamma": "5"}).endswith(" gamma=5")
+    changed = experiment_name({"gamma": "5", "a.b": "0", "a.c": "0", "a.d": "0"})
+    assert changed.endswith(" gamma=5 a.b=0 a.c=0 and 1 more")

@@ -18,7 +18,7 @@ from pipeline.locks import alone
 from pipeline.resume import project_root
 from pipeline.tracking import overview, parents, records
 from pipeline.tracking.records import Record, RecordError
-from pipeline.tracking.runs import TAG_KEY, baseline_commit, end_orphans, experiment_name
+from pipeline.tracking.runs import TAG_KEY, baseline_commit, end_orphans
 from pipeline.tracking.store import is_off, store, store_uri
 
 LOCK = Path(".dvc/tmp/blockdrop-sync.lock")
@@ -80,9 +80,8 @@ def missing(root: Path) -> Iterator[Record]:
 def work_tree(root: Path) -> str | None:
     """The run of the work tree's own result, completed when it is no experiment's; None without one."""
     try:
-        record = records.read(
-            records.work_tree(str(root)), name=experiment_name(), baseline=baseline_commit()
-        )
+        files = records.work_tree(str(root))
+        record = records.read(files, name="", baseline=baseline_commit())
     except RecordError as error:
         print(f"work tree: not logged, {error}")
         return None

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from pipeline import params as parameters
-from pipeline.tracking.runs import as_texts, experiment_key
+from pipeline.tracking.runs import as_texts, experiment_key, experiment_name
 
 PARAMS, LOCK = "params.yaml", "dvc.lock"
 PREPARED, MODEL, REPORT = "data/prepared", "models/finetune", "report"
@@ -123,6 +123,7 @@ def read(
     """The record of the experiment whose files these are.
 
     Args:
+        name: DVC's; empty: what an experiment is called that DVC gives no name.
         running: the stage that runs now, of which dvc.lock still has what it was before.
 
     Raises:
@@ -140,11 +141,12 @@ def read(
     if f"{METRICS}/evaluate.json" not in outs:
         raise RecordError("its pipeline has not come to its end")
     _require_unchanged(values, stages)
+    params = as_texts(dict(parameters.flatten(values)))
     return Record(
-        name=name,
+        name=name or experiment_name(params),
         baseline=baseline,
         revision=revision,
-        params=as_texts(dict(parameters.flatten(values))),
+        params=params,
         metrics=_metrics(files),
         curves=_curves(files),
         outs=outs,

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import yaml
 
+from pipeline import params as parameters
 from pipeline.tracking.store import is_off, say_once, store
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ TAG_STAGE = "blockdrop.stage"
 TAG_PROCESS = "blockdrop.process"
 TAG_PARENT = "mlflow.parentRunId"
 FLUSH_SECONDS = 5.0  # metrics are kept this long at most, so that short epochs do not wait for the store
+NAMED = 3  # changed parameters in the name of an experiment that DVC gives none
 TEXT_LIMIT = 6000  # characters of a parameter that MLflow takes
 
 
@@ -113,13 +116,18 @@ def stage_run(
     run.finish("FINISHED")
 
 
-def experiment_name() -> str:
-    """DVC's name of the experiment; under plain `dvc repro`, branch and commit."""
+def experiment_name(params: Mapping[str, str]) -> str:
+    """DVC's name of the experiment; under plain `dvc repro`, branch, commit and what differs from it.
+
+    Args:
+        params: as `as_texts` gives them.
+    """
     name = os.environ.get("DVC_EXP_NAME")
     if name:
         return name
     branch = git("rev-parse", "--abbrev-ref", "HEAD") or "no-git"
-    return f"{branch}-{git('rev-parse', '--short', 'HEAD') or 'no-commit'}"
+    place = f"{branch}-{git('rev-parse', '--short', 'HEAD') or 'no-commit'}"
+    return " ".join([place, *_changed(params)])
 
 
 def baseline_commit() -> str:
@@ -219,6 +227,20 @@ def git(*words: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def _changed(params: Mapping[str, str]) -> list[str]:
+    """What is not as in the commit's params.yaml, in short: key=value, and how many more."""
+    try:
+        committed = yaml.load(git("show", "HEAD:./params.yaml"), parameters.Loader) or {}
+        then = as_texts(dict(parameters.flatten(committed)))
+    except (yaml.YAMLError, ValueError, AttributeError):
+        return []
+    if not then:
+        return []
+    changed = [f"{key}={text}" for key, text in params.items() if then.get(key) != text]
+    more = len(changed) - NAMED
+    return changed[:NAMED] + ([f"and {more} more"] if more > 0 else [])
+
+
 def _as_text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
@@ -238,7 +260,7 @@ def _open(stage: str, params: Mapping[str, str], resumed: str | None) -> StageRu
             parent_id = make_parent(
                 client,
                 experiment_id,
-                name=experiment_name(),
+                name=experiment_name(params),
                 baseline=baseline_commit(),
                 params=params,
                 tags=origin_tags(),
