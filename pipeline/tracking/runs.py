@@ -32,8 +32,11 @@ TAG_ROLE = "blockdrop.role"
 TAG_STAGE = "blockdrop.stage"
 TAG_PROCESS = "blockdrop.process"
 TAG_PARENT = "mlflow.parentRunId"
-FLUSH_SECONDS = 5.0  # metrics are kept this long at most, so that short epochs do not wait for the store
+FLUSH_SECONDS = (
+    30.0  # metrics are kept this long at most: a call to the store is a tenth of a short epoch
+)
 NAMED = 3  # changed parameters in the name of an experiment that DVC gives none
+Point = tuple[str, float, int, int]  # name, value, milliseconds since 1970, step
 TEXT_LIMIT = 6000  # characters of a parameter that MLflow takes
 
 
@@ -43,7 +46,7 @@ class StageRun:
     def __init__(self, client: "MlflowClient | None", run_id: str = "", parent_id: str = "") -> None:
         self._client = client
         self._closing_client = client  # after a failure nothing more is logged, but runs are still ended
-        self._waiting: list[Metric] = []
+        self._waiting: list[Point] = []
         self._flushed = time.monotonic()
         self.run_id = run_id
         self.parent_id = parent_id
@@ -52,7 +55,10 @@ class StageRun:
         """Numbers under their names; a None (undefined) is left out. Written within `FLUSH_SECONDS`."""
         if self._client is None:
             return
-        self._waiting += as_metrics(metrics, step)
+        now = int(time.time() * 1000)
+        self._waiting += [
+            (name, value, now, step) for name, value in metrics.items() if value is not None
+        ]
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self._flush()
 
@@ -82,7 +88,7 @@ class StageRun:
         waiting, self._waiting = self._waiting, []
         self._flushed = time.monotonic()
         if waiting:
-            self._attempt(lambda client: client.log_batch(self.run_id, metrics=waiting))
+            self._attempt(lambda client: client.log_batch(self.run_id, metrics=_made(waiting)))
 
     def _attempt(self, action: Any) -> None:
         if self._client is None:
@@ -148,11 +154,8 @@ def as_texts(params: Mapping[str, Any]) -> dict[str, str]:
 
 def as_metrics(metrics: Mapping[str, float | None], step: int = 0) -> "list[Metric]":
     """MLflow's form of them, without those that are not defined."""
-    from mlflow.entities import Metric
-
     now = int(time.time() * 1000)
-    known = {name: value for name, value in metrics.items() if value is not None}
-    return [Metric(name, value, now, step) for name, value in known.items()]
+    return _made([(name, value, now, step) for name, value in metrics.items() if value is not None])
 
 
 def find_parent(client: "MlflowClient", experiment_id: str, key: str) -> str | None:
@@ -239,6 +242,12 @@ def _changed(params: Mapping[str, str]) -> list[str]:
     changed = [f"{key}={text}" for key, text in params.items() if then.get(key) != text]
     more = len(changed) - NAMED
     return changed[:NAMED] + ([f"and {more} more"] if more > 0 else [])
+
+
+def _made(points: list[Point]) -> "list[Metric]":
+    from mlflow.entities import Metric
+
+    return [Metric(*point) for point in points]
 
 
 def _as_text(value: Any) -> str:
