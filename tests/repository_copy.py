@@ -31,9 +31,12 @@ TINY = {
 }
 
 
-def environment() -> dict[str, str]:
+def environment(*, tracking: bool = False) -> dict[str, str]:
+    """What commands see. MLflow takes seconds of every stage, so it is on only where it is looked at."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_"))}
     kept.pop("PYTHONDONTWRITEBYTECODE", None)  # users write bytecode, and deps must not see it
+    if not tracking:
+        kept["BLOCKDROP_TRACKING"] = "off"
     return kept | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "DVC_NO_ANALYTICS": "1",
@@ -46,13 +49,14 @@ def environment() -> dict[str, str]:
 class Copy:
     """A repository with a commit of its own, in which commands run."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, tracking: bool = False) -> None:
         self.folder = folder
+        self.tracking = tracking
 
     def run(self, *command: str, check: bool = True) -> str:
         done = subprocess.run(
-            command, cwd=self.folder, env=environment(), text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, timeout=900,
+            command, cwd=self.folder, env=environment(tracking=self.tracking), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900,
         )  # fmt: skip
         assert not check or done.returncode == 0, done.stdout
         return done.stdout if check else f"exit {done.returncode}\n{done.stdout}"

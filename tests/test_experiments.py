@@ -94,7 +94,8 @@ def check(runs: list[dict], names: dict[str, int]) -> None:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> Copy:
-    copy = make_copy(tmp_path_factory.mktemp("queue"), changes=TINY)
+    made = make_copy(tmp_path_factory.mktemp("queue"), changes=TINY)
+    copy = Copy(made.folder, tracking=True)
     for gamma in GAMMAS:
         copy.run("dvc", "exp", "run", "--queue", "-n", f"gamma-{gamma}", "-S", f"gamma={gamma}")
     copy.run("dvc", "queue", "start", "-j", "2")
@@ -161,7 +162,7 @@ def test_a_colleagues_experiments_arrive_with_all_of_it(swept, tmp_path):
     swept.run("dvc", "remote", "add", "--local", "-d", "store", str(remote))
     swept.run("dvc", "exp", "push", "shared", "gamma-1", "gamma-5")
     subprocess.run(["git", "clone", "-q", str(bare), str(other)], check=True)
-    colleague = Copy(other)
+    colleague = Copy(other, tracking=True)
     colleague.run("dvc", "remote", "add", "--local", "-d", "store", str(remote))
     colleague.run("dvc", "exp", "pull", "origin", "gamma-1", "gamma-5")
     sync(colleague)

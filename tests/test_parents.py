@@ -180,5 +180,16 @@ def test_table_and_links_show_siblings(client, tmp_path):
     assert all(run_id in links["its gammas compared"] for run_id in ids)
 
 
+def test_one_experiment_of_each_setting_is_compared():
+    def made(run_id, gamma, depth="32", seed="0"):
+        params = {"gamma": gamma, "seed": seed, "resnet.depth": depth}
+        return overview.Experiment(run_id=run_id, name=run_id, params=params, metrics={})
+
+    own = made("own", "2")
+    found = [made("newer", "2"), own, made("five", "5"), made("older five", "5")]
+    found += [made("deep", "5", "110"), made("seed", "5", seed="1")]
+    assert [e.run_id for e in overview.siblings(own, found)] == ["own", "five", "seed"]
+
+
 def test_no_links_to_what_is_not_there(client):
     assert list(overview.links("1", [], "nothing", address="http://here:1")) == ["all runs"]

@@ -26,7 +26,7 @@ def copy(tmp_path_factory) -> Copy:
 
 
 def test_one_command_runs_every_stage(copy):
-    output = copy.run("dvc", "repro")
+    output = Copy(copy.folder, tracking=True).run("dvc", "repro")
     assert sorted(ran(output)) == sorted(ALL_STAGES)
     evaluated, baseline = copy.metrics("evaluate"), copy.metrics("baseline")
     assert set(evaluated) >= {
@@ -174,7 +174,8 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_bytes(copy):
 
 
 def test_a_temporary_experiment_logs_to_the_main_checkout(copy):
-    output = copy.run("dvc", "exp", "run", "--temp", "-n", "three", "-S", "gamma=3")
+    tracked = Copy(copy.folder, tracking=True)
+    output = tracked.run("dvc", "exp", "run", "--temp", "-n", "three", "-S", "gamma=3")
     assert sorted(ran(output)) == sorted(GAMMA_STAGES)
     found = copy.python(
         "import json, mlflow\n"

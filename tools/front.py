@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.figures.trade_off import front
 from pipeline.resume import project_root
-from pipeline.tracking.overview import Experiment, experiments
+from pipeline.tracking.overview import Experiment, experiments, siblings
 from tools.sync import sync
 
 COLUMNS = {"accuracy": "accuracy", "flops": "flops_mean", "blocks": "blocks_mean"}
@@ -58,7 +58,7 @@ def choose(found: list[Experiment], name: str | None) -> list[Experiment]:
         raise UserError(
             f"{wanted}; there are: {known}; `make repro` or `dvc exp run -S gamma=5` runs one"
         )
-    return [experiment for experiment in found if experiment.is_sibling(named[0])]
+    return siblings(named[0], found)
 
 
 def main() -> None:

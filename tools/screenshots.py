@@ -30,6 +30,8 @@ QUIET = (
 WAIT = 25_000  # milliseconds of the page's own time, in which it loads
 START = 120  # seconds that the server may take
 PAGES = {"all runs": "ui_runs", "this experiment": "ui_experiment", "its gammas compared": "ui_gammas"}
+TALL_PAGES = ("its gammas compared", "this experiment")
+TALL = 2000  # pixels: the tables under a comparison's plot are what tells
 FIGURES = ("policy", "policies_by_class", "easy_and_hard", "trade_off", "learning_curves")
 
 
@@ -64,7 +66,7 @@ def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
     )
 
 
-def photograph(browser: str, link: str, path: Path, *, width: int = 1500, height: int = 950) -> None:
+def photograph(browser: str, link: str, path: Path, *, width: int = 1600, height: int = 1000) -> None:
     """A page as a PNG."""
     with tempfile.TemporaryDirectory() as profile:
         command = [browser, *QUIET, f"--user-data-dir={profile}", f"--window-size={width},{height}",
@@ -89,7 +91,7 @@ def main() -> None:
     with server() as address:
         for said, link in overview.links(experiment_id, found, named[0].run_id, address=address).items():
             path = arguments.out / f"{PAGES[said]}.png"
-            photograph(browser, link, path)
+            photograph(browser, link, path, height=TALL if said in TALL_PAGES else 1000)
             print(f"{said}: {path}")
     for name in FIGURES:
         shutil.copyfile(Path("report") / f"{name}.png", arguments.out / f"{name}.png")

@@ -13,7 +13,6 @@ from pathlib import Path
 import pandas as pd
 
 POLL_SECONDS = 5
-PREFIX = "metrics/evaluate.json:"  # of metrics that another file has as well
 METRICS = {
     "accuracy": "test accuracy",
     "full_accuracy": "every block",
@@ -35,7 +34,7 @@ def finished() -> pd.DataFrame:
     shown = subprocess.run(
         ["dvc", "exp", "show", "--csv"], check=True, capture_output=True, text=True
     ).stdout
-    table = pd.read_csv(io.StringIO(shown)).rename(columns=lambda name: name.removeprefix(PREFIX))
+    table = pd.read_csv(io.StringIO(shown))
     table = table[table["Experiment"].notna() & table["accuracy"].notna()]
     return table.set_index("Experiment")
 

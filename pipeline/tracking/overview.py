@@ -60,6 +60,18 @@ def experiments() -> tuple[str, list[Experiment]]:
     return experiment_id, found
 
 
+def siblings(own: Experiment, found: Sequence[Experiment]) -> list[Experiment]:
+    """An experiment and those that differ from it in swept parameters alone, one of each setting.
+
+    Of equal settings (run again under another commit, say) the first counts, `own` before all.
+    """
+    settings: dict[tuple[str | None, ...], Experiment] = {}
+    for experiment in (own, *found):
+        if experiment.is_sibling(own):
+            settings.setdefault(tuple(experiment.params.get(k) for k in sorted(SWEPT)), experiment)
+    return list(settings.values())
+
+
 def table(found: Sequence[Experiment], *, marked: str = "") -> list[list[str]]:
     """Header and rows: name, gamma and the headline; the run `marked` is starred."""
     rows = [["experiment", "gamma", *(said for said, _, _ in COLUMNS.values())]]
@@ -83,9 +95,9 @@ def links(
     if own is None:
         return said
     said["this experiment"] = base + run_page(experiment_id, run_id)
-    siblings = [experiment.run_id for experiment in found if experiment.is_sibling(own)]
-    if len(siblings) > 1:
-        said["its gammas compared"] = base + compare_page(experiment_id, siblings[:SHOWN])
+    compared = [experiment.run_id for experiment in siblings(own, found)]
+    if len(compared) > 1:
+        said["its gammas compared"] = base + compare_page(experiment_id, compared[:SHOWN])
     return said
 
 

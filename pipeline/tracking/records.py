@@ -175,7 +175,9 @@ def _require_unchanged(values: Mapping[str, Any], stages: Mapping[str, Any]) -> 
 
 def _metrics(files: AbstractFileSystem) -> dict[str, float]:
     found: dict[str, float] = {}
-    for path in sorted(files.glob(f"{METRICS}/*.json")):
+    paths = sorted(files.glob(f"{METRICS}/*.json"))
+    # the UI's comparison draws the metric that was logged first: the test accuracy
+    for path in sorted(paths, key=lambda path: not path.endswith("evaluate.json")):
         found |= dict(_numbers(_json(files, path)))
     for stage in TRAININGS:
         times = _json(files, f"{TIMES}/{stage}.json")
