@@ -61,6 +61,10 @@ def wait_for_queue(copy: Copy) -> None:
         assert "Failed" not in status, status
         if not {"Queued", "Running"} & set(status.split()):
             return
+        if (
+            "0 active, 0 idle" in status
+        ):  # a worker of DVC 3.67 dies now and then between two experiments
+            copy.run("dvc", "queue", "start", "-j", "2")
         assert time.monotonic() < deadline, status
         time.sleep(2)
 
@@ -94,7 +98,8 @@ def check(runs: list[dict], names: dict[str, int]) -> None:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> Copy:
-    made = make_copy(tmp_path_factory.mktemp("queue"), changes=TINY)
+    static = {"rules": ["first"], "kept": [3]}
+    made = make_copy(tmp_path_factory.mktemp("queue"), changes=TINY | {"static": static})
     copy = Copy(made.folder, tracking=True)
     for gamma in GAMMAS:
         copy.run("dvc", "exp", "run", "--queue", "-n", f"gamma-{gamma}", "-S", f"gamma={gamma}")
@@ -133,12 +138,13 @@ def test_table_of_experiments_has_named_columns_without_holes(swept):
     for row in rows:
         assert all(row[name] not in ("", "-", "!") for name in wanted), row
         assert "!" not in row.values()
-        assert not any(name.startswith("metrics/") for name in row), list(row)
+        assert not any(".json:" in name for name in row), list(row)  # two files with one name
 
 
 def test_differences_between_two_gammas_are_numbers(swept):
     found = json.loads(swept.run("dvc", "metrics", "diff", "gamma-1", "gamma-10", "--json"))
-    assert found["diff"]["metrics/evaluate.json"].keys() >= {"blocks_mean"}
+    blocks = found["metrics/evaluate.json"]["blocks_mean"]
+    assert blocks["new"] - blocks["old"] == pytest.approx(blocks["diff"])
     shown = json.loads(swept.run("dvc", "plots", "diff", "gamma-1", "gamma-10", "--json"))
     assert not shown.get("errors"), shown["errors"]
     assert {"accuracy", "reward", "blocks", "trade-off"} <= set(shown["data"])

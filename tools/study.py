@@ -50,12 +50,20 @@ def run_missing(gammas: list[float], seeds: list[int], jobs: int) -> None:
             command = ["dvc", "exp", "run", "--queue", "--name", name_of(gamma, seed), *change]
             subprocess.run(command, check=True)
         if missing:
-            subprocess.run(["dvc", "queue", "start", "--jobs", str(jobs)], check=True)
-            wait_for({name_of(*pair) for pair in missing})
+            start(jobs)
+            wait_for({name_of(*pair) for pair in missing}, jobs)
 
 
-def wait_for(names: set[str]) -> None:
+def start(jobs: int) -> None:
+    """Let workers take from the queue."""
+    subprocess.run(["dvc", "queue", "start", "--jobs", str(jobs)], check=True)
+
+
+def wait_for(names: set[str], jobs: int) -> None:
     """Return when the queue is done with these experiments.
+
+    DVC 3.67's workers die now and then between two experiments (their broker reads a file that is
+    being written); then they are started again.
 
     Raises:
         SystemExit: one of them failed.
@@ -71,6 +79,8 @@ def wait_for(names: set[str]) -> None:
             raise SystemExit(f"error: {failed[0]} failed; `dvc queue logs {failed[0]}` says why")
         if not any({"Queued", "Running"} & set(row) for row in states.values()):
             return
+        if "0 active, 0 idle" in status:
+            start(jobs)
         time.sleep(POLL_SECONDS)
 
 
