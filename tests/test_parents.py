@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from pipeline.tracking import overview, parents, records
 from pipeline.tracking.runs import stage_run
 from pipeline.tracking.store import store
+from tools import screenshots
 
 VARIABLES = ("BLOCKDROP_TRACKING", "DVC_EXP_BASELINE_REV", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI")
 
@@ -178,6 +179,24 @@ def test_table_and_links_show_siblings(client, tmp_path):
     assert links["all runs"].startswith("http://here:1/#/experiments/")
     assert ids[0] in links["this experiment"]
     assert all(run_id in links["its gammas compared"] for run_id in ids)
+
+
+@pytest.mark.slow
+def test_server_gets_all_of_it_through_its_own_artifact_store(client, tmp_path, monkeypatch):
+    record = record_of(tmp_path, "served")
+    with screenshots.server() as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "on-a-server")
+        with stage_run("finetune", {"gamma": 7}) as run:
+            run.log_metrics({"loss": 0.5})
+        there = MlflowClient(tracking_uri=address)
+        assert there.get_run(run.run_id).data.metrics == {"loss": 0.5}
+        parent = there.get_run(parents.complete(record, finish=True).run_id)
+        assert parent.info.artifact_uri.startswith("mlflow-artifacts:")
+        assert parent.data.metrics.items() >= record.metrics.items()
+        assert len(parent.outputs.model_outputs) == 1
+        local = there.download_artifacts(parent.info.run_id, "report/policy.png", str(tmp_path))
+        assert Path(local).read_bytes() == experiment_files.PNG
 
 
 def test_one_experiment_of_each_setting_is_compared():

@@ -33,7 +33,7 @@ with stage_run(sys.argv[1], {"seed": 0, "resnet.mean": (0.5, 0.5, 0.5)}) as run:
 
 @pytest.fixture(scope="module")
 def started_together(tmp_path_factory) -> tuple[Path, list[list[str]]]:
-    """A store that three processes set up at once, and the run and parent of each."""
+    """A store that four processes set up at once, and the run and parent of each."""
     root = tmp_path_factory.mktemp("store")
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     environment |= {"DVC_ROOT": str(root), "PYTHONPATH": str(ROOT)}
@@ -46,10 +46,10 @@ def started_together(tmp_path_factory) -> tuple[Path, list[list[str]]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        for stage in ("pretrain", "curriculum", "finetune")
+        for stage in ("pretrain", "curriculum", "finetune", "sole-20")
     ]
     said = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], said
+    assert [process.returncode for process in processes] == [0, 0, 0, 0], said
     assert not any("can't be reached" in err for _, err in said), said
     return root, [out.split() for out, _ in said]
 
@@ -79,9 +79,9 @@ def complaints(capsys) -> int:
     return capsys.readouterr().err.count("MLflow can't be reached")
 
 
-def test_three_processes_on_a_fresh_store_find_one_parent(started_together, client):
+def test_four_processes_on_a_fresh_store_find_one_parent(started_together, client):
     _, runs = started_together
-    assert len({run for run, _ in runs}) == 3
+    assert len({run for run, _ in runs}) == 4
     assert len({parent for _, parent in runs}) == 1
     experiment = client.get_experiment_by_name("blockdrop")
     same = "tags.`blockdrop.role` = 'parent' and params.seed = '0'"
