@@ -25,11 +25,11 @@ setup: ## .venv from requirements.txt
 
 repro: setup ## run the pipeline: whatever params.yaml, code or data changed
 	dvc repro
-	@python -m tools.sync
+	-@python -m tools.sync
 
 benchmark: setup ## measure inference time anew, on this machine, and report it
 	dvc repro --single-item --force benchmark report
-	@python -m tools.sync
+	-@python -m tools.sync
 
 test: setup ## all tests but the slow ones
 	python -m pytest -m "not slow"

@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.figures.trade_off import front
 from pipeline.resume import project_root
 from pipeline.tracking.overview import Experiment, experiments, siblings
-from tools.sync import sync
+from tools.sync import sync, usable_store
 
 COLUMNS = {"accuracy": "accuracy", "flops": "flops_mean", "blocks": "blocks_mean"}
 
@@ -67,9 +67,10 @@ def main() -> None:
     parser.add_argument("--like", metavar="NAME", help="the experiment whose siblings are drawn")
     parser.add_argument("--out", type=Path, default=Path("results/front.png"))
     arguments = parser.parse_args()
-    sync(project_root())
-    try:
+    with usable_store():
+        sync(project_root())
         _, found = experiments()
+    try:
         chosen = choose(found, arguments.like)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None

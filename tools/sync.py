@@ -7,6 +7,7 @@ Run it as often as you like: what is there is not logged again.
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,19 +105,28 @@ def sync(root: Path) -> str | None:
         return work_tree(root)
 
 
+@contextmanager
+def usable_store() -> Iterator[None]:
+    """End in one line, not in a traceback, when the store can't be used."""
+    try:
+        yield
+    except (
+        Exception
+    ) as error:  # whatever its library raises; metrics/ and plots/ hold what is to be logged
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(
+            f"error: {store_uri()} can't be used ({first}); start it, then `make sync`", file=sys.stderr
+        )
+        sys.exit(1)
+
+
 def main() -> None:
     """Sync, then show what there is and where to look at it."""
     if is_off():
         print("BLOCKDROP_TRACKING=off: nothing is logged")
         return
-    try:
-        own = sync(project_root())
-        overview.say(own or "")
-    except Exception as error:  # whatever the store's library raises; metrics/ and plots/ hold it all
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        message = f"{store_uri()} can't be used ({first}); start it, then `make sync`"
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(1)
+    with usable_store():
+        overview.say(sync(project_root()) or "")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import subprocess
 from pipeline.resume import project_root
 from pipeline.tracking import overview
 from pipeline.tracking.store import HOST, PORT, store_uri
-from tools.sync import sync
+from tools.sync import sync, usable_store
 
 
 def main() -> None:
@@ -15,12 +15,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=PORT)
     port = parser.parse_args().port
-    own = sync(project_root()) or ""
     uri = store_uri()
-    if uri.startswith("http"):
-        overview.say(own)
-        return
-    overview.say(own, address=f"http://{HOST}:{port}")
+    with usable_store():
+        own = sync(project_root()) or ""
+        if uri.startswith("http"):
+            overview.say(own)
+            return
+        overview.say(own, address=f"http://{HOST}:{port}")
     command = ["mlflow", "ui", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]
     with contextlib.suppress(KeyboardInterrupt):
         subprocess.run(command, check=True, cwd=project_root())
