@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 PORT ?= 5000
 
-.PHONY: help setup repro benchmark test slow check sync ui front predict promote preset import lock
+.PHONY: help setup repro benchmark test slow sweep check sync ui front predict promote preset import lock
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -32,16 +32,19 @@ benchmark: setup ## measure inference time anew, on this machine, and report it
 	-@python -m tools.sync
 
 test: setup ## all tests but the slow ones
-	python -m pytest -m "not slow"
+	python -m pytest -m "not slow and not sweep"
 
-slow: setup ## the tests on real CIFAR-10 (fetches it)
+slow: setup ## the tests on real CIFAR-10 (fetches it), and with servers
 	python -m pytest -m slow
+
+sweep: setup ## the test of a whole sweep of gammas: queue, --temp, push and pull (6 minutes)
+	python -m pytest -m sweep
 
 check: setup ## lint, format, types and the fast tests
 	ruff check .
 	ruff format --check .
 	mypy
-	python -m pytest -m "not e2e and not slow"
+	python -m pytest -m "not e2e and not slow and not sweep"
 
 sync: setup ## one finished run in MLflow for every experiment that DVC knows
 	@python -m tools.sync

@@ -13,7 +13,7 @@ import time
 import pytest
 from repository_copy import TINY, Copy, make_copy
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.sweep
 GAMMAS = (1, 5, 10)
 HEADLINE = {
     "accuracy", "full_accuracy", "blocks_mean", "flops_mean", "flops_saved", "unique_policies",
