@@ -165,12 +165,11 @@ def write_images(test: Split, actions: Tensor, found: Predictions, of_full: Pred
 
 
 def draw_learning_curves(num_blocks: int) -> None:
-    """The curves of both policy stages, unless one of them was imported."""
+    """The curves of both policy stages; one that was imported has none."""
     tables = []
     for stage in ("curriculum", "finetune"):
         rows = common.read_csv(common.PLOTS / f"{stage}.csv")
-        numbers = [{name: float(text) for name, text in row.items()} for row in rows]
-        tables.append([] if set(numbers[0]) == {"epoch"} else numbers)
+        tables.append([{name: float(text) for name, text in row.items()} for row in rows])
     curves.learning_curves(
         OUT / "learning_curves.png", curriculum=tables[0], finetune=tables[1], num_blocks=num_blocks
     )

@@ -166,10 +166,25 @@ def train(
         point.discard()
 
 
+# what dvc.yaml draws of each training: an imported one has no points, but its columns must be there
+OF_POLICY = ("accuracy", "greedy_reward", "blocks")
+OF_VALIDATION = ("accuracy", "reward", "blocks_mean", "learnt_blocks")
+POLICY_COLUMNS = (
+    "epoch",
+    *(f"train_{name}" for name in OF_POLICY),
+    *(f"validation_{name}" for name in OF_VALIDATION),
+)
+COLUMNS = {
+    "pretrain": ("epoch", "train_accuracy", "validation_accuracy"),
+    "curriculum": POLICY_COLUMNS,
+    "finetune": POLICY_COLUMNS,
+}
+
+
 def record_import(stage: str, params: Params, path: Path) -> None:
     """The small files and the run of a stage that imports: there is no curve and no time."""
     with stage_run(stage, params.flat()):
-        write_csv(PLOTS / f"{stage}.csv", [{"epoch": 0}])
+        write_csv(PLOTS / f"{stage}.csv", [], columns=COLUMNS[stage])
         write_json(METRICS / "times" / f"{stage}.json", {"seconds": None, "images_per_second": None})
         write_json(METRICS / f"{stage}.json", {stage: {"imported": 1}})
         print(f"{stage}: imported {path}")

@@ -47,7 +47,7 @@ def write(folder: Path, *, gamma: float = 2, accuracy: float = 0.9, model: bool 
     })  # fmt: skip
     _json(folder / "metrics/times/finetune.json", {"seconds": 12.5, "images_per_second": 10})
     _text(folder / "plots/finetune.csv", "epoch,validation_accuracy\n1,0.5\n2,0.75\n")
-    _text(folder / "plots/pretrain.csv", "epoch\n0\n")  # an imported stage's
+    _text(folder / "plots/pretrain.csv", "epoch,train_accuracy\n")  # an imported stage's
     for name in ("plots/evaluate/policy.png", "report/policy.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(PNG)

@@ -78,6 +78,17 @@ def test_sole_and_static_depend_on_the_fields_of_the_recipe_that_they_follow():
     assert {p for p in STAGES["static"]["params"] if p.startswith("finetune")} == recipe
 
 
+def test_imported_trainings_have_the_columns_that_are_drawn():
+    from stages.trainer import COLUMNS
+
+    for plot in yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"]:
+        for body in plot.values() if isinstance(plot, dict) else ():
+            for file, drawn in body["y"].items():
+                if Path(file).stem in COLUMNS:
+                    names = {drawn} if isinstance(drawn, str) else set(drawn)
+                    assert names | {body["x"]} <= set(COLUMNS[Path(file).stem]), file
+
+
 def test_no_parameter_has_a_default():
     from pipeline.params import Params, Section
 

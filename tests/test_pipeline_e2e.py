@@ -210,3 +210,5 @@ def test_importing_a_checkpoint_replaces_training(copy):
     assert after[weights] == before[weights]
     assert after["models/finetune/model.safetensors"] == before["models/finetune/model.safetensors"]
     assert copy.metrics("pretrain") == {"pretrain": {"imported": 1}}
+    shown = json.loads(copy.run("dvc", "plots", "show", "--json"))
+    assert not shown.get("errors"), shown["errors"]
