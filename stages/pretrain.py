@@ -4,7 +4,6 @@ from functools import partial
 from pathlib import Path
 
 from pipeline import checkpoint, legacy
-from pipeline.checkpoint import Checkpoint
 from pipeline.data import load_classes
 from pipeline.params import Params
 from pipeline.resnet import ResNet
@@ -41,15 +40,7 @@ def main(params: Params) -> None:
     classes = load_classes(common.PREPARED)
 
     def save(resnet: ResNet, metrics: Metrics) -> None:
-        made = Checkpoint(
-            stage="pretrain",
-            resnet=resnet,
-            policy_net=None,
-            normalisation=trainer.normalisation_of(params),
-            image_size=params.data.image_size,  # the size of data/prepared, on which this stage depends
-            classes=classes,
-            metrics=metrics,
-        )
+        made = trainer.full_network("pretrain", resnet, params, metrics)
         checkpoint.save(made, common.PRETRAINED)
 
     path = trainer.imported(params.pretrain)

@@ -7,7 +7,6 @@ import argparse
 from functools import partial
 
 from pipeline import checkpoint
-from pipeline.checkpoint import Checkpoint
 from pipeline.data import load_classes
 from pipeline.errors import UserError
 from pipeline.params import Params
@@ -30,15 +29,7 @@ def main(params: Params, *, depth: int) -> None:
     resnet = ResNet(depth=depth, width=params.resnet.width, num_classes=len(classes)).to(choose_device())
 
     def save(metrics: Metrics) -> None:
-        made = Checkpoint(
-            stage="sole",
-            resnet=resnet,
-            policy_net=None,
-            normalisation=trainer.normalisation_of(params),
-            image_size=params.data.image_size,  # the size of data/prepared, on which this stage depends
-            classes=classes,
-            metrics=metrics,
-        )
+        made = trainer.full_network("sole", resnet, params, metrics)
         checkpoint.save(made, common.SOLE / str(depth))
 
     learner = trainer.pretraining(resnet, params)

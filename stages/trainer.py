@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from pipeline import training
-from pipeline.checkpoint import CheckpointError
-from pipeline.data import load_split
+from pipeline.checkpoint import Checkpoint, CheckpointError
+from pipeline.data import load_classes, load_split
 from pipeline.errors import UserError
 from pipeline.params import NO_FILE, Curriculum, Finetune, Params, Pretrain
 from pipeline.resnet import ResNet
@@ -58,6 +58,19 @@ def pretraining(resnet: ResNet, params: Params) -> Classification:
         normalisation=normalisation_of(params),
         precision=section.precision,
         label_smoothing=section.label_smoothing,
+    )
+
+
+def full_network(stage: str, resnet: ResNet, params: Params, metrics: Metrics) -> Checkpoint:
+    """The checkpoint of a ResNet that runs every block, for the prepared data set."""
+    return Checkpoint(
+        stage=stage,
+        resnet=resnet,
+        policy_net=None,
+        normalisation=normalisation_of(params),
+        image_size=params.data.image_size,  # the size of data/prepared, on which these stages depend
+        classes=load_classes(PREPARED),
+        metrics=metrics,
     )
 
 

@@ -1,13 +1,16 @@
 """Small splits and networks that the tests share."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from pipeline.checkpoint import Checkpoint
 from pipeline.executors.base import Executor, Networks, Output
 from pipeline.inference import make_executor
+from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
 from pipeline.tensors import Normalisation, Split
 
@@ -15,6 +18,15 @@ from pipeline.tensors import Normalisation, Split
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 torch.set_num_threads(1)  # networks this small lose by sharing cores, most of all on a busy machine
+
+# what would send a test's runs elsewhere, or give them another name
+TRACKING_VARIABLES = (
+    "BLOCKDROP_TRACKING",
+    "DVC_EXP_BASELINE_REV",
+    "DVC_EXP_NAME",
+    "MLFLOW_EXPERIMENT_NAME",
+    "MLFLOW_TRACKING_URI",
+)
 
 NORMALISATION = Normalisation(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
@@ -26,6 +38,28 @@ def make_split(count: int, *, size: int = 8, classes: int = 3, seed: int = 0) ->
     base = 40 + 80 * labels[:, None, None, None]
     noise = torch.randint(-30, 31, (count, size, size, 3), generator=draw)
     return Split(images=(base + noise).clamp(0, 255).byte(), labels=labels)
+
+
+def enter_project(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be in a project folder, whose own store is then logged to."""
+    for name in TRACKING_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DVC_ROOT", str(folder))
+    monkeypatch.chdir(folder)
+
+
+def small_pair(*, classes: tuple[str, ...], image_size: int | None, seed: int = 0) -> Checkpoint:
+    """A ResNet-14 and its policy network, as if they were trained."""
+    torch.manual_seed(seed)
+    return Checkpoint(
+        stage="finetune",
+        resnet=trained(ResNet(depth=14, width=4, num_classes=len(classes))),
+        policy_net=trained(PolicyNet(num_blocks=6, depth=8, width=4)),
+        normalisation=NORMALISATION,
+        image_size=image_size,
+        classes=classes,
+        metrics={},
+    )
 
 
 def trained(module: nn.Module, seed: int | None = None) -> nn.Module:

@@ -18,8 +18,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-import torch
-from conftest import NORMALISATION, make_split, trained
+from conftest import TRACKING_VARIABLES, enter_project, make_split, small_pair
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from PIL import Image
@@ -29,9 +28,7 @@ from pipeline import checkpoint
 from pipeline.checkpoint import SIDECAR, WEIGHTS, Checkpoint, CheckpointError
 from pipeline.executors import native
 from pipeline.executors.base import UnavailableError
-from pipeline.policy_net import PolicyNet
 from pipeline.predictor import PredictionError, Predictor
-from pipeline.resnet import ResNet
 from pipeline.tracking import models
 from pipeline.tracking.models import ModelError, fetched, log_model, promote
 from pipeline.tracking.store import store
@@ -40,27 +37,11 @@ from tools import promote as command
 
 ROOT = Path(__file__).parents[1]
 SIZE = 8
-VARIABLES = (
-    "BLOCKDROP_TRACKING",
-    "DVC_EXP_BASELINE_REV",
-    "DVC_EXP_NAME",
-    "MLFLOW_EXPERIMENT_NAME",
-    "MLFLOW_TRACKING_URI",
-)
 PARENT = {"blockdrop.role": "parent"}
 
 
 def networks(seed: int = 0, image_size: int | None = SIZE) -> Checkpoint:
-    torch.manual_seed(seed)
-    return Checkpoint(
-        stage="finetune",
-        resnet=trained(ResNet(depth=14, width=4, num_classes=3)),
-        policy_net=trained(PolicyNet(num_blocks=6, depth=8, width=4)),
-        normalisation=NORMALISATION,
-        image_size=image_size,
-        classes=("cat", "dog", "hält"),
-        metrics={},
-    )
+    return small_pair(classes=("cat", "dog", "hält"), image_size=image_size, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +54,7 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _here(home, monkeypatch):
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DVC_ROOT", str(home))
-    monkeypatch.chdir(home)
+    enter_project(home, monkeypatch)
 
 
 @pytest.fixture
@@ -474,7 +452,11 @@ def free_port() -> int:
 def served(uri: str, *, cwd: Path, store_uri: str, cache: Path):
     """`mlflow models serve` in a folder of its own, without the checkout on any path; its address."""
     port = free_port()
-    kept = {name: value for name, value in os.environ.items() if name not in (*VARIABLES, "DVC_ROOT")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in (*TRACKING_VARIABLES, "DVC_ROOT")
+    }
     kept.pop("PYTHONPATH", None)
     environment = kept | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

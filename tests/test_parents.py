@@ -6,14 +6,13 @@ import experiment_files
 import mlflow
 import numpy as np
 import pytest
+from conftest import enter_project
 from mlflow import MlflowClient
 
 from pipeline.tracking import overview, parents, records
 from pipeline.tracking.runs import stage_run
 from pipeline.tracking.store import store
 from tools import screenshots
-
-VARIABLES = ("BLOCKDROP_TRACKING", "DVC_EXP_BASELINE_REV", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI")
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +22,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _here(home, monkeypatch):
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DVC_ROOT", str(home))
-    monkeypatch.chdir(home)
+    enter_project(home, monkeypatch)
 
 
 @pytest.fixture
@@ -48,7 +44,7 @@ def runs_named(client, name):
 
 def test_parent_carries_everything(client, tmp_path):
     record = record_of(tmp_path, "all")
-    run = client.get_run(parents.complete(record, finish=True).run_id)
+    run = client.get_run(parents.complete(record, finish=True))
     assert run.info.run_name == "all"
     assert run.info.status == "FINISHED"
     assert run.data.params == record.params
@@ -74,13 +70,13 @@ def test_parent_carries_everything(client, tmp_path):
 def test_completing_again_adds_nothing(client, tmp_path):
     record = record_of(tmp_path, "again")
     first = parents.complete(record, finish=True)
-    before = client.get_run(first.run_id)
+    before = client.get_run(first)
     second = parents.complete(record, finish=True)
-    after = client.get_run(first.run_id)
-    assert second.run_id == first.run_id
+    after = client.get_run(first)
+    assert second == first
     assert after.to_dictionary() == before.to_dictionary()
     for metric in ("accuracy", "finetune/validation_accuracy"):
-        steps = [point.step for point in client.get_metric_history(first.run_id, metric)]
+        steps = [point.step for point in client.get_metric_history(first, metric)]
         assert len(steps) == len(set(steps))
 
 
@@ -94,7 +90,7 @@ def test_interrupted_completion_is_completed(client, tmp_path, monkeypatch):
         patch.setattr(MlflowClient, "log_artifacts", fail)
         with pytest.raises(OSError, match="disk full"):
             parents.complete(record, finish=True)
-    run = client.get_run(parents.complete(record, finish=True).run_id)
+    run = client.get_run(parents.complete(record, finish=True))
     assert [item.path for item in client.list_artifacts(run.info.run_id, "report")] != []
     assert len(runs_named(client, "interrupted")) == 1
 
@@ -112,18 +108,18 @@ def test_stages_that_ran_stand_under_the_parent_that_is_completed(client, tmp_pa
     }
     with stage_run("finetune", params) as run:
         pass
-    assert parents.complete(record, finish=True).run_id == run.parent_id
+    assert parents.complete(record, finish=True) == run.parent_id
 
 
 def test_completion_from_inside_a_stage_leaves_the_status_to_it(client, tmp_path):
-    run = client.get_run(parents.complete(record_of(tmp_path, "inside"), finish=False).run_id)
+    run = client.get_run(parents.complete(record_of(tmp_path, "inside"), finish=False))
     assert run.info.status == "RUNNING"
     client.set_terminated(run.info.run_id, "KILLED")
 
 
 def test_experiment_in_the_place_of_another_retires_it(client, tmp_path):
-    old = parents.complete(record_of(tmp_path, "same", gamma=2), finish=True).run_id
-    new = parents.complete(record_of(tmp_path, "same", gamma=5, revision="r2"), finish=True).run_id
+    old = parents.complete(record_of(tmp_path, "same", gamma=2), finish=True)
+    new = parents.complete(record_of(tmp_path, "same", gamma=5, revision="r2"), finish=True)
     assert new != old
     assert client.get_run(old).info.run_name == "same (superseded)"
     assert client.get_run(new).info.run_name == "same"
@@ -134,7 +130,7 @@ def test_experiment_in_the_place_of_another_retires_it(client, tmp_path):
 
 def test_equal_results_are_found_under_any_name(client, tmp_path):
     own = record_of(tmp_path, "applied", accuracy=0.123)
-    run_id = parents.complete(own, finish=True).run_id
+    run_id = parents.complete(own, finish=True)
     elsewhere = record_of(tmp_path, "main-1234567", baseline="def", revision="", accuracy=0.123)
     with store() as (_, experiment_id):
         assert parents.find(client, experiment_id, elsewhere) == run_id
@@ -144,10 +140,10 @@ def test_equal_results_are_found_under_any_name(client, tmp_path):
 
 def test_experiment_whose_files_are_not_here_is_completed_when_they_come(client, tmp_path):
     record = record_of(tmp_path, "pulled", model=False)
-    run_id = parents.complete(record, finish=True).run_id
+    run_id = parents.complete(record, finish=True)
     assert "dvc.revision" not in client.get_run(run_id).data.tags  # so the next sync looks again
     experiment_files.write_model(tmp_path / "models/finetune")
-    assert parents.complete(record, finish=True).run_id == run_id
+    assert parents.complete(record, finish=True) == run_id
     run = client.get_run(run_id)
     assert run.data.tags["dvc.revision"] == "r1"
     assert len(run.outputs.model_outputs) == 1
@@ -156,7 +152,7 @@ def test_experiment_whose_files_are_not_here_is_completed_when_they_come(client,
 def test_logged_model_predicts(client, tmp_path):
     record = record_of(tmp_path, "model")
     np.save(tmp_path / "images.npy", np.zeros((3, 8, 8, 3), np.uint8))
-    run = client.get_run(parents.complete(record, finish=True).run_id)
+    run = client.get_run(parents.complete(record, finish=True))
     (output,) = run.outputs.model_outputs
     mlflow.set_tracking_uri(client.tracking_uri)
     model = mlflow.pyfunc.load_model(f"models:/{output.model_id}")
@@ -168,7 +164,7 @@ def test_table_and_links_show_siblings(client, tmp_path):
         parents.complete(
             record_of(tmp_path, f"sweep-{gamma}", baseline="sweep", gamma=gamma, revision=f"s{gamma}"),
             finish=True,
-        ).run_id
+        )
         for gamma in (1, 5, 10)
     ]
     experiment_id, found = overview.experiments()
@@ -191,7 +187,7 @@ def test_server_gets_all_of_it_through_its_own_artifact_store(client, tmp_path, 
             run.log_metrics({"loss": 0.5})
         there = MlflowClient(tracking_uri=address)
         assert there.get_run(run.run_id).data.metrics == {"loss": 0.5}
-        parent = there.get_run(parents.complete(record, finish=True).run_id)
+        parent = there.get_run(parents.complete(record, finish=True))
         assert parent.info.artifact_uri.startswith("mlflow-artifacts:")
         assert parent.data.metrics.items() >= record.metrics.items()
         assert len(parent.outputs.model_outputs) == 1

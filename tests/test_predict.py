@@ -8,15 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import NORMALISATION, make_split, trained
+from conftest import make_split, small_pair
 from PIL import Image
 
 from pipeline import checkpoint
 from pipeline.checkpoint import SIDECAR, WEIGHTS, Checkpoint
-from pipeline.policy_net import PolicyNet
 from pipeline.predictor import Predictor
-from pipeline.resnet import ResNet
 from tools import predict
 
 SIZE = 8
@@ -25,16 +22,7 @@ CLASSES = ("cat", "[dog]", "hält")
 
 @pytest.fixture(scope="module")
 def networks() -> Checkpoint:
-    torch.manual_seed(0)
-    return Checkpoint(
-        stage="finetune",
-        resnet=trained(ResNet(depth=14, width=4, num_classes=3)),
-        policy_net=trained(PolicyNet(num_blocks=6, depth=8, width=4)),
-        normalisation=NORMALISATION,
-        image_size=SIZE,
-        classes=CLASSES,
-        metrics={},
-    )
+    return small_pair(classes=CLASSES, image_size=SIZE)
 
 
 @pytest.fixture(autouse=True)

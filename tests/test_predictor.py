@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NORMALISATION, make_split, trained
+from conftest import NORMALISATION, make_split, small_pair
 
 from pipeline import predictor as module
 from pipeline.checkpoint import Checkpoint, CheckpointError
@@ -17,9 +17,7 @@ from pipeline.cost import measure
 from pipeline.executors import native
 from pipeline.executors.base import Networks, UnavailableError
 from pipeline.executors.masked import Masked
-from pipeline.policy_net import PolicyNet
 from pipeline.predictor import PredictionError, Predictor, image_size_of
-from pipeline.resnet import ResNet
 
 SIZE = 16
 CLASSES = ("cat", "dog", "hält")
@@ -27,17 +25,8 @@ CLASSES = ("cat", "dog", "hält")
 
 @pytest.fixture(scope="module")
 def networks() -> Checkpoint:
-    torch.manual_seed(0)
-    return Checkpoint(
-        stage="finetune",
-        path=Path("models/finetune"),
-        resnet=trained(ResNet(depth=14, width=4, num_classes=3)),
-        policy_net=trained(PolicyNet(num_blocks=6, depth=8, width=4)),
-        normalisation=NORMALISATION,
-        image_size=SIZE,
-        classes=CLASSES,
-        metrics={},
-    )
+    made = small_pair(classes=CLASSES, image_size=SIZE)
+    return replace(made, path=Path("models/finetune"))
 
 
 @pytest.fixture(scope="module")

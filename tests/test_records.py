@@ -107,12 +107,6 @@ def test_pipeline_that_did_not_end_is_no_experiment(folder):
         read(folder)
 
 
-def test_digest_of_the_prepared_data(folder):
-    assert records.prepared_digest(work_tree(str(folder))) == "aa" * 16
-    (folder / "dvc.lock").unlink()
-    assert records.prepared_digest(work_tree(str(folder))) == ""
-
-
 def test_cut_metrics_do_not_pass_for_none(folder):
     (folder / "metrics/evaluate.json").write_text('{"accuracy": 0.')
     with pytest.raises(RecordError, match=r"evaluate\.json"):

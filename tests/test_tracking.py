@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import TRACKING_VARIABLES, enter_project
 from filelock import FileLock
 from mlflow import MlflowClient
 
@@ -15,13 +16,6 @@ from pipeline.tracking.store import store_uri
 
 ROOT = Path(__file__).parents[1]
 TOGETHER = {"seed": 0, "resnet.mean": (0.5, 0.5, 0.5)}
-VARIABLES = (
-    "BLOCKDROP_TRACKING",
-    "DVC_EXP_BASELINE_REV",
-    "DVC_EXP_NAME",
-    "MLFLOW_EXPERIMENT_NAME",
-    "MLFLOW_TRACKING_URI",
-)
 PROCESS = """
 import sys
 sys.modules["torch"] = type(sys)("torch")  # slow to import, and not needed here
@@ -35,7 +29,7 @@ with stage_run(sys.argv[1], {"seed": 0, "resnet.mean": (0.5, 0.5, 0.5)}) as run:
 def started_together(tmp_path_factory) -> tuple[Path, list[list[str]]]:
     """A store that four processes set up at once, and the run and parent of each."""
     root = tmp_path_factory.mktemp("store")
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment = {name: value for name, value in os.environ.items() if name not in TRACKING_VARIABLES}
     environment |= {"DVC_ROOT": str(root), "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(
@@ -57,10 +51,7 @@ def started_together(tmp_path_factory) -> tuple[Path, list[list[str]]]:
 @pytest.fixture
 def root(started_together, monkeypatch) -> Path:
     folder = started_together[0]
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DVC_ROOT", str(folder))
-    monkeypatch.chdir(folder)
+    enter_project(folder, monkeypatch)
     return folder
 
 
@@ -265,6 +256,18 @@ def test_nothing_but_undefined_metrics_is_no_failure(client, params, capsys):
         run.log_metrics({"accuracy": 0.5})
     assert complaints(capsys) == 0
     assert client.get_run(run.run_id).data.metrics == {"accuracy": 0.5}
+
+
+def test_more_metrics_and_parameters_than_mlflow_takes_at_once_all_arrive(client, params, capsys):
+    many = {f"p{index}": index for index in range(130)} | params
+    with stage_run("pretrain", many) as run:
+        for step in range(120):  # of a fast training, all within `FLUSH_SECONDS`
+            run.log_metrics({f"m{index}": float(step) for index in range(20)}, step=step)
+    assert complaints(capsys) == 0
+    found = client.get_run(run.run_id).data
+    assert len(found.params) == len(many)
+    assert len(found.metrics) == 20
+    assert len(client.get_metric_history(run.run_id, "m19")) == 120
 
 
 def test_files_go_to_the_main_checkout(client, params, root, tmp_path):

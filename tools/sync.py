@@ -90,7 +90,7 @@ def work_tree(root: Path) -> str | None:
         found = parents.find(client, experiment_id, record)
         if found is not None and client.get_run(found).data.tags.get(TAG_KEY) != record.key:
             return found  # an experiment was applied, or a result was committed: the same one
-    return parents.complete(record, finish=True).run_id
+    return parents.complete(record, finish=True)
 
 
 def sync(root: Path) -> str | None:

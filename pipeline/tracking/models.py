@@ -45,7 +45,6 @@ SCHEME = "models:/"
 IMAGE_SIZE = "data.image_size"  # parameter of a run
 PACKAGES = ("torch", "numpy", "safetensors", "pydantic", "pandas")  # what the served code imports
 EXAMPLES = 2  # images beside a model, to try it
-BATCH = 1000  # metrics that MLflow takes at once
 
 
 class ModelError(UserError):
@@ -321,8 +320,7 @@ def _link_metrics(
         if own is not None or metrics is not None:  # else a learning curve
             time_of_it = int(time.time() * 1000) if own is None else own.timestamp
             points.append(Metric(name, value, time_of_it, 0, model.model_id))
-    for start in range(0, len(points), BATCH):
-        client.log_batch(run.info.run_id, metrics=points[start : start + BATCH])
+    client.log_batch(run.info.run_id, metrics=points)
 
 
 def _point(client: "MlflowClient", run: "Run", name: str, value: float) -> "Metric | None":

@@ -8,7 +8,6 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,19 +32,10 @@ TAG_LOGGED = "blockdrop.logged"  # digest of what was logged, by kind, so that i
 TAG_REVISION = "dvc.revision"  # the DVC experiment's commit, once all of it is logged
 TAG_SUPERSEDED = "blockdrop.superseded"
 TAG_NOTE = "mlflow.note.content"
-BATCH = 1000  # metrics that MLflow takes at once
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parent:
-    """An experiment's parent run, for links and tables."""
-
-    run_id: str
-    record: Record
-
-
-def complete(record: Record, *, finish: bool) -> Parent:
-    """Make the parent run of an experiment, or log what it lacks.
+def complete(record: Record, *, finish: bool) -> str:
+    """Make the parent run of an experiment, or log what it lacks; its id.
 
     Args:
         finish: end it as FINISHED; not from inside a stage, which ends it itself.
@@ -68,7 +58,7 @@ def complete(record: Record, *, finish: bool) -> Parent:
     _set_tags(client, run, record)
     if finish and run.info.status != "FINISHED":
         client.set_terminated(run_id, "FINISHED")
-    return Parent(run_id=run_id, record=record)
+    return run_id
 
 
 def find(client: "MlflowClient", experiment_id: str, record: Record) -> str | None:
@@ -137,23 +127,18 @@ def _log_metrics(client: "MlflowClient", run: "Run", record: Record) -> None:
         for name, points in record.curves.items() if wanted else ():
             for epoch, value in points:
                 metrics += as_metrics({name: value}, epoch)
-        for start in range(0, len(metrics), BATCH):
-            client.log_batch(run.info.run_id, metrics=metrics[start : start + BATCH])
+        client.log_batch(run.info.run_id, metrics=metrics)
 
 
 def _log_dataset(client: "MlflowClient", run: "Run", record: Record) -> None:
-    if PREPARED in record.outs:
-        digest = record.outs[PREPARED]
-        log_dataset(client, run, record.params.get("data.source", "data"), digest)
-
-
-def log_dataset(client: "MlflowClient", run: "Run", name: str, digest: str) -> None:
-    """The prepared data set as an input of a run, by DVC's digest."""
+    """The prepared data set as an input of the run, by DVC's digest."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     known = {given.dataset.digest for given in run.inputs.dataset_inputs} if run.inputs else set()
-    if digest in known:
+    digest = record.outs.get(PREPARED)
+    if digest is None or digest in known:
         return
+    name = record.params.get("data.source", "data")
     source = json.dumps({"path": PREPARED, "md5": digest})
     dataset = Dataset(name=name, digest=digest, source_type="dvc", source=source)
     tags = [InputTag("mlflow.data.context", "train, validation, test")]

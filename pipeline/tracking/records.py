@@ -154,15 +154,6 @@ def read(
     )
 
 
-def prepared_digest(files: AbstractFileSystem) -> str:
-    """DVC's digest of the prepared data set; empty where it isn't locked yet."""
-    try:
-        outs = _yaml(files, LOCK)["stages"]["prepare"]["outs"]
-    except (RecordError, KeyError, TypeError):
-        return ""
-    return next((str(o["md5"]).removesuffix(".dir") for o in outs if o["path"] == PREPARED), "")
-
-
 def _require_unchanged(values: Mapping[str, Any], stages: Mapping[str, Any]) -> None:
     """What the stages ran with is what params.yaml says now."""
     now = dict(parameters.flatten(values))
