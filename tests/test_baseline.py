@@ -92,6 +92,22 @@ def test_it_measures_what_params_yaml_names_and_no_stale_folder(params, tmp_path
     assert times["train_seconds"] == 12.5
 
 
+def test_random_blocks_are_the_mean_and_deviation_of_all_draws(params, tmp_path, monkeypatch):
+    """With a network that is right where the first block runs: a share that differs from draw to draw."""
+    monkeypatch.setattr(baseline, "right", lambda execute, test, actions: actions[:, 0])
+    baseline.main(params)
+    count = len(load_split(tmp_path / "data/prepared", "test", CPU))
+    draw = generator(params.seed, "baseline")
+    noise = torch.rand(baseline.RANDOM_DRAWS, count, BLOCKS, generator=draw)
+    for kept in (1, 3, 5):
+        actions = noise.argsort(dim=2).argsort(dim=2) < kept
+        shares = actions[:, :, 0].double().mean(dim=1)
+        assert len(set(shares.tolist())) > 1  # else one draw would do
+        found = curve(tmp_path, "random", 0)[kept]
+        assert found["accuracy"] == pytest.approx(float(shares.mean()))
+        assert found["accuracy_std"] == pytest.approx(float(shares.std(correction=0)))
+
+
 def test_numbers_are_those_of_the_networks_alone(params, tmp_path):
     baseline.main(params)
     found = json.loads((tmp_path / "metrics/baseline.json").read_text())

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,15 @@ def test_stage_that_finished_takes_the_place_of_its_earlier_runs(client, params)
         pass
     stages = [client.get_run(run.run_id).info.lifecycle_stage for run in (first, failed, other, last)]
     assert stages == ["deleted", "deleted", "active", "active"]
+
+
+def test_stage_that_finishes_late_leaves_a_run_that_began_after_it(client, params):
+    with stage_run("evaluate", params) as early:
+        time.sleep(0.01)  # runs begin at milliseconds
+        with stage_run("evaluate", params) as late:
+            pass
+    stages = [client.get_run(run.run_id).info.lifecycle_stage for run in (early, late)]
+    assert stages == ["active", "active"]
 
 
 def test_undefined_metrics_are_left_out(client, params):
