@@ -1,0 +1,47 @@
+"""Files that are whole or not there: what is read later was written to its end."""
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Put `content` in the place of whatever `path` holds, with no moment at which half of it is there.
+
+    A new file beside the old one is filled, brought to the disk, and renamed; where any of that fails
+    the old file is as it was.
+
+    Raises:
+        OSError: it can't be written; `filename` is `path`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # not the temporary one, which nobody knows
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # the folder may be what can't be written
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same with UTF-8 text."""
+    write_atomically(path, text.encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a renaming to the disk, where the system can (Windows opens no folder)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
