@@ -14,15 +14,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: it can't be written; `filename` is `path`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is used up
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_through(temporary, content)
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         error.filename, error.filename2 = str(path), None  # not the temporary one, which nobody knows
         raise
@@ -36,7 +33,15 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, text.encode())
 
 
-def _sync_folder(folder: Path) -> None:
+def write_through(path: Path, content: bytes) -> None:
+    """Write a file and bring it to the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
     """Bring a renaming to the disk, where the system can (Windows opens no folder)."""
     if os.name == "nt":
         return

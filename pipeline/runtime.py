@@ -3,9 +3,12 @@
 import hashlib
 import os
 import platform
+import random
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.errors import UserError
@@ -88,3 +91,28 @@ def generator(*key: int | str) -> torch.Generator:
 def seed_everything(*key: int | str) -> None:
     """Seed PyTorch's global generators (weight initialisation) by the key alone."""
     torch.manual_seed(generator(*key).initial_seed())
+
+
+def random_states() -> dict[str, Any]:
+    """The state of every global generator, as plain types and tensors.
+
+    What a training draws comes from keys alone (`generator`); these are kept with it all the same, so
+    that code or a library that draws from them one day resumes as exactly.
+    """
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put the global generators where `random_states` found them (CUDA's: as many as there are)."""
+    torch.set_rng_state(states["torch"])
+    for index, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, index)
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

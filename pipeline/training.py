@@ -2,14 +2,14 @@
 
 Everything random in an epoch is drawn when the epoch starts, as one table with a row for each image,
 from (seed, stage, epoch) alone. So what happens to an image depends neither on the batch it is in nor
-on the device, and a run that is resumed at an epoch goes on exactly as it would have.
+on the device, and a run that is resumed after any step goes on exactly as it would have.
 
 Shapes: B images of a batch, M images of a split, K blocks, N classes.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -41,11 +41,35 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochResult:
-    """An epoch's number (from 0), its means over the training images, and its validation."""
+    """An epoch's number (from 0), its means over the training images, and its validation.
+
+    `wrong_step` is its first step (from 1) with a NaN or infinite metric, None where all were finite.
+    """
 
     epoch: int
     train: Metrics
     validation: Metrics
+    wrong_step: int | None = None
+
+
+class NotFiniteError(ArithmeticError):
+    """NaN or infinite numbers in a training; the message names where they were first seen."""
+
+
+@dataclass(kw_only=True)
+class Position:
+    """Where a training is: `step` steps of `epoch` (from 0) are done. `fit` moves it on.
+
+    Attributes:
+        totals: sums over the epoch's images so far of each metric, scalars on the training's device.
+        finite: how many of the epoch's steps were done before a metric became NaN or infinite; a
+            sum never gets finite again. Counted on the device, so that no step waits for it.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    finite: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
 
 class Learner(Protocol):
@@ -77,38 +101,93 @@ def fit(
     augmentation: Augmentation,
     normalisation: Normalisation,
     key: tuple[int | str, ...],
-    start_epoch: int = 0,
-    on_step: Callable[[], None] = lambda: None,
-) -> Iterator[EpochResult]:
-    """Train epoch by epoch, yielding after each, so that the caller can log, save or stop.
+    position: Position,
+) -> Iterator[EpochResult | None]:
+    """Train, yielding after each step, so that the caller can show, log, save or stop.
+
+    What is yielded is None, and once more at the end of each epoch its result. Whatever happens between
+    two yields, a state that was saved at one of them (`position`, modules, optimiser) is a whole one.
 
     Args:
         schedule: factor of the learning rates at a share of the training done, [0, 1) to [0, 1].
         key: (seed, stage), from which every random table is drawn.
-        start_epoch: the first epoch to run; earlier ones are taken as done.
-        on_step: called after every step, for a progress bar.
+        position: where to begin; kept up to date.
     """
     base_rates = [group["initial_lr"] for group in learner.optimizer.param_groups]
     device = train.images.device
-    for epoch in range(start_epoch, epochs):
-        draw = generator(*key, epoch)
+    while position.epoch < epochs:
+        draw = generator(*key, position.epoch)
         order = torch.randperm(len(train), generator=draw)
         crops = augmentation.draw(len(train), draw).to(device)
         noise = torch.rand(len(train), learner.num_actions, generator=draw).to(device)
-        learner.begin_epoch(epoch)
-        totals: dict[str, Tensor] = {}
+        learner.begin_epoch(position.epoch)
+        _to_device(position, device)
         parts = batches(order.to(device), batch_size)
-        for step, rows in enumerate(parts):
-            factor = schedule((epoch + step / len(parts)) / epochs)
+        for rows in parts[position.step :]:
+            factor = schedule((position.epoch + position.step / len(parts)) / epochs)
             for group, rate in zip(learner.optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * factor
             images = normalisation(augmentation(train.images[rows], crops[rows]))
             metrics = learner.step(Batch(images=images, labels=train.labels[rows], noise=noise[rows]))
-            for name, value in metrics.items():  # summed on the device: no wait for it in a step
-                totals[name] = totals.get(name, torch.zeros((), device=device)) + value * len(rows)
-            on_step()
-        means = {name: float(total) / len(train) for name, total in totals.items()}
-        yield EpochResult(epoch=epoch, train=means, validation=learner.validate(validation))
+            _count(position, metrics, len(rows))
+            yield None
+        means = {name: float(total) / len(train) for name, total in position.totals.items()}
+        validation_metrics = learner.validate(validation)
+        result = EpochResult(
+            epoch=position.epoch,
+            train=means,
+            validation=validation_metrics,
+            wrong_step=_wrong_step(position),
+        )
+        position.epoch, position.step, position.totals = position.epoch + 1, 0, {}
+        position.finite = torch.zeros_like(position.finite)
+        yield result
+
+
+def _to_device(position: Position, device: torch.device) -> None:
+    position.totals = {name: total.to(device) for name, total in position.totals.items()}
+    position.finite = position.finite.to(device)
+
+
+def _count(position: Position, metrics: dict[str, Tensor], images: int) -> None:
+    """One more step, summed on the device: no wait for it in a step."""
+    for name, value in metrics.items():
+        before = position.totals.get(name, torch.zeros((), device=value.device))
+        position.totals[name] = before + value * images
+    position.finite = position.finite + sum(position.totals.values()).isfinite()  # type: ignore[union-attr]
+    position.step += 1
+
+
+def _wrong_step(position: Position) -> int | None:
+    finite = int(position.finite)
+    return None if finite == position.step else finite + 1
+
+
+def require_finite(learner: Learner, position: Position, result: EpochResult | None = None) -> None:
+    """See that all metrics so far and all weights are numbers. Waits for the device: call it to save.
+
+    Args:
+        result: of the epoch that has just ended, if one has.
+
+    Raises:
+        NotFiniteError: one is NaN or infinite.
+    """
+    step = _wrong_step(position) if result is None else result.wrong_step
+    epoch = position.epoch + 1 if result is None else result.epoch + 1
+    if step is not None:
+        means = position.totals if result is None else result.train
+        names = [name for name, value in means.items() if not math.isfinite(float(value))]
+        raise NotFiniteError(f"{names[0]} is not finite from step {step} of epoch {epoch} on")
+    place = f"after epoch {epoch}" if result else f"after step {position.step} of epoch {epoch}"
+    for name, value in result.validation.items() if result else ():
+        if not math.isfinite(value):
+            raise NotFiniteError(f"validation {name} is {value} {place}")
+    for module in learner.modules.values():
+        tensors = {n: t for n, t in module.state_dict().items() if t.is_floating_point()}
+        finite = torch.stack([t.isfinite().all() for t in tensors.values()]).tolist()  # one wait
+        for name, is_finite in zip(tensors, finite, strict=True):
+            if not is_finite:
+                raise NotFiniteError(f"weight {name} is not finite {place}")
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:

@@ -1,1 +1,6 @@
-"""One script a stage of dvc.yaml: read params, load, call `pipeline`, write. No mathematics here."""
+"""The stages of dvc.yaml, one script each."""
+
+import os
+
+# who started this process, before slow imports give it time to die
+PARENT = os.getppid()

@@ -6,7 +6,9 @@ unseen. This stage depends on the file, and its out never changes, so it makes n
 
 from pathlib import Path
 
-from pipeline.params import ParamsError, load
+from pipeline.errors import UserError, explain
+from pipeline.files import write_text
+from pipeline.params import load
 
 OUT = Path("data/params.ok")
 
@@ -14,12 +16,13 @@ OUT = Path("data/params.ok")
 def main() -> None:
     """Refuse a params.yaml that can't be used."""
     load()
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text("params.yaml was read and can be used\n", encoding="utf-8")
+    write_text(OUT, "params.yaml was read and can be used\n")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ParamsError as error:
+    except UserError as error:
         raise SystemExit(f"error: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"error: {explain(error) or error}") from None

@@ -1,19 +1,25 @@
 """What every stage shares: where things lie, the frame around each script, small files."""
 
 import csv
+import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, explain, explain_memory
+from pipeline.files import write_text
+from pipeline.interruption import follow_parent, leave_on_sigterm
 from pipeline.params import Params
 from pipeline.params import load as load_params
 from pipeline.runtime import choose_device, describe_device
+from stages import PARENT
 
 PREPARED = Path("data/prepared")
+MODELS = Path("models")
 PRETRAINED = Path("models/pretrain")
 POLICY = Path("models/curriculum")
 FINETUNED = Path("models/finetune")
@@ -26,28 +32,55 @@ PLOTS = Path("plots")
 def run(main: Callable[[Params], None]) -> None:
     """Check params.yaml, then run a stage; what the user can mend ends in one line, not a traceback.
 
-    Exit status 1 for such an error, 130 after Ctrl-C, 143 after SIGTERM: never 0, so that DVC takes no
-    partial result for a whole one.
+    Exit status 1 for such an error, 130 after Ctrl-C, 143 after SIGTERM or when DVC has died: never 0,
+    so that DVC takes no partial result for a whole one.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    leave_on_sigterm()
+    if "DVC_ROOT" in os.environ:  # DVC started it
+        follow_parent(PARENT)
     try:
         main(load_params())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last whole epoch", file=sys.stderr)
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except OSError as error:
+        _fail_or_raise(explain(error), error)
+    except (MemoryError, RuntimeError) as error:
+        _fail_or_raise(explain_memory(error), error)
 
 
-def _terminate(number: int, _frame: object) -> None:
-    sys.exit(128 + number)
+def _fail_or_raise(message: str | None, error: Exception) -> None:
+    if message is None:  # ours to mend: with its traceback
+        raise error
+    _fail(message)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def require_writable(*folders: Path) -> None:
+    """See that files can be written, before hours of training and not after.
+
+    Raises:
+        OSError: they can't.
+    """
+    for folder in folders:
+        probe = folder / ".writable"
+        try:
+            write_text(probe, "")
+            probe.unlink()
+        except OSError as error:
+            error.filename = str(folder)
+            raise
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Sorted JSON, so that equal results are equal bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,11 +92,11 @@ def write_csv(
     path: Path, rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None = None
 ) -> None:
     """A table; every row has `columns`, by default the keys of the first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=columns or list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=columns or list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

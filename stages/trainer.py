@@ -1,37 +1,37 @@
 """What the training stages share: the loop's input and output, recipes, and importing instead."""
 
-import math
-import os
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
+import numpy as np
 import torch
-from tqdm import tqdm
+import yaml
 
 from pipeline import training
 from pipeline.checkpoint import Checkpoint, CheckpointError
 from pipeline.data import load_classes, load_split
-from pipeline.errors import UserError
-from pipeline.params import NO_FILE, Curriculum, Finetune, Params, Pretrain
+from pipeline.interruption import deferred
+from pipeline.params import NO_FILE, Params, Pretrain
 from pipeline.resnet import ResNet
-from pipeline.resume import ResumePoint, digest_of_files, key_of
+from pipeline.resume import ResumePoint, digest_of_files, key_of, tidy
 from pipeline.runtime import choose_device, describe_device
 from pipeline.tensors import Augmentation, Normalisation
 from pipeline.tracking.runs import stage_run
 from pipeline.training import Classification, Metrics, make_optimizer
-from stages.common import METRICS, PLOTS, PREPARED, write_csv, write_json, write_times
+from stages.common import (
+    METRICS,
+    MODELS,
+    PLOTS,
+    PREPARED,
+    require_writable,
+    write_csv,
+    write_json,
+    write_times,
+)
+from stages.keeping import FORMAT, Keeper, State, TrainingSection
+from stages.progress import Progress
 
-
-class TrainingError(UserError):
-    """A training's numbers went wrong; the message names stage, epoch and likely remedy."""
-
-
-TrainingSection = Pretrain | Curriculum | Finetune
 LAST_FIFTH = 0.8  # the schedule `step` takes x0.1 from here; the authors: epoch 1600 of 2000
 
 
@@ -114,27 +114,31 @@ def train(
         item: which training of a matrix stage this is. It names its files, and it has no file of
             metrics: what the validation images gave stands beside the weights.
 
+    Ctrl-C and SIGTERM end it after the step that is running, with everything saved.
+
     Raises:
-        TrainingError: the numbers went wrong; the resume point of the last good epoch is kept.
+        TrainingError: the numbers went wrong; the last good resume point is kept.
     """
     name = f"{stage}-{item}" if item else stage
     curve = PLOTS / stage / f"{item}.csv" if item else PLOTS / f"{stage}.csv"
+    require_writable(MODELS, METRICS, curve.parent)
     device = choose_device()
     print(f"{name}: {section.epochs} epochs on {describe_device(device)}", flush=True)
     splits = {split: load_split(PREPARED, split, device) for split in ("train", "validation")}
+    steps = training.steps_per_epoch(len(splits["train"]), section.batch_size)
     point = ResumePoint.of(name, _resume_key(stage, item, params, section, inputs))
     with point.held():
-        state = point.load() or {"epoch": 0, "history": [], "seconds": 0.0, "run_id": None}
-        if state["epoch"]:
-            print(f"{name}: resuming after epoch {state['epoch']} of {section.epochs}", flush=True)
-            _restore(learner, state)
-        history: list[Metrics] = state["history"]
-        steps = training.steps_per_epoch(len(splits["train"]), section.batch_size)
+        state = State.of(point, recorded=_recorded_curve(stage, item, curve))
+        state.put_into(learner)
+        state.say(name, epochs=section.epochs, steps=steps)
         with (
-            stage_run(name, params.flat(), resumed=state["run_id"]) as mlflow_run,
-            Progress(name, epochs=section.epochs, steps=steps, history=history) as progress,
+            stage_run(name, params.flat(), resumed=state.run_id) as mlflow_run,
+            Progress(
+                name, epochs=section.epochs, steps=steps, history=state.history, step=state.position.step
+            ) as progress,
+            deferred() as asked,
         ):
-            started = time.monotonic() - state["seconds"]
+            keeper = Keeper(name, section, learner, point, state, mlflow_run)
             for result in training.fit(
                 learner,
                 train=splits["train"],
@@ -147,36 +151,26 @@ def train(
                 ),
                 normalisation=learner.normalisation,
                 key=(params.seed, name),
-                start_epoch=state["epoch"],
-                on_step=progress.step,
+                position=state.position,
             ):
-                row = _row(result)
-                _require_finite(name, section, row)
-                history.append(row)
-                seconds = time.monotonic() - started
-                point.save(
-                    {
-                        "epoch": result.epoch + 1,
-                        "history": history,
-                        "seconds": seconds,
-                        "run_id": mlflow_run.run_id or None,
-                        "modules": {k: m.state_dict() for k, m in learner.modules.items()},
-                        "optimizer": learner.optimizer.state_dict(),
-                    }
-                )
-                mlflow_run.log_metrics(row, step=result.epoch + 1)
-                progress.epoch_done(row, seconds)
-            seconds = time.monotonic() - started
+                if result is None:
+                    progress.step()
+                else:
+                    keeper.epoch_done(result)
+                    progress.epoch_done(state.history[-1], state.seconds)
+                keeper.save_if_due(asked, epoch_ended=result is not None)
             prefix = "validation_"
-            final = {k.removeprefix(prefix): v for k, v in history[-1].items() if prefix in k}
+            final = {k.removeprefix(prefix): v for k, v in state.history[-1].items() if prefix in k}
             save(final)
-            write_csv(curve, history)
-            write_times(name, seconds, images=len(splits["train"]) * section.epochs)
+            write_csv(curve, state.history)
+            write_times(name, state.seconds, images=len(splits["train"]) * section.epochs)
             if not item:
                 write_json(METRICS / f"{stage}.json", {stage: final})  # DVC names it {stage}.{name}
-            mlflow_run.log_metrics({"seconds": seconds})
+            mlflow_run.log_metrics({"seconds": state.seconds})
             mlflow_run.log_artifact(curve)
-        point.discard()
+            asked.leave()
+        keeper.finish(curve)
+    tidy(point.path.parent)
 
 
 # what dvc.yaml draws of each training: an imported one has no points, but its columns must be there
@@ -203,28 +197,12 @@ def record_import(stage: str, params: Params, path: Path) -> None:
         print(f"{stage}: imported {path}")
 
 
-def _row(result: training.EpochResult) -> Metrics:
-    row: Metrics = {"epoch": result.epoch + 1}
-    row |= {f"train_{name}": value for name, value in result.train.items()}
-    return row | {f"validation_{name}": value for name, value in result.validation.items()}
-
-
-def _require_finite(name: str, section: TrainingSection, row: Metrics) -> None:
-    wrong = [f"{metric} is {value}" for metric, value in row.items() if not math.isfinite(value)]
-    if wrong:
-        where = type(section).__name__.lower()  # whose recipe it is: a matrix stage has none of its own
-        raise TrainingError(
-            f"{name} diverged in epoch {row['epoch']:.0f} ({wrong[0]}); lower the learning rate of "
-            f"{where} in params.yaml, or set its precision to fp32"
-        )
-
-
 def _resume_key(
     stage: str, item: str, params: Params, section: TrainingSection, inputs: Sequence[Path]
 ) -> str:
-    code = [*Path("pipeline").glob("*.py"), *Path("stages").glob("*.py")]
     files = [path for folder in inputs for path in folder.glob("*.json")]  # they hold digests
     return key_of(
+        format=FORMAT,
         stage=stage,
         item=item,
         section=section.model_dump(),
@@ -234,84 +212,25 @@ def _resume_key(
         gamma=params.gamma if stage == "finetune" else None,
         seed=params.seed,
         inputs=digest_of_files(files),
-        code=digest_of_files(code),
+        code=digest_of_files(_code_of(stage)),
         torch=torch.__version__,
+        numpy=np.__version__,
         device=str(choose_device()),
     )
 
 
-def _restore(learner: training.Learner, state: Mapping[str, Any]) -> None:
-    for name, module in learner.modules.items():
-        module.load_state_dict(state["modules"][name])
-    learner.optimizer.load_state_dict(state["optimizer"])
+def _code_of(stage: str) -> list[Path]:
+    """The code on which a stage's result depends: dvc.yaml lists it, and a test holds it to that."""
+    root = Path(__file__).parents[1]
+    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return [root / name for name in stages[stage]["deps"] if name.startswith(("pipeline/", "stages/"))]
 
 
-class Progress:
-    """How far a training is: on a terminal one bar for all of it, elsewhere a line for each epoch.
-
-    A log file beside a terminal (`dvc repro > log`) gets the lines too.
-
-    Args:
-        steps: of an epoch.
-        history: the epochs that are done already, when a training is resumed.
-    """
-
-    IN_BAR = ("accuracy", "blocks_mean", "reward")  # what a narrow terminal has room for
-    IN_LINE = ("accuracy", "reward", "blocks_mean", "unique_policies", "learnt_blocks")
-
-    def __init__(self, name: str, *, epochs: int, steps: int, history: Sequence[Metrics]) -> None:
-        self.name = name
-        self.epochs = epochs
-        terminal = _can_draw()
-        self.lines = not (terminal and sys.stdout.isatty())
-        self.bar = tqdm(
-            desc=name,
-            total=epochs * steps,
-            initial=len(history) * steps,
-            disable=not terminal,
-            dynamic_ncols=True,
-            smoothing=0,  # time left at the mean rate: validation between epochs is part of it
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
-        )
-        if history:
-            self.bar.set_postfix_str(_shown(history[-1], self.IN_BAR))
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.close()  # what comes next begins on a line of its own
-
-    def step(self) -> None:
-        """One more step is done."""
-        self.bar.update()
-
-    def epoch_done(self, row: Metrics, seconds: float) -> None:
-        """Say what the epoch gave on the validation images, `seconds` after the training began."""
-        self.bar.set_postfix_str(_shown(row, self.IN_BAR))
-        if self.lines:
-            done = int(row["epoch"])
-            left = seconds / done * (self.epochs - done)
-            print(
-                f"{self.name} epoch {done}/{self.epochs}: {_shown(row, self.IN_LINE)}, "
-                f"{tqdm.format_interval(seconds)} elapsed, {tqdm.format_interval(left)} left",
-                flush=True,
-            )
-
-
-def _can_draw() -> bool:
-    """Whether standard error is a terminal that says how wide it is (in a container it may not)."""
-    if not sys.stderr.isatty() or "CI" in os.environ:
-        return False
-    return os.get_terminal_size(sys.stderr.fileno()).columns > 0
-
-
-def _shown(row: Metrics, names: Sequence[str]) -> str:
-    """Metrics of the validation images, those of `names` that there are."""
-    return ", ".join(
-        f"{name.removesuffix('_mean')} {row[f'validation_{name}']:.4g}"
-        for name in names
-        if f"validation_{name}" in row
-    )
+def _recorded_curve(stage: str, item: str, curve: Path) -> str | None:
+    """The MD5 of this training's learning curve in dvc.lock, if DVC has recorded one."""
+    name = f"{stage}@{item}" if item else stage
+    try:
+        entry = yaml.safe_load(Path("dvc.lock").read_text(encoding="utf-8"))["stages"][name]
+        return next(out["md5"] for out in entry["outs"] if out["path"] == curve.as_posix())
+    except (OSError, yaml.YAMLError, TypeError, KeyError, StopIteration):
+        return None

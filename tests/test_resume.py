@@ -8,7 +8,15 @@ import pytest
 import torch
 from filelock import FileLock, Timeout
 
-from pipeline.resume import ResumePoint, digest_of_files, key_of, project_root
+from pipeline.resume import (
+    KEEP_FINISHED,
+    KEEP_INTERRUPTED,
+    ResumePoint,
+    digest_of_files,
+    key_of,
+    project_root,
+    tidy,
+)
 
 OLD = {"epoch": 1, "weights": {"a": torch.arange(3.0)}, "metrics": [0.5, None]}
 NEW = {"epoch": 2}
@@ -27,11 +35,83 @@ def test_state_comes_back(point):
     assert found["metrics"] == [0.5, None]
 
 
-def test_later_state_replaces_the_earlier_and_leaves_no_other_file(point):
+def test_later_state_replaces_the_earlier_which_is_kept_beside_it(point):
+    point.save({"epoch": 0})
     point.save(OLD)
     point.save(NEW)
     assert point.load() == NEW
+    assert set(point.path.parent.iterdir()) == {point.path, point.previous}
+    point.path.unlink()
+    assert point.load()["epoch"] == OLD["epoch"]
+
+
+@pytest.mark.parametrize("byte", [0, 40, -1])
+def test_one_flipped_bit_is_seen_and_the_state_before_is_taken(point, byte, capsys):
+    point.save(OLD)
+    point.save(NEW)
+    content = bytearray(point.path.read_bytes())
+    content[byte] ^= 1
+    point.path.write_bytes(content)
+    assert point.load()["epoch"] == OLD["epoch"]
+    assert f"{point.path} is damaged" in capsys.readouterr().out
+
+
+def test_state_that_the_disk_gives_back_otherwise_is_not_taken(point, monkeypatch):
+    point.save(OLD)
+
+    def spoil(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:-1])
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.resume.write_through", spoil)
+        with pytest.raises(OSError, match="other bytes") as raised:
+            point.save(NEW)
+    assert raised.value.filename == str(point.path)
+    assert point.load()["epoch"] == OLD["epoch"]
     assert list(point.path.parent.iterdir()) == [point.path]
+
+
+def test_killed_between_the_two_renamings_the_old_state_is_there(point, monkeypatch):
+    point.save(OLD)
+    real, calls = Path.replace, []
+
+    def die(path: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            point.save(NEW)
+    assert calls == [point.previous, point.path]
+    assert point.load()["epoch"] == OLD["epoch"]
+    point.save(NEW)  # what was left over is in nobody's way
+    assert point.load() == NEW
+
+
+def test_finished_state_takes_the_place_of_those_on_the_way(point):
+    point.save(OLD)
+    point.save(OLD)
+    assert point.load_finished() is None
+    point.finish(NEW)
+    assert point.load_finished() == NEW
+    assert point.load() is None
+    assert list(point.path.parent.iterdir()) == [point.finished]
+
+
+def test_old_results_and_very_old_states_are_tidied_away(point):
+    point.save(OLD)
+    other = ResumePoint(path=point.path.with_name("finetune-abc.pt"))
+    other.finish(NEW)
+    now = time.time()
+    tidy(point.path.parent, now=now + KEEP_FINISHED / 2)
+    assert set(point.path.parent.iterdir()) == {point.path, other.finished}
+    tidy(point.path.parent, now=now + KEEP_FINISHED + 60)
+    assert list(point.path.parent.iterdir()) == [point.path]
+    tidy(point.path.parent, now=now + KEEP_INTERRUPTED + 60)
+    assert list(point.path.parent.iterdir()) == []
 
 
 def test_without_a_state_there_is_none_and_no_word(point, capsys):
@@ -49,23 +129,23 @@ def test_discarded_state_is_gone_and_may_be_discarded_again(point):
 def test_failed_save_keeps_the_old_state(point, monkeypatch):
     point.save(OLD)
 
-    def fail(state, file):
-        file.write(b"half of it")
+    def fail(path, content):
+        path.write_bytes(content[:10])
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(torch, "save", fail)
+        patched.setattr("pipeline.resume.write_through", fail)
         with pytest.raises(OSError, match="No space left"):
             point.save(NEW)
     assert point.load()["epoch"] == 1
 
 
 def test_failed_save_leaves_no_half_file_behind(point, monkeypatch):
-    def fail(state, file):
-        file.write(b"half of it")
+    def fail(path, content):
+        path.write_bytes(content[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr("pipeline.resume.write_through", fail)
     with pytest.raises(OSError, match="No space left"):
         point.save(NEW)
     assert list(point.path.parent.iterdir()) == []

@@ -16,7 +16,8 @@ import pytest
 import torch
 from repository_copy import ROOT, TINY, make_workplace
 
-from pipeline import checkpoint, training
+from pipeline import checkpoint
+from pipeline.errors import UserError
 from pipeline.params import Params
 from pipeline.resnet import ResNet
 from stages import sole, static, trainer
@@ -98,39 +99,8 @@ def test_a_static_finetuning_starts_from_pretrain_and_moves_only_what_runs(param
     ],
 )
 def test_what_params_yaml_does_not_name_is_refused(params, call, words):
-    with pytest.raises(trainer.UserError, match=words):
+    with pytest.raises(UserError, match=words):
         call(params)
-
-
-@pytest.mark.parametrize("rule", ["first", "random"])
-def test_an_interrupted_training_goes_on_and_ends_in_the_same_bytes(
-    rule, params, tmp_path, monkeypatch, capsys
-):
-    pretrained(tmp_path, params)
-    static.main(params, rule=rule, kept=3)
-    whole = files(tmp_path)
-    capsys.readouterr()
-    real = training.fit
-
-    def interrupted(*arguments, **options):
-        for result in real(*arguments, **options):
-            yield result
-            if result.epoch == 1:
-                raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "fit", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            static.main(params, rule=rule, kept=3)
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
-        f"static-{rule}-3 epoch 1/4",
-        f"static-{rule}-3 epoch 2/4",
-    ]
-    static.main(params, rule=rule, kept=3)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == f"static-{rule}-3: resuming after epoch 2 of 4"
-    assert [line.split(":")[0][-3:] for line in lines[2:]] == ["3/4", "4/4"]
-    assert files(tmp_path) == whole
 
 
 def test_items_do_not_take_up_each_others_trainings(params):
@@ -139,11 +109,6 @@ def test_items_do_not_take_up_each_others_trainings(params):
         for item in ("first-3", "random-3", "first-4")
     }
     assert len(keys) == 3
-
-
-def test_a_divergence_names_the_section_whose_learning_rate_it_is(params):
-    with pytest.raises(trainer.TrainingError, match=r"sole-8 diverged in epoch 2 .* of pretrain in"):
-        trainer._require_finite("sole-8", params.pretrain, {"epoch": 2, "train_loss": float("nan")})
 
 
 ROW = {"epoch": 1, "validation_accuracy": 0.9912, "validation_blocks_mean": 7.25,

@@ -1,6 +1,7 @@
 """The loop: what is random, what moves, what is learnt, and that an interruption changes nothing."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from pipeline.tensors import Augmentation, batches
 from pipeline.training import (
     Batch,
     Classification,
+    NotFiniteError,
+    Position,
     constant,
     cosine,
     fit,
     make_optimizer,
+    require_finite,
     step_down,
 )
 
@@ -56,9 +60,10 @@ def policy_learner(
     )
 
 
-def run(learner, train, validation, *, epochs, start=0, augmentation=PLAIN, until=None):
-    results = []
-    for result in fit(
+def run(learner, train, validation, *, epochs, position=None, augmentation=PLAIN, steps=None):
+    """The results of the epochs, with a stop after so many steps where that is asked for."""
+    results, position = [], position or Position()
+    todo = fit(
         learner,
         train=train,
         validation=validation,
@@ -68,10 +73,15 @@ def run(learner, train, validation, *, epochs, start=0, augmentation=PLAIN, unti
         augmentation=augmentation,
         normalisation=NORMALISATION,
         key=(0, "test"),
-        start_epoch=start,
-    ):
-        results.append(result)
-        if until is not None and result.epoch + 1 == until:
+        position=position,
+    )
+    done = 0
+    for result in todo:
+        if result is not None:
+            results.append(result)
+        else:
+            done += 1
+        if done == steps:
             break
     return results
 
@@ -90,8 +100,9 @@ def test_a_classifier_learns(small_resnet, train_split, validation_split):
     assert results[-1].train["loss"] < results[0].train["loss"] / 2
 
 
+@pytest.mark.parametrize("steps", [1, 5, 6, 7])  # an epoch has three: at its end, and in the middle
 @pytest.mark.parametrize("finetune", [False, True])
-def test_resumed_training_ends_in_the_same_bytes(finetune, train_split, validation_split):
+def test_resumed_training_ends_in_the_same_bytes(finetune, steps, train_split, validation_split):
     augmentation = Augmentation(crop_padding=1, flip=True)
 
     def fresh() -> PolicyLearning:
@@ -101,18 +112,85 @@ def test_resumed_training_ends_in_the_same_bytes(finetune, train_split, validati
 
     whole = fresh()
     expected = run(whole, train_split, validation_split, epochs=4, augmentation=augmentation)
-    first = fresh()
-    run(first, train_split, validation_split, epochs=4, augmentation=augmentation, until=2)
+    first, position = fresh(), Position()
+    options = {"epochs": 4, "augmentation": augmentation}
+    before = run(first, train_split, validation_split, position=position, steps=steps, **options)
+    assert (position.epoch, position.step) == ((steps - 1) // 3, (steps - 1) % 3 + 1)
     state = copy.deepcopy(
-        ({k: m.state_dict() for k, m in first.modules.items()}, first.optimizer.state_dict())
+        ({k: m.state_dict() for k, m in first.modules.items()}, first.optimizer.state_dict(), position)
     )
     second = fresh()
     for name, module in second.modules.items():
         module.load_state_dict(state[0][name])
     second.optimizer.load_state_dict(state[1])
-    found = run(second, train_split, validation_split, epochs=4, start=2, augmentation=augmentation)
+    found = run(second, train_split, validation_split, position=state[2], **options)
     assert same(weights(second.resnet, second.policy_net), weights(whole.resnet, whole.policy_net))
-    assert found == expected[2:]
+    assert before + found == expected
+
+
+def test_position_moves_with_the_steps_and_holds_the_sums_of_the_epoch(small_resnet, train_split):
+    position = Position()
+    learner = classifier(small_resnet, lr=0.0)
+    run(learner, train_split, train_split, epochs=1, position=position, steps=2)
+    assert (position.epoch, position.step, int(position.finite)) == (0, 2, 2)
+    assert set(position.totals) == {"loss", "accuracy"}
+    (result,) = run(learner, train_split, train_split, epochs=1, position=position)
+    assert (position.epoch, position.step, int(position.finite), position.totals) == (1, 0, 0, {})
+    assert result.wrong_step is None
+
+
+class Spoiled:
+    """A learner whose loss is not a number from a step on."""
+
+    def __init__(self, learner, step: int, value: float) -> None:
+        self.learner, self.spoiled, self.value, self.done = learner, step, value, 0
+        self.modules, self.optimizer = learner.modules, learner.optimizer
+        self.normalisation, self.num_actions = learner.normalisation, learner.num_actions
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.learner.begin_epoch(epoch)
+
+    def step(self, batch):
+        self.done += 1
+        metrics = self.learner.step(batch)
+        return metrics | {"loss": torch.tensor(self.value)} if self.done == self.spoiled else metrics
+
+    def validate(self, split):
+        return self.learner.validate(split)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("spoiled", [1, 2, 3])
+def test_the_first_step_that_is_not_finite_is_named(spoiled, value, small_resnet, train_split):
+    learner = Spoiled(classifier(small_resnet), 3 + spoiled, value)
+    position = Position()
+    first, second = run(learner, train_split, train_split, epochs=2, position=position)
+    require_finite(learner, position, first)
+    with pytest.raises(NotFiniteError, match=f"loss is not finite from step {spoiled} of epoch 2 on"):
+        require_finite(learner, position, second)
+
+
+def test_a_step_that_is_not_finite_is_named_in_the_middle_of_an_epoch(small_resnet, train_split):
+    learner = Spoiled(classifier(small_resnet), 2, float("nan"))
+    position = Position()
+    run(learner, train_split, train_split, epochs=1, position=position, steps=1)
+    require_finite(learner, position)
+    learner.done = 1
+    run(learner, train_split, train_split, epochs=1, position=position, steps=1)
+    with pytest.raises(NotFiniteError, match="loss is not finite from step 2 of epoch 1 on"):
+        require_finite(learner, position)
+
+
+def test_weights_and_validation_that_are_not_finite_are_named(small_resnet, train_split):
+    learner = classifier(small_resnet)
+    position = Position()
+    (result,) = run(learner, train_split, train_split, epochs=1, position=position)
+    wrong = dataclasses.replace(result, validation={"accuracy": 0.5, "loss": float("inf")})
+    with pytest.raises(NotFiniteError, match="validation loss is inf after epoch 1"):
+        require_finite(learner, position, wrong)
+    small_resnet.blocks[0].bn1.running_var[1] = float("nan")
+    with pytest.raises(NotFiniteError, match=r"weight blocks.0.bn1.running_var is not finite"):
+        require_finite(learner, position, result)
 
 
 def test_the_curriculum_leaves_the_resnet_alone(small_resnet, train_split, validation_split):

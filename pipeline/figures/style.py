@@ -1,5 +1,6 @@
 """One look for all figures. Colours: Okabe and Ito's, which colour-blind readers can tell apart."""
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.font_manager import FontProperties, findfont, get_font
+
+from pipeline.files import write_atomically
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 SKY, PINK, AMBER = "#56B4E9", "#CC79A7", "#E69F00"
@@ -71,6 +74,7 @@ def fitting(text: str, inches: float, size: float, weight: str = "normal") -> st
 
 def save(figure: plt.Figure, path: Path) -> None:
     """Write a PNG and close the figure; the same figure gives the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})  # no version: equal bytes
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})  # no version: equal bytes
     plt.close(figure)
+    write_atomically(path, picture.getvalue())
