@@ -8,8 +8,9 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 PORT ?= 5000
+HOST ?= 127.0.0.1
 
-.PHONY: help setup repro benchmark test slow sweep check sync ui front predict promote preset import lock
+.PHONY: help setup repro benchmark test slow sweep chaos check sync ui front predict promote preset import lock
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -40,6 +41,9 @@ slow: setup ## the tests on real CIFAR-10 (fetches it), and with servers
 sweep: setup ## the test of a whole sweep of gammas: queue, --temp, push and pull (6 minutes)
 	python -m pytest -m sweep
 
+chaos: setup ## kill trainings 50 times at random moments, fill disks, kill the server: nothing is lost (10 minutes)
+	python -m tools.chaos
+
 check: setup ## lint, format, types and the fast tests
 	ruff check .
 	ruff format --check .
@@ -49,8 +53,8 @@ check: setup ## lint, format, types and the fast tests
 sync: setup ## one finished run in MLflow for every experiment that DVC knows
 	@python -m tools.sync
 
-ui: setup ## the MLflow UI on 127.0.0.1 (PORT=5000)
-	python -m tools.ui --port $(PORT)
+ui: setup ## the MLflow UI on 127.0.0.1 (PORT=5000; HOST=0.0.0.0 opens it to everybody, without a password)
+	python -m tools.ui --host "$(HOST)" --port $(PORT)
 
 front: setup ## the trade-off of the gammas that were run, as a figure: results/front.png
 	@python -m tools.front

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,21 +16,23 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import UserError
+from pipeline.files import write_atomically, write_text
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import STAGES, ResNet, blocks_per_stage
 from pipeline.tensors import Normalisation
+from pipeline.untrusted import cut, open_regular, read_json, shown
 
 WEIGHTS = "model.safetensors"
 SIDECAR = "model.json"
 FORMAT: Literal[1] = 1
 MAX_BYTES = 2 << 30  # refuse to read more: the largest network here has under 1 GB of weights
+MAX_SIDECAR = 16 << 20
 
 
 class CheckpointError(UserError):
@@ -46,8 +48,16 @@ def _depth_of_a_resnet(depth: int) -> int:
     return depth
 
 
-Positive = Annotated[float, Field(gt=0)]
-Side = Annotated[int, Field(ge=8, le=512, multiple_of=4)]  # what params.yaml allows
+def _in_utf8(name: str) -> str:
+    name.encode()  # raises a ValueError for half a character, which JSON can hold and no report
+    return name
+
+
+# what params.yaml allows
+Mean = Annotated[float, Field(ge=-10, le=10)]
+Deviation = Annotated[float, Field(ge=1e-3, le=1e3)]
+ClassName = Annotated[str, AfterValidator(_in_utf8)]
+Side = Annotated[int, Field(ge=8, le=512, multiple_of=4)]
 Depth = Annotated[int, Field(le=2000), AfterValidator(_depth_of_a_resnet)]
 
 
@@ -68,8 +78,8 @@ class PolicyNetArchitecture(_Strict):
 
     depth: Depth
     width: Annotated[int, Field(ge=1, le=4096)]
-    input_size: Annotated[int, Field(ge=8)] | None
-    num_blocks: Annotated[int, Field(ge=1)]
+    input_size: Side | None
+    num_blocks: Annotated[int, Field(ge=1, le=1000)]
 
     def build(self) -> PolicyNet:
         """A policy network with fresh weights."""
@@ -84,8 +94,8 @@ class PolicyNetArchitecture(_Strict):
 class NormalisationRecord(_Strict):
     """How images are normalised before the networks see them."""
 
-    mean: Annotated[tuple[float, float, float], Field(strict=False)]
-    std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
+    mean: Annotated[tuple[Mean, Mean, Mean], Field(strict=False)]
+    std: Annotated[tuple[Deviation, Deviation, Deviation], Field(strict=False)]
 
 
 class Sidecar(_Strict):
@@ -100,7 +110,7 @@ class Sidecar(_Strict):
     policy_net: PolicyNetArchitecture | None
     normalisation: NormalisationRecord
     image_size: Side | None = None
-    classes: Annotated[tuple[str, ...], Field(strict=False)]
+    classes: Annotated[tuple[ClassName, ...], Field(strict=False)]
     metrics: dict[str, float | None]
     weights_sha256: str
 
@@ -150,7 +160,11 @@ class Checkpoint:
 
 
 def save(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write weights and sidecar; equal checkpoints give equal bytes."""
+    """Write weights and sidecar; equal checkpoints give equal bytes.
+
+    The sidecar comes last and holds the digest of the weights, so a folder in which only one of the two
+    is new is refused by `load`.
+    """
     tensors: dict[str, Tensor] = {}
     for prefix in ("resnet", "policy_net"):
         network: nn.Module | None = getattr(checkpoint, prefix)
@@ -181,10 +195,9 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
         metrics=dict(checkpoint.metrics),
         weights_sha256=hashlib.sha256(weights).hexdigest(),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS).write_bytes(weights)
     text = json.dumps(sidecar.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
-    (folder / SIDECAR).write_text(text, encoding="utf-8")
+    write_atomically(folder / WEIGHTS, weights)
+    write_text(folder / SIDECAR, text)
 
 
 _ANEW = "copy both files of the checkpoint anew, or rerun the stage that made them"
@@ -198,23 +211,11 @@ def load(folder: Path) -> Checkpoint:
     """
     sidecar = _read_sidecar(folder / SIDECAR)
     path = folder / WEIGHTS
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CheckpointError(
-                f"{path} is over {MAX_BYTES >> 30} GB, too large for its networks; {_ANEW}"
-            )
-        content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read ({error.strerror}); {_ANEW}") from None
-    if hashlib.sha256(content).hexdigest() != sidecar.weights_sha256:
-        raise CheckpointError(
-            f"{path} is damaged or of another checkpoint: its SHA-256 is not the one in {SIDECAR}; "
-            f"{_ANEW}"
-        )
+    content = _read_weights(path, sidecar.weights_sha256)
     try:
         tensors = load_safetensors(content)
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} is no valid safetensors file ({error}); {_ANEW}") from None
+    except Exception as error:  # types and shapes that PyTorch lacks raise what they happen to break
+        raise CheckpointError(f"{path} is no valid safetensors file ({cut(error)}); {_ANEW}") from None
     known = tuple(f"{prefix}." for prefix in ("resnet", "policy_net") if getattr(sidecar, prefix))
     strays = sorted(name for name in tensors if not name.startswith(known))
     if strays:
@@ -230,10 +231,7 @@ def load(folder: Path) -> Checkpoint:
                 for name, tensor in tensors.items()
                 if name.startswith(f"{prefix}.")
             }
-            # shapes first: a false sidecar must not take the memory
-            with torch.device("meta"), _Uninitialised():
-                require_fit(architecture.build(), own, path)
-            networks[prefix] = fill(architecture.build(), own, path)
+            networks[prefix] = fill(architecture.build, own, path)
     record = sidecar.normalisation
     return Checkpoint(
         stage=sidecar.stage,
@@ -258,19 +256,26 @@ class _Uninitialised(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def fill(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """Load weights into a network.
+def fill(
+    build: Callable[[], nn.Module], weights: Mapping[str, Tensor], path: Path, remedy: str = _ANEW
+) -> nn.Module:
+    """A network with these weights.
 
     Raises:
         CheckpointError: they don't fit it.
     """
-    require_fit(network, weights, path)
+    with torch.device("meta"), _Uninitialised():  # first without memory: what is claimed may be false
+        require_fit(build(), weights, path, remedy)
+    network = build()
     network.load_state_dict(weights)
     return network
 
 
-def require_fit(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """All of the network's weights, no others, of the right shapes and types, and finite.
+def require_fit(
+    network: nn.Module, weights: Mapping[str, Tensor], path: Path, remedy: str = _ANEW
+) -> None:
+    """All of the network's weights, no others, of the right shapes and types, finite, no variance
+    below 0.
 
     Raises:
         CheckpointError: anything else.
@@ -280,38 +285,56 @@ def require_fit(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -
     if missing or unknown:
         raise CheckpointError(
             f"{path} does not hold the weights of its {type(network).__name__}: "
-            f"missing {_some(missing)}, unknown {_some(unknown)}; {_ANEW}"
+            f"missing {_some(missing)}, unknown {_some(unknown)}; {remedy}"
         )
     for name, tensor in weights.items():
         if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
             raise CheckpointError(
                 f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
-                f"expected {own[name].dtype} {tuple(own[name].shape)}; {_ANEW}"
+                f"expected {own[name].dtype} {tuple(own[name].shape)}; {remedy}"
             )
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: {name} holds NaN or infinite numbers; {_ANEW}")
+            raise CheckpointError(f"{path}: {name} holds NaN or infinite numbers; {remedy}")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise CheckpointError(f"{path}: {name} holds variances below 0; {remedy}")
 
 
 def _some(names: list[str]) -> str:
     if not names:
         return "none"
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(cut(name, 80) for name in names[:3]) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
+
+
+def _read_weights(path: Path, sha256: str) -> bytes:
+    """All of the file, once its digest is the right one: what a false file says takes no memory."""
+    try:
+        with open_regular(path, MAX_BYTES) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
+                file.seek(0)
+                return file.read()
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read ({error.strerror}); {_ANEW}") from None
+    raise CheckpointError(
+        f"{path} is damaged or of another checkpoint: its SHA-256 is not the one in {SIDECAR}; {_ANEW}"
+    )
 
 
 def _read_sidecar(path: Path) -> Sidecar:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, MAX_SIDECAR)
     except OSError as error:
         raise CheckpointError(
             f"{path} can't be read ({error.strerror}); a checkpoint is a folder with "
             f"{WEIGHTS} and {SIDECAR}; copy both"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid JSON ({error}); {_ANEW}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no valid JSON ({cut(error)}); {_ANEW}") from None
     try:
         return Sidecar.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        value = "" if isinstance(first["input"], dict) else f"is {first['input']!r}: "
-        raise CheckpointError(f"{path}: {where}: {value}{first['msg']}; {_ANEW}") from None
+        where = cut(".".join(str(part) for part in first["loc"]), 80)
+        value = "" if isinstance(first["input"], dict) else f"is {shown(first['input'])}: "
+        raise CheckpointError(f"{path}: {where}: {value}{cut(first['msg'])}; {_ANEW}") from None

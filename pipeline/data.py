@@ -1,16 +1,17 @@
 """Prepared data sets: a few files of uint8 arrays, written by `prepare`, read by all later stages.
 
 A prepared folder holds, for each split, `SPLIT_images.npy` [M, H, W, 3] uint8 and `SPLIT_labels.npy`
-[M] uint8 or int64, and `dataset.json` with the names of the classes and a digest of every file.
+[M] int64, and `dataset.json` with the names of the classes and a digest of every file.
 Shapes: M images of a split, H and W pixels.
 """
 
 import hashlib
+import io
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from tokenize import TokenError
 from typing import Annotated, Literal
 
 import numpy as np
@@ -19,11 +20,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.errors import UserError
+from pipeline.files import write_atomically, write_text
 from pipeline.tensors import Split
+from pipeline.untrusted import cut, open_regular, read_json
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 DESCRIPTION = "dataset.json"
+MAX_DESCRIPTION = 16 << 20  # bytes
 
 
 class DataError(UserError):
@@ -53,7 +57,7 @@ class Dataset:
 
 def digest(array: NDArray[np.generic]) -> str:
     """SHA-256 of an array's bytes in C order."""
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def split_by_seed(
@@ -80,8 +84,11 @@ def split_by_seed(
 
 
 def save(dataset: Dataset, folder: Path) -> None:
-    """Write the prepared folder; the same data give the same bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the prepared folder; the same data give the same bytes.
+
+    The description comes last and holds the digests of the arrays, so a folder in which only some files
+    are new is refused by `load_split`.
+    """
     description = {
         "source": dataset.source,
         "classes": list(dataset.classes),
@@ -95,10 +102,15 @@ def save(dataset: Dataset, folder: Path) -> None:
         },
     }
     for name, split in dataset.splits.items():
-        np.save(folder / f"{name}_images.npy", np.ascontiguousarray(split.images))
-        np.save(folder / f"{name}_labels.npy", split.labels.astype(np.int64))
-    text = json.dumps(description, indent=2, sort_keys=True) + "\n"
-    (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+        _write_array(folder / f"{name}_images.npy", split.images)
+        _write_array(folder / f"{name}_labels.npy", split.labels.astype(np.int64))
+    write_text(folder / DESCRIPTION, json.dumps(description, indent=2, sort_keys=True) + "\n")
+
+
+def _write_array(path: Path, array: NDArray[np.generic]) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array))
+    write_atomically(path, buffer.getvalue())
 
 
 def load_classes(folder: Path) -> tuple[str, ...]:
@@ -113,26 +125,47 @@ def load_split(folder: Path, name: SplitName, device: torch.device) -> Split:
         DataError: a file is missing, damaged or not what `dataset.json` says.
     """
     description = _description(folder)
-    arrays: dict[str, NDArray[np.generic]] = {}
-    for kind in ("images", "labels"):
-        path = folder / f"{name}_{kind}.npy"
-        try:
-            arrays[kind] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError, MemoryError, TokenError) as error:
-            raise DataError(f"{path} can't be read ({error}); {_REMEDY}") from None
-        if digest(arrays[kind]) != getattr(description.splits[name], f"{kind}_sha256"):
-            raise DataError(f"{path} is not what {DESCRIPTION} beside it says; {_REMEDY}")
-    images, labels = arrays["images"], arrays["labels"]
+    record = description.splits[name]
+    images = _read_array(folder / f"{name}_images.npy", record.images_sha256)
+    labels = _read_array(folder / f"{name}_labels.npy", record.labels_sha256)
     square = images.ndim == 4 and images.shape[1] == images.shape[2] and images.shape[3] == 3
     typed = images.dtype == np.uint8 and labels.dtype == np.int64
-    if not typed or not square or labels.shape != (len(images),) or not len(labels):
+    counted = len(images) == record.images > 0
+    if not typed or not square or not counted or labels.shape != (record.images,):
         raise DataError(
             f"{folder / name}_*.npy hold {images.dtype} {images.shape} and labels {labels.dtype} "
-            f"{labels.shape}, expected uint8 [M, S, S, 3] and int64 [M]; {_REMEDY}"
+            f"{labels.shape}, expected uint8 [M, S, S, 3] and int64 [M] with M = {record.images}; "
+            f"{_REMEDY}"
         )
     if labels.min() < 0 or labels.max() >= len(description.classes):
         raise DataError(f"{folder / name}_labels.npy has labels outside the classes; {_REMEDY}")
     return Split(images=torch.from_numpy(images).to(device), labels=torch.from_numpy(labels).to(device))
+
+
+def _read_array(path: Path, sha256: str) -> NDArray[np.generic]:
+    """An array as np.save writes it; memory is taken once the file is as large as its header says.
+
+    In C order, so that the digest of the array is the digest of the file's rest.
+    """
+    try:
+        with open_regular(path) as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("it is of another version of the format")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            promised = math.prod(shape) * dtype.itemsize
+            held = os.fstat(file.fileno()).st_size - file.tell()
+            if fortran or promised != held:
+                raise ValueError(f"its header says {promised:,} bytes of {dtype}, and it holds {held:,}")
+            start = file.tell()
+            genuine = hashlib.file_digest(file, "sha256").hexdigest() == sha256  # takes no memory
+            file.seek(start)
+            array = np.fromfile(file, dtype).reshape(shape) if genuine else None
+    except Exception as error:  # numpy raises what the damaged bytes of a header happen to break
+        said = error.strerror if isinstance(error, OSError) else cut(error)
+        raise DataError(f"{path} can't be read ({said}); {_REMEDY}") from None
+    if array is None:
+        raise DataError(f"{path} is not what {DESCRIPTION} beside it says; {_REMEDY}")
+    return array
 
 
 _REMEDY = "make it anew with `dvc repro -f prepare`"
@@ -173,10 +206,11 @@ class _Description(_Record):
 def _description(folder: Path) -> _Description:
     path = folder / DESCRIPTION
     try:
-        return _Description.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return _Description.model_validate(read_json(path, MAX_DESCRIPTION))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path}: {where}: {first['msg']}; {_REMEDY}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} can't be read ({error}); {_REMEDY}") from None
+        where = cut(".".join(map(str, first["loc"])), 80)
+        raise DataError(f"{path}: {where}: {cut(first['msg'])}; {_REMEDY}") from None
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else cut(error)
+        raise DataError(f"{path} can't be read ({said}); {_REMEDY}") from None

@@ -7,16 +7,25 @@ that may be in them, so no code in a file can run.
 import argparse
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from pipeline.checkpoint import CheckpointError, fill
+from pipeline.checkpoint import (
+    MAX_BYTES,
+    CheckpointError,
+    PolicyNetArchitecture,
+    ResNetArchitecture,
+    fill,
+)
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import STAGES, ResNet
+from pipeline.untrusted import cut, open_regular, shown
 
 Weights = Mapping[str, Tensor]
 _ANEW = "take the file anew from its authors"
@@ -63,19 +72,20 @@ def load(path: Path) -> LegacyCheckpoint:
         policy_net = _policy_net(_weights(content, key, path), path)
     if resnet is None and policy_net is None:
         raise CheckpointError(
-            f"{path} holds none of state_dict, resnet, agent, net; its keys are "
-            f"{sorted(map(repr, content))}; {_ANEW}"
+            f"{path} holds none of state_dict, resnet, agent, net; its keys are {shown(list(content))}; "
+            f"{_ANEW}"
         )
     return LegacyCheckpoint(resnet=resnet, policy_net=policy_net)
 
 
 def _open(path: Path) -> dict[str, object]:
     try:
+        _require_plain_records(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f" ({named[1]})" if named else ""
+        what = f" ({cut(named[1], 80)})" if named else ""
         raise CheckpointError(
             f"{path} is refused: it is damaged, or would run code or build objects beyond plain "
             f"weights{what}; take the file from its authors, and never load it in another way"
@@ -83,19 +93,48 @@ def _open(path: Path) -> dict[str, object]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; give the path of a checkpoint") from None
     except Exception as error:  # torch.load raises what the damaged bytes happen to break
-        raise CheckpointError(f"{path} is no readable checkpoint ({error!r}); {_ANEW}") from None
+        raise CheckpointError(
+            f"{path} is no readable checkpoint ({cut(repr(error))}); {_ANEW}"
+        ) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint; {_ANEW}")
     return content
+
+
+def _require_plain_records(path: Path) -> None:
+    """What torch.load will read is no larger than the file: nothing in it inflates or is there twice.
+
+    Raises:
+        OSError: it can't be opened, is no plain file, or too large.
+        ValueError: it would take more memory than its size.
+        zipfile.BadZipFile: it begins as a zip file and is none.
+    """
+    with open_regular(path, MAX_BYTES) as file:
+        if file.read(4) != b"PK\x03\x04":  # as torch.load tells the two formats apart
+            return
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+    if sum(record.file_size for record in records) > path.stat().st_size:
+        raise ValueError("its records inflate to more than the file")
 
 
 def _weights(content: dict[str, object], key: str, path: Path) -> Weights:
     found = content[key]
     if not isinstance(found, Mapping) or not found:
         raise CheckpointError(f"{path}: {key} is no table of weights; {_ANEW}")
-    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
-        raise CheckpointError(f"{path}: {key} holds more than named tensors; {_ANEW}")
+    if not all(isinstance(k, str) and _is_plain(v) for k, v in found.items()):
+        raise CheckpointError(f"{path}: {key} holds more than named, plain tensors; {_ANEW}")
+    if sum(tensor.nbytes for tensor in found.values()) > path.stat().st_size:
+        raise CheckpointError(f"{path}: {key} claims more weights than the file has bytes; {_ANEW}")
     return {name.removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+def _is_plain(value: object) -> bool:
+    """Numbers in memory, one for each element: not sparse, nested or without data."""
+    if not isinstance(value, Tensor):
+        return False
+    strided = value.layout == torch.strided and value.device.type == "cpu"
+    return strided and not value.is_nested
 
 
 def _flat(weights: Weights, path: Path) -> tuple[dict[str, Tensor], int]:
@@ -144,9 +183,11 @@ def _complete(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _resnet(weights: Weights, path: Path) -> ResNet:
     flat, depth = _flat(weights, path)
     width, classes = (_length(flat, name, path) for name in ("conv1.weight", "fc.weight"))
-    network = ResNet(depth=depth, width=width, num_classes=classes)
-    fill(network, _complete(flat), path)
-    return network
+    try:
+        network = ResNetArchitecture(depth=depth, width=width, num_classes=classes)
+    except ValidationError as error:
+        raise _beyond(error, path) from None
+    return fill(network.build, _complete(flat), path, _ANEW)  # type: ignore[return-value]
 
 
 def _policy_net(weights: Weights, path: Path) -> PolicyNet:
@@ -160,6 +201,16 @@ def _policy_net(weights: Weights, path: Path) -> PolicyNet:
     num_blocks, _ = (_length(weights, name, path) for name in ("logit.weight", "logit.bias"))
     flat |= {name.replace("logit", "fc"): weights[name] for name in ("logit.weight", "logit.bias")}
     width = _length(weights, "features.conv1.weight", path)
-    network = PolicyNet(num_blocks=num_blocks, depth=depth, width=width)
-    fill(network, {f"features.{k}": v for k, v in _complete(flat).items()}, path)
-    return network
+    try:
+        network = PolicyNetArchitecture(depth=depth, width=width, num_blocks=num_blocks, input_size=None)
+    except ValidationError as error:
+        raise _beyond(error, path) from None
+    named = {f"features.{name}": tensor for name, tensor in _complete(flat).items()}
+    return fill(network.build, named, path, _ANEW)  # type: ignore[return-value]
+
+
+def _beyond(error: ValidationError, path: Path) -> CheckpointError:
+    """The error for weights of a network that nobody can have meant."""
+    first = error.errors()[0]
+    what = f"{first['loc'][0]} {shown(first['input'])}: {first['msg']}"
+    return CheckpointError(f"{path} has weights of a network of {what}; {_ANEW}")

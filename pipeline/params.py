@@ -15,17 +15,27 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import UserError
+from pipeline.untrusted import cut, read_bytes, shown
 
+MAX_BYTES = 1 << 16  # presets have 5 KB; YAML is read at about 100 KB a second
+MAX_PROBLEMS = 20  # lines of a message
 NO_FILE = "import/none"  # stands for "nothing is imported": DVC needs a path that exists
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+# The upper ends are far from all that serves anybody: beyond them numbers leave float32 or int64, and
+# networks and tables the memory, with an error that names no key.
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+NonNegative = Annotated[float, Field(ge=0, le=1e9)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Few = Annotated[int, Field(ge=1, le=10**5)]  # what takes time or memory for each
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Depth = Annotated[int, Field(ge=1, le=2000)]  # as checkpoints may have it
+Width = Annotated[int, Field(ge=1, le=4096)]
 PathText = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 # the shortcut pools 2x2 twice where the strided convolution rounds up: they agree on multiples of 4
 Side = Annotated[int, Field(ge=8, le=512, multiple_of=4)]
-Triple = Annotated[tuple[float, float, float], Field(strict=False)]
+Mean = Annotated[float, Field(ge=-10, le=10)]  # a share of full brightness, and so is the next
+Deviation = Annotated[float, Field(ge=1e-3, le=1e3)]
 Schedule = Literal["constant", "cosine", "step"]
 Precision = Literal["fp32", "bf16"]
 RuleName = Literal["first", "random", "distribute"]
@@ -50,7 +60,7 @@ class Data(Section):
     image_size: Side
     validation_share: Share | None
     test_share: Share | None
-    split_seed: Annotated[int, Field(ge=0)]
+    split_seed: Seed
 
     @model_validator(mode="after")
     def _fits_the_source(self) -> "Data":
@@ -84,10 +94,10 @@ class AugmentationParams(Section):
 class ResNetParams(Section):
     """The network whose blocks are dropped, and how its input is normalised."""
 
-    depth: Count
-    width: Count
-    mean: Triple
-    std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
+    depth: Depth
+    width: Width
+    mean: Annotated[tuple[Mean, Mean, Mean], Field(strict=False)]
+    std: Annotated[tuple[Deviation, Deviation, Deviation], Field(strict=False)]
 
     @model_validator(mode="after")
     def _depth(self) -> "ResNetParams":
@@ -103,8 +113,8 @@ class ResNetParams(Section):
 class PolicyNetParams(Section):
     """The network that looks at the image and decides."""
 
-    depth: Count
-    width: Count
+    depth: Depth
+    width: Width
     input_size: Side | None
     initial_keep_prob: Share
 
@@ -163,21 +173,21 @@ class Finetune(Section):
 class Evaluate(Section):
     """How thoroughly the result is questioned."""
 
-    shuffles: Count
-    single_policies: Count
-    bootstrap: Annotated[int, Field(ge=100)]
+    shuffles: Few
+    single_policies: Few
+    bootstrap: Annotated[int, Field(ge=100, le=10**6)]
 
 
 class Benchmark(Section):
     """What is timed, and for how long."""
 
-    batch_sizes: Annotated[tuple[Count, ...], Field(strict=False)]
+    batch_sizes: Annotated[tuple[Few, ...], Field(strict=False)]
     precisions: Annotated[tuple[Precision, ...], Field(strict=False)]
     executors: Annotated[tuple[ExecutorName, ...], Field(strict=False)]
     kept_shares: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(strict=False)]
-    few_policies: Count
-    sole_depths: Annotated[tuple[Count, ...], Field(strict=False)]
-    rounds: Annotated[int, Field(ge=5)]
+    few_policies: Few
+    sole_depths: Annotated[tuple[Depth, ...], Field(strict=False)]
+    rounds: Annotated[int, Field(ge=5, le=10**5)]
     seconds: Positive
     with_compile: bool
 
@@ -195,7 +205,7 @@ class Benchmark(Section):
 class Sole(Section):
     """ResNets of other depths, every block of which runs, by pretrain's recipe."""
 
-    depths: Annotated[tuple[Count, ...], Field(strict=False)]
+    depths: Annotated[tuple[Depth, ...], Field(strict=False)]
 
     @model_validator(mode="after")
     def _lists(self) -> "Sole":
@@ -222,7 +232,7 @@ class Params(Section):
     """All of params.yaml."""
 
     gamma: NonNegative
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
     data: Data
     augmentation: AugmentationParams
     resnet: ResNetParams
@@ -315,10 +325,10 @@ def _mapping_without_repeats(loader: Loader, node: yaml.MappingNode) -> dict[Any
         key = loader.construct_object(key_node)
         if not isinstance(key, str):
             line = key_node.start_mark.line + 1
-            raise ParamsError(f"{key!r} in line {line} is no name of a parameter; remove it")
+            raise ParamsError(f"{shown(key)} in line {line} is no name of a parameter; remove it")
         if key in seen:
             line = key_node.start_mark.line + 1
-            raise ParamsError(f"{key!r} stands twice (again in line {line}); keep one of the two")
+            raise ParamsError(f"{shown(key)} stands twice (again in line {line}); keep one of the two")
         seen.add(key)
     return loader.construct_mapping(node)
 
@@ -334,7 +344,7 @@ def load(path: Path | str = "params.yaml") -> Params:
     """
     path = Path(path)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        content = yaml.load(read_bytes(path, MAX_BYTES).decode(), Loader)
     except FileNotFoundError:
         raise ParamsError(f"{path} is missing; `make preset NAME=digits` writes one") from None
     except OSError as error:
@@ -344,13 +354,18 @@ def load(path: Path | str = "params.yaml") -> Params:
     except yaml.YAMLError as error:
         raise ParamsError(f"{path} is no valid YAML: {error}; mend it there") from None
     except (ValueError, RecursionError) as error:  # ours, or a date or number that can't be
-        raise ParamsError(f"{path}: {error}; mend it there, or {_ANEW}") from None
+        raise ParamsError(f"{path}: {cut(error)}; mend it there, or {_ANEW}") from None
+    except Exception as error:  # PyYAML raises what a tag on another kind of value happens to break
+        said = f"a value is not what its tag says ({cut(repr(error))})"
+        raise ParamsError(f"{path}: {said}; mend it there, or {_ANEW}") from None
     if not isinstance(content, dict):
         raise ParamsError(f"{path} holds {type(content).__name__}, not keys with values; {_ANEW}")
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        problems = [_explain(item) for item in error.errors()]
+        problems = [cut(_explain(item)) for item in error.errors()[:MAX_PROBLEMS]]
+        if error.error_count() > MAX_PROBLEMS:
+            problems.append(f"and {error.error_count() - MAX_PROBLEMS} more; {_ANEW}")
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise ParamsError(f"{path} can't be used, and nothing was run:\n{listing}") from None
 
@@ -366,21 +381,21 @@ def _explain(error: Any) -> str:
         near = difflib.get_close_matches(parts[-1], _siblings(parts[:-1]), n=1)
         hint = f"did you mean {'.'.join([*parts[:-1], near[0]])}?" if near else "remove it"
         return f"{key}: no such key; {hint}"
-    if isinstance(error["input"], int) and abs(error["input"]) > 10**300:
-        return f"{key}: is a number of over 300 digits; lower it"
+    if isinstance(error["input"], int) and error["input"].bit_length() > 1000:
+        return f"{key}: is {shown(error['input'])}; lower it"
     if error["type"] == "missing" and isinstance(error["loc"][-1], int):
-        return f"{key}: is {list(error['input'])!r}, but it takes 3 numbers, one for each channel"
+        return f"{key}: is {shown(list(error['input']))}, but it takes 3 numbers, one for each channel"
     if error["type"] == "missing":
         return f"{key}: missing; add it (presets/digits.yaml has every key with a comment)"
     if error["type"] == "value_error":
         own = error["msg"].removeprefix("Value error, ")
         return f"{key}: {own}" if key else own
     if error["type"] == "model_type":
-        return f"{key}: is {error['input']!r}, but it is a section: give it its keys and values"
+        return f"{key}: is {shown(error['input'])}, but it is a section: give it its keys and values"
     message = error["msg"][0].lower() + error["msg"][1:]
-    shown = error["input"] if not isinstance(error["input"], dict) else "a section"
-    advice = " (a number in quotes is a text; write it without)" if _quoted_number(shown) else ""
-    return f"{key}: is {shown!r}, but {message.replace('input ', 'it ')}{advice}"
+    value = error["input"] if not isinstance(error["input"], dict) else "a section"
+    advice = " (a number in quotes is a text; write it without)" if _quoted_number(value) else ""
+    return f"{key}: is {shown(value)}, but {message.replace('input ', 'it ')}{advice}"
 
 
 def _quoted_number(value: Any) -> bool:

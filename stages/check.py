@@ -9,12 +9,14 @@ from pathlib import Path
 from pipeline.errors import UserError, explain
 from pipeline.files import write_text
 from pipeline.params import load
+from pipeline.tracking.reach import mode
 
 OUT = Path("data/params.ok")
 
 
 def main() -> None:
     """Refuse a params.yaml that can't be used."""
+    mode()  # refuses a BLOCKDROP_TRACKING that it does not know
     load()
     write_text(OUT, "params.yaml was read and can be used\n")
 

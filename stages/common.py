@@ -16,6 +16,7 @@ from pipeline.interruption import follow_parent, leave_on_sigterm
 from pipeline.params import Params
 from pipeline.params import load as load_params
 from pipeline.runtime import choose_device, describe_device
+from pipeline.tracking.store import is_off
 from stages import PARENT
 
 PREPARED = Path("data/prepared")
@@ -39,11 +40,12 @@ def run(main: Callable[[Params], None]) -> None:
     if "DVC_ROOT" in os.environ:  # DVC started it
         follow_parent(PARENT)
     try:
+        is_off()  # refuses what it can't be set to
         main(load_params())
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except OSError as error:
         _fail_or_raise(explain(error), error)

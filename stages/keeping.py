@@ -162,7 +162,11 @@ class Keeper:
         if due or last or asked.signal is not None:
             if not epoch_ended:  # else it was seen to
                 self._require_finite(None)
-            self._save()
+            saved = self._save()
+            if asked.signal is not None and saved:
+                position = self.state.position
+                place = f"epoch {position.epoch + 1}, step {position.step}"
+                tqdm.write(f"{self.name}: saved at {place}; the same command goes on from there")
         asked.leave()
 
     def finish(self, curve: Path) -> None:
@@ -174,19 +178,23 @@ class Keeper:
         except OSError as error:
             self._say_once(f"{self.name}: {explain(error) or error}")
 
-    def _save(self) -> None:
+    def _save(self) -> bool:
+        """Whether it could be written."""
         begun = time.monotonic()
         self.state.seconds = begun - self.started
         self.state.run_id = self.run.run_id or None
+        saved = True
         try:
             self.point.save(self.state.as_dict(self.learner))
         except OSError as error:
+            saved = False
             self._say_once(
                 f"{self.name}: no resume point can be written ({explain(error) or error}); training "
                 "goes on, but what is trained from here on would be lost if it were killed"
             )
         self.saved = time.monotonic()
         self.took = self.saved - begun
+        return saved
 
     def _require_finite(self, result: training.EpochResult | None) -> None:
         try:

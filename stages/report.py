@@ -11,7 +11,6 @@ from pipeline.report import Results
 from pipeline.runtime import choose_device, describe_machine
 from pipeline.tracking import overview, parents, records
 from pipeline.tracking.runs import StageRun, baseline_commit, stage_run
-from pipeline.tracking.store import say_once
 from stages import common
 
 OUT = Path("report")
@@ -71,15 +70,19 @@ def draw(results: Results) -> None:
 
 def log(run: StageRun) -> None:
     """Complete the experiment's parent run, with what came from the cache too: its code never ran."""
-    if not run.parent_id:
-        return
-    try:
+
+    def complete() -> None:
         files = records.work_tree()
-        record = records.read(files, name="", baseline=baseline_commit(), running="report")
+        try:
+            record = records.read(files, name="", baseline=baseline_commit(), running="report")
+        except records.RecordError as error:
+            print(f"report: not logged, {error}")
+            return
         parents.complete(record, finish=False)
         overview.say(run.parent_id)
-    except Exception as error:  # a store, a network, a server: none may lose the report
-        say_once(error)
+
+    if run.parent_id:
+        run.attempt(complete)
 
 
 def main(params: Params) -> None:

@@ -1,10 +1,7 @@
 """Folders of their own in which tests run: DVC in a copy of this repository, or stages alone."""
 
-import hashlib
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +12,9 @@ from conftest import make_split
 
 from pipeline import data
 from pipeline.params import Params, load
+from tools import copies
+from tools.copies import ROOT, changed, environment
 
-ROOT = Path(__file__).parents[1]
 TINY = {
     "data": {"image_size": 8},
     "resnet": {"depth": 14, "width": 4},
@@ -29,21 +27,6 @@ TINY = {
     "sole": {"depths": [8]},
     "static": {"rules": ["first", "random", "distribute"], "kept": [3]},
 }
-
-
-def environment(*, tracking: bool = False) -> dict[str, str]:
-    """What commands see. MLflow takes seconds of every stage, so it is on only where it is looked at."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_"))}
-    kept.pop("PYTHONDONTWRITEBYTECODE", None)  # users write bytecode, and deps must not see it
-    if not tracking:
-        kept["BLOCKDROP_TRACKING"] = "off"
-    return kept | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "DVC_NO_ANALYTICS": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "OMP_NUM_THREADS": "1",
-        "BLOCKDROP_DEVICE": "cpu",
-    }
 
 
 class Copy:
@@ -66,14 +49,7 @@ class Copy:
 
     def outs(self, *, timed: bool = False) -> dict[str, str]:
         """Digests of what the stages write, without or with what depends on the clock."""
-        found = {}
-        for top in ("data/prepared", "models", "metrics", "plots", "report"):
-            for path in sorted((self.folder / top).rglob("*")):
-                clocked = {"times", "benchmark", "benchmark.json", "report"} & set(path.parts)
-                if path.is_file() and (timed or not clocked) and path.name != ".gitignore":
-                    name = path.relative_to(self.folder).as_posix()
-                    found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        return found
+        return copies.digests(self.folder, timed=timed)
 
     def metrics(self, name: str) -> dict:
         return json.loads((self.folder / f"metrics/{name}.json").read_text())
@@ -101,31 +77,10 @@ def make_workplace(folder: Path, *, changes: dict[str, dict]) -> Params:
     return load(folder / "params.yaml")
 
 
-def changed(changes: dict[str, dict]) -> dict:
-    """The digits preset with other values."""
-    params = yaml.safe_load((ROOT / "presets/digits.yaml").read_text())
-    for section, values in changes.items():
-        params[section].update(values)
-    return params
-
-
 def make_copy(folder: Path, *, changes: dict[str, dict]) -> Copy:
     """Commit what the work tree holds (results left out), with changes to the digits preset."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"],
-        cwd=ROOT, check=True, capture_output=True, text=True,
-    ).stdout.split("\n")  # fmt: skip
-    made = ("dvc.lock", "metrics/", "plots/", "report/", "data/", "models/")
-    for name in filter(None, listed):
-        if not name.startswith(made) and (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, folder / name)
-    if changes:
-        (folder / "params.yaml").write_text(yaml.safe_dump(changed(changes), sort_keys=False))
+    copies.make(folder, changes=changes)
     copy = Copy(folder)
-    copy.run("git", "init", "-q", "-b", "main")
     copy.run("git", "config", "user.email", "test@example.org")
     copy.run("git", "config", "user.name", "test")
-    copy.run("git", "add", "-A")
-    copy.run("git", "commit", "-qm", "copy")
     return copy

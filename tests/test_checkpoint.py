@@ -196,7 +196,7 @@ def test_weights_that_are_no_safetensors_are_refused(folder, content):
 
 def test_huge_file_is_refused_unread(folder):
     os.truncate(folder / WEIGHTS, checkpoint.MAX_BYTES + 1)
-    assert f"{folder / WEIGHTS} is over 2 GB" in refusal(folder)
+    assert f"{folder / WEIGHTS} can't be read (it is over 2 GB)" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, SIDECAR])

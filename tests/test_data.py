@@ -230,7 +230,11 @@ def test_array_of_another_shape_or_type_is_described(folder, kind, array, found)
 def test_split_without_images_is_refused(folder):
     replace(folder, "images", np.zeros((0, 8, 8, 3), np.uint8))
     replace(folder, "labels", np.zeros(0, np.int64))
-    assert REMEDY in refusal(folder)
+    path = folder / DESCRIPTION
+    path.write_text(path.read_text(encoding="utf-8").replace('"images": 6', '"images": 0'))
+    message = refusal(folder)
+    assert REMEDY in message
+    assert "M = 0" in message
 
 
 @pytest.mark.parametrize("label", [-1, 2])

@@ -57,7 +57,7 @@ def run_stage(monkeypatch, error: BaseException) -> None:
         (UserError("gamma: is bad"), 1, "error: gamma: is bad\n"),
         (OSError(errno.ENOSPC, "No space left on device", "models/x"), 1, "error: models/x: No space"),
         (torch.OutOfMemoryError("CUDA out of memory."), 1, "error: out of memory (CUDA"),
-        (KeyboardInterrupt(), 130, "goes on from the last checkpoint"),
+        (KeyboardInterrupt(), 130, "interrupted"),
         (SystemExit(143), 143, ""),
     ],
 )

@@ -124,7 +124,9 @@ def test_ctrl_c_finishes_the_step_and_the_next_start_ends_in_the_same_bytes(
             ITEMS[name](params)
         assert len(steps) == step  # the one that was running was finished, no other was begun
     assert not list(tmp_path.glob(f"plots/{name.replace('-', '/', 1)}.csv"))
-    capsys.readouterr()
+    epoch, at = place.split(" of 4, step ")
+    told = f"{name}: saved at epoch {int(epoch) + 1}, step {at[0]}; the same command goes on from there"
+    assert told in capsys.readouterr().out
     with monkeypatch.context() as patch:
         steps = at_step(patch, 0, crash)
         ITEMS[name](params)

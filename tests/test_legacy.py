@@ -292,7 +292,7 @@ def test_name_that_claims_a_huge_network_is_refused_before_it_is_built(path, res
 
 def test_fourth_stage_is_refused(path, resnet):
     weights = as_layers(resnet)
-    weights |= {k.replace("layer3", "layer4"): v for k, v in weights.items() if "layer3" in k}
+    weights |= {k.replace("layer3", "layer4"): v.clone() for k, v in weights.items() if "layer3" in k}
     assert "the same number in each of three" in refusal(write(path, {"state_dict": weights}))
 
 

@@ -177,7 +177,7 @@ def test_number_out_of_range_names_its_bound(path, key, value, bound):
 
 def test_channel_that_would_be_divided_by_zero_is_refused(path):
     message = refusal(path, {"resnet.std": [0.3, 0.0, 0.3]})
-    assert "resnet.std: is 0.0, but it should be greater than 0" in message
+    assert "resnet.std: is 0.0, but it should be greater than or equal to 0.001" in message
 
 
 @pytest.mark.parametrize(

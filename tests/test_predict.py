@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +195,26 @@ def test_image_that_can_not_be_read_is_named_and_the_others_are_predicted(run, f
     assert [line.split() for line in said.splitlines()] == [line.split() for line in expected]
     assert complaints.startswith(f"error: {name} can't be read as an image")
     assert complaints.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such names")
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_name_that_is_no_utf8_is_printed_escaped(run, files, words, monkeypatch):
+    name = os.fsdecode(b"\xff.png")
+    Path(files[0]).rename(name)
+    strict = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", strict)
+    assert run(*words, name)[0] == 0
+    strict.flush()
+    assert b"\\udcff.png" in strict.buffer.getvalue()
+
+
+def test_pipe_in_place_of_an_image_is_not_waited_for(run, files):
+    os.mkfifo("pipe.png")
+    status, said, complaints = run("pipe.png", *files)
+    assert status == 1
+    assert len(said.splitlines()) == 1 + len(files)
+    assert complaints.startswith("error: pipe.png can't be read as an image (Not a plain file)")
 
 
 def test_nothing_to_read_prints_no_table(run):

@@ -92,6 +92,26 @@ def test_preset_that_cannot_be_used_is_named_and_not_put_in_place(place):
     assert PARAMS.read_bytes() == before
 
 
+def test_preset_that_cannot_be_written_leaves_the_file_as_it_was(place, monkeypatch):
+    before = PARAMS.read_bytes()
+
+    def stop(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.files.os.fsync", stop)
+    with pytest.raises(SystemExit, match=r"error: params\.yaml: No space left on device; mend that"):
+        preset.use("cifar10_resnet32")
+    assert PARAMS.read_bytes() == before
+    assert [path.name for path in place.iterdir() if path.name.startswith(".")] == []
+
+
+def test_folder_in_the_place_of_params_is_named(place):
+    PARAMS.unlink()
+    PARAMS.mkdir()
+    with pytest.raises(SystemExit, match=r"error: params\.yaml: Is a directory; mend that"):
+        preset.use("digits")
+
+
 # import
 
 
@@ -315,6 +335,66 @@ def test_second_file_of_the_same_name_leaves_the_first_in_place(place, monkeypat
 def nothing_changed() -> bool:
     assert [path.name for path in Path("import").iterdir()] == ["none"]
     return PARAMS.read_bytes() == (ROOT / "presets" / "digits.yaml").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "params.yaml is missing"),
+        ("gamma: [", "params.yaml is no valid YAML"),
+        ("gamma: 1\n", "params.yaml can't be used"),
+        ("&a [*a]", "params.yaml holds list"),
+    ],
+)
+def test_params_that_can_not_be_used_are_named_before_anything_is_copied(
+    place, monkeypatch, content, words
+):
+    path = save_theirs("finetune", place / "downloads" / "ckpt.t7")
+    PARAMS.unlink() if content is None else PARAMS.write_text(content)
+    with pytest.raises(SystemExit) as caught:
+        run_main(monkeypatch, path, "finetune")
+    assert f"error: {words}" in str(caught.value)
+    assert [path.name for path in Path("import").iterdir()] == ["none"]
+
+
+def test_import_that_stops_while_it_names_the_file_leaves_params_as_they_were(place, monkeypatch):
+    path = save_theirs("finetune", place / "downloads" / "ckpt.t7")
+    before = PARAMS.read_bytes()
+
+    def stop(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(import_checkpoint, "write_text", stop)
+    with pytest.raises(SystemExit, match=r"params\.yaml: No space left .*params\.yaml is as it was"):
+        run_main(monkeypatch, path, "finetune")
+    assert PARAMS.read_bytes() == before
+
+
+def test_program_that_is_not_there_is_named(place, monkeypatch):
+    path = save_theirs("finetune", place / "downloads" / "ckpt.t7")
+    monkeypatch.setattr(sys, "argv", ["import_checkpoint", str(path), "finetune"])
+    monkeypatch.setenv("PATH", str(place))
+    with pytest.raises(SystemExit, match="error: dvc: No such file"):
+        import_checkpoint.main()
+    assert set(named().values()) == {"import/none"}
+
+
+def test_copy_that_stops_between_its_files_is_recognised(place, monkeypatch):
+    folder = save_own("pretrain", place / "models" / "pretrain")
+    target = bring_in(folder)
+    save_own("finetune", folder)
+    real = import_checkpoint.write_atomically
+
+    def stop(path, content):
+        if path.name == checkpoint.SIDECAR:
+            raise KeyboardInterrupt
+        real(path, content)
+
+    monkeypatch.setattr(import_checkpoint, "write_atomically", stop)
+    with pytest.raises(KeyboardInterrupt):
+        bring_in(folder)
+    with pytest.raises(CheckpointError, match="damaged or of another checkpoint"):
+        check(target, "pretrain")
 
 
 @pytest.mark.parametrize("file", ["missing.t7", "missing/model.safetensors", "params.yaml"])

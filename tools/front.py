@@ -5,10 +5,12 @@ All finished experiments that differ from the newest one in gamma and seed alone
 
 import argparse
 import csv
+import io
 from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.figures.trade_off import front
+from pipeline.files import write_text
 from pipeline.resume import project_root
 from pipeline.tracking.overview import Experiment, experiments, siblings
 from tools.sync import sync, usable_store
@@ -83,10 +85,11 @@ def main() -> None:
         title=f"ResNet-{params['resnet.depth']} on {params['data.source']}, test images",
     )
     table = arguments.out.with_suffix(".csv")
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(table, text.getvalue())
     print(f"{len(rows)} experiments: {arguments.out}, {table}")
 
 

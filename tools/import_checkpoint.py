@@ -4,7 +4,7 @@ Checks the file, copies it into import/, lets DVC track the copy, and names it i
 """
 
 import argparse
-import shutil
+import io
 import subprocess
 import sys
 from collections.abc import Collection
@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from pipeline import checkpoint, legacy
+from pipeline import checkpoint, legacy, params
 from pipeline.errors import UserError
+from pipeline.files import write_atomically, write_text
 from pipeline.params import NO_FILE
 
 IMPORT = Path("import")
@@ -58,12 +59,10 @@ def bring_in(path: Path, in_use: Collection[Path] = ()) -> Path:
     if target == Path(NO_FILE) or (target in in_use and not _same(path, target)):
         raise UserError(f"{target} is in use with other content; rename {path.name} and repeat")
     if path.is_dir():
-        target.mkdir(parents=True, exist_ok=True)
-        for name in OWN_FILES:
-            shutil.copyfile(path / name, target / name)
+        for name in OWN_FILES:  # the sidecar last: it says which weights are its own
+            write_atomically(target / name, (path / name).read_bytes())
     else:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        write_atomically(target, path.read_bytes())
     return target
 
 
@@ -75,9 +74,13 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def used_by_others(stage: str) -> set[Path]:
-    """The imports that params.yaml names for other stages."""
-    content = YAML().load(PARAMS)
-    return {Path(content[s]["checkpoint"]) for s in STAGES if s != stage}
+    """The imports that params.yaml names for other stages.
+
+    Raises:
+        UserError: params.yaml can't be used.
+    """
+    found = params.load(PARAMS)
+    return {Path(getattr(found, s).checkpoint) for s in STAGES if s != stage}
 
 
 def name_in_params(stage: str, path: Path) -> list[str]:
@@ -98,7 +101,9 @@ def name_in_params(stage: str, path: Path) -> list[str]:
         named += [s for s in STAGES[:2] if content[s]["checkpoint"] == NO_FILE]
     for name in named:
         content[name]["checkpoint"] = path.as_posix()
-    yaml.dump(content, PARAMS)
+    text = io.StringIO()
+    yaml.dump(content, text)
+    write_text(PARAMS, text.getvalue())
     return named
 
 
@@ -112,16 +117,23 @@ def main() -> None:
     if path.name in OWN_FILES:  # one of our own folders, named by a file in it
         path = path.resolve().parent
     try:
+        others = used_by_others(
+            arguments.stage
+        )  # first, as a params.yaml that can't be used is found at once
         check(path, arguments.stage)
-        target = bring_in(path, used_by_others(arguments.stage))
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    try:
+        target = bring_in(path, others)
         subprocess.run(["dvc", "add", "--quiet", str(target)], check=True)
         subprocess.run(["git", "add", f"{target}.dvc", str(IMPORT / ".gitignore")], check=True)
+        named = name_in_params(arguments.stage, target)
+    except UserError as error:
+        sys.exit(f"error: {error}")
     except subprocess.CalledProcessError as error:
         sys.exit(f"error: `{' '.join(error.cmd)}` failed; params.yaml is as it was")
-    for stage in name_in_params(arguments.stage, target):
+    except OSError as error:
+        sys.exit(
+            f"error: {error.filename}: {error.strerror}; mend that and repeat (params.yaml is as it was)"
+        )
+    for stage in named:
         print(f"{stage}.checkpoint in params.yaml is now {target}")
     print("run `dvc repro`")
 

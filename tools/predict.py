@@ -5,6 +5,7 @@ Images of any size and kind are read as `imagefolder` reads them: the middle squ
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -139,6 +140,8 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, help="for a checkpoint that does not say it")
     parser.add_argument("--json", action="store_true", help="one object a line")
     arguments = parser.parse_intermixed_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         predictor = load(arguments.model, arguments.image_size)
         paths, images, errors = read(arguments.images, predictor.image_size)

@@ -1,10 +1,10 @@
 """Put a ready parameter file in place: `make preset NAME=cifar10_resnet32`."""
 
 import argparse
-import shutil
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.files import write_atomically
 from pipeline.params import load
 
 PRESETS = Path("presets")
@@ -15,23 +15,32 @@ def use(name: str) -> None:
     """Copy a preset to params.yaml.
 
     Raises:
-        SystemExit: there is no such preset, or params.yaml holds changes that are in no preset.
+        SystemExit: there is no such preset, params.yaml holds changes that are in no preset, or a file
+            can't be read or written.
     """
-    known = sorted(path.stem for path in PRESETS.glob("*.yaml"))
-    if name not in known:
-        raise SystemExit(f"error: NAME={name}: there is no such preset; choose {', '.join(known)}")
-    presets = {path.read_bytes() for path in PRESETS.glob("*.yaml")}
-    if PARAMS.exists() and PARAMS.read_bytes() not in presets:
-        raise SystemExit(
-            f"error: {PARAMS} was changed and would be lost; keep it (`cp params.yaml "
-            "presets/mine.yaml`) or give it up (`rm params.yaml`), then repeat"
-        )
     try:
-        load(PRESETS / f"{name}.yaml")
+        _use(name)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
-    shutil.copyfile(PRESETS / f"{name}.yaml", PARAMS)
+    except OSError as error:
+        raise SystemExit(
+            f"error: {error.filename}: {error.strerror}; mend that and repeat, nothing was changed"
+        ) from None
     print(f"{PARAMS} is now {name}; run `dvc repro`")
+
+
+def _use(name: str) -> None:
+    known = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    if name not in known:
+        raise UserError(f"NAME={name}: there is no such preset; choose {', '.join(known)}")
+    presets = {path.read_bytes() for path in PRESETS.glob("*.yaml")}
+    if PARAMS.exists() and PARAMS.read_bytes() not in presets:
+        raise UserError(
+            f"{PARAMS} was changed and would be lost; keep it (`cp params.yaml "
+            "presets/mine.yaml`) or give it up (`rm params.yaml`), then repeat"
+        )
+    load(PRESETS / f"{name}.yaml")
+    write_atomically(PARAMS, (PRESETS / f"{name}.yaml").read_bytes())
 
 
 if __name__ == "__main__":

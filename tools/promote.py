@@ -9,7 +9,7 @@ import sys
 
 from pipeline.errors import UserError
 from pipeline.tracking.models import ALIAS, NAME, Promotion, promote
-from pipeline.tracking.store import store_uri
+from pipeline.tracking.store import shown_uri
 
 
 def describe(made: Promotion) -> str:
@@ -40,7 +40,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except Exception as error:  # whatever the store's library raises
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        sys.exit(f"error: {store_uri()} can't be used ({first}); start it, or set MLFLOW_TRACKING_URI")
+        sys.exit(f"error: {shown_uri()} can't be used ({first}); start it, or set MLFLOW_TRACKING_URI")
     print(describe(made))
 
 

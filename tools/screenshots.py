@@ -24,7 +24,7 @@ import aiohttp
 
 from pipeline.resume import project_root
 from pipeline.tracking import overview
-from pipeline.tracking.store import HOST, store_uri
+from pipeline.tracking.store import HOST, shown_uri, store_uri
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 QUIET = (
@@ -67,7 +67,7 @@ def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
     raise SystemExit(
-        f"error: the MLflow UI does not answer; try `mlflow ui --backend-store-uri {store_uri()}`"
+        f"error: the MLflow UI does not answer; try `mlflow ui --backend-store-uri {shown_uri()}`"
     )
 
 

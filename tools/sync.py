@@ -15,14 +15,17 @@ from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
+from pipeline.errors import UserError
 from pipeline.locks import alone
 from pipeline.resume import project_root
 from pipeline.tracking import overview, parents, records
+from pipeline.tracking.reach import patience, quietly, reason
 from pipeline.tracking.records import Record, RecordError
 from pipeline.tracking.runs import TAG_KEY, baseline_commit, end_orphans
-from pipeline.tracking.store import is_off, store, store_uri
+from pipeline.tracking.store import is_off, shown_uri, store
 
 LOCK = Path(".dvc/tmp/blockdrop-sync.lock")
+PATIENCE = 30.0  # seconds for a call, twice: longer than a stage's, because models are uploaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,20 +112,21 @@ def sync(root: Path) -> str | None:
 def usable_store() -> Iterator[None]:
     """End in one line, not in a traceback, when the store can't be used."""
     try:
-        yield
-    except (
-        Exception
-    ) as error:  # whatever its library raises; metrics/ and plots/ hold what is to be logged
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(
-            f"error: {store_uri()} can't be used ({first}); start it, then `make sync`", file=sys.stderr
-        )
+        with patience(PATIENCE, retries=1), quietly():
+            yield
+    except Exception as error:  # whatever its library raises; what is to be logged lies in files
+        message = f"error: {shown_uri()} can't be used ({reason(error)}); start it, then `make sync`"
+        print(message, file=sys.stderr)
         sys.exit(1)
 
 
 def main() -> None:
     """Sync, then show what there is and where to look at it."""
-    if is_off():
+    try:
+        off = is_off()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    if off:
         print("BLOCKDROP_TRACKING=off: nothing is logged")
         return
     with usable_store():

@@ -1,30 +1,68 @@
-"""Open the MLflow UI on this machine alone: `make ui`. Everything that DVC knows is logged first."""
+"""Open the MLflow UI, on this machine alone: `make ui`. Everything that DVC knows is logged first."""
 
 import argparse
 import contextlib
+import os
+import socket
 import subprocess
+import sys
 
+from pipeline.errors import UserError
 from pipeline.resume import project_root
 from pipeline.tracking import overview
 from pipeline.tracking.store import HOST, PORT, store_uri
 from tools.sync import sync, usable_store
 
 
+def require_free(host: str, port: int) -> None:
+    """Find out before the sync that the UI can't be served there.
+
+    Raises:
+        UserError: the port is taken, or the host is none of this machine's.
+    """
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
+            tried.bind(place)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"the UI can't be served on {host}, port {port} ({reason}); is it served already? else "
+            "`make ui PORT=5001` takes another port, `--host` another address"
+        ) from None
+
+
 def main() -> None:
     """Print the links that show the runs, then serve until Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=PORT)
-    port = parser.parse_args().port
+    parser.add_argument(
+        "--host",
+        default=HOST,
+        help=f"address to listen on ({HOST}: this machine alone); there is no password, so see "
+        "the README before you name another",
+    )
+    arguments = parser.parse_args()
     uri = store_uri()
+    served_elsewhere = uri.startswith("http")
+    if not served_elsewhere:
+        try:
+            require_free(arguments.host, arguments.port)
+        except UserError as error:
+            sys.exit(f"error: {error}")
     with usable_store():
         own = sync(project_root()) or ""
-        if uri.startswith("http"):
-            overview.say(own)
-            return
-        overview.say(own, address=f"http://{HOST}:{port}")
-    command = ["mlflow", "ui", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]
+        address = None if served_elsewhere else f"http://{arguments.host}:{arguments.port}"
+        overview.say(own, address=address)
+    if served_elsewhere:
+        return
+    command = ["mlflow", "ui", "--host", arguments.host, "--port", str(arguments.port)]
+    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": uri}  # may hold a password: not for `ps`
     with contextlib.suppress(KeyboardInterrupt):
-        subprocess.run(command, check=True, cwd=project_root())
+        subprocess.run(command, check=True, cwd=project_root(), env=environment)
 
 
 if __name__ == "__main__":

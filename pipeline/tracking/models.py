@@ -25,8 +25,9 @@ from pipeline import checkpoint
 from pipeline.checkpoint import WEIGHTS, Checkpoint
 from pipeline.errors import UserError
 from pipeline.predictor import image_size_of
+from pipeline.tracking.reach import reason
 from pipeline.tracking.runs import TAG_ROLE
-from pipeline.tracking.store import store, store_uri
+from pipeline.tracking.store import shown_uri, store, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -168,7 +169,7 @@ def fetched(uri: str) -> Iterator[Path]:
             location = _location(client, uri)
     except MlflowException as error:
         raise ModelError(
-            f"{uri} is not in {store_uri()} ({_first_line(error)}); write models:/NAME@ALIAS, "
+            f"{uri} is not in {shown_uri()} ({reason(error)}); write models:/NAME@ALIAS, "
             "models:/NAME/VERSION or models:/m-ID (`python -m tools.promote` registers models), or set "
             "MLFLOW_TRACKING_URI to the store that has it"
         ) from None
@@ -182,7 +183,7 @@ def fetched(uri: str) -> Iterator[Path]:
                 )
         except (MlflowException, OSError) as error:
             raise ModelError(
-                f"{uri} holds no artifacts/{ARTIFACT} that can be read ({_first_line(error)}); take a "
+                f"{uri} holds no artifacts/{ARTIFACT} that can be read ({reason(error)}); take a "
                 "model that this pipeline has logged, or log it anew with `make sync`"
             ) from None
         yield Path(path)
@@ -380,9 +381,7 @@ def _point_at(
         previous = client.get_registered_model(name).aliases.get(alias)
         client.set_registered_model_alias(name, alias, version)
     except MlflowException as error:
-        raise ModelError(
-            f"MLflow refuses {name}@{alias} ({_first_line(error)}); take other names"
-        ) from None
+        raise ModelError(f"MLflow refuses {name}@{alias} ({reason(error)}); take other names") from None
     return int(version), None if previous is None else int(previous)
 
 
@@ -429,7 +428,3 @@ def _location(client: "MlflowClient", uri: str) -> str:
     else:
         name, _, version = rest.partition("/")
     return str(client.get_model_version_download_uri(name, version))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,21 +1,24 @@
 """The parent run of an experiment, completed from its record: the run that people compare.
 
-Idempotent: what is there already is not logged again.
+Idempotent: what is there already is not logged again. Runs of trainings under it that lost MLflow on
+their way are completed too.
 """
 
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.tracking import models
-from pipeline.tracking.records import MODEL, PREPARED, Record
+from pipeline.tracking.records import MODEL, PREPARED, Curve, Record
 from pipeline.tracking.runs import (
     TAG_KEY,
+    TAG_PARENT,
     TAG_ROLE,
+    TAG_STAGE,
     as_metrics,
     find_parent,
     make_parent,
@@ -25,7 +28,7 @@ from pipeline.tracking.store import store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Metric, Run
 
 TAG_FINGERPRINT = "blockdrop.fingerprint"
 TAG_LOGGED = "blockdrop.logged"  # digest of what was logged, by kind, so that it is logged once
@@ -56,8 +59,11 @@ def complete(record: Record, *, finish: bool) -> str:
     _log_artifacts(client, run, record)
     _log_model(client, run, record)
     _set_tags(client, run, record)
-    if finish and run.info.status != "FINISHED":
-        client.set_terminated(run_id, "FINISHED")
+    if finish:
+        for child in _newest_of_trainings(client, run, record):
+            _complete_training(client, child, record)
+        if run.info.status != "FINISHED":
+            client.set_terminated(run_id, "FINISHED")
     return run_id
 
 
@@ -124,10 +130,52 @@ def _log_metrics(client: "MlflowClient", run: "Run", record: Record) -> None:
     changed = {k: v for k, v in record.metrics.items() if run.data.metrics.get(k) != v}
     metrics = as_metrics(changed)
     with _once(client, run, "curves", json.dumps(record.curves)) as wanted:
-        for name, points in record.curves.items() if wanted else ():
-            for epoch, value in points:
-                metrics += as_metrics({name: value}, epoch)
+        if wanted:
+            metrics += _lacking(client, run, record.curves)
         client.log_batch(run.info.run_id, metrics=metrics)
+
+
+def _lacking(client: "MlflowClient", run: "Run", curves: Mapping[str, Curve]) -> "list[Metric]":
+    """The points that the run has not got: an attempt before may have logged some of them."""
+    metrics = []
+    for name, points in curves.items():
+        known = _points(client, run, name) if name in run.data.metrics else set()
+        for step, value in points:
+            metrics += [] if (step, value) in known else as_metrics({name: value}, step)
+    return metrics
+
+
+def _points(client: "MlflowClient", run: "Run", name: str) -> set[tuple[int, float]]:
+    return {(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)}
+
+
+def _newest_of_trainings(client: "MlflowClient", run: "Run", record: Record) -> "list[Run]":
+    """For each training under the experiment its newest run, unless that is going on."""
+    wanted = f"tags.`{TAG_PARENT}` = '{run.info.run_id}'"
+    order = ["attributes.start_time ASC"]
+    found = client.search_runs([run.info.experiment_id], wanted, order_by=order)
+    newest = {child.data.tags.get(TAG_STAGE): child for child in found}
+    trainings = sorted({name.split("/")[0] for name in record.curves} & set(newest))
+    return [newest[name] for name in trainings if newest[name].info.status != "RUNNING"]
+
+
+def _complete_training(client: "MlflowClient", run: "Run", record: Record) -> None:
+    """Log what a training's run lacks and end it as FINISHED, when MLflow was away at its end.
+
+    Points are logged in their order, so a run that has the last epoch has all. One that learnt otherwise
+    than the record says is of another attempt, and is left.
+    """
+    prefix = run.data.tags[TAG_STAGE] + "/"
+    curves = {k.removeprefix(prefix): v for k, v in record.curves.items() if k.startswith(prefix)}
+    epochs = [epoch for epoch, _ in next(iter(curves.values()))]
+    if run.info.status == "FINISHED" and run.data.metrics.get("epoch") == epochs[-1]:
+        return
+    curves["epoch"] = [(epoch, float(epoch)) for epoch in epochs]
+    for name in curves.keys() & run.data.metrics.keys():
+        if not _points(client, run, name) <= set(curves[name]):
+            return
+    client.log_batch(run.info.run_id, metrics=_lacking(client, run, curves))
+    client.set_terminated(run.info.run_id, "FINISHED", run.info.end_time)
 
 
 def _log_dataset(client: "MlflowClient", run: "Run", record: Record) -> None:

@@ -50,7 +50,7 @@ class Record:
         revision: the commit that holds it; empty for the work tree.
         params: every parameter as text, flat.
         metrics: those of all stages, flat.
-        curves: of every training stage, (epoch, value) under stage/metric.
+        curves: of every training, (epoch, value) under name/metric, the name being pretrain, sole-20 ...
         outs: DVC's digest (md5) of what each stage wrote, by path.
         files: where to read more, with paths relative to the project.
     """
@@ -148,7 +148,7 @@ def read(
         revision=revision,
         params=params,
         metrics=_metrics(files),
-        curves=_curves(files),
+        curves=_curves(files, values),
         outs=outs,
         files=files,
     )
@@ -192,15 +192,25 @@ def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield name, float(value)
 
 
-def _curves(files: AbstractFileSystem) -> dict[str, Curve]:
+def _curves(files: AbstractFileSystem, values: Mapping[str, Any]) -> dict[str, Curve]:
     found: dict[str, Curve] = {}
-    for stage in TRAININGS:
-        text = (_read(files, f"plots/{stage}.csv") or b"").decode()
+    for training, path in _trainings(values).items():
+        text = (_read(files, path) or b"").decode()
         for row in csv.DictReader(io.StringIO(text)):
             epoch = int(float(row.pop("epoch")))
             for name, value in row.items():
-                found.setdefault(f"{stage}/{name}", []).append((epoch, float(value)))
+                found.setdefault(f"{training}/{name}", []).append((epoch, float(value)))
     return found
+
+
+def _trainings(values: Mapping[str, Any]) -> dict[str, str]:
+    """Their learning curves' files, by the name that a training's run has."""
+    sole, static = (values.get(stage) or {} for stage in ("sole", "static"))
+    items = [("sole", str(depth)) for depth in sole.get("depths") or ()]
+    rules, kepts = (static.get(name) or () for name in ("rules", "kept"))
+    items += [("static", f"{rule}-{kept}") for rule in rules for kept in kepts]
+    found = {stage: f"plots/{stage}.csv" for stage in TRAININGS}
+    return found | {f"{stage}-{item}": f"plots/{stage}/{item}.csv" for stage, item in items}
 
 
 def _yaml(files: AbstractFileSystem, path: str) -> dict[str, Any]:

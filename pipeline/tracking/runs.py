@@ -1,8 +1,8 @@
 """Runs in MLflow: one for each stage that runs, under one parent for each DVC experiment.
 
 Nothing that is logged changes a result, so no stage depends on this folder. Training never fails because
-of it: when MLflow is away, that is said once, and `make sync` logs later what the files in metrics/ and
-plots/ hold.
+of it, unless the user wants that (reach.py): when MLflow is away, that is said once, what could not be
+logged waits and is tried again, and `make sync` logs later what the files in metrics/ and plots/ hold.
 """
 
 import getpass
@@ -11,8 +11,9 @@ import math
 import os
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,50 +22,130 @@ import psutil
 import yaml
 
 from pipeline import params as parameters
-from pipeline.tracking.store import is_off, say_once, store
+from pipeline.tracking.reach import (
+    OFF,
+    SQLITE,
+    STRICT,
+    Bounded,
+    TrackingError,
+    mode,
+    patience,
+    quietly,
+    reason,
+    require_usable,
+)
+from pipeline.tracking.store import say_once, shown_uri, store, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, Param, Run
 
 TAG_KEY = "blockdrop.key"
 TAG_ROLE = "blockdrop.role"
 TAG_STAGE = "blockdrop.stage"
 TAG_PROCESS = "blockdrop.process"
 TAG_PARENT = "mlflow.parentRunId"
-FLUSH_SECONDS = (
-    30.0  # metrics are kept this long at most: a call to the store is a tenth of a short epoch
+# seconds that metrics are kept: a call to the store is a tenth of a short epoch. After a failure they
+# double with each further one, up to LONGEST_WAIT
+FLUSH_SECONDS = 30.0
+LONGEST_WAIT = 600.0
+CALM = 20  # the next attempt waits this many times as long as the last one took: 5 % of a training
+PATIENCE = 10.0  # seconds for a call, and after which an attempt begins no further one
+OPEN_SECONDS = (
+    15.0  # instead for the first attempt: ten calls, and to check a password takes half a second
 )
+SHORT_PATIENCE = 5.0  # where the last attempt failed, or the stage
+LAST_PATIENCE = 2.0  # after Ctrl-C
+END_SECONDS = 30.0  # for what still waits when a stage is done; `make sync` logs the rest
+QUICK = 1.0  # a store that fails within a second is asked to end the run all the same
+BATCH = 1000  # metrics that MLflow takes in one call
 NAMED = 3  # changed parameters in the name of an experiment that DVC gives none
 Point = tuple[str, float, int, int]  # name, value, milliseconds since 1970, step
 TEXT_LIMIT = 6000  # characters of a parameter that MLflow takes
 
 
 class StageRun:
-    """One stage's run; every method is safe to call when there is no MLflow."""
+    """One stage's run; every method is safe to call when there is no MLflow.
 
-    def __init__(self, client: "MlflowClient | None", run_id: str = "", parent_id: str = "") -> None:
-        self._client = client
-        self._closing_client = client  # after a failure nothing more is logged, but runs are still ended
-        self._waiting: list[Point] = []
-        self._flushed = time.monotonic()
-        self.run_id = run_id
-        self.parent_id = parent_id
+    What is to be logged waits here until it is logged, with its own time and step. A point that is sent
+    again, because the answer was lost, is still one point: name, time, step and value are its key in
+    MLflow's SQL store, which passes over those that it has.
+
+    Args:
+        stage: its name.
+        params: all parameters, as `as_texts` gives them.
+        resumed: the run to go on in, where it is still there; epochs that it has are passed over.
+
+    Attributes:
+        run_id: empty until MLflow was reached.
+        parent_id: likewise.
+    """
+
+    def __init__(self, stage: str, params: Mapping[str, str], resumed: str | None = None) -> None:
+        self.run_id = ""
+        self.parent_id = ""
+        self._mode = mode()
+        self._stage = stage
+        self._resumed = resumed
+        self._client: Any = None
+        self._experiment_id = ""
+        self._all_params = params
+        self._params = dict(params)  # these four are what waits
+        self._points: list[Point] = []
+        self._tags: dict[str, str] = {}
+        self._files: list[Path] = []
+        self._began = int(time.time() * 1000)
+        self._failures = 0  # since MLflow answered last
+        self._tried = time.monotonic()
+        self._took = 0.0  # seconds, the last attempt
+        if self._mode != OFF:  # as it is now: a training may log for the first time when it is over
+            self._name, self._baseline = experiment_name(params), baseline_commit()
+            self._origin = origin_tags()
+
+    def open(self) -> None:
+        """Make the run in MLflow, or go on in the resumed one; later, where MLflow is away now.
+
+        Raises:
+            TrackingError: MLflow is away and BLOCKDROP_TRACKING is strict. So do all other methods.
+        """
+        if self._mode != OFF and self._flush(PATIENCE, until=time.monotonic() + OPEN_SECONDS):
+            self._took = 0.0  # paid once
 
     def log_metrics(self, metrics: Mapping[str, float | None], *, step: int = 0) -> None:
         """Numbers under their names; a None (undefined) is left out. Written within `FLUSH_SECONDS`."""
-        if self._client is None:
+        if self._mode == OFF:
             return
         now = int(time.time() * 1000)
-        self._waiting += [
+        self._points += [
             (name, value, now, step) for name, value in metrics.items() if value is not None
         ]
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self._flush()
+        self._flush_when_due()
+
+    def set_tag(self, name: str, value: str) -> None:
+        """A remark on the run, which the UI shows."""
+        if self._mode == OFF:
+            return
+        self._tags[name] = value[:TEXT_LIMIT]
+        self._flush_when_due()
 
     def log_artifact(self, path: Path) -> None:
-        """A file."""
-        self._attempt(lambda client: client.log_artifact(self.run_id, str(path)))
+        """A file; it is read at the end of the stage at the latest."""
+        if self._mode == OFF:
+            return
+        if path.exists():
+            self._files.append(path)
+            self._flush_when_due()
+        else:
+            print(f"{path} is not there, so it is not logged", file=sys.stderr)
+
+    def attempt(self, action: Callable[[], None], *, seconds: float = 30.0) -> None:
+        """Do something else with the store, as safely; nothing, while MLflow is away.
+
+        Args:
+            seconds: for each call.
+        """
+        if self._mode != OFF and not self._failures:
+            self._attempt(action, seconds)
 
     def finish(self, status: str) -> None:
         """End the run and its parent as FINISHED, FAILED or KILLED.
@@ -72,32 +153,166 @@ class StageRun:
         A stage that finished takes the place of its earlier runs in the same experiment; those are
         deleted as MLflow deletes, so that they can be restored.
         """
-        self._flush()
-        if self._closing_client is None:
+        if self._mode == OFF:
             return
+        if status != "FINISHED" and self._mode == STRICT:
+            self._mode = ""  # an error is under way: no other one in its place
+        seconds, until = self._last_limits(status)
+        if self.run_id or status != "KILLED":  # no run is begun after Ctrl-C
+            self._flush(seconds, until=until, always=status == "KILLED")
+        if self._points and not self._failures:
+            print(f"MLflow is slow: {len(self._points)} points are left to `make sync`", file=sys.stderr)
+        if self.run_id and (not self._failures or self._took < QUICK):
+            client = Bounded(self._client, until)
+            self._attempt(lambda: self._end(client, status), seconds, always=status == "KILLED")
+
+    def _last_limits(self, status: str) -> tuple[float, float]:
+        """Seconds for a call, and when the last one may begin."""
+        now = time.monotonic()
+        if status == "KILLED":
+            return LAST_PATIENCE, now + LAST_PATIENCE
+        if status == "FAILED":
+            return SHORT_PATIENCE, now + SHORT_PATIENCE
+        until = math.inf if self._mode == STRICT else now + END_SECONDS
+        return SHORT_PATIENCE if self._failures else PATIENCE, until
+
+    def _flush_when_due(self) -> None:
+        wait = min(FLUSH_SECONDS * 2 ** min(max(self._failures - 1, 0), 10), LONGEST_WAIT)
+        if time.monotonic() - self._tried > max(wait, CALM * self._took):
+            self._flush(SHORT_PATIENCE if self._failures else PATIENCE)
+
+    def _flush(self, seconds: float, *, until: float = 0.0, always: bool = False) -> bool:
+        """Log what waits, as far as the time goes; whether MLflow was there."""
+        failed_before = self._failures > 0
+        until = until or time.monotonic() + seconds
+        if not self._attempt(lambda: self._log_waiting(until), seconds, always=always):
+            return False
+        self._failures = 0
+        if failed_before:
+            rest = f"{len(self._points)} points still wait" if self._points else "what waited is logged"
+            print(f"MLflow is back; {rest}", file=sys.stderr)
+        return True
+
+    def _attempt(self, action: Callable[[], None], seconds: float, *, always: bool = False) -> bool:
+        began, outer = time.monotonic(), sys.exception()
         try:
-            for run_id in (self.run_id, self.parent_id):
-                self._closing_client.set_terminated(run_id, status)
-            if status == "FINISHED":
-                _replace_earlier(self._closing_client, self.run_id, self.parent_id)
+            with patience(seconds, always=always), quietly():
+                if self._client is not None:  # else store() does it, when other processes are done
+                    require_usable(store_uri(), seconds=seconds)
+                action()
         except Exception as error:  # a store, a network, a server: none may stop a training
-            if self._client is not None:  # else it was said
-                say_once(error)
+            self._failed(error, outer)
+            return False
+        finally:
+            self._tried = time.monotonic()
+            self._took = self._tried - began
+        return True
 
-    def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        self._flushed = time.monotonic()
-        if waiting:
-            self._attempt(lambda client: client.log_batch(self.run_id, metrics=_made(waiting)))
+    def _failed(self, error: Exception, outer: BaseException | None) -> None:
+        self._failures += 1
+        if self._mode == STRICT:
+            remedy = "free or mend the file" if shown_uri().startswith(SQLITE) else "start the server"
+            raise TrackingError(
+                f"MLflow at {shown_uri()} can't be reached ({reason(error, outer)}) and "
+                f"BLOCKDROP_TRACKING is strict; {remedy}, or unset BLOCKDROP_TRACKING to go on "
+                "without it"
+            ) from None
+        if self._failures == 1:
+            say_once(error, outer)
 
-    def _attempt(self, action: Any) -> None:
+    def _log_waiting(self, until: float) -> None:
+        """Each thing is forgotten when it is logged, so that what a failure leaves is tried again."""
+        client = self._join(until)
+        if self._params:
+            client.log_batch(self.run_id, params=_made_params(self._params))
+            self._params = {}
+        if self._points and self._resumed == self.run_id:
+            self._pass_over_known(client)
+        while self._points and client.has_time():
+            client.log_batch(self.run_id, metrics=_made(self._points[:BATCH]))
+            del self._points[:BATCH]
+        while self._tags and client.has_time():
+            name = next(iter(self._tags))
+            client.set_tag(self.run_id, name, self._tags[name])
+            del self._tags[name]
+        while self._files and client.has_time():
+            if self._files[0].exists():
+                client.log_artifact(self.run_id, str(self._files[0]))
+            del self._files[0]
+
+    def _join(self, until: float) -> Bounded:
+        """A client for this attempt; what earlier ones have not made yet of parent and run is made."""
         if self._client is None:
-            return
-        try:
-            action(self._client)
-        except Exception as error:  # a store, a network, a server: none may stop a training
-            self._client = None
-            say_once(error)
+            lock_patience = LAST_PATIENCE if self._failures else None
+            asked = time.monotonic()
+            with store(patience=lock_patience) as (client, self._experiment_id):
+                if store_uri().startswith(SQLITE):  # others set up a fresh one, or we do: seconds
+                    until += time.monotonic() - asked
+                bounded: Any = Bounded(client, until)
+                self.parent_id = make_parent(
+                    bounded,
+                    self._experiment_id,
+                    name=self._name,
+                    baseline=self._baseline,
+                    params=self._all_params,
+                    tags=self._origin,
+                )
+                bounded.set_tag(self.parent_id, TAG_PROCESS, _this_process())
+                bounded.update_run(self.parent_id, status="RUNNING")
+            self._client = client
+        bounded = Bounded(self._client, until)
+        if not self.run_id:
+            self.run_id = self._resume(bounded) or self._begin(bounded)
+            if bounded.has_time():
+                end_orphans(bounded, self._experiment_id)
+        return bounded
+
+    def _resume(self, client: Any) -> str:
+        """The id of the run that is resumed, if it is there."""
+        run = _active_run(client, self._resumed) if self._resumed else None
+        if run is None:
+            return ""
+        client.set_tag(self._resumed, TAG_PARENT, self.parent_id)  # a repeated experiment has a new name
+        client.set_tag(self._resumed, TAG_PROCESS, _this_process())
+        client.update_run(self._resumed, status="RUNNING")
+        known = run.data.params  # MLflow refuses to change one
+        self._params = {name: text for name, text in self._params.items() if name not in known}
+        return str(self._resumed)
+
+    def _pass_over_known(self, client: Any) -> None:
+        """Drop the points of epochs that the resumed run has already; a training hands in all again.
+
+        Points are logged in their order, so the last metric of an epoch stands for all of it.
+        """
+        name = next((name for name, _, _, step in reversed(self._points) if step > 0), None)
+        if name is not None:
+            known = max((point.step for point in client.get_metric_history(self.run_id, name)), default=0)
+            self._points = [point for point in self._points if not 0 < point[3] <= known]
+            self._resumed = None
+
+    def _begin(self, client: Any) -> str:
+        """The id of a new run, or of the one that an attempt began whose answer was lost."""
+        tags = {
+            TAG_PARENT: self.parent_id,
+            TAG_ROLE: "stage",
+            TAG_STAGE: self._stage,
+            TAG_PROCESS: _this_process(),
+        }
+        wanted = " and ".join(f"tags.`{tag}` = '{text}'" for tag, text in tags.items())
+        found = client.search_runs([self._experiment_id], wanted) if self._failures else []
+        begun = [run.info.run_id for run in found if run.info.start_time == self._began]
+        if begun:
+            return str(begun[0])
+        made = client.create_run(
+            self._experiment_id, start_time=self._began, tags=tags, run_name=self._stage
+        )
+        return str(made.info.run_id)
+
+    def _end(self, client: Any, status: str) -> None:
+        for run_id in (self.run_id, self.parent_id):
+            client.set_terminated(run_id, status)
+        if status == "FINISHED":
+            _replace_earlier(client, self.run_id, self.parent_id)
 
 
 @contextmanager
@@ -109,9 +324,14 @@ def stage_run(
     Args:
         params: all parameters, flat.
         resumed: the run that an interrupted training of this stage had, to go on in it.
+
+    Raises:
+        TrackingError: MLflow is away and BLOCKDROP_TRACKING is strict.
+        UserError: BLOCKDROP_TRACKING says what it can't.
     """
-    run = _open(stage, as_texts(params), resumed)
+    run = StageRun(stage, as_texts(params), resumed)
     try:
+        run.open()
         yield run
     except (KeyboardInterrupt, SystemExit):
         run.finish("KILLED")
@@ -160,9 +380,8 @@ def as_metrics(metrics: Mapping[str, float | None], step: int = 0) -> "list[Metr
 
 def find_parent(client: "MlflowClient", experiment_id: str, key: str) -> str | None:
     """The id of the parent run with this key."""
-    wanted = f"tags.`{TAG_KEY}` = '{key}' and tags.`{TAG_ROLE}` = 'parent'"
-    found = client.search_runs([experiment_id], filter_string=wanted, max_results=1)
-    return str(found[0].info.run_id) if found else None
+    found = _parent_of(client, experiment_id, key)
+    return None if found is None else str(found.info.run_id)
 
 
 def make_parent(
@@ -175,12 +394,11 @@ def make_parent(
     tags: Mapping[str, str],
 ) -> str:
     """The id of the experiment's parent run, made when it isn't there. Call it within `store()`."""
-    from mlflow.entities import Param
-
     key = experiment_key(name, baseline, params)
-    found = find_parent(client, experiment_id, key)
+    found = _parent_of(client, experiment_id, key)
     if found is not None:
-        return found
+        _log_params(client, found, params)
+        return str(found.info.run_id)
     own = {
         TAG_KEY: key,
         TAG_ROLE: "parent",
@@ -191,7 +409,7 @@ def make_parent(
     }
     own = {tag: text for tag, text in (own | dict(tags)).items() if text}
     run = client.create_run(experiment_id, tags=own, run_name=name)
-    client.log_batch(run.info.run_id, params=[Param(*item) for item in params.items()])
+    _log_params(client, run, params)
     return str(run.info.run_id)
 
 
@@ -250,6 +468,24 @@ def _made(points: list[Point]) -> "list[Metric]":
     return [Metric(*point) for point in points]
 
 
+def _made_params(params: Mapping[str, str]) -> "list[Param]":
+    from mlflow.entities import Param
+
+    return [Param(*item) for item in params.items()]
+
+
+def _log_params(client: "MlflowClient", run: "Run", params: Mapping[str, str]) -> None:
+    """Those that the run lacks: all of a new one's, and what a store that went away did not take."""
+    lacking = {name: text for name, text in params.items() if name not in run.data.params}
+    client.log_batch(run.info.run_id, params=_made_params(lacking))
+
+
+def _parent_of(client: "MlflowClient", experiment_id: str, key: str) -> "Run | None":
+    wanted = f"tags.`{TAG_KEY}` = '{key}' and tags.`{TAG_ROLE}` = 'parent'"
+    found = client.search_runs([experiment_id], filter_string=wanted, max_results=1)
+    return found[0] if found else None
+
+
 def _as_text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
@@ -259,50 +495,6 @@ def _as_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_as_text, value))}]"
     return str(value)
-
-
-def _open(stage: str, params: Mapping[str, str], resumed: str | None) -> StageRun:
-    if is_off():
-        return StageRun(None)
-    try:
-        with store() as (client, experiment_id):
-            parent_id = make_parent(
-                client,
-                experiment_id,
-                name=experiment_name(params),
-                baseline=baseline_commit(),
-                params=params,
-                tags=origin_tags(),
-            )
-            client.set_tag(parent_id, TAG_PROCESS, _this_process())
-            client.update_run(parent_id, status="RUNNING")
-        end_orphans(client, experiment_id)
-        if resumed and _is_there(client, resumed):
-            client.set_tag(resumed, TAG_PARENT, parent_id)  # a repeated experiment has a new name
-            client.set_tag(resumed, TAG_PROCESS, _this_process())
-            client.update_run(resumed, status="RUNNING")
-            return StageRun(client, resumed, parent_id)
-        run_id = _make_child(client, experiment_id, parent_id, stage, params)
-        return StageRun(client, run_id, parent_id)
-    except Exception as error:  # see StageRun._attempt
-        say_once(error)
-        return StageRun(None)
-
-
-def _make_child(
-    client: "MlflowClient", experiment_id: str, parent_id: str, stage: str, params: Mapping[str, str]
-) -> str:
-    from mlflow.entities import Param
-
-    tags = {
-        TAG_PARENT: parent_id,
-        TAG_ROLE: "stage",
-        TAG_STAGE: stage,
-        TAG_PROCESS: _this_process(),
-    }
-    run_id = str(client.create_run(experiment_id, tags=tags, run_name=stage).info.run_id)
-    client.log_batch(run_id, params=[Param(*item) for item in params.items()])
-    return run_id
 
 
 def _replace_earlier(client: "MlflowClient", run_id: str, parent_id: str) -> None:
@@ -331,10 +523,14 @@ def _is_alive(process: str) -> bool:
         return False
 
 
-def _is_there(client: "MlflowClient", run_id: str) -> bool:
+def _active_run(client: "MlflowClient", run_id: str) -> "Run | None":
+    """The run, unless it was deleted or is another store's, which the interrupted training logged to."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException:  # another store than the one that the interrupted training logged to
-        return False
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise  # the store is away: it may be there
+        return None
+    return run if run.info.lifecycle_stage == "active" else None

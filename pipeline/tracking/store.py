@@ -1,7 +1,7 @@
 """The MLflow store: where it is, one process at a time while it is set up, and links into its UI.
 
-`BLOCKDROP_TRACKING=off` logs nothing; MLFLOW_TRACKING_URI names another store; otherwise it is mlflow.db
-in the main checkout, also for what runs in a temporary one.
+`BLOCKDROP_TRACKING=off` logs nothing, `strict` lets no stage go on without it; MLFLOW_TRACKING_URI names
+another store; otherwise it is mlflow.db in the main checkout, also for what runs in a temporary one.
 """
 
 import json
@@ -10,23 +10,27 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from pipeline.resume import project_root
+from pipeline.tracking.reach import OFF, masked, mode, reason, require_usable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "blockdrop"
-OFF_VARIABLE = "BLOCKDROP_TRACKING"
-LOCK_PATIENCE = 120  # seconds to wait for another process that sets up the store
+LOCK_PATIENCE = 60.0  # seconds to wait for another process that sets up the store
 HOST = "127.0.0.1"  # of the UI that `make ui` starts
 PORT = 5000
 
 
 def is_off() -> bool:
-    """Whether the user wants nothing logged."""
-    return os.environ.get(OFF_VARIABLE) == "off"
+    """Whether the user wants nothing logged.
+
+    Raises:
+        UserError: BLOCKDROP_TRACKING says what it can't.
+    """
+    return mode() == OFF
 
 
 def store_uri() -> str:
@@ -34,15 +38,25 @@ def store_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root() / 'mlflow.db'}"
 
 
+def shown_uri() -> str:
+    """The same, to be printed: without passwords."""
+    return masked(store_uri())
+
+
 @contextmanager
-def store() -> "Iterator[tuple[MlflowClient, str]]":
-    """A client and our experiment's id, held alone: processes that open a fresh store at once crash."""
+def store(*, patience: float | None = None) -> "Iterator[tuple[MlflowClient, str]]":
+    """A client and our experiment's id, held alone: processes that open a fresh store at once crash.
+
+    Args:
+        patience: seconds to wait for another process; None: LOCK_PATIENCE.
+    """
     from filelock import FileLock
     from mlflow import MlflowClient
 
     folder = project_root() / ".dvc" / "tmp"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "mlflow.lock", timeout=LOCK_PATIENCE):
+    with FileLock(folder / "mlflow.lock", timeout=LOCK_PATIENCE if patience is None else patience):
+        require_usable(store_uri(), seconds=patience)
         client = MlflowClient(tracking_uri=store_uri())
         yield client, _experiment(client)
 
@@ -53,12 +67,11 @@ def experiment_id() -> str:
         return found
 
 
-def say_once(error: Exception) -> None:
-    """One line on a store that can't be used."""
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def say_once(error: Exception, outer: BaseException | None = None) -> None:
+    """One line on a store that can't be used; `outer` as in `reason`."""
     print(
-        f"MLflow can't be reached ({first}); going on without it, metrics are in metrics/ and plots/; "
-        "`make sync` logs them later",
+        f"MLflow can't be reached ({reason(error, outer)}); going on without it, metrics are in "
+        "metrics/ and plots/; `make sync` logs later what it misses",
         file=sys.stderr,
     )
 
@@ -66,7 +79,10 @@ def say_once(error: Exception) -> None:
 def ui_address() -> str:
     """The server that MLFLOW_TRACKING_URI names, or the one that `make ui` starts."""
     uri = store_uri()
-    return uri.rstrip("/") if uri.startswith("http") else f"http://{HOST}:{PORT}"
+    if not uri.startswith("http"):
+        return f"http://{HOST}:{PORT}"
+    parts = urlsplit(uri)  # a link has no user and password in it
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
 
 
 def runs_page(experiment: str) -> str:

@@ -1,0 +1,45 @@
+"""What the tests of bad input share: limits on time and memory, and settings of the fuzzers."""
+
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+from hypothesis import HealthCheck, settings
+
+MOST_WORDS = 5000  # characters of an error's message, whatever was wrong
+
+
+def fuzz(examples: int) -> settings:
+    """The same examples in every run, so that CI does not fail by chance."""
+    return settings(
+        max_examples=examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+
+
+@contextmanager
+def bounded(*, seconds: float = 20, megabytes: int = 300) -> Iterator[None]:
+    """End in an error of the test what takes more time, or more memory than there is already."""
+
+    def stop(_number: int, _frame: object) -> None:
+        raise AssertionError(f"took over {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if sys.platform == "linux":
+        resource.setrlimit(
+            resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (megabytes << 20), hard)
+        )
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,94 @@
+"""Several DVC processes at once, and one beside a stage that another has left behind."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from repository_copy import TINY, Copy, environment, make_copy, ran
+
+pytestmark = pytest.mark.e2e
+GAMMAS = (1, 2, 5, 10)
+LONG = {"pretrain": {"epochs": 40}, "curriculum": {"epochs": 4}, "finetune": {"epochs": 3}}
+
+
+@pytest.fixture
+def copy(tmp_path) -> Copy:
+    return make_copy(tmp_path, changes=TINY | LONG)
+
+
+def start(copy: Copy, *command: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command, cwd=copy.folder, env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_training(copy: Copy, stage: str) -> bool:
+    return any(re.fullmatch(rf"{stage}-\w+\.pt", p.name) for p in (copy.folder / ".resume").glob("*"))
+
+
+def test_of_two_repros_one_runs_and_the_other_is_told_who_does(copy):
+    first = start(copy, "dvc", "repro", "pretrain")
+    wait_for(lambda: is_training(copy, "pretrain"))
+    second = copy.run("dvc", "repro", "pretrain", check=False)
+    output, _ = first.communicate(timeout=300)
+    assert first.returncode == 0, output
+    assert "exit 0" not in second
+    assert f"(PID {first.pid})" in second
+    assert "Traceback" not in second
+    assert ran(copy.run("dvc", "repro", "pretrain")) == []
+    assert copy.run("dvc", "status", "pretrain", check=False).startswith("exit 0\nData and pip")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_repro_goes_on_from_a_trainer_whose_dvc_was_killed(number, copy):
+    first = start(copy, "dvc", "repro", "pretrain")
+    wait_for(lambda: is_training(copy, "pretrain"))
+    (trainer,) = psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(number)
+    first.wait()  # else its process id is still there
+    output = copy.run("dvc", "repro", "pretrain")
+    assert "pretrain: resuming after epoch" in output
+    assert not trainer.is_running()
+    outs = copy.outs()
+    again = copy.run(sys.executable, "-m", "stages.pretrain")  # DVC has recorded it: trained anew
+    assert "pretrain epoch 1/40" in again
+    assert copy.outs() == outs
+    assert "up to date" in copy.run("dvc", "status", "pretrain")
+
+
+def logs_of(copy: Copy) -> list[str]:
+    """What every experiment of the queue printed."""
+    folder = copy.folder / ".dvc/tmp/exps/run"
+    return [path.read_text() for path in sorted(Path(folder).rglob("*.out"))]
+
+
+def test_four_queue_workers_on_a_fresh_clone_pretrain_once(copy):
+    for gamma in GAMMAS:
+        copy.run("dvc", "exp", "run", "--queue", "-n", f"g{gamma}", "-S", f"gamma={gamma}", "finetune")
+    copy.run("dvc", "queue", "start", "-j", "4")
+    deadline = time.monotonic() + 600
+    while {"Queued", "Running"} & set((status := copy.run("dvc", "queue", "status")).split()):
+        assert time.monotonic() < deadline, status
+        if "0 active, 0 idle" in status:  # a worker of DVC 3.67 dies now and then
+            copy.run("dvc", "queue", "start", "-j", "4")
+        time.sleep(1)
+    assert "Failed" not in status, "\n".join(logs_of(copy))
+    said = "\n".join(logs_of(copy))
+    assert said.count("pretrain epoch 1/40") == 1, said
+    assert said.count("curriculum epoch 1/4:") == 1, said
+    assert said.count("finetune epoch 1/3") == len(GAMMAS), said
+    shown = copy.run("dvc", "exp", "show", "--csv")
+    assert all(f"g{gamma}," in shown for gamma in GAMMAS)

@@ -1,0 +1,374 @@
+"""Checkpoints of any bytes: networks or one short message, soon, in little memory, nothing run."""
+
+import copy
+import io
+import json
+import os
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import test_legacy
+import torch
+from hostile import MOST_WORDS, bounded, fuzz
+from hypothesis import given
+from hypothesis import strategies as st
+from test_checkpoint import change_tensors, edit, networks, replace_weights
+
+from pipeline import checkpoint, files, legacy
+from pipeline.checkpoint import SIDECAR, WEIGHTS, CheckpointError
+from pipeline.resnet import ResNet
+
+json_values = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.sampled_from([2**31, 2**63, 2**64 - 1, 2**64, -1, 10**400]),
+        st.floats(),
+        st.text(max_size=8),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "model"
+    checkpoint.save(networks(), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def refusal_or_none(load: Callable, path: Path) -> str | None:
+    try:
+        with bounded():
+            load(path)
+    except CheckpointError as error:
+        message = str(error)
+        assert str(path) in message
+        assert len(message) < MOST_WORDS
+        return message
+    return None
+
+
+def refusal(load: Callable, path: Path) -> str:
+    message = refusal_or_none(load, path)
+    assert message is not None
+    return message
+
+
+def damaged(data: st.DataObject, content: bytes) -> bytes:
+    """With some bytes changed, cut off, taken out or put in."""
+    at = data.draw(st.integers(0, len(content) - 1))
+    few = data.draw(st.binary(min_size=1, max_size=8))
+    kind = data.draw(st.sampled_from(["cut", "change", "take", "put", "flip"]))
+    if kind == "flip":
+        few = bytes([content[at] ^ (1 << data.draw(st.integers(0, 7)))])
+    ends = {"cut": len(content), "take": at + len(few), "put": at}
+    middle = few if kind in ("change", "put", "flip") else b""
+    return content[:at] + middle + content[ends.get(kind, at + len(few)) :]
+
+
+# our own
+
+
+@fuzz(60)
+@given(data=st.data(), name=st.sampled_from([WEIGHTS, SIDECAR]))
+def test_damaged_file_of_ours_is_noticed(saved, folder, data, name):
+    before = (saved / name).read_bytes()
+    after = damaged(data, before)
+    (folder / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes())
+    (folder / SIDECAR).write_bytes((saved / SIDECAR).read_bytes())
+    (folder / name).write_bytes(after)
+    found = refusal_or_none(checkpoint.load, folder)
+    assert found or name == SIDECAR or before == after  # a class may be named otherwise, say
+
+
+@fuzz(60)
+@given(data=st.data())
+def test_damaged_weights_with_the_digest_set_right_are_networks_or_refused(saved, folder, data):
+    replace_weights(folder, damaged(data, (saved / WEIGHTS).read_bytes()))
+    refusal_or_none(checkpoint.load, folder)
+
+
+@fuzz(80)
+@given(data=st.data())
+def test_header_of_any_values_is_refused_or_fits(saved, folder, data):
+    content = (saved / WEIGHTS).read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header.pop("__metadata__", None)
+    name = data.draw(st.sampled_from(sorted(header)))
+    key = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", None]))
+    if key is None:
+        header[name] = data.draw(json_values)
+    else:
+        types = st.sampled_from(["F4", "F8_E8M0", "C64", "F16", "BOOL", "I64"])
+        header[name][key] = data.draw(st.one_of(json_values, types) if key == "dtype" else json_values)
+    replace_weights(folder, with_header(json.dumps(header).encode(), content[8 + length :]))
+    refusal_or_none(checkpoint.load, folder)
+
+
+def with_header(header: bytes, content: bytes = b"", length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header + content
+
+
+def one(dtype: str = "F32", shape: tuple[int, ...] = (1,), offsets: tuple[int, int] = (0, 4)) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        with_header(b"{}", length=1 << 60),
+        with_header(json.dumps({"resnet.a": one(), "resnet.b": one()}).encode(), bytes(4)),
+        with_header(json.dumps({"resnet.a": one(shape=(1 << 62, 8))}).encode(), bytes(4)),
+        with_header(json.dumps({"resnet.a": one(shape=(2**64 - 1, 0), offsets=(0, 0))}).encode()),
+        with_header(json.dumps({"resnet.a": one("F4", (8,))}).encode(), bytes(4)),
+        with_header(json.dumps({"resnet.a": one("F8_E8M0", (4,))}).encode(), bytes(4)),
+        with_header(b'{"a":' + b"[" * 100_000),
+    ],
+    ids=["2^60 bytes", "overlap", "overflow", "2^64 by 0", "half bytes", "odd floats", "deep"],
+)
+def test_header_that_lies_is_refused(folder, content):
+    replace_weights(folder, content)
+    assert "is no valid safetensors file" in refusal(checkpoint.load, folder)
+
+
+@fuzz(80)
+@given(data=st.data())
+def test_sidecar_of_any_values_is_refused_or_fits(saved, folder, data):
+    content = json.loads((saved / SIDECAR).read_text(encoding="utf-8"))
+    place = content
+    key = data.draw(st.sampled_from(sorted(content)))
+    if isinstance(content[key], dict) and data.draw(st.booleans()):
+        place = content[key]
+        key = data.draw(st.sampled_from(sorted(place)))
+    place[key] = data.draw(json_values)
+    (folder / SIDECAR).write_text(json.dumps(content), encoding="utf-8")
+    refusal_or_none(checkpoint.load, folder)
+
+
+def test_giant_networks_are_refused_before_they_are_built(tmp_path):
+    checkpoint.save(replace(networks(), policy_net=None), tmp_path)
+    edit(tmp_path, "resnet.width", 4096)
+    edit(tmp_path, "resnet.depth", 200)
+    assert "does not hold the weights" in refusal(checkpoint.load, tmp_path)
+
+
+def test_weights_of_another_digest_take_no_memory(folder):
+    os.truncate(folder / WEIGHTS, 400 << 20)
+    with bounded(megabytes=100), pytest.raises(CheckpointError, match="damaged or of another"):
+        checkpoint.load(folder)
+
+
+def test_huge_sidecar_is_refused_unread(folder):
+    os.truncate(folder / SIDECAR, 100 << 30)
+    assert "it is over 16 MB" in refusal(checkpoint.load, folder)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, SIDECAR])
+def test_pipe_in_place_of_a_file_is_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert "Not a plain file" in refusal(checkpoint.load, folder)
+
+
+def test_key_that_stands_twice_in_the_sidecar_is_refused(folder):
+    text = (folder / SIDECAR).read_text(encoding="utf-8")
+    (folder / SIDECAR).write_text(text.replace('"format": 1', '"format": 1, "format": 1'))
+    assert "'format' stands twice" in refusal(checkpoint.load, folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("normalisation.mean", [1e300, 0.0, 0.0]),
+        ("normalisation.std", [1e-300, 1.0, 1.0]),
+        ("policy_net.input_size", 10**12),
+        ("policy_net.num_blocks", 10**12),
+        ("classes", ["a", "b", "\ud800"]),
+        ("stage", 10**6 * ["x"]),
+    ],
+)
+def test_sidecar_value_out_of_all_bounds_is_named_in_few_words(folder, key, value):
+    edit(folder, key, value)
+    assert f"{SIDECAR}: {key}" in refusal(checkpoint.load, folder)
+
+
+def test_variance_below_zero_is_named(folder):
+    change_tensors(folder, lambda tensors: tensors["resnet.bn1.running_var"].fill_(-1))
+    assert "bn1.running_var holds variances below 0" in refusal(checkpoint.load, folder)
+
+
+def test_name_of_a_million_letters_is_shortened(folder):
+    change_tensors(folder, lambda tensors: tensors.update({"x" * 10**6: torch.zeros(1)}))
+    assert "xxx..." in refusal(checkpoint.load, folder)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_stop_between_the_two_files_is_recognised(folder, tmp_path, monkeypatch, fresh):
+    place = tmp_path / "new" if fresh else folder
+
+    def stop(path, text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_text", stop)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(networks(seed=1), place)
+    expected = f"{SIDECAR} can't be read" if fresh else f"{WEIGHTS} is damaged or of another"
+    assert expected in refusal(checkpoint.load, place)
+
+
+def test_stop_within_a_file_leaves_the_old_checkpoint_whole(folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def stop(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(files.os, "fsync", stop)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(networks(seed=1), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+# the authors'
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return test_legacy.as_layers(ResNet(depth=8, width=2, num_classes=3))
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "ckpt.t7"
+
+
+def write(path: Path, weights: dict, zipped: bool = False) -> Path:
+    torch.save({"state_dict": weights}, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@fuzz(80)
+@given(data=st.data())
+def test_damaged_file_of_the_authors_is_networks_or_refused(path, weights, zipped, data):
+    content = write(path, weights, zipped).read_bytes()
+    path.write_bytes(damaged(data, content))
+    refusal_or_none(legacy.load, path)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("fc.weight", torch.zeros(1, 1).expand(2_000_000_000, 8)),
+        ("conv1.weight", torch.zeros(1, 1, 1, 1).expand(1_000_000, 3, 3, 3)),
+    ],
+    ids=["classes", "width"],
+)
+def test_small_file_that_claims_a_giant_weight_is_refused(path, weights, zipped, name, tensor):
+    write(path, weights | {name: tensor}, zipped)
+    assert "claims more weights than the file has bytes" in refusal(legacy.load, path)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize(
+    ("name", "shape"), [("conv1.weight", (10**9, 0, 3, 3)), ("fc.weight", (10**9, 0))]
+)
+def test_weight_without_numbers_claims_no_giant_network(path, weights, name, shape):
+    write(path, weights | {name: torch.zeros(shape)})
+    assert "has weights of a network of" in refusal(legacy.load, path)
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(3, device="meta"),
+        torch.zeros(3).to_sparse(),
+    ],
+    ids=["without data", "sparse"],
+)
+def test_tensor_of_another_make_is_refused(path, weights, zipped, tensor):
+    write(path, weights | {"fc.bias": tensor}, zipped)
+    assert "holds more than named, plain tensors" in refusal(legacy.load, path)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensor_is_refused(path, weights):
+    nested = torch.nested.nested_tensor([torch.zeros(3)])
+    write(path, weights | {"fc.bias": nested}, zipped=True)
+    assert "holds more than named, plain tensors" in refusal(legacy.load, path)
+
+
+def test_tensor_larger_than_its_storage_is_refused(path, weights):
+    numbers = struct.pack("<fff", 7, 8, 9)
+    write(path, weights | {"fc.bias": torch.tensor([7.0, 8.0, 9.0])}, zipped=True)
+    with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            if name.endswith("data.pkl"):  # how many numbers the storage has, not how many the tensor
+                at = content.index(b"K\x03", content.index(b"fc.bias"))
+                content = content[:at] + b"K\x02" + content[at + 2 :]
+            archive.writestr(name, numbers[:8] if content == numbers else content)
+    assert "storage" in refusal(legacy.load, path)
+
+
+def test_zip_whose_records_share_their_bytes_is_refused(path, weights):
+    write(path, weights, zipped=True)
+    with zipfile.ZipFile(path, "a") as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+        for number in range(1000):  # each points to the same place
+            again = copy.copy(largest)
+            again.filename = f"archive/data/{number + 100}"
+            archive.filelist.append(again)
+        archive._didModify = True
+    assert "its records inflate to more than the file" in refusal(legacy.load, path)
+
+
+def test_zip_bomb_is_refused_before_it_inflates(path, weights):
+    content = write(path, weights, zipped=True).read_bytes()
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as old,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new,
+    ):
+        for info in old.infolist():
+            with new.open(info.filename, "w") as file:
+                file.write(old.read(info))
+                for _ in range(400 if info.filename.endswith("data.pkl") else 0):
+                    file.write(bytes(1 << 20))
+    assert path.stat().st_size < 4 << 20
+    assert "its records inflate to more than the file" in refusal(legacy.load, path)
+
+
+def test_huge_file_is_refused_unread(path):
+    path.write_bytes(b"PK\x03\x04")
+    os.truncate(path, 100 << 30)
+    assert "it is over 2 GB" in refusal(legacy.load, path)
+
+
+def test_pipe_in_place_of_a_file_of_the_authors_is_not_waited_for(path):
+    os.mkfifo(path)
+    assert "Not a plain file" in refusal(legacy.load, path)
+
+
+def test_keys_of_any_size_are_shortened(path):
+    torch.save({("a",) * 10**5: 1, "b" * 10**6: 2}, path)
+    assert "..." in refusal(legacy.load, path)
