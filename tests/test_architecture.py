@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 # What no result depends on: values stand in params.yaml alone (no schema field has a default), logging
-# and showing change nothing, and a resumed training gives the bytes of an uninterrupted one (test_training).
+# and showing change nothing, a resumed training gives the bytes of an uninterrupted one (test_training).
 NEUTRAL = {
     f"pipeline/{name}.py"
     for name in ("params", "resume", "locks", "errors", "files", "untrusted", "interruption")

@@ -93,7 +93,7 @@ def test_it_measures_what_params_yaml_names_and_no_stale_folder(params, tmp_path
 
 
 def test_random_blocks_are_the_mean_and_deviation_of_all_draws(params, tmp_path, monkeypatch):
-    """With a network that is right where the first block runs: a share that differs from draw to draw."""
+    """With a network that is right where the first block runs: draws differ in that share."""
     monkeypatch.setattr(baseline, "right", lambda execute, test, actions: actions[:, 0])
     baseline.main(params)
     count = len(load_split(tmp_path / "data/prepared", "test", CPU))

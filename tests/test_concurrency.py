@@ -62,11 +62,11 @@ def test_repro_goes_on_from_a_trainer_whose_dvc_was_killed(number, copy):
     output = copy.run("dvc", "repro", "pretrain")
     assert "pretrain: resuming after epoch" in output
     assert not trainer.is_running()
+    assert "up to date" in copy.run("dvc", "status", "pretrain")
     outs = copy.outs()
     again = copy.run(sys.executable, "-m", "stages.pretrain")  # DVC has recorded it: trained anew
     assert "pretrain epoch 1/40" in again
     assert copy.outs() == outs
-    assert "up to date" in copy.run("dvc", "status", "pretrain")
 
 
 def logs_of(copy: Copy) -> list[str]:
@@ -75,6 +75,7 @@ def logs_of(copy: Copy) -> list[str]:
     return [path.read_text() for path in sorted(Path(folder).rglob("*.out"))]
 
 
+@pytest.mark.sweep  # minutes
 def test_four_queue_workers_on_a_fresh_clone_pretrain_once(copy):
     for gamma in GAMMAS:
         copy.run("dvc", "exp", "run", "--queue", "-n", f"g{gamma}", "-S", f"gamma={gamma}", "finetune")

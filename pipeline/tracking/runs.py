@@ -286,7 +286,8 @@ class StageRun:
         """
         name = next((name for name, _, _, step in reversed(self._points) if step > 0), None)
         if name is not None:
-            known = max((point.step for point in client.get_metric_history(self.run_id, name)), default=0)
+            history = client.get_metric_history(self.run_id, name)
+            known = max((point.step for point in history), default=0)
             self._points = [point for point in self._points if not 0 < point[3] <= known]
             self._resumed = None
 
