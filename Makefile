@@ -25,6 +25,7 @@ setup: ## .venv from requirements.txt
 	fi
 
 repro: setup ## run the pipeline: whatever params.yaml, code or data changed
+	@python -m tools.mend
 	dvc repro
 	-@python -m tools.sync
 

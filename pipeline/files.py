@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -15,17 +16,25 @@ def write_atomically(path: Path, content: bytes) -> None:
         OSError: it can't be written; `filename` is `path`.
     """
     temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is used up
+    with failures_name(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_through(temporary, content)
+            temporary.replace(path)
+            sync_folder(path.parent)
+        finally:
+            with contextlib.suppress(OSError):  # the folder may be what can't be written
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def failures_name(path: Path) -> Iterator[None]:
+    """Let an OSError in here name `path`: not a temporary file, which nobody knows, and not nothing."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_through(temporary, content)
-        temporary.replace(path)
-        sync_folder(path.parent)
+        yield
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # not the temporary one, which nobody knows
+        error.filename, error.filename2 = str(path), None
         raise
-    finally:
-        with contextlib.suppress(OSError):  # the folder may be what can't be written
-            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from pipeline.files import sync_folder, write_through
+from pipeline.files import failures_name, sync_folder, write_through
 from pipeline.locks import alone
 
 PROJECT_MARK = ".dvc"
@@ -93,11 +93,12 @@ class ResumePoint:
         Raises:
             OSError: it can't be written; the old states are as they were.
         """
-        fresh = self._write(state)
-        if self.path.exists():
-            self.path.replace(self.previous)
-        fresh.replace(self.path)
-        sync_folder(self.path.parent)
+        with failures_name(self.path):
+            fresh = self._write(state)
+            if self.path.exists():
+                self.path.replace(self.previous)
+            fresh.replace(self.path)
+            sync_folder(self.path.parent)
 
     def load(self) -> dict[str, Any] | None:
         """The last state that is whole; None when there is none (the training then starts over)."""
@@ -115,9 +116,10 @@ class ResumePoint:
         Raises:
             OSError: it can't be written; the states on the way are as they were.
         """
-        self._write(state).replace(self.finished)
-        sync_folder(self.path.parent)
-        self.discard()
+        with failures_name(self.finished):
+            self._write(state).replace(self.finished)
+            sync_folder(self.path.parent)
+            self.discard()
 
     def load_finished(self) -> dict[str, Any] | None:
         """The state at the end of this very training, if it was done before."""
@@ -137,10 +139,9 @@ class ResumePoint:
             write_through(fresh, content)
             if fresh.read_bytes() != content:
                 raise OSError(errno.EIO, "the disk gives back other bytes than were written")
-        except OSError as error:
+        except OSError:
             with contextlib.suppress(OSError):
                 fresh.unlink(missing_ok=True)
-            error.filename, error.filename2 = str(self.path), None
             raise
         return fresh
 

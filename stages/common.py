@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError, explain, explain_memory
-from pipeline.files import write_text
+from pipeline.files import failures_name, write_text, write_through
 from pipeline.interruption import follow_parent, leave_on_sigterm
 from pipeline.params import Params
 from pipeline.params import load as load_params
@@ -71,13 +71,11 @@ def require_writable(*folders: Path) -> None:
         OSError: they can't.
     """
     for folder in folders:
-        probe = folder / ".writable"
-        try:
-            write_text(probe, "")
+        with failures_name(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".probe.tmp"
+            write_through(probe, b"")
             probe.unlink()
-        except OSError as error:
-            error.filename = str(folder)
-            raise
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -19,10 +19,12 @@ import pytest
 import yaml
 from repository_copy import ROOT, environment
 
-from tools import chaos, chaos_cases, chaos_home
-from tools import chaos_checks as checks
-from tools.chaos_cases import Outcome, draw_fault, draw_kill, said_once, unclear
-from tools.chaos_home import Home, Recovery, Training, compile_shim, preloaded
+from tools.chaos import __main__ as chaos
+from tools.chaos import cases as chaos_cases
+from tools.chaos import checks
+from tools.chaos import home as chaos_home
+from tools.chaos.cases import Outcome, draw_fault, draw_kill, said_once, unclear
+from tools.chaos.home import Home, Recovery, Training, compile_shim, preloaded
 from tools.copies import digests
 
 ENTRY = {"cmd": "train", "deps": [], "outs": [{"path": "models/pretrain", "md5": "1"}]}
@@ -185,7 +187,7 @@ def home(checkout) -> Home:
         trainings=trainings,
         outs=digests(checkout),
         entries={"pretrain": ENTRY},
-        library=Path("chaos_faults.so"),
+        library=Path("faults.so"),
         dvc_writes={"dvc.lock": 50, ".dvc/cache": 300, ".dvc/tmp": 200},
         deadline=time.monotonic() + 60,
     )
@@ -239,7 +241,7 @@ def test_repro_that_hangs_is_a_loss_and_is_ended(home, checkout, monkeypatch):
     assert checks.processes_in(checkout) == []
 
 
-def test_file_that_dvc_left_torn_is_removed_and_named(home, checkout, monkeypatch):
+def test_file_that_dvc_left_torn_is_mended_and_named(home, checkout, monkeypatch):
     (checkout / ".dvc/tmp/rwlock").write_text("")
     words = "Unable to read RWLock-file '.dvc/tmp/rwlock'. JSON structure is corrupted"
     script = f'test -e .dvc/tmp/rwlock || exit 0; echo "ERROR: {words}"; exit 255'

@@ -102,6 +102,8 @@ def patience(seconds: float, *, retries: int = 0, always: bool = False) -> Itera
 @contextmanager
 def quietly() -> Iterator[None]:
     """Without what MLflow and urllib3 say themselves of a failure: pages, at every attempt."""
+    import mlflow.tracking  # noqa: F401  # sets levels of its own when it is imported
+
     loggers = [logging.getLogger(name) for name in ("mlflow", "urllib3")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -18,8 +18,9 @@ from typing import Any
 import psutil
 import yaml
 
-from tools import chaos_checks as checks
 from tools import copies
+from tools.chaos import checks
+from tools.mend import mend
 
 TINY: dict[str, dict[str, Any]] = {
     "data": {"image_size": 8},
@@ -35,7 +36,7 @@ TINY: dict[str, dict[str, Any]] = {
 }
 TRAININGS = ("pretrain", "curriculum", "finetune", "sole", "static")
 FIRST = ("check", "prepare")  # what all of them need
-SHIM = Path(__file__).with_name("chaos_faults.c")
+SHIM = Path(__file__).with_name("faults.c")
 TRAINERS = "-m stages."  # in the command line of every stage
 REPRO = "dvc repro"  # in DVC's own
 PLACES = ("models", "plots", "metrics", ".resume")  # where a training writes
@@ -48,10 +49,6 @@ ENDED = re.compile(r" epoch (\d+)/\1: ")
 RESUMED = re.compile(r": resuming after |; its result is taken")
 # DVC 3.67 writes these files in place; killed in the middle of that, it can't read them any more and
 # says so. To remove them loses nothing: the run cache has all of dvc.lock.
-TORN = {
-    ".dvc/tmp/rwlock": re.compile(r"RWLock-file .* (structure is corrupted|format error)"),
-    "dvc.lock": re.compile(r"dvc\.lock' is invalid|unable to read: '\S*dvc\.lock'"),
-}
 
 
 class TimeUpError(Exception):
@@ -213,7 +210,7 @@ def compile_shim(folder: Path) -> Path | None:
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang", "g++"))), None)
     if compiler is None or not sys.platform.startswith("linux"):
         return None
-    library = folder / "chaos_faults.so"
+    library = folder / "faults.so"
     words = [compiler, "-x", "c", "-O1", "-shared", "-fPIC", "-o", str(library), str(SHIM)]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
@@ -429,7 +426,7 @@ class Recovery:
 
     Attributes:
         resumed: it went on from what was there.
-        torn: files of DVC's own that had to be removed first.
+        torn: files of DVC's own that `make repro` puts aside before it.
     """
 
     resumed: bool = False
@@ -447,10 +444,9 @@ def recover(home: Home, folder: Path, training: Training, *, with_sync: bool = F
     found = Recovery(losses=checks.premature(folder, training.name, home.outs, variables))
     must = must_resume(folder, training)
     status, said = plain_repro(home, folder)
-    for name, words in TORN.items():
-        if status and words.search(said):
-            found.torn.append(name)
-            (folder / name).unlink()
+    if status:
+        found.torn = [str(name) for name in mend(folder)]
+        if found.torn:
             status, said = plain_repro(home, folder)
     found.resumed = RESUMED.search(said) is not None
     if status:

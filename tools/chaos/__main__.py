@@ -1,9 +1,9 @@
 """Kill trainings at random moments, fail their writes, kill their server: nothing may be lost.
 
-`make chaos`, or `python -m tools.chaos --kills 50 --faults 12 --servers 1`. In a copy of this repository
+`make chaos`, or `python -m tools.chaos --kills 50 --faults 8 --servers 1`. In a copy of this repository
 with tiny parameters, and without the stages that train nothing, one `dvc repro` runs to its end: its
 outs are the truth. Then, each in a fresh copy of that: DVC is made to forget a training, `dvc repro`
-starts and is killed, and a plain `dvc repro` follows. What `tools.chaos_checks` then finds is a loss.
+starts and is killed, and a plain `dvc repro` follows. What `tools.chaos.checks` then finds is a loss.
 
 Everything is drawn from `--seed` and the case's number: `--only "kill 17"` plays one case again.
 Exit status: 0; 1 for a loss, or when time was up before all cases; 3 without a compiler for the faults.
@@ -23,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tools.chaos_cases import (
+from tools.chaos.cases import (
     Case,
     Fault,
     Kill,
@@ -36,7 +36,7 @@ from tools.chaos_cases import (
     run_kill,
     run_server,
 )
-from tools.chaos_home import TRAININGS, Home, TimeUpError, compile_shim, run_truth
+from tools.chaos.home import TRAININGS, Home, TimeUpError, compile_shim, run_truth
 
 LOST, NO_COMPILER = 1, 3
 
@@ -45,8 +45,8 @@ def draw(home: Home, seed: int, *, kills: int, faults: int, servers: int) -> lis
     """All cases, the longest first."""
     return [
         *(draw_server(number, seed, home) for number in range(1, servers + 1)),
-        *(draw_kill(number, seed, home) for number in range(1, kills + 1)),
         *(draw_fault(number, seed, home) for number in range(1, faults + 1)),
+        *(draw_kill(number, seed, home) for number in range(1, kills + 1)),
     ]
 
 
@@ -103,7 +103,7 @@ def line_of(outcome: Outcome) -> str:
     """One line on a case."""
     found = "LOST" if outcome.losses else "nothing lost"
     how = ", resumed" if outcome.resumed else ""
-    how += "".join(f", {name} torn by DVC and removed" for name in outcome.torn)
+    how += "".join(f", {name} torn by DVC and mended" for name in outcome.torn)
     return f"{outcome.name}, {outcome.stage}: {outcome.what}{how}: {found}, {outcome.seconds:.0f} s"
 
 
@@ -143,7 +143,8 @@ def verdict(cases: Sequence[Case], outcomes: Sequence[Outcome], home: Home, seed
     if torn:
         names = " and ".join(sorted({name for outcome in torn for name in outcome.torn}))
         print(
-            f"in {len(torn)} cases DVC could not read {names}, half written when it was killed: removed"
+            f"in {len(torn)} cases DVC could not read {names}, half written when it was killed: "
+            "`make repro` mends that"
         )
     if lost or len(outcomes) < len(cases):
         return LOST
@@ -160,10 +161,10 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--kills", type=int, default=50)
-    add("--faults", type=int, default=12, help="writes that fail")
+    add("--faults", type=int, default=8, help="writes that fail")
     add("--servers", type=int, default=1, help="MLflow servers that die")
     add("--stages", nargs="+", choices=TRAININGS, default=TRAININGS, help="with those they need")
-    add("--lanes", type=int, default=2, help="cases side by side")
+    add("--lanes", type=int, default=3, help="cases side by side")
     add("--seed", type=int, default=random.randrange(10**6))
     add(
         "--seconds",

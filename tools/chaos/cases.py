@@ -17,8 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from tools import chaos_checks as checks
-from tools.chaos_home import (
+from tools.chaos import checks
+from tools.chaos.home import (
     DVC_PLACES,
     PHASES,
     PLACES,
@@ -57,7 +57,7 @@ class Outcome:
         kind: signal, error or server.
         target: who got it, or which place.
         resumed: the plain `dvc repro` afterwards did not start the training over.
-        torn: files of DVC's own that had to be removed before it.
+        torn: files of DVC's own that `make repro` puts aside before it.
     """
 
     name: str

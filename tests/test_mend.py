@@ -1,0 +1,75 @@
+"""What a killed DVC leaves torn is put aside, and nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+from tools import mend
+
+WHOLE = (Path(__file__).parents[1] / "dvc.lock").read_text()
+ROWS = '{"write": {}, "read": {}}'
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".dvc/tmp").mkdir(parents=True)
+    return tmp_path
+
+
+def test_whole_files_and_files_that_are_not_there_are_left(folder, capsys):
+    mend.main()
+    (folder / "dvc.lock").write_text(WHOLE)
+    (folder / ".dvc/tmp/rwlock").write_text(ROWS)
+    mend.main()
+    assert (folder / "dvc.lock").read_text() == WHOLE
+    assert (folder / ".dvc/tmp/rwlock").read_text() == ROWS
+    assert capsys.readouterr().out == ""
+
+
+HEAD = "schema: '2.0'\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        HEAD,
+        f"{HEAD}stages:\n  check:\n    cmd: python -",
+        f"{HEAD}stages:\n  check:\n    cmd: [",
+        "\0",
+    ],
+)
+def test_torn_dvc_lock_is_put_aside(folder, text, capsys):
+    (folder / "dvc.lock").write_text(text)
+    mend.main()
+    assert not (folder / "dvc.lock").exists()
+    assert (folder / "dvc.lock.torn").read_text() == text
+    assert "dvc.lock was torn by a DVC that was killed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", '{"write": {"/a'])
+def test_torn_list_of_locks_is_put_aside(folder, text):
+    (folder / ".dvc/tmp/rwlock").write_text(text)
+    mend.main()
+    assert not (folder / ".dvc/tmp/rwlock").exists()
+
+
+def test_a_merge_that_is_under_way_is_left(folder):
+    text = WHOLE.replace("stages:", "<<<<<<< HEAD\nstages:\n=======\nstages:\n>>>>>>> other", 1)
+    (folder / "dvc.lock").write_text(text)
+    mend.main()
+    assert (folder / "dvc.lock").read_text() == text
+
+
+def test_cut_at_any_byte_it_is_put_aside_or_one_that_dvc_can_read(folder):
+    """DVC refuses an entry without its command or with an out that has no path."""
+    for end in range(0, len(WHOLE), 997):
+        (folder / "dvc.lock").write_text(WHOLE[:end])
+        try:
+            from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+            from dvc.utils.serialize import parse_yaml
+
+            COMPILED_LOCKFILE_SCHEMA(parse_yaml(WHOLE[:end], "dvc.lock"))
+        except Exception:
+            assert mend.LOCK in mend.torn(folder), end
