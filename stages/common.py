@@ -75,7 +75,7 @@ def require_writable(*folders: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / ".probe.tmp"
             write_through(probe, b"")
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # another process may probe as well
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -289,23 +289,25 @@ def test_result_that_dvc_has_not_recorded_is_taken_and_one_that_it_has_is_made_a
 def test_of_two_processes_with_the_same_work_one_trains_and_the_other_takes_its_result(
     params, trained, tmp_path
 ):
-    code = (  # slow enough for the other one to come while it trains
-        "import time; from pipeline.params import load; from pipeline import training; "
-        "from stages import sole; real = training.Classification.step; "
-        "training.Classification.step = lambda *a: time.sleep(0.5) or real(*a); "
+    code = (  # they begin together, and train slowly enough for the other one to come in between
+        "import sys, time; from pathlib import Path; from pipeline.params import load; "
+        "from pipeline import training; from stages import sole; real = training.Classification.step; "
+        "training.Classification.step = lambda *a: time.sleep(0.1) or real(*a); "
+        "Path(f'ready-{sys.argv[1]}').touch()\n"
+        "while len(list(Path().glob('ready-*'))) < 2: time.sleep(0.01)\n"
         "sole.main(load(), depth=8)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", code, str(number)],
             cwd=tmp_path,
             env=environment,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        for _ in range(2)
+        for number in range(2)
     ]
     said = sorted((process.communicate(timeout=120)[0] for process in both), key=len)
     assert [process.returncode for process in both] == [0, 0], said
