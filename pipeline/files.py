@@ -1,9 +1,12 @@
 """Files that are whole or not there: what is read later was written to its end."""
 
 import contextlib
+import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -15,16 +18,25 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: it can't be written; `filename` is `path`.
     """
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is used up
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with failures_name(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_left_over(path)
             write_through(temporary, content)
             temporary.replace(path)
             sync_folder(path.parent)
         finally:
             with contextlib.suppress(OSError):  # the folder may be what can't be written
                 temporary.unlink(missing_ok=True)
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove what processes left that were killed while they wrote the same file."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        writer = left.name.split(".")[-2]
+        if writer.isdigit() and not psutil.pid_exists(int(writer)):
+            left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,21 +38,36 @@ def test_failing_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, ca
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_process_left_is_used_up(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.json"
-
-    def die(self: Path, target: Path) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "replace", die)
-        patched.setattr(Path, "unlink", lambda *_, **__: None)  # a kill tidies nothing
-        with pytest.raises(KeyboardInterrupt):
-            write_atomically(path, b"half")
-    assert [p.name for p in tmp_path.iterdir()] == [".metrics.json.tmp"]
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    path = tmp_path / "metrics [1].json"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".{path.name}.{dead.pid}.tmp").write_text("half")
+    others = {tmp_path / f".{path.name}.{os.getppid()}.tmp", tmp_path / f".other.json.{dead.pid}.tmp"}
+    for other in others:  # of a living process, and of another file
+        other.write_text("half")
     write_atomically(path, b"whole")
-    assert list(tmp_path.iterdir()) == [path]
+    assert set(tmp_path.iterdir()) == {path, *others}
     assert path.read_bytes() == b"whole"
+
+
+def test_two_processes_may_write_the_same_file(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from pipeline.files import write_atomically\n"
+        "for _ in range(200): write_atomically(Path(sys.argv[1]), bytes([int(sys.argv[2])]) * 5000)"
+    )
+    path = tmp_path / "a.json"
+    both = [
+        subprocess.Popen([sys.executable, "-c", code, str(path), str(n)], cwd=Path(__file__).parents[1])
+        for n in (1, 2)
+    ]
+    seen = set()
+    while any(process.poll() is None for process in both):
+        if path.exists():
+            seen.add(path.read_bytes())
+    assert [process.returncode for process in both] == [0, 0]
+    assert seen <= {bytes([n]) * 5000 for n in (1, 2)}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_file_in_the_place_of_a_folder_is_named(tmp_path):
