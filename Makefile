@@ -39,7 +39,7 @@ test: setup ## all tests but the slow ones
 slow: setup ## the tests on real CIFAR-10 (fetches it), and with servers
 	python -m pytest -m slow
 
-sweep: setup ## the test of a whole sweep of gammas: queue, --temp, push and pull (6 minutes)
+sweep: setup ## the tests of whole sweeps and queues, with four workers, and of a few kills (10 minutes)
 	python -m pytest -m sweep
 
 chaos: setup ## kill trainings 50 times at random moments, fill disks, kill the server: nothing is lost (10 minutes)

@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Put `content` in the place of whatever `path` holds, with no moment at which half of it is there.
@@ -34,6 +32,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 def _remove_left_over(path: Path) -> None:
     """Remove what processes left that were killed while they wrote the same file."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        import psutil  # a served model, which writes nothing, does without
+
         writer = left.name.split(".")[-2]
         if writer.isdigit() and not psutil.pid_exists(int(writer)):
             left.unlink(missing_ok=True)

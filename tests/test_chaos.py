@@ -501,7 +501,7 @@ def test_points_that_the_server_lacks_are_seen(tmp_path):
 # all of it, small
 
 
-@pytest.mark.e2e
+@pytest.mark.sweep  # a minute; `make chaos` does more of it
 def test_a_few_kills_and_a_failing_write_lose_nothing(tmp_path):
     words = ["--kills", "3", "--faults", "1", "--servers", "0", "--stages", "sole", "--seed", "3"]
     done = subprocess.run(

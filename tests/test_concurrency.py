@@ -52,7 +52,9 @@ def test_of_two_repros_one_runs_and_the_other_is_told_who_does(copy):
     assert copy.run("dvc", "status", "pretrain", check=False).startswith("exit 0\nData and pip")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.sweep)]
+)
 def test_repro_goes_on_from_a_trainer_whose_dvc_was_killed(number, copy):
     first = start(copy, "dvc", "repro", "pretrain")
     wait_for(lambda: is_training(copy, "pretrain"))
