@@ -38,7 +38,10 @@ class State:
         history: a row of metrics for each epoch that is done.
         seconds: that it took so far, in all processes that worked at it.
         run_id: its run in MLflow; None where it has none.
-        networks: state dictionaries by the learner's names, and the optimiser's; None at the start.
+        adopted: it is the result of a training that is over, of this process or of another one.
+        modules: state dictionaries by the learner's names; these three None at the start, and once used.
+        optimizer: the optimiser's state dictionary.
+        random: the global generators' states.
     """
 
     position: training.Position = field(default_factory=training.Position)

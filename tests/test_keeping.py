@@ -3,12 +3,14 @@
 import errno
 import hashlib
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -260,6 +262,27 @@ def test_code_that_a_resumed_training_must_share_is_what_dvc_yaml_lists():
     } <= found
     assert "pipeline/report.py" not in found
     assert all((ROOT / path).is_file() for path in found)
+
+
+def test_global_generators_go_on_where_they_were(params, monkeypatch):
+    """Nothing draws from them today; what will one day is resumed as exactly."""
+
+    def draw() -> list[float]:
+        return [float(torch.rand(())), random.random(), float(np.random.random())]
+
+    drawn = []
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: (torch.manual_seed(5), random.seed(5), np.random.seed(5), send(2)()))
+        with pytest.raises(KeyboardInterrupt):
+            finetune.main(params)
+    expected = draw()
+    torch.manual_seed(6)
+    random.seed(6)
+    np.random.seed(6)
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, lambda: drawn.extend(draw()))
+        finetune.main(params)
+    assert drawn == expected
 
 
 def test_result_that_dvc_has_not_recorded_is_taken_and_one_that_it_has_is_made_anew(

@@ -16,6 +16,20 @@ MADE = ("dvc.lock", "metrics/", "plots/", "report/", "data/", "models/")  # resu
 OUTS = ("data/prepared", "models", "metrics", "plots", "report")
 CLOCKED = {"times", "benchmark", "benchmark.json", "report"}  # parts of paths that depend on the clock
 
+# trainings of seconds
+TINY: dict[str, dict[str, Any]] = {
+    "data": {"image_size": 8},
+    "resnet": {"depth": 14, "width": 4},
+    "policy_net": {"width": 4},
+    "pretrain": {"epochs": 2},
+    "curriculum": {"epochs": 4},
+    "finetune": {"epochs": 3},
+    "evaluate": {"shuffles": 2, "single_policies": 4, "bootstrap": 100},
+    "benchmark": {"batch_sizes": [4, 40], "rounds": 5, "seconds": 0.1},
+    "sole": {"depths": [8]},
+    "static": {"rules": ["first", "random", "distribute"], "kept": [3]},
+}
+
 
 def environment(*, tracking: bool = False) -> dict[str, str]:
     """What commands see. MLflow takes seconds of every stage, so it is on only where it is looked at."""

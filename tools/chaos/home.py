@@ -22,16 +22,12 @@ from tools import copies
 from tools.chaos import checks
 from tools.mend import mend
 
-TINY: dict[str, dict[str, Any]] = {
-    "data": {"image_size": 8},
-    "resnet": {"depth": 14, "width": 4},
-    "policy_net": {"width": 4},
+# longer trainings than the tests have, so that most kills come into them
+TINY: dict[str, dict[str, Any]] = copies.TINY | {
     "pretrain": {"epochs": 8},
     "curriculum": {"epochs": 6},
     "finetune": {"epochs": 5},
-    "evaluate": {"shuffles": 2, "single_policies": 4, "bootstrap": 100},
-    "benchmark": {"batch_sizes": [4], "rounds": 5, "seconds": 0.1, "sole_depths": []},
-    "sole": {"depths": [8]},
+    "benchmark": copies.TINY["benchmark"] | {"batch_sizes": [4], "sole_depths": []},
     "static": {"rules": ["first"], "kept": [3]},
 }
 TRAININGS = ("pretrain", "curriculum", "finetune", "sole", "static")
