@@ -1,5 +1,6 @@
 """Several DVC processes at once, and one beside a stage that another has left behind."""
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -39,6 +40,16 @@ def is_training(copy: Copy, stage: str) -> bool:
     return any(re.fullmatch(rf"{stage}-\w+\.pt", p.name) for p in (copy.folder / ".resume").glob("*"))
 
 
+def trainer_below(pid: int) -> psutil.Process:
+    """The stage that a DVC process runs: not the compiler or the like that the stage may run itself."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a compiler ends between the two questions
+            found += [child] if child.cmdline()[1:] == ["-m", "stages.pretrain"] else []
+    (trainer,) = found
+    return trainer
+
+
 def test_of_two_repros_one_runs_and_the_other_is_told_who_does(copy):
     first = start(copy, "dvc", "repro", "pretrain")
     wait_for(lambda: is_training(copy, "pretrain"))
@@ -58,7 +69,7 @@ def test_of_two_repros_one_runs_and_the_other_is_told_who_does(copy):
 def test_repro_goes_on_from_a_trainer_whose_dvc_was_killed(number, copy):
     first = start(copy, "dvc", "repro", "pretrain")
     wait_for(lambda: is_training(copy, "pretrain"))
-    (trainer,) = psutil.Process(first.pid).children(recursive=True)
+    trainer = trainer_below(first.pid)
     first.send_signal(number)
     first.wait()  # else its process id is still there
     output = copy.run("dvc", "repro", "pretrain")
