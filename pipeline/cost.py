@@ -44,6 +44,10 @@ class Cost:
         per_block = torch.tensor(self.blocks, dtype=torch.float64, device=actions.device)
         return self.always + actions.double() @ per_block
 
+    def block_shares(self) -> tuple[float, ...]:
+        """[K], each block's share of what all blocks cost."""
+        return tuple(block / sum(self.blocks) for block in self.blocks)
+
     def without_policy_net(self) -> "Cost":
         """The cost when the policy is known beforehand, as in a static network."""
         return Cost(always=self.always - self.policy_net, policy_net=0, blocks=self.blocks)

@@ -38,6 +38,7 @@ Mean = Annotated[float, Field(ge=-10, le=10)]  # a share of full brightness, and
 Deviation = Annotated[float, Field(ge=1e-3, le=1e3)]
 Schedule = Literal["constant", "cosine", "step"]
 Precision = Literal["fp32", "bf16"]
+Optimizer = Literal["sgd", "adam"]
 RuleName = Literal["first", "random", "distribute"]
 ExecutorName = Literal["masked", "gather", "grouped", "graphed", "native", "persistent"]
 
@@ -130,7 +131,7 @@ class Pretrain(Section):
     checkpoint: PathText
     epochs: Count
     batch_size: Count
-    optimizer: Literal["sgd", "adam"]
+    optimizer: Optimizer
     lr: Positive
     weight_decay: NonNegative
     warmup_share: Annotated[float, Field(ge=0, lt=1)]
@@ -144,6 +145,9 @@ class Curriculum(Section):
 
     checkpoint: PathText
     gamma: NonNegative
+    estimator: Literal["self_critical", "local_expectation"]
+    flips: Few
+    soft_reward: bool
     alpha: Annotated[float, Field(gt=0.5, le=1)]
     entropy_weight: NonNegative
     epochs_per_block: Positive
@@ -159,12 +163,15 @@ class Finetune(Section):
     """Joint finetuning of policy and ResNet; its gamma is the top-level one."""
 
     checkpoint: PathText
+    estimator: Literal["self_critical", "straight_through"]
     alpha: Annotated[float, Field(gt=0.5, le=1)]
     entropy_weight: NonNegative
     epochs: Count
     batch_size: Count
     policy_lr: Positive
+    resnet_optimizer: Optimizer
     resnet_lr: Positive
+    distillation: Annotated[float, Field(ge=0, le=1)]
     weight_decay: NonNegative
     schedule: Schedule
     precision: Precision
@@ -232,6 +239,7 @@ class Params(Section):
     """All of params.yaml."""
 
     gamma: NonNegative
+    block_cost: Literal["equal", "flops"]
     seed: Seed
     data: Data
     augmentation: AugmentationParams

@@ -16,19 +16,64 @@ def bounded(keep_prob: Tensor, alpha: float) -> Tensor:
     return alpha * keep_prob + (1 - alpha) * (1 - keep_prob)
 
 
-def reward(correct: Tensor, actions: Tensor, gamma: float) -> Tensor:
+def kept_share(actions: Tensor, block_shares: Tensor | None = None) -> Tensor:
+    """|u|_0 / K, [B, K] to [B]; with `block_shares` [K], which add up to 1, u weighted by them."""
+    kept = actions.float()
+    return kept.mean(dim=1) if block_shares is None else kept @ block_shares
+
+
+def reward(right: Tensor, actions: Tensor, gamma: float, block_shares: Tensor | None = None) -> Tensor:
     """Eq. 3: 1 - (|u|_0 / K)^2 where the prediction is right, -gamma where it is wrong.
 
     Args:
-        correct: [B] bool.
+        right: [B], bool; or float, the probability of the label: then this is the expected reward of
+            a prediction that is drawn from the class probabilities, and a near miss is no far one.
         actions: [B, K], 1 or True where a block runs.
         gamma: penalty of a wrong prediction; the larger, the more blocks are worth keeping.
+        block_shares: [K], what each block costs as a share of all; None: equal, as in the paper.
 
     Returns:
         [B] float32.
     """
-    kept_share = actions.float().mean(dim=1)
-    return torch.where(correct, 1 - kept_share.square(), torch.full_like(kept_share, -gamma))
+    saved = 1 - kept_share(actions, block_shares).square()
+    return (
+        torch.where(right, saved, -gamma)
+        if right.dtype == torch.bool
+        else (right * saved - (1 - right) * gamma)
+    )
+
+
+def reward_slopes(
+    likelihood: Tensor,
+    loss_slopes: Tensor,
+    actions: Tensor,
+    sampling_prob: Tensor,
+    gamma: float,
+    block_shares: Tensor | None = None,
+) -> Tensor:
+    """The reward's slope in each action, from one backward pass of the classification loss.
+
+    Under independent actions u_k ~ Bernoulli(p_k) the gradient of the expected reward in p_k is the mean
+    of R(u with u_k = 1) - R(u with u_k = 0). Of R = q (1 - s^2) - (1 - q) gamma, with q = exp(-loss) and
+    s the share kept, the part by q is taken to first order in the block's share, where the block runs
+    (a straight-through gradient: Bengio et al. 2013, arXiv 1308.3432), and weighted by 1 / p_k because
+    only there it is known; the part by s, (s + w)^2 - s^2 for the other blocks' share s and the
+    block's own share w, is known for every block.
+
+    Args:
+        likelihood: [B], q.
+        loss_slopes: [B, K], slope of the image's loss in the share of a block that runs.
+        actions: [B, K] bool.
+        sampling_prob: [B, K], p.
+
+    Returns:
+        [B, K].
+    """
+    share = kept_share(actions, block_shares)[:, None]
+    each = 1 / actions.shape[1] if block_shares is None else block_shares
+    by_accuracy = likelihood[:, None] * (1 - share.square() + gamma) * -loss_slopes / sampling_prob
+    others = share - actions * each
+    return by_accuracy * actions - likelihood[:, None] * (2 * others + each) * each
 
 
 def log_prob(actions: Tensor, keep_prob: Tensor, learnt: Tensor | None = None) -> Tensor:
@@ -54,6 +99,14 @@ def entropy(logits: Tensor, learnt: Tensor | None = None) -> Tensor:
     keep_prob = torch.sigmoid(logits)
     each = keep_prob * F.softplus(-logits) + (1 - keep_prob) * F.softplus(logits)
     return (each if learnt is None else each * learnt).sum(dim=1)
+
+
+def expectation_loss(slopes: Tensor, sampling_prob: Tensor) -> Tensor:
+    """- slope p, summed over blocks, the mean over the batch: [B, K] twice to a scalar.
+
+    Its gradient in the probabilities p is minus `slopes`, the estimated slopes of the expected reward.
+    """
+    return -(slopes.detach() * sampling_prob).sum(dim=1).mean()
 
 
 def policy_gradient_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ Shapes: B images of a batch, K blocks, N classes.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import policy_gradient as pg
@@ -18,31 +17,65 @@ from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
 from pipeline.runtime import autocast
 from pipeline.tensors import Normalisation, Split
-from pipeline.training import Batch, Metrics
+from pipeline.training import Batch, Distillation, Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyRules:
-    """How a policy is rewarded and explored.
+    """How a policy is rewarded and explored, and how the gradient of its reward is estimated.
 
     Attributes:
         gamma: penalty of a wrong prediction (Eq. 3).
         alpha: bound of the exploration, s' = alpha s + (1 - alpha)(1 - s).
         entropy_weight: weight of the policy's entropy, summed over blocks, in the loss.
         epochs_per_block: pace of the curriculum; None: every decision is learnt from the start.
+        estimator: `self_critical` (the paper), `local_expectation` (frozen ResNet only) or
+            `straight_through` (learning ResNet only); see `PolicyLearning`.
+        flips: blocks of an image whose other action is tried in a step, for `local_expectation`.
+        soft_reward: reward by the probability of the label, not by right or wrong.
+        block_shares: what each block costs as a share of all, K numbers; None: equal, as in the paper.
     """
 
     gamma: float
     alpha: float
     entropy_weight: float
     epochs_per_block: float | None = None
+    estimator: str = "self_critical"
+    flips: int = 0
+    soft_reward: bool = False
+    block_shares: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decisions:
+    """What the policy says of a batch, each [B, K].
+
+    Attributes:
+        logits: of the keep probabilities s.
+        sampling_prob: s', from which actions are drawn.
+        sampled: u ~ Bernoulli(s'), bool; what is not learnt yet is kept.
+        greedy: the policy as it is deployed, bool.
+    """
+
+    logits: Tensor
+    sampling_prob: Tensor
+    sampled: Tensor
+    greedy: Tensor
 
 
 class PolicyLearning:
-    """Policy gradient with a self-critical baseline, with a frozen ResNet or a learning one.
+    """Learning a policy with a frozen ResNet (the curriculum) or a learning one (joint finetuning).
 
-    The one step for the curriculum (`finetune_resnet` False) and the joint finetuning (True):
-    sampled actions u ~ Bernoulli(s'), the greedy policy u~ as the baseline, advantage R(u) - R(u~).
+    Actions are sampled, u ~ Bernoulli(s'). The gradient of the expected reward is estimated
+
+    - `self_critical`: by REINFORCE with the greedy policy u~ as the baseline, advantage R(u) - R(u~)
+      (Eq. 5). Any ResNet, two passes.
+    - `local_expectation`: by R(u with u_k = 1) - R(u with u_k = 0) for `flips` learnt blocks k of each
+      image, drawn anew in every step: without bias, and the other blocks' luck is the same in both
+      terms (local expectation gradients: Titsias and Lazaro-Gredilla 2015). 1 + flips passes, which a
+      frozen ResNet makes fast.
+    - `straight_through`: by the slope of the loss in each block's share, from the one pass that
+      trains the ResNet anyway (`policy_gradient.reward_slopes`): no further pass at all.
 
     Frozen, the ResNet stays in evaluation mode: no weight and no batch-norm statistic moves, unlike in
     the authors' code. In finetuning the sampled pass trains it, and a block's batch statistics are those
@@ -52,6 +85,12 @@ class PolicyLearning:
     as it is deployed. A baseline may be anything that does not depend on the sampled actions, so what is
     estimated is the former's gradient, but for one term: where u = u~ the advantage is 0 by definition,
     and is set so, not left to the difference between the two kinds of statistics.
+
+    Args:
+        distillation: the ResNet's loss; None: the ResNet is frozen.
+
+    Raises:
+        ValueError: the estimator does not fit a frozen or learning ResNet.
     """
 
     def __init__(
@@ -63,10 +102,21 @@ class PolicyLearning:
         rules: PolicyRules,
         normalisation: Normalisation,
         precision: str,
-        finetune_resnet: bool,
+        distillation: Distillation | None,
     ) -> None:
+        estimators = {
+            "self_critical": self._self_critical,
+            "straight_through" if distillation else "local_expectation": (
+                self._straight_through if distillation else self._local_expectation
+            ),
+        }
+        if rules.estimator not in estimators:
+            state = "learns" if distillation else "is frozen"
+            raise ValueError(
+                f"no estimator {rules.estimator} where the ResNet {state}: {', '.join(estimators)}"
+            )
         self.modules: dict[str, nn.Module] = {"policy_net": policy_net}
-        if finetune_resnet:
+        if distillation:
             self.modules["resnet"] = resnet
         self.resnet = resnet
         self.policy_net = policy_net
@@ -74,78 +124,153 @@ class PolicyLearning:
         self.rules = rules
         self.normalisation = normalisation
         self.precision = precision
-        self.finetune_resnet = finetune_resnet
-        self.num_actions = resnet.num_blocks
-        self.learnt = torch.ones(resnet.num_blocks, dtype=torch.bool)
+        self.distillation = distillation
+        self._estimate = estimators[rules.estimator]
+        # a second column for each block says which are tried the other way
+        self.noise_columns = resnet.num_blocks * (2 if rules.estimator == "local_expectation" else 1)
+        device = next(policy_net.parameters()).device
+        self.learnt_count = resnet.num_blocks
+        self.learnt = torch.ones(resnet.num_blocks, dtype=torch.bool, device=device)
+        self.block_shares = (
+            None if rules.block_shares is None else torch.tensor(rules.block_shares, device=device)
+        )
         # frozen weights are packed once, and dropped blocks cost no time
         networks = Networks(resnet=resnet, policy_net=None, normalisation=normalisation)
-        self.frozen = None if finetune_resnet else make_executor(networks, precision=precision)
+        self.frozen = None if distillation else make_executor(networks, precision=precision)
 
     def begin_epoch(self, epoch: int) -> None:
         """Let the curriculum decide which blocks' decisions are learnt."""
-        num_blocks = self.num_actions
+        num_blocks = self.resnet.num_blocks
         pace = self.rules.epochs_per_block
-        count = (
+        self.learnt_count = (
             num_blocks
             if pace is None
             else learnt_count(epoch, num_blocks=num_blocks, epochs_per_block=pace)
         )
         device = next(self.policy_net.parameters()).device
-        self.learnt = learnt_mask(count, num_blocks, device)
+        self.learnt = learnt_mask(self.learnt_count, num_blocks, device)
 
-    def _policy(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits, sampling probabilities s', sampled actions and greedy actions, each [B, K]."""
+    def _decide(self, batch: Batch) -> Decisions:
         with autocast(batch.images.device, self.precision):
             logits = self.policy_net(batch.images)
         logits = logits.float()
         keep_prob = torch.sigmoid(logits)
         sampling_prob = pg.bounded(keep_prob, self.rules.alpha)
-        assert batch.noise is not None  # `fit` draws it for every learner with actions
-        sampled = restrict(batch.noise < sampling_prob, self.learnt)
-        greedy = restrict(greedy_actions(keep_prob), self.learnt)
-        return logits, sampling_prob, sampled, greedy
+        noise = batch.noise[:, : self.resnet.num_blocks]
+        return Decisions(
+            logits=logits,
+            sampling_prob=sampling_prob,
+            sampled=restrict(noise < sampling_prob, self.learnt),
+            greedy=restrict(greedy_actions(keep_prob), self.learnt),
+        )
 
-    def _classify(self, batch: Batch, actions: Tensor, *, learn: bool) -> tuple[Tensor, Tensor]:
-        """Class logits [B, N] under the actions, and whether the prediction is right, [B]."""
+    def _reward(self, right: Tensor, actions: Tensor) -> Tensor:
+        return pg.reward(right, actions, self.rules.gamma, self.block_shares)
+
+    def _right(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What is rewarded of predictions [B, N]: the label's probability, or right or wrong; [B]."""
+        if self.rules.soft_reward:
+            return torch.softmax(logits, dim=1).gather(1, labels[:, None]).squeeze(1)
+        return logits.argmax(dim=1) == labels
+
+    def _classify(self, batch: Batch, actions: Tensor, *, learn: bool) -> Tensor:
+        """Class logits [B, N] under the actions."""
         if self.frozen is not None:
-            logits = self.frozen.classify(batch.images, actions)
-            return logits, logits.argmax(dim=1) == batch.labels
+            return self.frozen.classify(batch.images, actions)
         self.resnet.train(learn)
         with torch.set_grad_enabled(learn), autocast(batch.images.device, self.precision):
-            logits = self.resnet(batch.images, actions)
-        return logits.float(), logits.argmax(dim=1) == batch.labels
+            return self.resnet(batch.images, actions).float()
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        """One step on the mean over the batch of policy gradient, entropy and cross-entropy."""
-        rules = self.rules
+        """One step on the mean over the batch of policy gradient, entropy and classification loss."""
         self.policy_net.train()
-        logits, sampling_prob, sampled, greedy = self._policy(batch)
-        _, greedy_correct = self._classify(batch, greedy, learn=False)
-        class_logits, sampled_correct = self._classify(batch, sampled, learn=self.finetune_resnet)
-        sampled_reward = pg.reward(sampled_correct, sampled, rules.gamma)
-        greedy_reward = pg.reward(greedy_correct, greedy, rules.gamma)
-        same = (sampled == greedy).all(dim=1)
-        advantages = (sampled_reward - greedy_reward).masked_fill(same, 0.0)
-        log_probs = pg.log_prob(sampled, sampling_prob, self.learnt)
-        policy_loss = pg.policy_gradient_loss(log_probs, advantages)
-        entropy = pg.entropy(logits, self.learnt).mean()
-        loss = policy_loss - rules.entropy_weight * entropy
-        metrics = {
-            "reward": sampled_reward.mean(),
-            "greedy_reward": greedy_reward.mean(),
-            "accuracy": greedy_correct.float().mean(),
-            "blocks": greedy.float().sum(dim=1).mean(),
-            "entropy": entropy.detach() / self.learnt.sum(),  # per learnt block, at most ln 2
+        self.optimizer.zero_grad()
+        decisions = self._decide(batch)
+        policy_loss, metrics = self._estimate(batch, decisions)
+        entropy = pg.entropy(decisions.logits, self.learnt).mean()
+        (policy_loss - self.rules.entropy_weight * entropy).backward()
+        self.optimizer.step()
+        return {
+            **metrics,
+            "entropy": entropy.detach() / self.learnt_count,  # per learnt block, at most ln 2
             "policy_loss": policy_loss.detach(),
         }
-        if self.finetune_resnet:
-            cross_entropy = F.cross_entropy(class_logits, batch.labels)
-            loss = loss + cross_entropy
-            metrics["cross_entropy"] = cross_entropy.detach()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return metrics
+
+    def _self_critical(self, batch: Batch, decisions: Decisions) -> tuple[Tensor, dict[str, Tensor]]:
+        sampled, greedy = decisions.sampled, decisions.greedy
+        greedy_logits = self._classify(batch, greedy, learn=False)
+        logits = self._classify(batch, sampled, learn=self.distillation is not None)
+        sampled_reward = self._reward(self._right(logits.detach(), batch.labels), sampled)
+        greedy_reward = self._reward(self._right(greedy_logits, batch.labels), greedy)
+        same = (sampled == greedy).all(dim=1)
+        advantages = (sampled_reward - greedy_reward).masked_fill(same, 0.0)
+        log_probs = pg.log_prob(sampled, decisions.sampling_prob, self.learnt)
+        metrics = self._metrics(batch, greedy_logits, sampled_reward, greedy)
+        metrics["greedy_reward"] = greedy_reward.mean()
+        if self.distillation is not None:
+            metrics["cross_entropy"] = self._learn(logits, batch).mean()
+        return pg.policy_gradient_loss(log_probs, advantages), metrics
+
+    def _local_expectation(self, batch: Batch, decisions: Decisions) -> tuple[Tensor, dict[str, Tensor]]:
+        sampled = decisions.sampled
+        flips = min(self.rules.flips, self.learnt_count)
+        lots = batch.noise[:, self.resnet.num_blocks :].masked_fill(~self.learnt, -1.0)
+        chosen = lots.topk(flips, dim=1).indices  # [B, flips], without repetition
+        was_kept = sampled.gather(1, chosen)
+        tried = sampled.repeat(1 + flips, 1, 1)  # [1 + flips, B, K], the first as sampled
+        tried[1:].scatter_(2, chosen.t()[:, :, None], ~was_kept.t()[:, :, None])
+        passes = [self._classify(batch, actions, learn=False) for actions in tried]
+        rewards = torch.stack(
+            [
+                self._reward(self._right(logits, batch.labels), actions)
+                for logits, actions in zip(passes, tried, strict=True)
+            ]
+        )
+        gains = (rewards[1:] - rewards[0]).t() * torch.where(was_kept, -1.0, 1.0)
+        slopes = torch.zeros_like(decisions.sampling_prob)
+        slopes.scatter_(1, chosen, gains * (self.learnt_count / flips))  # each is chosen as often
+        metrics = self._metrics(batch, passes[0], rewards[0], sampled)
+        return pg.expectation_loss(slopes, decisions.sampling_prob), metrics
+
+    def _straight_through(self, batch: Batch, decisions: Decisions) -> tuple[Tensor, dict[str, Tensor]]:
+        sampled = decisions.sampled
+        gates = torch.ones_like(decisions.sampling_prob, requires_grad=True)
+        self.resnet.train()
+        with autocast(batch.images.device, self.precision):
+            logits = self.resnet(batch.images, sampled, gates)
+        logits = logits.float()
+        losses = self._learn(logits, batch)
+        assert gates.grad is not None
+        likelihood = torch.exp(-losses)
+        slopes = pg.reward_slopes(
+            likelihood,
+            gates.grad * len(losses),  # of each image's loss, not of the mean's part
+            sampled,
+            decisions.sampling_prob.detach(),
+            self.rules.gamma,
+            self.block_shares,
+        )
+        rewards = self._reward(likelihood, sampled)
+        metrics = self._metrics(batch, logits.detach(), rewards, sampled)
+        metrics["cross_entropy"] = losses.mean()
+        return pg.expectation_loss(slopes, decisions.sampling_prob), metrics
+
+    def _learn(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Leave the ResNet's gradients of the mean loss; each image's loss, [B]."""
+        assert self.distillation is not None
+        losses = self.distillation(logits, batch)
+        losses.mean().backward()
+        return losses.detach()
+
+    def _metrics(
+        self, batch: Batch, logits: Tensor, rewards: Tensor, actions: Tensor
+    ) -> dict[str, Tensor]:
+        """Mean reward of the sampled actions; accuracy and blocks of the greedy, where they were run."""
+        return {
+            "reward": rewards.mean(),
+            "accuracy": (logits.argmax(dim=1) == batch.labels).float().mean(),
+            "blocks": actions.float().sum(dim=1).mean(),
+        }
 
     def validate(self, split: Split) -> Metrics:
         """The greedy policy: accuracy, reward, and how much it differs from image to image."""
@@ -157,7 +282,8 @@ class PolicyLearning:
         found = predict(
             self.resnet, split, actions, normalisation=self.normalisation, precision=self.precision
         )
-        rewards = pg.reward(found.correct, actions, self.rules.gamma)
+        shares = None if self.block_shares is None else self.block_shares.cpu()
+        rewards = pg.reward(found.correct, actions, self.rules.gamma, shares)
         entropy = pg.entropy(logits, learnt).mean() / learnt.sum()
         return {
             "accuracy": found.accuracy,

@@ -5,6 +5,7 @@ Architecture: He et al. 2016, section 4.2 (depth 6n+2), with the shortcuts of th
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,21 @@ def put_rows(x: Tensor, rows: Tensor, new: Tensor) -> Tensor:
     return _as_images(_as_rows(x).index_copy(0, rows, _as_rows(new)), x)
 
 
+class _Gate(torch.autograd.Function):
+    """residual * gate for gates that are all 1: nothing to compute forward, and one sum backward."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(residual)
+        return residual.view_as(residual)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (residual,) = ctx.saved_tensors
+        (gradient,) = gradients
+        return gradient, (_as_rows(gradient).float() * _as_rows(residual)).sum(dim=1)
+
+
 class PoolPadShortcut(nn.Module):
     """The authors' shortcut where the shape changes: average pooling, then zero channels appended.
 
@@ -101,15 +117,24 @@ class BasicBlock(nn.Module):
         """F(x): what dropping the block saves."""
         return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
 
-    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Run the block on `rows` of x [B, C, H, W] (None: on all), the shortcut on every row."""
+    def forward(self, x: Tensor, rows: Tensor | None = None, gates: Tensor | None = None) -> Tensor:
+        """Run the block on `rows` of x [B, C, H, W] (None: on all), the shortcut on every row.
+
+        Args:
+            gates: [B] ones; the gradient that reaches one is <dL/dF, F> of its image's residual F.
+        """
         shortcut = self.shortcut(x)
         if rows is None:
-            return F.relu(shortcut + self.residual(x))
+            return F.relu(shortcut + self._gated(x, gates))
         if rows.numel() == 0:
             return shortcut
-        kept = F.relu(take_rows(shortcut, rows) + self.residual(take_rows(x, rows)))
+        residual = self._gated(take_rows(x, rows), None if gates is None else gates[rows])
+        kept = F.relu(take_rows(shortcut, rows) + residual)
         return put_rows(shortcut, rows, kept)
+
+    def _gated(self, x: Tensor, gates: Tensor | None) -> Tensor:
+        residual = self.residual(x)
+        return residual if gates is None else _Gate.apply(residual, gates)
 
 
 class ResNet(nn.Module):
@@ -172,12 +197,18 @@ class ResNet(nn.Module):
         """What runs after the blocks: [B, C, H, W] to logits [B, N]."""
         return self.fc(x.mean(dim=(2, 3)))
 
-    def forward(self, images: Tensor, actions: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, actions: Tensor | None = None, gates: Tensor | None = None
+    ) -> Tensor:
         """Logits [B, N] of images [B, 3, H, W] under actions [B, K] (None: every block runs).
 
         A block runs only on the rows that keep it, in training too. The authors run it on every row
         and discard the rest, so images that drop a block still move its batch-norm statistics; here
         they do not, and a dropped block costs no time.
+
+        Args:
+            gates: [B, K] ones, as factors of the residuals. They change no result; their gradient is
+                the loss's slope in the share of a block that runs, 0 for a block that does not.
 
         Raises:
             ValueError: actions are not [B, K].
@@ -188,7 +219,8 @@ class ResNet(nn.Module):
         rows: Sequence[Tensor | None] = (
             [None] * self.num_blocks if actions is None else kept_rows(actions)
         )
+        columns: Sequence[Tensor | None] = [None] * self.num_blocks if gates is None else gates.unbind(1)
         x = self.stem(images)
-        for block, block_rows in zip(self.flat_blocks(), rows, strict=True):
-            x = block(x, block_rows)
+        for block, block_rows, column in zip(self.flat_blocks(), rows, columns, strict=True):
+            x = block(x, block_rows, column)
         return self.head(x)

@@ -7,16 +7,18 @@ on the device, and a run that is resumed after any step goes on exactly as it wo
 Shapes: B images of a batch, M images of a split, K blocks, N classes.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.inference import predict
+from pipeline.executors.base import Networks
+from pipeline.inference import make_executor, predict
 from pipeline.resnet import ResNet
 from pipeline.runtime import autocast, generator
 from pipeline.tensors import Augmentation, Normalisation, Split, batches
@@ -31,12 +33,12 @@ class Batch:
     Attributes:
         images: [B, 3, H, W] float32, augmented and normalised.
         labels: [B] int64.
-        noise: [B, K] uniform in [0, 1), against which actions are drawn; None where none are.
+        noise: [B, columns] uniform in [0, 1), from which a learner that asks for it draws actions.
     """
 
     images: Tensor
     labels: Tensor
-    noise: Tensor | None
+    noise: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ class Learner(Protocol):
     modules: dict[str, nn.Module]
     optimizer: torch.optim.Optimizer
     normalisation: Normalisation
-    num_actions: int
+    noise_columns: int
 
     def begin_epoch(self, epoch: int) -> None:
         """Set what changes from epoch to epoch."""
@@ -119,7 +121,7 @@ def fit(
         draw = generator(*key, position.epoch)
         order = torch.randperm(len(train), generator=draw)
         crops = augmentation.draw(len(train), draw).to(device)
-        noise = torch.rand(len(train), learner.num_actions, generator=draw).to(device)
+        noise = torch.rand(len(train), learner.noise_columns, generator=draw).to(device)
         learner.begin_epoch(position.epoch)
         _to_device(position, device)
         parts = batches(order.to(device), batch_size)
@@ -226,6 +228,75 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay)
 
 
+class Together(torch.optim.Optimizer):
+    """Several optimisers as one: what one network needs may not suit the other."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The groups of all parts, in order."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of all parts."""
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of every part."""
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parts' states under their numbers."""
+        return {str(number): part.state_dict() for number, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        for number, part in enumerate(self.parts):
+            part.load_state_dict(state_dict[str(number)])
+
+
+def softened(labels: Tensor, teacher_logits: Tensor, share: float) -> Tensor:
+    """Distillation targets: `share` of the teacher's class probabilities, the rest on the label.
+
+    Hinton et al. 2015 (arXiv 1503.02531) at temperature 1. [B] and [B, N] to [B, N].
+    """
+    one_hot = F.one_hot(labels, teacher_logits.shape[1]).float()
+    return torch.lerp(one_hot, torch.softmax(teacher_logits.float(), dim=1), share)
+
+
+class Distillation:
+    """The classification loss, with a share of a teacher's class probabilities in the targets.
+
+    Args:
+        teacher: the network to learn from, as it is now: later changes of its weights are not seen,
+            so it may be the very network that is about to be finetuned. Every block of it runs.
+        share: of the teacher in the targets; 0: labels alone, and no teacher is kept.
+    """
+
+    def __init__(
+        self, teacher: ResNet, *, share: float, normalisation: Normalisation, precision: str
+    ) -> None:
+        networks = Networks(resnet=copy.deepcopy(teacher), policy_net=None, normalisation=normalisation)
+        self.share = share
+        self.teacher = make_executor(networks, precision=precision) if share else None
+        self.num_blocks = teacher.num_blocks
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Each image's loss [B]: the divergence KL(targets, softmax(logits)), 0 at best.
+
+        With labels alone that is the cross-entropy.
+        """
+        if self.teacher is None:
+            return F.cross_entropy(logits, batch.labels, reduction="none")
+        every = torch.ones(len(logits), self.num_blocks, dtype=torch.bool, device=logits.device)
+        targets = softened(batch.labels, self.teacher.classify(batch.images, every), self.share)
+        return F.kl_div(F.log_softmax(logits, dim=1), targets, reduction="none").sum(dim=1)
+
+
 class Classification:
     """Cross-entropy training of a ResNet that runs every block, or those that a fixed rule keeps.
 
@@ -234,6 +305,7 @@ class Classification:
 
     Args:
         rule: noise [B, K] in [0, 1) to actions [B, K] bool; None: every block runs (pretraining).
+        distillation: the loss in place of the cross-entropy, if any.
     """
 
     def __init__(
@@ -245,15 +317,17 @@ class Classification:
         precision: str,
         label_smoothing: float = 0.0,
         rule: Callable[[Tensor], Tensor] | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         self.modules: dict[str, nn.Module] = {"resnet": resnet}
+        self.distillation = distillation
         self.resnet = resnet
         self.optimizer = optimizer
         self.normalisation = normalisation
         self.precision = precision
         self.label_smoothing = label_smoothing
         self.rule = rule
-        self.num_actions = 0 if rule is None else resnet.num_blocks
+        self.noise_columns = 0 if rule is None else resnet.num_blocks
 
     def begin_epoch(self, epoch: int) -> None:
         """Nothing changes from epoch to epoch."""
@@ -264,7 +338,10 @@ class Classification:
         with autocast(batch.images.device, self.precision):
             logits = self.resnet(batch.images, self._actions(batch.noise))
         logits = logits.float()
-        loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+        if self.distillation is None:
+            loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+        else:
+            loss = self.distillation(logits, batch).mean()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -273,15 +350,12 @@ class Classification:
 
     def validate(self, split: Split) -> Metrics:
         """Loss and accuracy with the blocks that run; what a rule draws is the same at every call."""
-        noise = torch.rand(len(split), self.num_actions, generator=generator("validation"))
+        noise = torch.rand(len(split), self.noise_columns, generator=generator("validation"))
         actions = self._actions(noise)
         found = predict(
             self.resnet, split, actions, normalisation=self.normalisation, precision=self.precision
         )
         return {"loss": float(found.losses.mean()), "accuracy": found.accuracy}
 
-    def _actions(self, noise: Tensor | None) -> Tensor | None:
-        if self.rule is None:
-            return None
-        assert noise is not None  # `fit` draws it for every learner with actions
-        return self.rule(noise)
+    def _actions(self, noise: Tensor) -> Tensor | None:
+        return None if self.rule is None else self.rule(noise)

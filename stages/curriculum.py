@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pipeline import checkpoint, legacy
+from pipeline import checkpoint, cost, legacy
 from pipeline.checkpoint import Checkpoint
 from pipeline.params import Params
 from pipeline.policy_learning import PolicyLearning, PolicyRules
@@ -58,6 +58,9 @@ def main(params: Params) -> None:
         initial_keep_prob=params.policy_net.initial_keep_prob,
     ).to(device)
     section = params.curriculum
+    shares = None
+    if params.block_cost == "flops":
+        shares = cost.measure(resnet, None, params.data.image_size).block_shares()
     learner = PolicyLearning(
         resnet,
         policy_net,
@@ -71,10 +74,14 @@ def main(params: Params) -> None:
             alpha=section.alpha,
             entropy_weight=section.entropy_weight,
             epochs_per_block=section.epochs_per_block,
+            estimator=section.estimator,
+            flips=section.flips,
+            soft_reward=section.soft_reward,
+            block_shares=shares,
         ),
         normalisation=pretrained.normalisation,
         precision=section.precision,
-        finetune_resnet=False,
+        distillation=None,
     )
     inputs = [common.PREPARED, common.PRETRAINED]
     trainer.train("curriculum", learner, params, section, inputs, partial(save, policy_net))

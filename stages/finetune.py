@@ -4,14 +4,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pipeline import checkpoint, legacy
+from pipeline import checkpoint, cost, legacy
 from pipeline.checkpoint import Checkpoint
 from pipeline.params import Params
 from pipeline.policy_learning import PolicyLearning, PolicyRules
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
 from pipeline.runtime import choose_device
-from pipeline.training import Metrics, make_optimizer
+from pipeline.training import Metrics, Together, make_optimizer
 from stages import common, trainer
 
 
@@ -61,23 +61,30 @@ def main(params: Params) -> None:
     resnet = pretrained.need_resnet().to(device)
     policy_net = checkpoint.load(common.POLICY).need_policy_net().to(device)
     section = params.finetune
+    shares = None
+    if params.block_cost == "flops":
+        shares = cost.measure(resnet, None, params.data.image_size).block_shares()
     learner = PolicyLearning(
         resnet,
         policy_net,
-        optimizer=make_optimizer(
-            "adam",
-            [
-                {"params": list(policy_net.parameters()), "lr": section.policy_lr},
-                {"params": list(resnet.parameters()), "lr": section.resnet_lr},
-            ],
-            weight_decay=section.weight_decay,
+        optimizer=Together(
+            make_optimizer(
+                "adam",
+                [{"params": list(policy_net.parameters()), "lr": section.policy_lr}],
+                weight_decay=section.weight_decay,
+            ),
+            trainer.resnet_optimizer_of(resnet, section),
         ),
         rules=PolicyRules(
-            gamma=params.gamma, alpha=section.alpha, entropy_weight=section.entropy_weight
+            gamma=params.gamma,
+            alpha=section.alpha,
+            entropy_weight=section.entropy_weight,
+            estimator=section.estimator,
+            block_shares=shares,
         ),
         normalisation=pretrained.normalisation,
         precision=section.precision,
-        finetune_resnet=True,
+        distillation=trainer.distillation_of(resnet, params),
     )
     inputs = [common.PREPARED, common.PRETRAINED, common.POLICY]
     trainer.train("finetune", learner, params, section, inputs, partial(save, resnet, policy_net))

@@ -5,7 +5,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -14,6 +14,7 @@ from pipeline.errors import UserError, explain
 from pipeline.interruption import Asked
 from pipeline.params import Curriculum, Finetune, Pretrain
 from pipeline.policies import collapse
+from pipeline.policy_net import PolicyNet
 from pipeline.resume import ResumePoint
 from pipeline.runtime import random_states, set_random_states
 from pipeline.tracking.runs import StageRun
@@ -211,8 +212,10 @@ class Keeper:
 
     def _warn_of_collapse(self, result: training.EpochResult) -> None:
         found = result.validation
-        blocks = self.learner.num_actions
-        if "entropy" not in found or found["learnt_blocks"] < blocks:  # a policy's, all of it learnt
+        if "entropy" not in found:  # no policy is learnt
+            return
+        blocks = cast(PolicyNet, self.learner.modules["policy_net"]).num_blocks
+        if found["learnt_blocks"] < blocks:
             return
         problem = collapse(kept_share=found["blocks_mean"] / blocks, entropy=found["entropy"])
         if problem:

@@ -1,7 +1,7 @@
 """static: the ResNet finetuned under a static rule: `python -m stages.static RULE KEPT`.
 
 What BlockDrop's finetuning would give without looking at the image: finetune's epochs, batches and
-learning rate of the ResNet, on cross-entropy alone. Does not depend on gamma.
+optimiser and loss of the ResNet, and no reward. Does not depend on gamma.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.params import Params
 from pipeline.runtime import choose_device
 from pipeline.static_policies import static_rule
-from pipeline.training import Classification, Metrics, make_optimizer
+from pipeline.training import Classification, Metrics
 from stages import common, trainer
 
 
@@ -36,14 +36,11 @@ def main(params: Params, *, rule: str, kept: int) -> None:
     section = params.finetune
     learner = Classification(
         resnet,
-        optimizer=make_optimizer(
-            "adam",
-            [{"params": list(resnet.parameters()), "lr": section.resnet_lr}],
-            weight_decay=section.weight_decay,
-        ),
+        optimizer=trainer.resnet_optimizer_of(resnet, section),
         normalisation=pretrained.normalisation,
         precision=section.precision,
         rule=static_rule(rule, kept),
+        distillation=trainer.distillation_of(resnet, params),
     )
     inputs = [common.PREPARED, common.PRETRAINED]
     trainer.train("static", learner, params, section, inputs, save, item=item)

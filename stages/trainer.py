@@ -12,13 +12,13 @@ from pipeline import training
 from pipeline.checkpoint import Checkpoint, CheckpointError
 from pipeline.data import load_classes, load_split
 from pipeline.interruption import deferred
-from pipeline.params import NO_FILE, Params, Pretrain
+from pipeline.params import NO_FILE, Finetune, Params, Pretrain
 from pipeline.resnet import ResNet
 from pipeline.resume import ResumePoint, digest_of_files, key_of, tidy
 from pipeline.runtime import choose_device, describe_device
 from pipeline.tensors import Augmentation, Normalisation
 from pipeline.tracking.runs import stage_run
-from pipeline.training import Classification, Metrics, make_optimizer
+from pipeline.training import Classification, Distillation, Metrics, make_optimizer
 from stages.common import (
     METRICS,
     MODELS,
@@ -58,6 +58,26 @@ def pretraining(resnet: ResNet, params: Params) -> Classification:
         normalisation=normalisation_of(params),
         precision=section.precision,
         label_smoothing=section.label_smoothing,
+    )
+
+
+def resnet_optimizer_of(resnet: ResNet, section: Finetune) -> torch.optim.Optimizer:
+    """What finetunes the ResNet, beside a policy or under a static rule."""
+    return make_optimizer(
+        section.resnet_optimizer,
+        [{"params": list(resnet.parameters()), "lr": section.resnet_lr}],
+        weight_decay=section.weight_decay,
+    )
+
+
+def distillation_of(resnet: ResNet, params: Params) -> Distillation:
+    """The loss of a ResNet that is finetuned, with itself as it is now as the teacher."""
+    section = params.finetune
+    return Distillation(
+        resnet,
+        share=section.distillation,
+        normalisation=normalisation_of(params),
+        precision=section.precision,
     )
 
 
@@ -174,7 +194,7 @@ def train(
 
 
 # what dvc.yaml draws of each training: an imported one has no points, but its columns must be there
-OF_POLICY = ("accuracy", "greedy_reward", "blocks")
+OF_POLICY = ("accuracy", "reward", "blocks")
 OF_VALIDATION = ("accuracy", "reward", "blocks_mean", "learnt_blocks")
 POLICY_COLUMNS = (
     "epoch",
@@ -210,6 +230,7 @@ def _resume_key(
         resnet=params.resnet.model_dump(),
         policy_net=params.policy_net.model_dump() if stage in ("curriculum", "finetune") else None,
         gamma=params.gamma if stage == "finetune" else None,
+        block_cost=params.block_cost if stage in ("curriculum", "finetune") else None,
         seed=params.seed,
         inputs=digest_of_files(files),
         code=digest_of_files(_code_of(stage)),

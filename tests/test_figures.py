@@ -87,7 +87,7 @@ def rows_of(epochs: int, num_blocks: int, *, learnt: int | None = None) -> list[
             row |= {
                 f"{split}_{name}": epoch / epochs for name in ("accuracy", "reward", "entropy", "loss")
             }
-        row |= {"train_greedy_reward": -epoch, "train_blocks": num_blocks / 2}
+        row |= {"train_reward": -epoch, "train_blocks": num_blocks / 2}
         row |= {"validation_blocks_mean": num_blocks / 3, "validation_effective_policies": epoch**2}
         rows.append({key: float(value) for key, value in row.items()})
     return rows

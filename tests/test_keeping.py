@@ -21,6 +21,7 @@ from pipeline import training
 from pipeline.params import Params
 from pipeline.policies import collapse
 from pipeline.policy_learning import PolicyLearning
+from pipeline.policy_net import PolicyNet
 from pipeline.resume import ResumePoint
 from stages import curriculum, finetune, keeping, pretrain, sole, static, trainer
 
@@ -426,10 +427,8 @@ def test_collapsed_policies_are_told_apart_with_a_remedy(kept_share, entropy, wo
 class Learner:
     """What the keeper asks of one."""
 
-    num_actions = 6
-
     def __init__(self) -> None:
-        self.modules: dict = {}
+        self.modules: dict = {"policy_net": PolicyNet(num_blocks=6, width=4)}
 
 
 class Run:

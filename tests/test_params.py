@@ -255,7 +255,7 @@ def test_broken_yaml_is_named_as_such(path, text):
 
 
 def test_broken_yaml_names_line_and_column(path):
-    assert "line 23, column 1" in refusal(path, text=DIGITS.replace("  depth: 32", "\tdepth: 32"))
+    assert "line 24, column 1" in refusal(path, text=DIGITS.replace("  depth: 32", "\tdepth: 32"))
 
 
 def test_yaml_that_would_run_code_is_refused(path, tmp_path):

@@ -10,7 +10,7 @@ from conftest import NORMALISATION
 from pipeline import policy_gradient as pg
 from pipeline.policies import greedy_actions
 from pipeline.policy_learning import PolicyLearning, PolicyRules
-from pipeline.training import Batch, make_optimizer
+from pipeline.training import Batch, Distillation, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
 
@@ -37,9 +37,28 @@ class RuleNet(torch.nn.Module):
 class ModeNet(RuleNet):
     """Right in evaluation mode, wrong in training mode, as batch statistics can make a network."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(()))  # that a loss may be differentiated
+
     def forward(self, images, actions=None):
-        right = torch.full((len(images),), float(not self.training))
+        right = torch.full((len(images),), float(not self.training)) + self.nothing
         return torch.stack([right, 1 - right], dim=1)
+
+
+LABELS_ALONE = Distillation(RuleNet(), share=0.0, normalisation=NORMALISATION, precision="fp32")
+
+
+class SoftNet(RuleNet):
+    """The label's probability is exp(-LEAST - SLOPES (1 - u)): smooth in shares of blocks."""
+
+    SLOPES = torch.tensor([0.01, 0.002, 0.02])
+    LEAST = 0.1
+
+    def forward(self, images, actions=None, gates=None):
+        kept = actions.float() if gates is None else actions * gates
+        right = torch.exp(-self.LEAST - (1 - kept) @ self.SLOPES)
+        return torch.stack([right, 1 - right], dim=1).log()
 
 
 class SameForAll(torch.nn.Module):
@@ -60,6 +79,8 @@ def gradient_of_step(
     epoch: int | None = None,
     resnet: torch.nn.Module | None = None,
     finetune: bool = False,
+    estimator: str = "self_critical",
+    flips: int = 0,
 ) -> torch.Tensor:
     """What one step on a single image leaves as the gradient of the logits."""
     policy_net = SameForAll()
@@ -69,11 +90,11 @@ def gradient_of_step(
         optimizer=make_optimizer("sgd", [{"params": [policy_net.logits], "lr": 0.0}], weight_decay=0),
         rules=PolicyRules(
             gamma=GAMMA, alpha=ALPHA, entropy_weight=entropy_weight,
-            epochs_per_block=None if epoch is None else 1.0,
+            epochs_per_block=None if epoch is None else 1.0, estimator=estimator, flips=flips,
         ),
         normalisation=NORMALISATION,
         precision="fp32",
-        finetune_resnet=finetune,
+        distillation=LABELS_ALONE if finetune else None,
     )  # fmt: skip
     learner.begin_epoch(epoch or 0)
     images = torch.zeros(1, 3, 8, 8)
@@ -99,6 +120,68 @@ def test_the_expected_step_follows_the_exact_gradient_of_the_expected_reward():
     weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
     steps = torch.stack([gradient_of_step(noise_that_samples(a)) for a in ALL_POLICIES])
     torch.testing.assert_close(-(weights[:, None] * steps).sum(dim=0), exact)
+
+
+@pytest.mark.parametrize("flips", [1, 2, 3, 7])  # more than there are is all
+def test_the_expected_step_of_local_expectation_follows_the_exact_gradient(flips):
+    logits = START.clone().requires_grad_()
+    exact = torch.autograd.grad(expected_reward(logits), logits)[0]
+    prob = pg.bounded(torch.sigmoid(START), ALPHA)
+    weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
+    lots = [torch.tensor([order]) / K for order in itertools.permutations(range(K))]
+    steps = torch.stack(
+        [
+            sum(
+                gradient_of_step(
+                    torch.cat([noise_that_samples(a), lot], dim=1),
+                    estimator="local_expectation",
+                    flips=flips,
+                )
+                for lot in lots
+            )
+            / len(lots)
+            for a in ALL_POLICIES
+        ]
+    )
+    torch.testing.assert_close(-(weights[:, None] * steps).sum(dim=0), exact)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_local_expectation_tries_learnt_blocks_alone(epoch):
+    noise = torch.cat([noise_that_samples(ALL_POLICIES[-1]), torch.tensor([[0.9, 0.5, 0.1]])], dim=1)
+    gradient = gradient_of_step(noise, epoch=epoch, estimator="local_expectation", flips=7)
+    assert ((gradient != 0) == (torch.arange(K) >= K - 1 - epoch)).all()
+
+
+def test_the_expected_step_of_straight_through_follows_the_gradient_where_slopes_are_small():
+    prob = pg.bounded(torch.sigmoid(START), ALPHA)
+    weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
+    net = SoftNet()
+    steps = torch.stack(
+        [
+            gradient_of_step(
+                noise_that_samples(a), resnet=net, finetune=True, estimator="straight_through"
+            )
+            for a in ALL_POLICIES
+        ]
+    )
+    logits = START.clone().requires_grad_()
+    p = pg.bounded(torch.sigmoid(logits), ALPHA)
+    chance = torch.where(ALL_POLICIES, p, 1 - p).prod(dim=1)
+    right = torch.exp(-SoftNet.LEAST - (~ALL_POLICIES).float() @ SoftNet.SLOPES)
+    reward = (chance * pg.reward(right, ALL_POLICIES, GAMMA)).sum()
+    exact = torch.autograd.grad(reward, logits)[0]
+    found = -(weights[:, None] * steps).sum(dim=0)
+    torch.testing.assert_close(found, exact, rtol=0.03, atol=0.0)
+
+
+def test_an_estimator_that_does_not_fit_the_resnet_is_refused():
+    with pytest.raises(ValueError, match=r"no estimator straight_through where the ResNet is frozen"):
+        gradient_of_step(noise_that_samples(ALL_POLICIES[0]), estimator="straight_through")
+    with pytest.raises(ValueError, match=r"no estimator local_expectation where the ResNet learns"):
+        gradient_of_step(
+            noise_that_samples(ALL_POLICIES[0]), estimator="local_expectation", finetune=True
+        )
 
 
 def test_the_entropy_bonus_pushes_towards_one_half():
@@ -140,7 +223,7 @@ def test_metrics_are_those_of_the_step():
         rules=PolicyRules(gamma=GAMMA, alpha=ALPHA, entropy_weight=0.0),
         normalisation=NORMALISATION,
         precision="fp32",
-        finetune_resnet=False,
+        distillation=None,
     )
     learner.begin_epoch(0)
     wrong = torch.tensor([True, True, False])

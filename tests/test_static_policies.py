@@ -167,8 +167,8 @@ def test_keeping_every_block_trains_as_pretraining_does_bit_for_bit(name, train_
 
 
 def test_only_a_learner_with_a_rule_draws_noise(small_resnet):
-    assert learner_of(small_resnet, None).num_actions == 0
-    assert learner_of(small_resnet, "first", 1).num_actions == 3
+    assert learner_of(small_resnet, None).noise_columns == 0
+    assert learner_of(small_resnet, "first", 1).noise_columns == 3
 
 
 def test_validation_runs_the_rule_and_draws_the_same_each_time(validation_split):

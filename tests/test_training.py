@@ -11,17 +11,20 @@ from pipeline.policy_learning import PolicyLearning, PolicyRules
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
 from pipeline.runtime import generator
-from pipeline.tensors import Augmentation, batches
+from pipeline.tensors import Augmentation, Split, batches
 from pipeline.training import (
     Batch,
     Classification,
+    Distillation,
     NotFiniteError,
     Position,
+    Together,
     constant,
     cosine,
     fit,
     make_optimizer,
     require_finite,
+    softened,
     step_down,
 )
 
@@ -40,24 +43,37 @@ def classifier(resnet: ResNet, lr: float = 0.05) -> Classification:
 
 
 def policy_learner(
-    resnet: ResNet, *, finetune: bool, epochs_per_block: float | None = None, gamma: float = 2.0
+    resnet: ResNet,
+    *,
+    finetune: bool,
+    epochs_per_block: float | None = None,
+    gamma: float = 2.0,
+    estimator: str = "self_critical",
+    teacher_share: float = 0.0,
 ) -> PolicyLearning:
     torch.manual_seed(1)
     policy_net = PolicyNet(num_blocks=resnet.num_blocks, width=4)
     groups = [{"params": list(policy_net.parameters()), "lr": 0.01}]
+    optimizer = make_optimizer("adam", groups, weight_decay=0.0)
+    distillation = None
     if finetune:
-        groups.append({"params": list(resnet.parameters()), "lr": 0.01})
+        groups = [{"params": list(resnet.parameters()), "lr": 0.01}]
+        optimizer = Together(optimizer, make_optimizer("adam", groups, weight_decay=0.0))
+        distillation = Distillation(
+            resnet, share=teacher_share, normalisation=NORMALISATION, precision="fp32"
+        )
     return PolicyLearning(
         resnet,
         policy_net,
-        optimizer=make_optimizer("adam", groups, weight_decay=0.0),
+        optimizer=optimizer,
         rules=PolicyRules(
-            gamma=gamma, alpha=0.8, entropy_weight=0.01, epochs_per_block=epochs_per_block
+            gamma=gamma, alpha=0.8, entropy_weight=0.01, epochs_per_block=epochs_per_block,
+            estimator=estimator, flips=2,
         ),
         normalisation=NORMALISATION,
         precision="fp32",
-        finetune_resnet=finetune,
-    )
+        distillation=distillation,
+    )  # fmt: skip
 
 
 def run(learner, train, validation, *, epochs, position=None, augmentation=PLAIN, steps=None):
@@ -101,14 +117,26 @@ def test_a_classifier_learns(small_resnet, train_split, validation_split):
 
 
 @pytest.mark.parametrize("steps", [1, 5, 6, 7])  # an epoch has three: at its end, and in the middle
-@pytest.mark.parametrize("finetune", [False, True])
-def test_resumed_training_ends_in_the_same_bytes(finetune, steps, train_split, validation_split):
+@pytest.mark.parametrize(
+    ("finetune", "estimator"),
+    [
+        (False, "self_critical"),
+        (False, "local_expectation"),
+        (True, "self_critical"),
+        (True, "straight_through"),
+    ],
+)
+def test_resumed_training_ends_in_the_same_bytes(
+    finetune, estimator, steps, train_split, validation_split
+):
     augmentation = Augmentation(crop_padding=1, flip=True)
 
     def fresh() -> PolicyLearning:
         torch.manual_seed(0)
         resnet = ResNet(depth=8, width=4, num_classes=3)
-        return policy_learner(resnet, finetune=finetune, epochs_per_block=1)
+        return policy_learner(
+            resnet, finetune=finetune, epochs_per_block=1, estimator=estimator, teacher_share=0.5
+        )
 
     whole = fresh()
     expected = run(whole, train_split, validation_split, epochs=4, augmentation=augmentation)
@@ -145,7 +173,7 @@ class Spoiled:
     def __init__(self, learner, step: int, value: float) -> None:
         self.learner, self.spoiled, self.value, self.done = learner, step, value, 0
         self.modules, self.optimizer = learner.modules, learner.optimizer
-        self.normalisation, self.num_actions = learner.normalisation, learner.num_actions
+        self.normalisation, self.noise_columns = learner.normalisation, learner.noise_columns
 
     def begin_epoch(self, epoch: int) -> None:
         self.learner.begin_epoch(epoch)
@@ -232,6 +260,72 @@ def test_finetuning_trains_both_networks(small_resnet, train_split, validation_s
     assert results[-1].validation["reward"] > results[0].validation["reward"]
 
 
+def gradients_of(learner: PolicyLearning, split: Split) -> list[torch.Tensor]:
+    learner.begin_epoch(0)
+    images = NORMALISATION(split.images)
+    noise = torch.rand(len(images), 3, generator=torch.Generator().manual_seed(0))
+    learner.step(Batch(images=images, labels=split.labels, noise=noise))
+    return [p.grad for p in learner.resnet.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("estimator", ["self_critical", "straight_through"])
+def test_the_resnet_learns_from_the_labels_as_without_a_policy(estimator, train_split):
+    """The gates' gradients and the reward's reach the policy alone."""
+    torch.manual_seed(0)
+    one, other = ResNet(depth=8, width=4, num_classes=3), ResNet(depth=8, width=4, num_classes=3)
+    other.load_state_dict(one.state_dict())
+    learner = policy_learner(one, finetune=True, estimator=estimator)
+    torch.nn.init.constant_(learner.policy_net.features.fc.bias, 50.0)  # alpha 0.8: 80 % are kept
+    found = gradients_of(learner, train_split)
+    noise = torch.rand(len(train_split), 3, generator=torch.Generator().manual_seed(0))
+    images = NORMALISATION(train_split.images)
+    loss = torch.nn.functional.cross_entropy(other.train()(images, noise < 0.8), train_split.labels)
+    expected = torch.autograd.grad(loss, list(other.parameters()))
+    torch.testing.assert_close(found, list(expected))
+
+
+def test_a_teacher_stays_as_it_was(small_resnet, train_split):
+    images = NORMALISATION(train_split.images)
+    batch = Batch(images=images, labels=train_split.labels, noise=torch.empty(len(images), 0))
+    loss = Distillation(small_resnet, share=1.0, normalisation=NORMALISATION, precision="fp32")
+    logits = small_resnet.eval()(images).detach()
+    before = loss(logits, batch)
+    torch.testing.assert_close(before, torch.zeros(len(images)), atol=1e-5, rtol=0)
+    with torch.no_grad():
+        for weight in small_resnet.parameters():
+            weight.mul_(0.5)
+    torch.testing.assert_close(loss(logits, batch), before, atol=0, rtol=0)
+    assert loss(small_resnet(images).detach(), batch).mean() > 1e-3
+
+
+def test_targets_are_softened_by_the_share_of_the_teacher():
+    labels, logits = torch.tensor([1]), torch.tensor([[0.0, 0.0]])
+    assert softened(labels, logits, 0.0).tolist() == [[0.0, 1.0]]
+    assert softened(labels, logits, 0.5).tolist() == [[0.25, 0.75]]
+
+
+def test_gates_tell_the_slope_of_the_loss_in_the_share_of_a_block(small_resnet, train_split):
+    """Against a finite difference: a residual scaled by its last batch norm."""
+    small_resnet.double().eval()
+    images = NORMALISATION(train_split.images[:3]).double()
+    actions = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 0, 0]]).bool()
+    gates = torch.ones(3, 3, dtype=torch.float64, requires_grad=True)
+    small_resnet(images, actions, gates)[:, 0].sum().backward()
+    step = 1e-6
+    for number, block in enumerate(small_resnet.flat_blocks()):
+        state = copy.deepcopy(block.bn2.state_dict())
+        ends = []
+        for share in (1 - step, 1 + step):
+            block.bn2.load_state_dict(
+                {k: v * share if k in ("weight", "bias") else v for k, v in state.items()}
+            )
+            ends.append(small_resnet(images, actions)[:, 0].detach())
+        block.bn2.load_state_dict(state)
+        slope = (ends[1] - ends[0]) / (2 * step)
+        torch.testing.assert_close(gates.grad[:, number], slope, rtol=1e-3, atol=1e-6)
+        assert ((slope != 0) == actions[:, number]).all()
+
+
 def test_a_high_penalty_keeps_more_blocks_than_none(train_split, validation_split):
     """A network that is right only with its blocks: without a penalty they are not worth it."""
     kept = {}
@@ -259,7 +353,7 @@ def test_means_weigh_every_image_equally():
     class Counter:
         """Reports its batch's mean label, so that the epoch's mean must be the split's."""
 
-        num_actions = 0
+        noise_columns = 0
         normalisation = NORMALISATION
         optimizer = make_optimizer("sgd", [{"params": [torch.zeros(1)], "lr": 1.0}], weight_decay=0)
 

@@ -33,7 +33,7 @@ def learning_curves(path: Path, *, curriculum: Rows, finetune: Rows, num_blocks:
     look = _look(len(curriculum) + len(finetune))
     panels = (
         ("accuracy (%)", "train_accuracy", "validation_accuracy", 100),
-        ("reward", "train_greedy_reward", "validation_reward", 1),
+        ("reward", "train_reward", "validation_reward", 1),
         (f"blocks kept per image, of {num_blocks}", "train_blocks", "validation_blocks_mean", 1),
         ("entropy per learnt block (nats)", "train_entropy", "validation_entropy", 1),
         ("effective policies", None, "validation_effective_policies", 1),
