@@ -1,5 +1,6 @@
 """The machine: device, precision, seeds. Which device is used is no parameter: it reruns nothing."""
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -14,6 +15,7 @@ import torch
 from pipeline.errors import UserError
 
 DEVICE_VARIABLE = "BLOCKDROP_DEVICE"
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def choose_device() -> torch.device:
@@ -69,6 +71,18 @@ def _processor() -> str:
     told = {key.strip(): value.strip() for key, value in facts.items()}
     extras = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in told.get("flags", "")]
     return " ".join([told.get("model name", platform.processor()), *extras])
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that tensors free, for the next ones; whether that worked.
+
+    glibc gives large blocks back to the kernel at once and fetches them anew, zeroed page by page, for
+    every activation of every step: 8 % of a ResNet-32's training step on 2 CPU cores.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return all((mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)))
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

@@ -15,7 +15,7 @@ from pipeline.interruption import deferred
 from pipeline.params import NO_FILE, Finetune, Params, Pretrain
 from pipeline.resnet import ResNet
 from pipeline.resume import ResumePoint, digest_of_files, key_of, tidy
-from pipeline.runtime import choose_device, describe_device
+from pipeline.runtime import choose_device, describe_device, keep_freed_memory
 from pipeline.tensors import Augmentation, Normalisation
 from pipeline.tracking.runs import stage_run
 from pipeline.training import Classification, Distillation, Metrics, make_optimizer
@@ -142,6 +142,7 @@ def train(
     name = f"{stage}-{item}" if item else stage
     curve = PLOTS / stage / f"{item}.csv" if item else PLOTS / f"{stage}.csv"
     require_writable(MODELS, METRICS, curve.parent)
+    keep_freed_memory()
     device = choose_device()
     print(f"{name}: {section.epochs} epochs on {describe_device(device)}", flush=True)
     splits = {split: load_split(PREPARED, split, device) for split in ("train", "validation")}

@@ -1,0 +1,250 @@
+"""The folder results/: rows of finished runs, and the table and figure of all of them.
+
+`python -m tools.results record NAME --preset PRESET` after `dvc repro` writes results/rows/NAME.json
+from the metrics and outcomes in the working tree; `python -m tools.results table` writes
+results/README.md and a figure for each network from all rows.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import params as params_file
+from pipeline.bootstrap import paired_difference
+from pipeline.errors import UserError
+from pipeline.figures.trade_off import trade_off
+from pipeline.files import write_text
+from pipeline.params import Params
+from pipeline.report import published
+from pipeline.resume import project_root
+from pipeline.runtime import choose_device, describe_machine
+
+FOLDER = project_root() / "results"
+ROWS = "rows"
+RESAMPLES = 10_000
+TRAININGS = ("pretrain", "curriculum", "finetune")
+Row = Mapping[str, Any]
+
+
+def outcomes_of(root: Path) -> dict[str, NDArray[np.bool_]]:
+    """Whether each network is right on each test image, in order, [M] for each name."""
+    found: dict[str, list[str]] = {}
+    for name in ("evaluate", "baseline"):
+        path = root / "plots" / name / "images.csv"
+        if path.exists():
+            with path.open(encoding="utf-8", newline="") as file:
+                for row in csv.DictReader(file):
+                    for column, value in row.items():
+                        found.setdefault(f"{name}.{column}", []).append(value)
+    wanted = {
+        "blockdrop" if name == "evaluate.correct" else name.removeprefix("baseline."): values
+        for name, values in found.items()
+        if name == "evaluate.correct" or name.startswith("baseline.")
+    }
+    return {name: np.array(v) == "1" for name, v in wanted.items() if name != "image"}
+
+
+def changes(own: Params, preset: Params) -> dict[str, Any]:
+    """What params.yaml has otherwise than the preset, by dotted key."""
+    before = preset.flat()
+    return {key: value for key, value in own.flat().items() if before[key] != value}
+
+
+def row_of(root: Path, preset: str) -> dict[str, Any]:
+    """The finished run in a working tree: parameters, results, rivals, seconds, hardware, commit.
+
+    Raises:
+        UserError: the run is not finished there.
+    """
+    params = params_file.load(root / "params.yaml")
+    evaluated = _read(root, "metrics/evaluate.json")
+    outcomes = outcomes_of(root)
+    rivals = []
+    curves = root / "plots/baseline/curves.csv"
+    table = csv.DictReader(curves.open(encoding="utf-8", newline="")) if curves.exists() else ()
+    for line in table:
+        name = {"full": "full", "sole": f"sole-{line['depth']}"}.get(
+            line["kind"], f"{line['kind']}-{line['blocks']}"
+        )
+        if line["kind"] in ("full", "sole") or line["finetuned"] == "1":
+            difference = paired_difference(
+                outcomes["blockdrop"], outcomes[name], resamples=RESAMPLES, seed=params.seed
+            )
+            rivals.append(
+                {
+                    "name": name,
+                    "depth": int(line["depth"]),
+                    "blocks": int(line["blocks"]),
+                    "kind": line["kind"],
+                    "accuracy": float(line["accuracy"]),
+                    "flops": float(line["flops"]),
+                    "blockdrop_minus_it": difference,
+                }
+            )
+    seconds = {}
+    for path in sorted((root / "metrics/times").glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        seconds[path.stem] = {key: content.get(key) for key in ("seconds", "device")}
+    return {
+        "preset": preset,
+        "changes": changes(params, params_file.load(root / "presets" / f"{preset}.yaml")),
+        "params": params.flat(),
+        "commit": _git(root, "rev-parse", "--short", "HEAD"),
+        "machine": describe_machine(choose_device()),
+        "test_images": len(outcomes["blockdrop"]),
+        "evaluate": evaluated,
+        "rivals": rivals,
+        "times": seconds,
+    }
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def _read(root: Path, name: str) -> dict[str, Any]:
+    try:
+        return json.loads((root / name).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        raise UserError(f"{name} is missing; finish `dvc repro` first") from None
+
+
+def command_of(row: Row) -> str:
+    """What a reader types to have the row again."""
+    text = f"make preset NAME={row['preset']}"
+    options = " ".join(f"-S {key}={json.dumps(value)}" for key, value in row["changes"].items())
+    return f"`{text} && " + (f"dvc exp run {options}`" if options else "make repro`")
+
+
+def minutes_of(row: Row) -> str:
+    """Minutes of training of the three stages, those that were trained."""
+    spent = [row["times"].get(stage, {}).get("seconds") for stage in TRAININGS]
+    return " + ".join("-" if s is None else f"{s / 60:.0f}" for s in spent)
+
+
+def table(rows: Mapping[str, Row]) -> str:
+    """results/README.md: for each network one table, BlockDrop by rising FLOPs, rivals beside it."""
+    lines = [
+        "# Results",
+        "",
+        "Written by `python -m tools.results table` from `rows/`, each of which holds all parameters,",
+        "metrics, times, versions and hardware of one run. Test images are touched once a run. FLOPs:",
+        "2 per multiply-add, the policy network included. Differences: paired bootstrap over the test",
+        "images (95 %); they hold for these trained networks, not for other seeds.",
+    ]
+    for source, depth in sorted({_network(row) for row in rows.values()}):
+        own = {name: row for name, row in rows.items() if _network(row) == (source, depth)}
+        lines += ["", f"## ResNet-{depth} on {source}", ""]
+        lines += _table(own)
+    return "\n".join(lines) + "\n"
+
+
+def _network(row: Row) -> tuple[str, int]:
+    return row["params"]["data.source"], row["params"]["resnet.depth"]
+
+
+def _table(rows: Mapping[str, Row]) -> list[str]:
+    lines = [
+        "| run | gamma | seed | accuracy | blocks | FLOPs | of the full | policies (effective) | "
+        "another image's policy | training (min) | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["evaluate"]["flops_mean"]):
+        e, p = row["evaluate"], row["params"]
+        lines.append(
+            f"| {name} | {p['gamma']:g} | {p['seed']} | {100 * e['accuracy']:.2f} % | "
+            f"{e['blocks_mean']:.2f} ± {e['blocks_std']:.2f} of {e['num_blocks']} | "
+            f"{e['flops_mean']:.3g} | {100 * e['flops_mean'] / e['full_flops']:.1f} % | "
+            f"{e['unique_policies']:.0f} ({e['effective_policies']:.1f}) | "
+            f"{100 * e['shuffled_accuracy']:.2f} % | {minutes_of(row)} | {row['commit']} |"
+        )
+    lines += ["", "Beside static networks:", ""]
+    lines += [
+        "| run | rival | its accuracy | its FLOPs | BlockDrop minus it, points |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        for rival in row["rivals"]:
+            mean, low, high = (100 * value for value in rival["blockdrop_minus_it"])
+            lines.append(
+                f"| {name} | {rival['name']} | {100 * rival['accuracy']:.2f} % | "
+                f"{rival['flops']:.3g} | {mean:+.2f} ({low:+.2f} to {high:+.2f}) |"
+            )
+    first = next(iter(rows.values()))
+    lines += ["", "Published:", "", "| what | accuracy | FLOPs |", "|---|---|---|"]
+    lines += [
+        f"| {said} | {100 * accuracy:.2f} % | {'-' if flops is None else f'{flops:.3g}'} |"
+        for said, accuracy, _, flops in published(first["params"])
+    ]
+    lines += ["", "How:", ""]
+    for name, row in rows.items():
+        devices = {time["device"] for time in row["times"].values() if time.get("device")}
+        machine = f"{row['machine']['processor']}; {'; '.join(sorted(devices))}"
+        lines.append(f"- {name}: {command_of(row)}; {machine}")
+    return lines
+
+
+def figure(path: Path, rows: Sequence[Row]) -> None:
+    """The trade-off of one network's runs beside all of their rivals."""
+    rivals = {
+        (r["name"], r["accuracy"]): {
+            "kind": r["kind"], "depth": r["depth"], "blocks": r["blocks"], "flops": r["flops"],
+            "accuracy": r["accuracy"], "accuracy_std": 0.0,
+            "finetuned": int(r["kind"] not in ("full", "sole")),
+        }
+        for row in rows
+        for r in row["rivals"]
+    }  # fmt: skip
+    points = [
+        {
+            "gamma": row["params"]["gamma"],
+            "label": f"gamma {row['params']['gamma']:g}",
+            "flops": row["evaluate"]["flops_mean"],
+            "accuracy": row["evaluate"]["accuracy"],
+            "blocks": row["evaluate"]["blocks_mean"],
+        }
+        for row in rows
+    ]
+    source, depth = _network(rows[0])
+    trade_off(
+        path, baselines=list(rivals.values()), blockdrop=points, title=f"ResNet-{depth} on {source}"
+    )
+
+
+def main() -> None:
+    """Record a row, or write the table and the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    record = commands.add_parser("record")
+    record.add_argument("name")
+    record.add_argument("--preset", required=True)
+    record.add_argument("--root", type=Path, default=project_root())
+    commands.add_parser("table")
+    arguments = parser.parse_args()
+    if arguments.command == "record":
+        row = row_of(arguments.root, arguments.preset)
+        path = FOLDER / ROWS / f"{arguments.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(row, indent=1, sort_keys=True) + "\n")
+        print(f"{path.relative_to(project_root())}: {100 * row['evaluate']['accuracy']:.2f} %")
+        return
+    rows = {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((FOLDER / ROWS).glob("*.json"))
+    }
+    write_text(FOLDER / "README.md", table(rows))
+    for source, depth in sorted({_network(row) for row in rows.values()}):
+        own = [row for row in rows.values() if _network(row) == (source, depth)]
+        figure(FOLDER / f"trade_off_{source}_resnet{depth}.png", own)
+
+
+if __name__ == "__main__":
+    main()
