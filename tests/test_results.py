@@ -1,0 +1,93 @@
+"""Rows of finished runs and what is written from them; the plain loop that ours is measured against."""
+
+import argparse
+import json
+import re
+import subprocess
+
+import pytest
+import torch
+from repository_copy import ROOT
+
+from pipeline.errors import UserError
+from pipeline.resnet import ResNet
+from tools import results, throughput
+
+RIGHT = [1, 1, 1, 0]
+EVALUATED = {
+    "accuracy": 0.75, "blocks_mean": 8.0, "blocks_std": 1.0, "num_blocks": 15, "flops_mean": 7e7,
+    "full_flops": 1.4e8, "unique_policies": 3, "effective_policies": 2.0, "shuffled_accuracy": 0.7,
+}  # fmt: skip
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A working tree as `dvc repro` leaves it, with four test images and one rival."""
+    root = tmp_path / "work"
+    for name in ("metrics/times", "plots/evaluate", "plots/baseline", "presets"):
+        (root / name).mkdir(parents=True)
+    preset = (ROOT / "presets/digits.yaml").read_text()
+    (root / "presets/digits.yaml").write_text(preset)
+    (root / "params.yaml").write_text(re.sub(r"^gamma: .*", "gamma: 2.5", preset, flags=re.M))
+    (root / "metrics/evaluate.json").write_text(json.dumps(EVALUATED))
+    seconds = {"seconds": 120.0, "device": "CPU, 1 threads"}
+    (root / "metrics/times/finetune.json").write_text(json.dumps(seconds))
+    rows = "".join(f"{i},{right}\n" for i, right in enumerate(RIGHT))
+    (root / "plots/evaluate/images.csv").write_text("image,correct\n" + rows)
+    rows = "".join(f"{i},0,1,1\n" for i in range(4))
+    (root / "plots/baseline/images.csv").write_text("image,sole-20,distribute-7,first-3\n" + rows)
+    (root / "plots/baseline/curves.csv").write_text(
+        "kind,depth,blocks,finetuned,flops,accuracy,accuracy_std\n"
+        "sole,20,9,0,8e7,0.0,0.0\ndistribute,32,7,1,7e7,1.0,0.0\nfirst,32,3,0,4e7,1.0,0.0\n"
+    )
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run([*git, *command], cwd=root, check=True)
+    return root
+
+
+def test_row_has_results_rivals_and_what_it_takes_to_have_it_again(finished):
+    row = results.row_of(finished, "digits")
+    assert row["evaluate"] == EVALUATED
+    assert row["test_images"] == 4
+    assert len(row["commit"]) >= 7
+    sole, tuned = row["rivals"]  # a rule that nobody finetuned is no rival
+    assert (sole["name"], sole["blockdrop_minus_it"][0]) == ("sole-20", 0.75)
+    assert (tuned["name"], tuned["blockdrop_minus_it"][0]) == ("distribute-7", -0.25)
+    assert results.command_of(row) == "`make preset NAME=digits && dvc exp run -S gamma=2.5`"
+    assert results.minutes_of(row) == "- + - + 2"
+
+
+def test_table_and_figure_show_every_row(finished, tmp_path):
+    rows = {"one": results.row_of(finished, "digits")}
+    text = results.table(rows)
+    assert "| one | 2.5 | 0 | 75.00 % | 8.00 ± 1.00 of 15 | 7e+07 | 50.0 % | 3 (2.0) | 70.00 %" in text
+    assert "| one | sole-20 | 0.00 % | 8e+07 | +75.00 (" in text
+    results.figure(tmp_path / "figure.png", list(rows.values()))
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_unfinished_run_is_refused_with_a_remedy(finished):
+    (finished / "metrics/evaluate.json").unlink()
+    with pytest.raises(UserError, match=r"metrics/evaluate.json is missing; finish `dvc repro` first"):
+        results.row_of(finished, "digits")
+
+
+def test_the_plain_loop_computes_what_ours_does(small_resnet: ResNet):
+    small_resnet.eval()
+    images = torch.rand(5, 3, 8, 8)
+    actions = torch.tensor([[1, 1, 1], [0, 0, 0], [1, 0, 1], [0, 1, 0], [1, 1, 0]]).bool()
+    found = throughput.masked(small_resnet, images, actions)
+    torch.testing.assert_close(found, small_resnet(images, actions), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", throughput.STAGES)
+def test_throughput_times_every_loop_of_a_stage(stage):
+    arguments = argparse.Namespace(
+        stages=[stage], images=32, batch_size=16, rounds=1, workers=[0], depth=8, kept=0.5
+    )
+    rows = throughput.measure(arguments, torch.device("cpu"))
+    ours = 1 if stage == "pretrain" else 2
+    assert [row["loop"].split(",")[0] for row in rows] == ["plain"] + ["ours"] * ours
+    assert all(row["images_per_second"] > 0 for row in rows)
+    assert rows[0]["times_the_best_plain"] == 1.0
