@@ -18,7 +18,7 @@ from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
 from pipeline.runtime import autocast
 from pipeline.tensors import Normalisation, Split
-from pipeline.training import Batch, Metrics
+from pipeline.training import Batch, Metrics, descend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +142,7 @@ class PolicyLearning:
             cross_entropy = F.cross_entropy(class_logits, batch.labels)
             loss = loss + cross_entropy
             metrics["cross_entropy"] = cross_entropy.detach()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        descend(self.optimizer, loss, batch)
         return metrics
 
     def validate(self, split: Split) -> Metrics:

@@ -1,0 +1,162 @@
+"""Trainings that tests run by one process and by several: `python -m in_processes CASE,... FILE`.
+
+Each gives what it left: weights, buffers, gradients, optimiser, and what `fit` yielded.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from conftest import NORMALISATION, make_split
+
+from pipeline import distributed
+from pipeline.policy_learning import PolicyLearning, PolicyRules
+from pipeline.policy_net import PolicyNet
+from pipeline.resnet import ResNet
+from pipeline.static_policies import static_rule
+from pipeline.tensors import Augmentation
+from pipeline.training import Classification, Learner, Position, constant, fit, make_optimizer
+
+TESTS = Path(__file__).parent
+
+
+def resnet() -> ResNet:
+    torch.manual_seed(0)
+    return ResNet(depth=14, width=4, num_classes=3)
+
+
+def classification(
+    *, rule: Callable[[torch.Tensor], torch.Tensor] | None = None, optimizer: str = "sgd", **options
+) -> Classification:
+    made = resnet()
+    groups = [{"params": list(made.parameters()), "lr": 0.01}]
+    return Classification(
+        made,
+        optimizer=make_optimizer(optimizer, groups, weight_decay=0.01),
+        normalisation=NORMALISATION,
+        precision="fp32",
+        rule=rule,
+        **options,
+    )
+
+
+def policy(*, finetune: bool, optimizer: str = "adam") -> PolicyLearning:
+    networks = resnet(), PolicyNet(num_blocks=6, width=4)
+    groups = [{"params": list(networks[1].parameters()), "lr": 0.01}]
+    if finetune:
+        groups.append({"params": list(networks[0].parameters()), "lr": 0.001})
+    return PolicyLearning(
+        *networks,
+        optimizer=make_optimizer(optimizer, groups, weight_decay=0.01),
+        rules=PolicyRules(
+            gamma=2.0, alpha=0.8, entropy_weight=0.01, epochs_per_block=None if finetune else 0.5
+        ),
+        normalisation=NORMALISATION,
+        precision="fp32",
+        finetune_resnet=finetune,
+    )
+
+
+def by_row(noise: torch.Tensor) -> torch.Tensor:
+    """Actions of few images a block: often of one process's alone, sometimes of none's. [B, K] bool."""
+    chance = torch.tensor([1.0, 0.5, 0.15, 0.15, 0.05, 0.0])
+    return noise < chance
+
+
+def trained(learner: Learner, *, images: int = 48, batch_size: int = 16, epochs: int = 2) -> dict:
+    """What a training leaves."""
+    position = Position()
+    distributed.same_networks(learner.modules.values())
+    results = list(
+        fit(
+            learner,
+            train=make_split(images),
+            validation=make_split(24, seed=1),
+            epochs=epochs,
+            batch_size=batch_size,
+            schedule=constant,
+            augmentation=Augmentation(crop_padding=1, flip=True),
+            normalisation=NORMALISATION,
+            key=(0, "test"),
+            position=position,
+        )
+    )
+    parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
+    return {
+        "weights": {
+            f"{name}.{key}": value
+            for name, module in learner.modules.items()
+            for key, value in module.state_dict().items()
+        },
+        "gradients": [None if p.grad is None else p.grad for p in parameters],
+        "optimizer": learner.optimizer.state_dict()["state"],
+        "steps": results.count(None),
+        "results": [
+            {"train": r.train, "validation": r.validation, "wrong_step": r.wrong_step}
+            for r in results
+            if r is not None
+        ],
+    }
+
+
+# SGD where some gradients are next to nothing: Adam would make whole steps of their float noise
+CASES: dict[str, Callable[[], dict]] = {
+    "pretrain": lambda: trained(classification(label_smoothing=0.1)),
+    "curriculum": lambda: trained(policy(finetune=False), epochs=4),
+    "finetune": lambda: trained(policy(finetune=True, optimizer="sgd")),
+    "static": lambda: trained(classification(rule=static_rule("random", 3), optimizer="adam")),
+    # batches of 13, 12 and 12 images
+    "uneven": lambda: trained(classification(), images=37),
+    # batches of one image: the second process has none
+    "no rows": lambda: trained(
+        policy(finetune=True, optimizer="sgd"), images=5, batch_size=1, epochs=1
+    ),
+    "some blocks": lambda: trained(classification(rule=by_row), batch_size=4, epochs=1),
+}
+
+
+def start(command: list[str], *, processes: int, **options) -> list[subprocess.Popen]:
+    """The same command in so many processes that find each other as torchrun's do."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    every = [
+        subprocess.Popen(
+            command,
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
+                "OMP_NUM_THREADS": "1",
+                "BLOCKDROP_DEVICE": "cpu",
+            },
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            **options,
+        )
+        for rank in range(processes)
+    ]
+    every[0].store = store  # lives as long as they do
+    return every
+
+
+def by(processes: int, folder: Path) -> list[dict[str, dict]]:
+    """What all cases left in each process."""
+    command = [sys.executable, str(Path(__file__)), str(folder)]
+    every = start(command, processes=processes)
+    said = [process.communicate(timeout=120)[0] for process in every]
+    assert [process.returncode for process in every] == [0] * processes, "\n".join(said)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
+
+
+if __name__ == "__main__":
+    with distributed.joined():
+        made = {name: make() for name, make in CASES.items()}
+        torch.save(made, Path(sys.argv[1]) / f"{distributed.here().rank}.pt")
