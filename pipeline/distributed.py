@@ -6,57 +6,33 @@ of each batch. What a step means is thereby the same for every number of process
 - gradients are those of the mean over the whole batch: a process weighs its own mean by its share of the
   rows, then gradients are added up (`add_gradients`);
 - batch norm, while it trains, normalises by the statistics of all rows (`SyncedBatchNorm`);
-- a block runs in all processes or in none, so that the weights of one that no image runs are left as they
-  are, weight decay included (`ran_anywhere`);
+- a block that trains runs in all processes or in none, on no rows where need be, so that none waits
+  for another in batch norm (`ran_anywhere`); one that no image runs is left as it is, weight decay
+  included (`add_gradients`);
 - metrics are added up, so every process knows them (`add_up`).
 
-Why not `DistributedDataParallel`: it wraps the forward pass of one module, and here two networks are
-trained through forward passes of several kinds, in which blocks come and go. Its buckets would overlap the
-reduction with the backward pass, which pays for far larger networks than these.
-Why not `nn.SyncBatchNorm`: it has no form for CPUs. `SyncedBatchNorm` is the same arithmetic on any device.
+Why not `DistributedDataParallel`: it averages over processes, which weigh unevenly here, wraps the
+forward pass of one module, of which a step makes several in two, and must search for blocks that did not
+run. What it would hide behind the backward pass is one message of the size of the weights: 7 MB for a
+ResNet-110.
+Why not `nn.SyncBatchNorm`: it has no form for CPUs. `SyncedBatchNorm` is the same on every device, so
+that the tests, which have no GPU, see what trains on one.
 
 Numbers that steer (flags, counts) are added up on the CPU by gloo, so that no step waits for the device.
 Without other processes every function is the identity.
 Shapes: R rows of this process, W processes, C channels, H and W pixels, P parameters.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from pipeline.processes import Place, place, take_device
-from pipeline.runtime import choose_device
+from pipeline.processes import Place, place
 
 T = TypeVar("T")
-# For what process 0 does alone while the others wait: validation, or to wait for another training of the
-# same. One that ends closes its connections, which is noticed at once; a machine that falls silent is the
-# launcher's to notice.
-PATIENCE = timedelta(days=7)
-
-
-@contextmanager
-def joined() -> Iterator[None]:
-    """In the context the processes of this training know each other.
-
-    Raises:
-        UserError: the environment says what can't be.
-    """
-    own = place()
-    if own.size == 1:
-        yield
-        return
-    take_device(own)
-    backends = "cpu:gloo,cuda:nccl" if choose_device().type == "cuda" else "gloo"
-    distributed.init_process_group(
-        backends, rank=own.rank, world_size=own.size, init_method="env://", timeout=PATIENCE
-    )
-    yield  # after an error there is nobody to part from in good order, and NCCL would wait for them
-    distributed.destroy_process_group()
 
 
 def here() -> Place:
@@ -65,7 +41,7 @@ def here() -> Place:
 
 
 def own_rows(rows: Tensor) -> Tensor:
-    """This process's share of a batch's rows; sizes differ by one at most, and may be 0."""
+    """The share of a batch's rows that is this process's: as even as can be, maybe none."""
     own = here()
     return rows if own.size == 1 else torch.tensor_split(rows, own.size)[own.rank]
 
@@ -125,7 +101,7 @@ def ran_anywhere(ran: Sequence[bool]) -> list[bool]:
 
 
 def same_networks(modules: Iterable[nn.Module]) -> None:
-    """Give every process the weights and buffers of process 0, and batch norm that knows of the others."""
+    """Give all processes the weights and buffers of process 0, and batch norm that knows of all."""
     if here().size == 1:
         return
     for module in modules:
@@ -135,7 +111,7 @@ def same_networks(modules: Iterable[nn.Module]) -> None:
 
 
 def synchronise(module: nn.Module) -> None:
-    """Make batch norm in it `SyncedBatchNorm`, in place: optimisers and other owners keep what they hold."""
+    """Make batch norm in it `SyncedBatchNorm`, in place: optimisers keep the parameters they hold."""
     for part in module.modules():
         if type(part) is nn.BatchNorm2d:
             part.__class__ = SyncedBatchNorm

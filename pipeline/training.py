@@ -165,7 +165,7 @@ def _count(position: Position, metrics: dict[str, Tensor], images: int) -> None:
     Args:
         images: of this process; the mean over none of them is no number, its sum is 0.
     """
-    sums = {name: value * images if images else torch.zeros_like(value) for name, value in metrics.items()}
+    sums = {n: value * images if images else torch.zeros_like(value) for n, value in metrics.items()}
     for name, value in distributed.add_up(sums).items():
         before = position.totals.get(name, torch.zeros((), device=value.device))
         position.totals[name] = before + value

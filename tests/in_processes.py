@@ -1,10 +1,8 @@
-"""Trainings that tests run by one process and by several: `python -m in_processes CASE,... FILE`.
+"""Trainings that tests run by one process, and by several: `python in_processes.py FOLDER` in each.
 
 Each gives what it left: weights, buffers, gradients, optimiser, and what `fit` yielded.
 """
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +13,11 @@ from conftest import NORMALISATION, make_split
 from pipeline import distributed
 from pipeline.policy_learning import PolicyLearning, PolicyRules
 from pipeline.policy_net import PolicyNet
+from pipeline.processes import joined
 from pipeline.resnet import ResNet
 from pipeline.static_policies import static_rule
 from pipeline.tensors import Augmentation
 from pipeline.training import Classification, Learner, Position, constant, fit, make_optimizer
-
-TESTS = Path(__file__).parent
 
 
 def resnet() -> ResNet:
@@ -111,52 +108,12 @@ CASES: dict[str, Callable[[], dict]] = {
     # batches of 13, 12 and 12 images
     "uneven": lambda: trained(classification(), images=37),
     # batches of one image: the second process has none
-    "no rows": lambda: trained(
-        policy(finetune=True, optimizer="sgd"), images=5, batch_size=1, epochs=1
-    ),
+    "no rows": lambda: trained(policy(finetune=True, optimizer="sgd"), images=5, batch_size=1, epochs=1),
     "some blocks": lambda: trained(classification(rule=by_row), batch_size=4, epochs=1),
 }
 
 
-def start(command: list[str], *, processes: int, **options) -> list[subprocess.Popen]:
-    """The same command in so many processes that find each other as torchrun's do."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    every = [
-        subprocess.Popen(
-            command,
-            env=os.environ
-            | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(store.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
-                "OMP_NUM_THREADS": "1",
-                "BLOCKDROP_DEVICE": "cpu",
-            },
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            **options,
-        )
-        for rank in range(processes)
-    ]
-    every[0].store = store  # lives as long as they do
-    return every
-
-
-def by(processes: int, folder: Path) -> list[dict[str, dict]]:
-    """What all cases left in each process."""
-    command = [sys.executable, str(Path(__file__)), str(folder)]
-    every = start(command, processes=processes)
-    said = [process.communicate(timeout=120)[0] for process in every]
-    assert [process.returncode for process in every] == [0] * processes, "\n".join(said)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
-
-
 if __name__ == "__main__":
-    with distributed.joined():
+    with joined():
         made = {name: make() for name, make in CASES.items()}
         torch.save(made, Path(sys.argv[1]) / f"{distributed.here().rank}.pt")
