@@ -3,6 +3,7 @@
 Each gives what it left: weights, buffers, gradients, optimiser, and what `fit` yielded.
 """
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -63,24 +64,30 @@ def by_row(noise: torch.Tensor) -> torch.Tensor:
     return noise < chance
 
 
-def trained(learner: Learner, *, images: int = 48, batch_size: int = 16, epochs: int = 2) -> dict:
-    """What a training leaves."""
-    position = Position()
+def trained(
+    learner: Learner,
+    *,
+    images: int = 48,
+    batch_size: int = 16,
+    epochs: int = 2,
+    position: Position | None = None,
+    stop: int | None = None,
+) -> dict:
+    """What a training leaves, or so many steps of one."""
     distributed.same_networks(learner.modules.values())
-    results = list(
-        fit(
-            learner,
-            train=make_split(images),
-            validation=make_split(24, seed=1),
-            epochs=epochs,
-            batch_size=batch_size,
-            schedule=constant,
-            augmentation=Augmentation(crop_padding=1, flip=True),
-            normalisation=NORMALISATION,
-            key=(0, "test"),
-            position=position,
-        )
+    every = fit(
+        learner,
+        train=make_split(images),
+        validation=make_split(24, seed=1),
+        epochs=epochs,
+        batch_size=batch_size,
+        schedule=constant,
+        augmentation=Augmentation(crop_padding=1, flip=True),
+        normalisation=NORMALISATION,
+        key=(0, "test"),
+        position=position or Position(),
     )
+    results = list(itertools.islice(every, stop))
     parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
     return {
         "weights": {
@@ -99,11 +106,26 @@ def trained(learner: Learner, *, images: int = 48, batch_size: int = 16, epochs:
     }
 
 
+def interrupted() -> dict:
+    """The case finetune, after whose second epoch has begun process 0 tells the others where it is."""
+    first, position = policy(finetune=True, optimizer="sgd"), Position()
+    trained(first, position=position, stop=5)  # four steps, and the end of the first epoch
+    networks = {name: module.state_dict() for name, module in first.modules.items()}
+    state = networks, first.optimizer.state_dict(), position
+    networks, optimizer, position = distributed.from_main(lambda: state)
+    second = policy(finetune=True, optimizer="sgd")
+    for name, module in second.modules.items():
+        module.load_state_dict(networks[name])
+    second.optimizer.load_state_dict(optimizer)
+    return trained(second, position=position)
+
+
 # SGD where some gradients are next to nothing: Adam would make whole steps of their float noise
 CASES: dict[str, Callable[[], dict]] = {
     "pretrain": lambda: trained(classification(label_smoothing=0.1)),
     "curriculum": lambda: trained(policy(finetune=False), epochs=4),
     "finetune": lambda: trained(policy(finetune=True, optimizer="sgd")),
+    "interrupted": interrupted,
     "static": lambda: trained(classification(rule=static_rule("random", 3), optimizer="adam")),
     # batches of 13, 12 and 12 images
     "uneven": lambda: trained(classification(), images=37),
