@@ -6,15 +6,15 @@ Each gives what it left: weights, buffers, gradients, optimiser, and what `fit` 
 import itertools
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from conftest import NORMALISATION, make_split
 
-from pipeline import distributed
+from pipeline import distributed, processes
 from pipeline.policy_learning import PolicyLearning, PolicyRules
 from pipeline.policy_net import PolicyNet
-from pipeline.processes import joined
 from pipeline.resnet import ResNet
 from pipeline.static_policies import static_rule
 from pipeline.tensors import Augmentation
@@ -74,6 +74,10 @@ def trained(
     stop: int | None = None,
 ) -> dict:
     """What a training leaves, or so many steps of one."""
+    with torch.no_grad():
+        for module in learner.modules.values():
+            for parameter in module.parameters():
+                parameter.add_(distributed.here().rank)  # the weights of process 0 are what counts
     distributed.same_networks(learner.modules.values())
     every = fit(
         learner,
@@ -136,6 +140,7 @@ CASES: dict[str, Callable[[], dict]] = {
 
 
 if __name__ == "__main__":
-    with joined():
+    processes.PATIENCE = timedelta(seconds=60)  # where one waits for another in vain, a test must fail
+    with processes.joined():
         made = {name: make() for name, make in CASES.items()}
         torch.save(made, Path(sys.argv[1]) / f"{distributed.here().rank}.pt")

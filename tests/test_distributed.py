@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.params import Params
 from pipeline.processes import PLACE, VARIABLE
 from pipeline.tracking.store import store
-from stages import common, launch, sole
+from stages import common, launch, sole, trainer
 
 
 @contextmanager
@@ -162,6 +162,13 @@ def test_stage_that_trains_nothing_takes_no_processes(alone, capsys):
     with pytest.raises(SystemExit):
         common.run(lambda params: pytest.fail("it was run"))
     assert "only trainings take several processes" in capsys.readouterr().err
+
+
+def test_process_with_another_training_is_refused(monkeypatch):
+    trainer._require_same_training("finetune", "abc")
+    monkeypatch.setattr(distributed, "from_main", lambda make: "def")  # what process 0 has
+    with pytest.raises(UserError, match=r"finetune: .* other parameters, data, .*; give every machine"):
+        trainer._require_same_training("finetune", "abc")
 
 
 def launched(alone, code: str) -> int:
