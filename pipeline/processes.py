@@ -123,9 +123,10 @@ def explain_loss(error: BaseException) -> str | None:
     words = ("gloo", "Connection closed by peer", "Connection reset by peer")
     if not isinstance(error, distributed.DistError) and not any(w in str(error) for w in words):
         return None
+    reason = str(error).strip().splitlines()[0].split(". ")[0]
     return (
-        "another process of this training has ended or can't be reached (it says why, unless it was "
-        f"killed); repeat, and it goes on from the last save [{str(error).strip().splitlines()[0]}]"
+        f"another process of this training has ended or can't be reached ({reason}); it says why, "
+        "unless it was killed; repeat, and it goes on from the last save"
     )
 
 

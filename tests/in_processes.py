@@ -140,7 +140,7 @@ CASES: dict[str, Callable[[], dict]] = {
 
 
 if __name__ == "__main__":
-    processes.PATIENCE = timedelta(seconds=60)  # where one waits for another in vain, a test must fail
+    processes.PATIENCE = timedelta(minutes=5)  # where one waits in vain for another, a test must fail
     with processes.joined():
         made = {name: make() for name, make in CASES.items()}
         torch.save(made, Path(sys.argv[1]) / f"{distributed.here().rank}.pt")
