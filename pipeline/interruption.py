@@ -16,8 +16,8 @@ SAME_KEY = 0.5  # seconds in which a second SIGINT is taken for the same Ctrl-C,
 class Asked:
     """Which signal asked this process to stop, if one did."""
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+    def __init__(self, number: int | None = None) -> None:
+        self.signal = number
 
     def leave(self) -> None:
         """End as the signal wants it: KeyboardInterrupt, or SystemExit with 128 + its number."""
@@ -56,7 +56,7 @@ def follow_parent(parent: int) -> None:
 
 
 @contextmanager
-def deferred() -> Iterator[Asked]:
+def deferred(*, quietly: bool = False) -> Iterator[Asked]:
     """In the context Ctrl-C and SIGTERM are noted, for the work to stop where nothing is lost.
 
     A second Ctrl-C ends the work at once. A signal that the process was started to ignore (by nohup,
@@ -73,7 +73,8 @@ def deferred() -> Iterator[Asked]:
         if asked.signal is None:
             asked.signal, noted = number, time.monotonic()
             # print() may be what the signal came into, and can't be entered twice
-            os.write(2, b"\nstopping after this step (Ctrl-C again: at once)\n")
+            if not quietly:
+                os.write(2, b"\nstopping after this step (Ctrl-C again: at once)\n")
         elif number == signal.SIGINT and time.monotonic() - noted > SAME_KEY:
             raise KeyboardInterrupt
 

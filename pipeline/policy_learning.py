@@ -17,7 +17,7 @@ from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
 from pipeline.runtime import autocast
 from pipeline.tensors import Normalisation, Split
-from pipeline.training import Batch, Distillation, Metrics
+from pipeline.training import Batch, Distillation, Metrics, backward, update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +188,8 @@ class PolicyLearning:
         decisions = self._decide(batch)
         policy_loss, metrics = self._estimate(batch, decisions)
         entropy = pg.entropy(decisions.logits, self.learnt).mean()
-        (policy_loss - self.rules.entropy_weight * entropy).backward()
-        self.optimizer.step()
+        backward(policy_loss - self.rules.entropy_weight * entropy, batch)
+        update(self.optimizer)
         return {
             **metrics,
             "entropy": entropy.detach() / self.learnt_count,  # per learnt block, at most ln 2
@@ -244,7 +244,7 @@ class PolicyLearning:
         likelihood = torch.exp(-losses)
         slopes = pg.reward_slopes(
             likelihood,
-            gates.grad * len(losses),  # of each image's loss, not of the mean's part
+            gates.grad * (len(losses) / (batch.share or 1.0)),  # of each image's loss, not of its part
             sampled,
             decisions.sampling_prob.detach(),
             self.rules.gamma,
@@ -259,7 +259,7 @@ class PolicyLearning:
         """Leave the ResNet's gradients of the mean loss; each image's loss, [B]."""
         assert self.distillation is not None
         losses = self.distillation(logits, batch)
-        losses.mean().backward()
+        backward(losses.mean(), batch)
         return losses.detach()
 
     def _metrics(

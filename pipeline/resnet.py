@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.distributed import here, ran_anywhere
+
 STAGES = 3  # of a CIFAR ResNet; each after the first halves the resolution and doubles the channels
 
 
@@ -38,12 +40,12 @@ def kept_rows(actions: Tensor) -> list[Tensor | None]:
     batch, num_blocks = actions.shape
     block_of, row_of = actions.bool().t().nonzero(as_tuple=True)  # sorted by block, then by row
     counts = torch.bincount(block_of, minlength=num_blocks).tolist()
-    return [None if len(rows) == batch else rows for rows in torch.split(row_of, counts)]
+    return [None if len(rows) == batch > 0 else rows for rows in torch.split(row_of, counts)]
 
 
 def _as_rows(x: Tensor) -> Tensor:
     """[B, C, H, W] to [B, H*W*C]: a view of a channels_last tensor, which row indexing keeps so."""
-    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1)
+    return x.permute(0, 2, 3, 1).flatten(1)  # also of no rows
 
 
 def _as_images(rows: Tensor, like: Tensor) -> Tensor:
@@ -118,16 +120,24 @@ class BasicBlock(nn.Module):
         """F(x): what dropping the block saves."""
         return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
 
-    def forward(self, x: Tensor, rows: Tensor | None = None, gates: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rows: Tensor | None = None,
+        gates: Tensor | None = None,
+        *,
+        runs: bool = False,
+    ) -> Tensor:
         """Run the block on `rows` of x [B, C, H, W] (None: on all), the shortcut on every row.
 
         Args:
             gates: [B] ones; the gradient that reaches one is <dL/dF, F> of its image's residual F.
+            runs: run it on no rows too, because other processes run it and their batch norm waits.
         """
         shortcut = self.shortcut(x)
         if rows is None:
             return F.relu(shortcut + self._gated(x, gates))
-        if rows.numel() == 0:
+        if rows.numel() == 0 and not runs:
             return shortcut
         residual = self._gated(take_rows(x, rows), None if gates is None else gates[rows])
         kept = F.relu(take_rows(shortcut, rows) + residual)
@@ -221,7 +231,12 @@ class ResNet(nn.Module):
             [None] * self.num_blocks if actions is None else kept_rows(actions)
         )
         columns: Sequence[Tensor | None] = [None] * self.num_blocks if gates is None else gates.unbind(1)
+        runs = [False] * self.num_blocks
+        if self.training and actions is not None and here().size > 1:
+            runs = ran_anywhere([r is None or r.numel() > 0 for r in rows])
         x = self.stem(images)
-        for block, block_rows, column in zip(self.flat_blocks(), rows, columns, strict=True):
-            x = block(x, block_rows, column)
+        for block, block_rows, column, block_runs in zip(
+            self.flat_blocks(), rows, columns, runs, strict=True
+        ):
+            x = block(x, block_rows, column, runs=block_runs)
         return self.head(x)

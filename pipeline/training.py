@@ -11,12 +11,14 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline import distributed
 from pipeline.executors.base import Networks
 from pipeline.inference import make_executor, predict
 from pipeline.resnet import ResNet
@@ -28,17 +30,19 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What a step sees.
+    """What a step sees: of several processes, each sees its share, which may be empty.
 
     Attributes:
         images: [B, 3, H, W] float32, augmented and normalised.
         labels: [B] int64.
         noise: [B, columns] uniform in [0, 1), from which a learner that asks for it draws actions.
+        share: B over the images of the whole batch, by which its means weigh.
     """
 
     images: Tensor
     labels: Tensor
     noise: Tensor
+    share: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +90,7 @@ class Learner(Protocol):
         """Set what changes from epoch to epoch."""
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        """One optimiser step; the batch means of its metrics, as scalars on the device."""
+        """One optimiser step (`descend`); the batch means of its metrics, as scalars on the device."""
 
     def validate(self, split: Split) -> Metrics:
         """Metrics on images that are not trained on."""
@@ -109,8 +113,10 @@ def fit(
 
     What is yielded is None, and once more at the end of each epoch its result. Whatever happens between
     two yields, a state that was saved at one of them (`position`, modules, optimiser) is a whole one.
+    Of several processes each calls it with the same arguments and yields the same.
 
     Args:
+        batch_size: of all processes together, so that results do not depend on their number.
         schedule: factor of the learning rates at a share of the training done, [0, 1) to [0, 1].
         key: (seed, stage), from which every random table is drawn.
         position: where to begin; kept up to date.
@@ -129,12 +135,16 @@ def fit(
             factor = schedule((position.epoch + position.step / len(parts)) / epochs)
             for group, rate in zip(learner.optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * factor
-            images = normalisation(augmentation(train.images[rows], crops[rows]))
-            metrics = learner.step(Batch(images=images, labels=train.labels[rows], noise=noise[rows]))
-            _count(position, metrics, len(rows))
+            own = distributed.own_rows(rows)
+            images = normalisation(augmentation(train.images[own], crops[own]))
+            share = len(own) / len(rows)
+            batch = Batch(images=images, labels=train.labels[own], noise=noise[own], share=share)
+            _count(position, learner.step(batch), len(own))
             yield None
         means = {name: float(total) / len(train) for name, total in position.totals.items()}
-        validation_metrics = learner.validate(validation)
+        # One process validates: a small split, and without gradients. So its numbers are exactly those
+        # that one process gets, and the distinct policies of a split need no gathering.
+        validation_metrics = distributed.from_main(partial(learner.validate, validation))
         result = EpochResult(
             epoch=position.epoch,
             train=means,
@@ -152,10 +162,15 @@ def _to_device(position: Position, device: torch.device) -> None:
 
 
 def _count(position: Position, metrics: dict[str, Tensor], images: int) -> None:
-    """One more step, summed on the device: no wait for it in a step."""
-    for name, value in metrics.items():
+    """One more step, summed on the device: no wait for it in a step.
+
+    Args:
+        images: of this process; the mean over none of them is no number, its sum is 0.
+    """
+    sums = {n: value * images if images else torch.zeros_like(value) for n, value in metrics.items()}
+    for name, value in distributed.add_up(sums).items():
         before = position.totals.get(name, torch.zeros((), device=value.device))
-        position.totals[name] = before + value * images
+        position.totals[name] = before + value
     position.finite = position.finite + sum(position.totals.values()).isfinite()  # type: ignore[union-attr]
     position.step += 1
 
@@ -226,6 +241,24 @@ def make_optimizer(
     if name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, weight_decay=weight_decay)
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay)
+
+
+def backward(loss: Tensor, batch: Batch) -> None:
+    """Leave the gradients of a loss that is a mean over the batch, as a part of the whole batch's."""
+    loss.backward(torch.full_like(loss, batch.share))  # over no images the loss is no number, this is 0
+
+
+def update(optimizer: torch.optim.Optimizer) -> None:
+    """One step down the gradients that all processes have left."""
+    distributed.add_gradients(p for group in optimizer.param_groups for p in group["params"])
+    optimizer.step()
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, batch: Batch) -> None:
+    """One step down the gradient of a loss that is a mean over the batch, that of all processes."""
+    optimizer.zero_grad()
+    backward(loss, batch)
+    update(optimizer)
 
 
 class Together(torch.optim.Optimizer):
@@ -342,9 +375,7 @@ class Classification:
             loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
         else:
             loss = self.distillation(logits, batch).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        descend(self.optimizer, loss, batch)
         correct = logits.argmax(dim=1) == batch.labels
         return {"loss": loss.detach(), "accuracy": correct.float().mean()}
 

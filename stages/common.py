@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from pipeline.files import failures_name, write_text, write_through
 from pipeline.interruption import follow_parent, leave_on_sigterm
 from pipeline.params import Params
 from pipeline.params import load as load_params
-from pipeline.runtime import choose_device, describe_device
+from pipeline.processes import Place, asked_for, describe, explain_loss, is_main, joined, linger, place
+from pipeline.runtime import choose_device
+from pipeline.tracking.reach import OFF
+from pipeline.tracking.reach import VARIABLE as TRACKING
 from pipeline.tracking.store import is_off
-from stages import PARENT
+from stages import PARENT, launch
 
 PREPARED = Path("data/prepared")
 MODELS = Path("models")
@@ -30,27 +34,49 @@ METRICS = Path("metrics")
 PLOTS = Path("plots")
 
 
-def run(main: Callable[[Params], None]) -> None:
+def run(main: Callable[[Params], None], *, trains: bool = False) -> None:
     """Check params.yaml, then run a stage; what the user can mend ends in one line, not a traceback.
 
     Exit status 1 for such an error, 130 after Ctrl-C, 143 after SIGTERM or when DVC has died: never 0,
     so that DVC takes no partial result for a whole one.
+
+    Args:
+        trains: it is a training, which several processes may share (BLOCKDROP_PROCESSES, torchrun).
     """
     leave_on_sigterm()
-    if "DVC_ROOT" in os.environ:  # DVC started it
+    if "DVC_ROOT" in os.environ or "RANK" in os.environ:  # DVC started it, or torchrun, or `launch`
         follow_parent(PARENT)
     try:
-        is_off()  # refuses what it can't be set to
-        main(load_params())
+        _run(main, trains=trains)
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if is_main():
+            print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except OSError as error:
         _fail_or_raise(explain(error), error)
     except (MemoryError, RuntimeError) as error:
-        _fail_or_raise(explain_memory(error), error)
+        _fail_or_raise(explain_memory(error) or explain_loss(error), error)
+
+
+def _run(main: Callable[[Params], None], *, trains: bool) -> None:
+    count, own = asked_for(), place()
+    is_off()  # these refuse what they can't be set to
+    params = load_params()
+    if own.size > 1 and not trains:
+        raise UserError("only trainings take several processes; start this stage without torchrun")
+    if trains and count > 1 and own.size == 1:
+        sys.exit(launch.run(count))
+    if not is_main():  # one speaks and logs
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the end
+        os.environ[TRACKING] = OFF
+    try:
+        with joined() if trains else nullcontext():
+            main(params)
+    except BaseException:
+        linger()
+        raise
 
 
 def _fail_or_raise(message: str | None, error: Exception) -> None:
@@ -60,8 +86,16 @@ def _fail_or_raise(message: str | None, error: Exception) -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error{_who()}: {message}", file=sys.stderr)
     sys.exit(1)
+
+
+def _who() -> str:
+    try:
+        own = place()
+    except UserError:  # which is what is said
+        own = Place()
+    return "" if own.rank == 0 else f" in process {own.rank + 1} of {own.size}"
 
 
 def require_writable(*folders: Path) -> None:
@@ -110,6 +144,6 @@ def write_times(stage: str, seconds: float, images: int) -> None:
     content = {
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 1) if seconds else None,
-        "device": describe_device(choose_device()),
+        "device": describe(choose_device()),
     }
     write_json(METRICS / "times" / f"{stage}.json", content)

@@ -9,6 +9,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.params import Params
 from pipeline.policy_learning import PolicyLearning, PolicyRules
 from pipeline.policy_net import PolicyNet
+from pipeline.processes import is_main
 from pipeline.runtime import choose_device, seed_everything
 from pipeline.training import Metrics, make_optimizer
 from stages import common, trainer
@@ -44,8 +45,10 @@ def main(params: Params) -> None:
 
     path = trainer.imported(params.curriculum)
     if path is not None:
-        save(import_policy_net(path, pretrained), {})
-        trainer.record_import("curriculum", params, path)
+        found = import_policy_net(path, pretrained)
+        if is_main():
+            save(found, {})
+            trainer.record_import("curriculum", params, path)
         return
     device = choose_device()
     resnet = pretrained.need_resnet().to(device)
@@ -88,4 +91,4 @@ def main(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, trains=True)

@@ -9,6 +9,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.params import Params
 from pipeline.policy_learning import PolicyLearning, PolicyRules
 from pipeline.policy_net import PolicyNet
+from pipeline.processes import is_main
 from pipeline.resnet import ResNet
 from pipeline.runtime import choose_device
 from pipeline.training import Metrics, Together, make_optimizer
@@ -54,8 +55,10 @@ def main(params: Params) -> None:
 
     path = trainer.imported(params.finetune)
     if path is not None:
-        save(*import_both(path, pretrained), {})
-        trainer.record_import("finetune", params, path)
+        found = import_both(path, pretrained)
+        if is_main():
+            save(*found, {})
+            trainer.record_import("finetune", params, path)
         return
     device = choose_device()
     resnet = pretrained.need_resnet().to(device)
@@ -91,4 +94,4 @@ def main(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, trains=True)

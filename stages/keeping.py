@@ -9,12 +9,13 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
-from pipeline import training
+from pipeline import distributed, training
 from pipeline.errors import UserError, explain
 from pipeline.interruption import Asked
 from pipeline.params import Curriculum, Finetune, Pretrain
 from pipeline.policies import collapse
 from pipeline.policy_net import PolicyNet
+from pipeline.processes import is_main
 from pipeline.resume import ResumePoint
 from pipeline.runtime import random_states, set_random_states
 from pipeline.tracking.runs import StageRun
@@ -134,6 +135,7 @@ class Keeper:
         self.started = time.monotonic() - state.seconds
         self.saved = time.monotonic()
         self.took = 0.0  # seconds, to save
+        self.main = is_main()  # of several processes this one decides, writes and speaks
         self.warned: set[str] = set()
         for row in state.history:  # those that its run has already are passed over
             run.log_metrics(row, step=int(row["epoch"]))
@@ -156,22 +158,26 @@ class Keeper:
     def save_if_due(self, asked: Asked, *, epoch_ended: bool) -> None:
         """Save at an epoch's end and every `SAVE_SECONDS`, for a twentieth of the time at most.
 
+        Of several processes all save, or stop, after the same step, whichever of them was asked.
+
         Raises:
             KeyboardInterrupt, SystemExit: the process was asked to stop; the state is saved.
             TrainingError: metrics or weights are not finite; the last good state is kept.
         """
         since = time.monotonic() - self.saved
         last = epoch_ended and self.state.position.epoch == self.section.epochs
-        due = since > SAVE_SHARE * self.took and (epoch_ended or since > SAVE_SECONDS)
-        if due or last or asked.signal is not None:
+        due = self.main and since > SAVE_SHARE * self.took and (epoch_ended or since > SAVE_SECONDS)
+        decided = distributed.largest([int(due or last), asked.signal or 0])
+        told = Asked(decided[1] or None)  # what comes in from here on counts after the next step
+        if any(decided):
             if not epoch_ended:  # else it was seen to
                 self._require_finite(None)
-            saved = self._save()
-            if asked.signal is not None and saved:
+            saved = self.main and self._save()
+            if told.signal is not None and saved:
                 position = self.state.position
                 place = f"epoch {position.epoch + 1}, step {position.step}"
                 tqdm.write(f"{self.name}: saved at {place}; the same command goes on from there")
-        asked.leave()
+        told.leave()
 
     def finish(self, curve: Path) -> None:
         """Leave the result for processes that wait for it. To fail here costs them their time alone."""
@@ -225,6 +231,6 @@ class Keeper:
 
     def _say_once(self, text: str) -> None:
         kind = text.split("(")[0].split(" by the end")[0]
-        if kind not in self.warned:
+        if self.main and kind not in self.warned:
             self.warned.add(kind)
             tqdm.write(f"warning: {text}", file=sys.stderr)

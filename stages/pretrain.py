@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline import checkpoint, legacy
 from pipeline.data import load_classes
 from pipeline.params import Params
+from pipeline.processes import is_main
 from pipeline.resnet import ResNet
 from pipeline.runtime import choose_device, seed_everything
 from pipeline.training import Metrics
@@ -45,8 +46,10 @@ def main(params: Params) -> None:
 
     path = trainer.imported(params.pretrain)
     if path is not None:
-        save(import_resnet(path, params, classes), {})
-        trainer.record_import("pretrain", params, path)
+        found = import_resnet(path, params, classes)
+        if is_main():
+            save(found, {})
+            trainer.record_import("pretrain", params, path)
         return
     seed_everything(params.seed, "pretrain")
     resnet = ResNet(depth=params.resnet.depth, width=params.resnet.width, num_classes=len(classes)).to(
@@ -58,4 +61,4 @@ def main(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, trains=True)

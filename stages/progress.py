@@ -7,6 +7,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from pipeline.processes import is_main
 from pipeline.training import Metrics
 
 
@@ -29,8 +30,8 @@ class Progress:
     ) -> None:
         self.name = name
         self.epochs = epochs
-        terminal = _can_draw()
-        self.lines = not (terminal and sys.stdout.isatty())
+        terminal = is_main() and _can_draw()
+        self.lines = is_main() and not (terminal and sys.stdout.isatty())
         self.bar = tqdm(
             desc=name,
             total=epochs * steps,

@@ -40,4 +40,4 @@ def main(params: Params, *, depth: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("depth", type=int)
-    common.run(partial(main, depth=parser.parse_args().depth))
+    common.run(partial(main, depth=parser.parse_args().depth), trains=True)

@@ -51,4 +51,4 @@ if __name__ == "__main__":
     parser.add_argument("rule")
     parser.add_argument("kept", type=int)
     arguments = parser.parse_args()
-    common.run(partial(main, rule=arguments.rule, kept=arguments.kept))
+    common.run(partial(main, rule=arguments.rule, kept=arguments.kept), trains=True)

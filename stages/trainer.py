@@ -1,6 +1,7 @@
 """What the training stages share: the loop's input and output, recipes, and importing instead."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -8,14 +9,15 @@ import numpy as np
 import torch
 import yaml
 
-from pipeline import training
+from pipeline import distributed, processes, training
 from pipeline.checkpoint import Checkpoint, CheckpointError
 from pipeline.data import load_classes, load_split
+from pipeline.errors import UserError
 from pipeline.interruption import deferred
 from pipeline.params import NO_FILE, Finetune, Params, Pretrain
 from pipeline.resnet import ResNet
 from pipeline.resume import ResumePoint, digest_of_files, key_of, tidy
-from pipeline.runtime import choose_device, describe_device, keep_freed_memory
+from pipeline.runtime import choose_device, keep_freed_memory
 from pipeline.tensors import Augmentation, Normalisation
 from pipeline.tracking.runs import stage_run
 from pipeline.training import Classification, Distillation, Metrics, make_optimizer
@@ -136,28 +138,38 @@ def train(
 
     Ctrl-C and SIGTERM end it after the step that is running, with everything saved.
 
+    Of several processes each calls it, and that of rank 0 shows, logs and writes.
+
     Raises:
         TrainingError: the numbers went wrong; the last good resume point is kept.
+        UserError: another process trains something else.
     """
     name = f"{stage}-{item}" if item else stage
     curve = PLOTS / stage / f"{item}.csv" if item else PLOTS / f"{stage}.csv"
-    require_writable(MODELS, METRICS, curve.parent)
     keep_freed_memory()
+    main = processes.is_main()
+    if main:
+        require_writable(MODELS, METRICS, curve.parent)
     device = choose_device()
-    print(f"{name}: {section.epochs} epochs on {describe_device(device)}", flush=True)
+    print(f"{name}: {section.epochs} epochs on {processes.describe(device)}", flush=True)
     splits = {split: load_split(PREPARED, split, device) for split in ("train", "validation")}
     steps = training.steps_per_epoch(len(splits["train"]), section.batch_size)
-    point = ResumePoint.of(name, _resume_key(stage, item, params, section, inputs))
-    with point.held():
-        state = State.of(point, recorded=_recorded_curve(stage, item, curve))
+    key = _resume_key(stage, item, params, section, inputs)
+    point = ResumePoint.of(name, key)
+    with point.held() if main else nullcontext():
+        _require_same_training(name, key)
+        state = distributed.from_main(
+            lambda: State.of(point, recorded=_recorded_curve(stage, item, curve))
+        )
         state.put_into(learner)
+        distributed.same_networks(learner.modules.values())
         state.say(name, epochs=section.epochs, steps=steps)
         with (
             stage_run(name, params.flat(), resumed=state.run_id) as mlflow_run,
             Progress(
                 name, epochs=section.epochs, steps=steps, history=state.history, step=state.position.step
             ) as progress,
-            deferred() as asked,
+            deferred(quietly=not main) as asked,
         ):
             keeper = Keeper(name, section, learner, point, state, mlflow_run)
             for result in training.fit(
@@ -180,6 +192,8 @@ def train(
                     keeper.epoch_done(result)
                     progress.epoch_done(state.history[-1], state.seconds)
                 keeper.save_if_due(asked, epoch_ended=result is not None)
+            if not main:
+                return
             prefix = "validation_"
             final = {k.removeprefix(prefix): v for k, v in state.history[-1].items() if prefix in k}
             save(final)
@@ -246,6 +260,19 @@ def _code_of(stage: str) -> list[Path]:
     root = Path(__file__).parents[1]
     stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     return [root / name for name in stages[stage]["deps"] if name.startswith(("pipeline/", "stages/"))]
+
+
+def _require_same_training(name: str, key: str) -> None:
+    """See that all processes have the parameters, data, code and libraries of process 0.
+
+    Raises:
+        UserError: this one has others.
+    """
+    if distributed.from_main(lambda: key) != key:
+        raise UserError(
+            f"{name}: this process has other parameters, data, code, PyTorch, NumPy or kind of device "
+            "than process 0; give every machine the same commit, params.yaml, `dvc pull` and .venv"
+        )
 
 
 def _recorded_curve(stage: str, item: str, curve: Path) -> str | None:

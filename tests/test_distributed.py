@@ -1,0 +1,320 @@
+"""Several processes train as one does, one of them speaks and writes, and they stop together."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import in_processes
+import psutil
+import pytest
+import safetensors.torch
+import torch
+from conftest import enter_project
+from in_processes import CASES
+from repository_copy import ROOT, TINY, make_workplace
+
+from pipeline import distributed, processes
+from pipeline.errors import UserError
+from pipeline.params import Params
+from pipeline.processes import PLACE, VARIABLE
+from pipeline.tracking.store import store
+from stages import common, launch, sole, trainer
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """Handlers as they were, afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory) -> list[dict[str, dict]]:
+    """What all cases left in each of two processes."""
+    folder = tmp_path_factory.mktemp("by_two")
+    with signals_kept(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "orig_argv", ["python", in_processes.__file__, str(folder)])
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("BLOCKDROP_DEVICE", "cpu")
+        assert launch.run(2) == 0
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def flat(value: object, name: str = "") -> dict[str, torch.Tensor]:
+    """Numbers and tensors of nested dictionaries and lists, by their place."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, inner in items for k, v in flat(inner, f"{name}/{key}").items()}
+    return {name: torch.tensor(float("nan")) if value is None else torch.as_tensor(value)}
+
+
+@pytest.mark.parametrize("case", sorted(CASES.keys() - {"interrupted"}))
+def test_two_processes_train_as_one_does(case, by_two):
+    one = flat(CASES[case]())
+    for found in by_two:
+        two = flat(found[case])
+        assert two.keys() == one.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(
+                two[name].double(), value.double(), rtol=1e-4, atol=1e-5, equal_nan=True,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_processes_hold_the_same_bytes(case, by_two):
+    first, second = (flat(found[case]) for found in by_two)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name].nan_to_num(), second[name].nan_to_num()) for name in first)
+
+
+def test_an_interruption_of_both_processes_changes_no_byte(by_two):
+    for found in by_two:
+        assert found["finetune"]["results"][-1] == found["interrupted"]["results"][-1]
+        whole, resumed = flat(found["finetune"]["weights"]), flat(found["interrupted"]["weights"])
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_cases_have_what_they_are_for(by_two):
+    assert by_two[0]["interrupted"]["steps"] == 2  # of six; four were before
+    assert by_two[0]["some blocks"]["gradients"][-3] is None  # of the last block, which nobody ran
+    assert by_two[0]["uneven"]["steps"] == 6
+    assert by_two[0]["no rows"]["steps"] == 5
+
+
+def test_batch_norm_of_several_processes_is_kept_as_that_of_one(small_resnet):
+    before = list(small_resnet.parameters()), list(small_resnet.state_dict())
+    distributed.synchronise(small_resnet)
+    assert sum(isinstance(m, distributed.SyncedBatchNorm) for m in small_resnet.modules()) == 7
+    assert [id(p) for p in small_resnet.parameters()] == [id(p) for p in before[0]]
+    assert list(small_resnet.state_dict()) == before[1]
+
+
+@pytest.fixture
+def alone(monkeypatch) -> Iterator[pytest.MonkeyPatch]:
+    """No launcher's variables, on the CPU; and signals as they were, afterwards."""
+    for name in (*PLACE, "LOCAL_RANK", VARIABLE, "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("BLOCKDROP_DEVICE", "cpu")
+    with signals_kept():
+        yield monkeypatch
+
+
+@pytest.mark.parametrize("told", ["0", "two", "-1", "1.5", " 2", "²"])
+def test_number_of_processes_that_is_none_is_refused_before_time_is_spent(told, alone, capsys):
+    alone.setenv(VARIABLE, told)
+    with pytest.raises(SystemExit) as raised:
+        common.run(lambda params: pytest.fail("it was run"), trains=True)
+    assert raised.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {VARIABLE} is {told!r}; set it to a number of processes from 1 on")
+    assert "unset it" in said
+
+
+def test_more_processes_than_devices_are_refused(alone):
+    alone.setenv("BLOCKDROP_DEVICE", "cuda")
+    alone.setattr(torch.cuda, "is_available", lambda: True)
+    alone.setattr(torch.cuda, "device_count", lambda: 2)
+    alone.setenv(VARIABLE, "2")
+    assert processes.asked_for() == 2
+    alone.setenv(VARIABLE, "3")
+    with pytest.raises(
+        UserError, match=rf"{VARIABLE} is 3, but there are 2 CUDA devices; use one .*=cpu"
+    ):
+        processes.asked_for()
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (
+            {"RANK": "1", "WORLD_SIZE": "2"},
+            "RANK and WORLD_SIZE is set, but MASTER_ADDR, MASTER_PORT is",
+        ),
+        ({"RANK": "1"}, "RANK is set, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not"),
+        (dict.fromkeys(PLACE, "2"), "RANK=2 with WORLD_SIZE=2"),
+        (dict.fromkeys(PLACE, "x"), "RANK is 'x', which is no number"),
+    ],
+)
+def test_place_that_no_launcher_gives_is_refused(told, words, alone):
+    for name, text in told.items():
+        alone.setenv(name, text)
+    with pytest.raises(UserError, match=words) as raised:
+        processes.place()
+    assert "torchrun" in str(raised.value)
+
+
+def test_stage_that_trains_nothing_takes_no_processes(alone, capsys):
+    for name, text in zip(PLACE, ("0", "2", "127.0.0.1", "1"), strict=True):
+        alone.setenv(name, text)
+    alone.setattr(processes, "LINGER", 0)
+    with pytest.raises(SystemExit):
+        common.run(lambda params: pytest.fail("it was run"))
+    assert "only trainings take several processes" in capsys.readouterr().err
+
+
+def test_process_with_another_training_is_refused(monkeypatch):
+    trainer._require_same_training("finetune", "abc")
+    monkeypatch.setattr(distributed, "from_main", lambda make: "def")  # what process 0 has
+    with pytest.raises(UserError, match=r"finetune: .* other parameters, data, .*; give every machine"):
+        trainer._require_same_training("finetune", "abc")
+
+
+def launched(alone, code: str) -> int:
+    """The status of two processes that run this."""
+    alone.setattr(sys, "orig_argv", ["python", "-c", f"import os, signal, sys, time\n{code}"])
+    return launch.run(2)
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("pass", 0),
+        ("sys.exit(3 if os.environ['RANK'] == '1' else 0)", 3),
+        ("sys.exit(4) if os.environ['RANK'] == '0' else time.sleep(60)", 4),
+        ("os.kill(os.getpid(), signal.SIGKILL) if os.environ['RANK'] == '0' else time.sleep(60)", 137),
+        ("os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)", 143),
+        ("os.kill(os.getppid(), signal.SIGINT); time.sleep(60)", 130),
+    ],
+)  # fmt: skip
+def test_status_of_several_processes_is_that_of_the_first_that_failed(code, status, alone, capfd):
+    assert launched(alone, code) == status
+    said = capfd.readouterr().err
+    assert ("error: process 1 of 2 was killed by SIGKILL" in said) == (status == 137)
+
+
+def test_process_that_is_left_alone_by_a_failed_one_is_ended(alone):
+    alone.setattr(launch, "ALONE_SECONDS", 0.2)
+    alone.setattr(launch, "END_SECONDS", 0.2)
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    assert launched(alone, f"if os.environ['RANK'] == '1': sys.exit(5)\n{deaf}") == 5
+
+
+SLOWED = """
+import os, signal, sys, time
+from functools import partial
+from pipeline import training
+from stages import common, sole
+real, steps = training.Classification.step, []
+def step(self, batch):
+    steps.append(1)
+    time.sleep(float(os.environ.get("TEST_SECONDS", 0)))
+    if len(steps) == 5 and os.environ["RANK"] == os.environ.get("TEST_FAILS"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, batch)
+training.Classification.step = step
+common.run(partial(sole.main, depth=8), trains=True)
+"""
+# 48 images in batches of 15, 3 of them: four steps an epoch, the processes' shares are uneven
+RECIPE = {"batch_size": 15, "epochs": 4, "lr": 0.01}
+
+
+@pytest.fixture
+def params(tmp_path, monkeypatch) -> Params:
+    enter_project(tmp_path, monkeypatch)
+    monkeypatch.setenv("BLOCKDROP_DEVICE", "cpu")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return make_workplace(tmp_path, changes=TINY | {"pretrain": RECIPE})
+
+
+def begin(command: list[str], **variables: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command, env=os.environ | variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for top in ("models", "plots", "metrics")
+        for path in sorted((folder / top).rglob("*"))
+        if path.is_file() and "times" not in path.parts
+    }
+
+
+def wait_for_a_save(process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not list(Path(".resume").glob("sole-8-*[0-9a-f].pt")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_stage_in_two_processes_stops_together_goes_on_and_writes_once(params, tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
+    first = begin([sys.executable, "-c", SLOWED], **{VARIABLE: "2", "TEST_SECONDS": "0.3"})
+    wait_for_a_save(first)
+    first.send_signal(signal.SIGTERM)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 143, err
+    assert err.count("stopping after this step") == 1
+    assert out.count("the same command goes on from there") == 1
+    assert made(tmp_path) == {}
+
+    monkeypatch.delenv("BLOCKDROP_TRACKING")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    second = begin([*torchrun, "-m", "stages.sole", "8"])
+    out, err = second.communicate(timeout=120)
+    assert second.returncode == 0, err
+    assert out.count("2 processes") == 1
+    assert out.count("sole-8: resuming after epoch") == 1
+    assert out.count("sole-8 epoch 4/4") == 1
+    by_two = made(tmp_path)
+    with store() as (client, experiment_id):
+        every = client.search_runs([experiment_id])
+        runs = {run.info.run_name: run for run in every}
+        assert len(runs) == len(every) == 2  # the stage's and its parent
+        points = client.get_metric_history(runs["sole-8"].info.run_id, "train_loss")
+    assert [point.step for point in points] == [1, 2, 3, 4]
+    assert runs["sole-8"].info.status == "FINISHED"
+
+    shutil.rmtree(".resume")
+    monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
+    sole.main(params, depth=8)
+    by_one = made(tmp_path)
+    assert by_one.keys() == by_two.keys()
+    curves = [
+        torch.tensor([[float(x) for x in row.split(",")] for row in text.decode().split()[1:]])
+        for text in (by_one["plots/sole/8.csv"], by_two["plots/sole/8.csv"])
+    ]
+    torch.testing.assert_close(*curves, rtol=1e-4, atol=1e-5)
+    networks = [safetensors.torch.load(of["models/sole/8/model.safetensors"]) for of in (by_one, by_two)]
+    torch.testing.assert_close(*networks, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_whose_launcher_is_killed_save_and_end(params, tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
+    launcher = begin([sys.executable, "-c", SLOWED], **{VARIABLE: "2", "TEST_SECONDS": "0.3"})
+    wait_for_a_save(launcher)
+    others = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    out, err = launcher.communicate(timeout=60)
+    gone, alive = psutil.wait_procs(others, timeout=60)
+    assert len(gone) == 2
+    assert not alive
+    assert "has died; stopping" in err
+    assert "the same command goes on from there" in out
+
+
+def test_process_that_is_killed_ends_the_others_with_a_message(params, tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
+    failing = begin([sys.executable, "-c", SLOWED], **{VARIABLE: "2", "TEST_FAILS": "1"})
+    _, err = failing.communicate(timeout=120)
+    assert failing.returncode == 137
+    assert "error: process 2 of 2 was killed by SIGKILL; repeat" in err
+    assert "error: another process of this training has ended" in err
+    assert "Traceback" not in err
+    assert made(tmp_path) == {}
