@@ -1,4 +1,5 @@
-"""The authors' checkpoints (Tushar-N/blockdrop and its fork): pickles of unknown hands.
+"""The authors' checkpoints (Tushar-N/blockdrop and its fork), and torchvision's: pickles of unknown
+hands.
 
 They open only under `torch.load(weights_only=True)`, with `argparse.Namespace` as the one further type
 that may be in them, so no code in a file can run.
@@ -23,12 +24,14 @@ from pipeline.checkpoint import (
     ResNetArchitecture,
     fill,
 )
+from pipeline.families import IMAGENET_BASIC, IMAGENET_BOTTLENECK
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import STAGES, ResNet
 from pipeline.untrusted import cut, open_regular, shown
 
 Weights = Mapping[str, Tensor]
 _ANEW = "take the file anew from its authors"
+TORCHVISION = "torchvision:"  # before the name of weights, in place of a file
 MAX_BLOCK = 333  # index in a stage; a name alone must not make a network of depth 600,000
 
 
@@ -56,13 +59,15 @@ class LegacyCheckpoint:
 
 
 def load(path: Path) -> LegacyCheckpoint:
-    """Read one of the authors' files: a ResNet, a policy, or both.
+    """Read one of the authors' files: a ResNet, a policy, or both; or torchvision's, a ResNet.
 
     Raises:
         CheckpointError: it is no such file, holds forbidden types, or its weights don't fit.
     """
     content = _open(path)
     resnet = policy_net = None
+    if "layer1.0.conv1.weight" in content:  # the weights themselves, as torchvision publishes them
+        resnet = _torchvision(_weights({"it": content}, "it", path), path)
     if "state_dict" in content:
         resnet = _resnet(_weights(content, "state_dict", path), path)
     if "resnet" in content:
@@ -190,6 +195,28 @@ def _resnet(weights: Weights, path: Path) -> ResNet:
     return fill(network.build, _complete(flat), path, _ANEW)  # type: ignore[return-value]
 
 
+def _torchvision(weights: Weights, path: Path) -> ResNet:
+    """A ResNet for ImageNet whose weights have torchvision's names."""
+    from pipeline.imagenet_resnet import from_torchvision, stages_of
+
+    sizes = stages_of(weights)
+    shallow, deep = IMAGENET_BASIC, IMAGENET_BOTTLENECK
+    known = deep if "layer1.0.conv3.weight" in weights else shallow
+    depth = next((depth for depth, stages in known.items() if stages == sizes), None)
+    if depth is None:
+        raise CheckpointError(
+            f"{path} has {list(sizes)} blocks in its stages, as no ResNet here has; take one of "
+            f"torchvision's ResNets with {', '.join(map(str, sorted(shallow | deep)))} layers"
+        )
+    width, classes = (_length(weights, name, path) for name in ("conv1.weight", "fc.weight"))
+    try:
+        network = ResNetArchitecture(family="imagenet", depth=depth, width=width, num_classes=classes)
+    except ValidationError as error:
+        raise _beyond(error, path) from None
+    named = _complete(from_torchvision(weights, sizes))
+    return fill(network.build, named, path, _ANEW)  # type: ignore[return-value]
+
+
 def _policy_net(weights: Weights, path: Path) -> PolicyNet:
     """The policy without its value head (`vnet`), which the authors never trained."""
     trunk = {
@@ -214,3 +241,43 @@ def _beyond(error: ValidationError, path: Path) -> CheckpointError:
     first = error.errors()[0]
     what = f"{first['loc'][0]} {shown(first['input'])}: {first['msg']}"
     return CheckpointError(f"{path} has weights of a network of {what}; {_ANEW}")
+
+
+def download(name: str, *, depth: int, folder: Path) -> Path:
+    """Fetch torchvision's pretrained weights of a ResNet, checked by the digest in their file's name.
+
+    Args:
+        name: as torchvision names them, for example IMAGENET1K_V1.
+
+    Raises:
+        CheckpointError: torchvision has no such weights, or they can't be fetched.
+    """
+    from torch.hub import download_url_to_file
+    from torchvision.models import get_model_weights
+
+    try:
+        of_depth = get_model_weights(f"resnet{depth}")
+    except ValueError:
+        raise CheckpointError(
+            f"torchvision has no resnet{depth}; set resnet.depth to one it has"
+        ) from None
+    known = {str(weights.name): str(weights.url) for weights in of_depth}
+    if name not in known:
+        raise CheckpointError(
+            f"torchvision has no weights {cut(name)} of resnet{depth}; choose {' or '.join(known)}"
+        )
+    url = known[name]
+    path = folder / url.rsplit("/", 1)[1]
+    digest = path.stem.rsplit("-", 1)[1]  # the beginning of the file's SHA-256
+    if path.exists():
+        return path
+    print(f"downloading {url} ...", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        download_url_to_file(url, str(path), hash_prefix=digest)
+    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
+        raise CheckpointError(
+            f"{url} can't be fetched ({cut(error)}); fetch it on another machine, and import the file "
+            f"instead of {TORCHVISION}{name}"
+        ) from None
+    return path

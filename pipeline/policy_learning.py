@@ -17,7 +17,7 @@ from pipeline.policies import greedy_actions, policy_statistics
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
 from pipeline.runtime import autocast
-from pipeline.tensors import Normalisation, Split
+from pipeline.tensors import Images, Normalisation
 from pipeline.training import Batch, Metrics
 
 
@@ -147,7 +147,7 @@ class PolicyLearning:
         self.optimizer.step()
         return metrics
 
-    def validate(self, split: Split) -> Metrics:
+    def validate(self, split: Images) -> Metrics:
         """The greedy policy: accuracy, reward, and how much it differs from image to image."""
         logits = predict_policy(
             self.policy_net, split, normalisation=self.normalisation, precision=self.precision

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeline.inference import predict
 from pipeline.resnet import ResNet
 from pipeline.runtime import autocast, generator
-from pipeline.tensors import Augmentation, Normalisation, Split, batches
+from pipeline.tensors import AnyAugmentation, Images, Normalisation, batches
 
 Metrics = dict[str, float]
 
@@ -86,19 +86,19 @@ class Learner(Protocol):
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimiser step; the batch means of its metrics, as scalars on the device."""
 
-    def validate(self, split: Split) -> Metrics:
+    def validate(self, split: Images) -> Metrics:
         """Metrics on images that are not trained on."""
 
 
 def fit(
     learner: Learner,
     *,
-    train: Split,
-    validation: Split,
+    train: Images,
+    validation: Images,
     epochs: int,
     batch_size: int,
     schedule: Callable[[float], float],
-    augmentation: Augmentation,
+    augmentation: AnyAugmentation,
     normalisation: Normalisation,
     key: tuple[int | str, ...],
     position: Position,
@@ -114,21 +114,23 @@ def fit(
         position: where to begin; kept up to date.
     """
     base_rates = [group["initial_lr"] for group in learner.optimizer.param_groups]
-    device = train.images.device
+    device = train.device
     while position.epoch < epochs:
         draw = generator(*key, position.epoch)
         order = torch.randperm(len(train), generator=draw)
-        crops = augmentation.draw(len(train), draw).to(device)
+        crops = augmentation.draw(len(train), draw)
         noise = torch.rand(len(train), learner.num_actions, generator=draw).to(device)
         learner.begin_epoch(position.epoch)
         _to_device(position, device)
         parts = batches(order.to(device), batch_size)
-        for rows in parts[position.step :]:
+        left = parts[position.step :]
+        for rows, seen in zip(left, train.batches(left, augmentation, crops), strict=True):
             factor = schedule((position.epoch + position.step / len(parts)) / epochs)
             for group, rate in zip(learner.optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * factor
-            images = normalisation(augmentation(train.images[rows], crops[rows]))
-            metrics = learner.step(Batch(images=images, labels=train.labels[rows], noise=noise[rows]))
+            metrics = learner.step(
+                Batch(images=normalisation(seen), labels=train.labels[rows], noise=noise[rows])
+            )
             _count(position, metrics, len(rows))
             yield None
         means = {name: float(total) / len(train) for name, total in position.totals.items()}
@@ -271,7 +273,7 @@ class Classification:
         correct = logits.argmax(dim=1) == batch.labels
         return {"loss": loss.detach(), "accuracy": correct.float().mean()}
 
-    def validate(self, split: Split) -> Metrics:
+    def validate(self, split: Images) -> Metrics:
         """Loss and accuracy with the blocks that run; what a rule draws is the same at every call."""
         noise = torch.rand(len(split), self.num_actions, generator=generator("validation"))
         actions = self._actions(noise)

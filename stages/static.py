@@ -43,7 +43,7 @@ def main(params: Params, *, rule: str, kept: int) -> None:
         ),
         normalisation=pretrained.normalisation,
         precision=section.precision,
-        rule=static_rule(rule, kept),
+        rule=static_rule(rule, kept, resnet.stages),
     )
     inputs = [common.PREPARED, common.PRETRAINED]
     trainer.train("static", learner, params, section, inputs, save, item=item)

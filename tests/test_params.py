@@ -52,7 +52,8 @@ def refusal(path: Path, changes: dict[str, object] | None = None, text: str | No
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.stem)
 def test_preset_loads(preset):
-    assert load(preset).data.source in preset.stem
+    source = {"imagefolder_stream": "imagenet"}.get(load(preset).data.source, load(preset).data.source)
+    assert source in preset.stem
 
 
 def test_digits_preset_is_the_params_file_of_the_repository():
@@ -107,7 +108,7 @@ def test_missing_key_says_where_to_copy_it_from(path, key):
         ("augmentation.flip", 1, "a valid boolean"),
         ("data.folder", 3, "a valid string"),
         ("pretrain.optimizer", "rmsprop", "'sgd' or 'adam'"),
-        ("data.source", "mnist", "'digits', 'cifar10', 'cifar100' or 'imagefolder'"),
+        ("data.source", "mnist", "'digits', 'cifar10', 'cifar100', 'imagefolder' or 'imagefolder_stream'"),
     ],
 )
 def test_wrong_type_names_key_value_and_what_is_allowed(path, key, value, expected):

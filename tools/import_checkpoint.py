@@ -1,5 +1,6 @@
 """Start from a checkpoint: `make import FILE=path STAGE=pretrain|curriculum|finetune`.
 
+FILE may be torchvision:IMAGENET1K_V1 (or _V2): pretrained weights, which it fetches.
 Checks the file, copies it into import/, lets DVC track the copy, and names it in params.yaml.
 """
 
@@ -114,12 +115,16 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     arguments = parser.parse_args()
     path: Path = arguments.file
+    named_weights = str(path).startswith(legacy.TORCHVISION)
     if path.name in OWN_FILES:  # one of our own folders, named by a file in it
         path = path.resolve().parent
     try:
         others = used_by_others(
             arguments.stage
         )  # first, as a params.yaml that can't be used is found at once
+        if named_weights:
+            name = str(path).removeprefix(legacy.TORCHVISION)
+            path = legacy.download(name, depth=params.load(PARAMS).resnet.depth, folder=IMPORT)
         check(path, arguments.stage)
         target = bring_in(path, others)
         subprocess.run(["dvc", "add", "--quiet", str(target)], check=True)
