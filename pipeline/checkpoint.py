@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import (
@@ -15,6 +15,8 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -65,10 +67,11 @@ class _Architecture(_Strict):
     family: Family = "cifar"
     depth: Depth
 
-    @model_validator(mode="after")
-    def _of_its_family(self) -> Self:
-        num_blocks(self.family, self.depth)
-        return self
+    @field_validator("depth")
+    @classmethod
+    def _of_its_family(cls, depth: int, info: ValidationInfo) -> int:
+        num_blocks(info.data.get("family", "cifar"), depth)
+        return depth
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def test_lists_of_the_benchmark(path, key, value, words):
     [
         ("sole.depths", [], "sole: depths is empty; name one at least"),
         ("sole.depths", [14, 14], "sole: depths [14, 14] names something twice"),
-        ("sole.depths", [21], "sole: depth 21 is not 6n+2; the nearest are 20 and 26"),
+        ("sole.depths", [21], "sole.depths: depth 21 is not 6n+2; the nearest are 20 and 26"),
         ("sole.depths", 20, "sole.depths: is 20, but it should be a valid tuple"),
         ("sole.depths", [20, 32], "sole.depths [20, 32] names resnet.depth 32, which pretrain trains"),
         ("static.rules", [], "static: rules is empty; name one at least"),
@@ -256,7 +256,7 @@ def test_broken_yaml_is_named_as_such(path, text):
 
 
 def test_broken_yaml_names_line_and_column(path):
-    assert "line 23, column 1" in refusal(path, text=DIGITS.replace("  depth: 32", "\tdepth: 32"))
+    assert "line 24, column 1" in refusal(path, text=DIGITS.replace("  depth: 32", "\tdepth: 32"))
 
 
 def test_yaml_that_would_run_code_is_refused(path, tmp_path):
