@@ -31,7 +31,6 @@ from pipeline.untrusted import cut, open_regular, shown
 
 Weights = Mapping[str, Tensor]
 _ANEW = "take the file anew from its authors"
-TORCHVISION = "torchvision:"  # before the name of weights, in place of a file
 MAX_BLOCK = 333  # index in a stage; a name alone must not make a network of depth 600,000
 
 
@@ -241,43 +240,3 @@ def _beyond(error: ValidationError, path: Path) -> CheckpointError:
     first = error.errors()[0]
     what = f"{first['loc'][0]} {shown(first['input'])}: {first['msg']}"
     return CheckpointError(f"{path} has weights of a network of {what}; {_ANEW}")
-
-
-def download(name: str, *, depth: int, folder: Path) -> Path:
-    """Fetch torchvision's pretrained weights of a ResNet, checked by the digest in their file's name.
-
-    Args:
-        name: as torchvision names them, for example IMAGENET1K_V1.
-
-    Raises:
-        CheckpointError: torchvision has no such weights, or they can't be fetched.
-    """
-    from torch.hub import download_url_to_file
-    from torchvision.models import get_model_weights
-
-    try:
-        of_depth = get_model_weights(f"resnet{depth}")
-    except ValueError:
-        raise CheckpointError(
-            f"torchvision has no resnet{depth}; set resnet.depth to one it has"
-        ) from None
-    known = {str(weights.name): str(weights.url) for weights in of_depth}
-    if name not in known:
-        raise CheckpointError(
-            f"torchvision has no weights {cut(name)} of resnet{depth}; choose {' or '.join(known)}"
-        )
-    url = known[name]
-    path = folder / url.rsplit("/", 1)[1]
-    digest = path.stem.rsplit("-", 1)[1]  # the beginning of the file's SHA-256
-    if path.exists():
-        return path
-    print(f"downloading {url} ...", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        download_url_to_file(url, str(path), hash_prefix=digest)
-    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
-        raise CheckpointError(
-            f"{url} can't be fetched ({cut(error)}); fetch it on another machine, and import the file "
-            f"instead of {TORCHVISION}{name}"
-        ) from None
-    return path

@@ -192,7 +192,7 @@ def _download(raw: Path, name: str) -> Path | None:
     partial = raw / "partial"
     print(f"downloading {source.filename} ...", flush=True)
     try:
-        with _patience():
+        with patience():
             download_url(source.url, partial, filename=source.filename, md5=source.tgz_md5)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -205,7 +205,8 @@ def _download(raw: Path, name: str) -> Path | None:
 
 
 @contextmanager
-def _patience() -> Iterator[None]:
+def patience() -> Iterator[None]:
+    """Downloads in the context give up on a host that is silent."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_PATIENCE)
     try:

@@ -218,6 +218,7 @@ class StreamedSplit:
             collate_fn=collate,
             pin_memory=device.type == "cuda",
             worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # else it draws from the global one
             **options,
         )
         self._held: Tensor | None = None

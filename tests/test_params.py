@@ -108,7 +108,11 @@ def test_missing_key_says_where_to_copy_it_from(path, key):
         ("augmentation.flip", 1, "a valid boolean"),
         ("data.folder", 3, "a valid string"),
         ("pretrain.optimizer", "rmsprop", "'sgd' or 'adam'"),
-        ("data.source", "mnist", "'digits', 'cifar10', 'cifar100', 'imagefolder' or 'imagefolder_stream'"),
+        (
+            "data.source",
+            "mnist",
+            "'digits', 'cifar10', 'cifar100', 'imagefolder' or 'imagefolder_stream'",
+        ),
     ],
 )
 def test_wrong_type_names_key_value_and_what_is_allowed(path, key, value, expected):
