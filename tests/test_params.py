@@ -456,3 +456,45 @@ def test_flat_has_every_value_of_the_file_under_its_dotted_key(path):
     assert flat["gamma"] == content["gamma"]
     assert flat["resnet.mean"] == tuple(content["resnet"]["mean"])
     assert flat["policy_net.input_size"] is None
+
+
+STREAMED = {
+    "data.source": "imagefolder_stream",
+    "data.image_size": 64,
+    "augmentation.crop_padding": 0,
+    "resnet.family": "imagenet",
+    "resnet.depth": 50,
+    "benchmark.sole_depths": [26],
+    "sole.depths": [26],
+}
+
+
+def test_depth_fifty_is_of_both_families(path):
+    write(path, STREAMED)
+    assert load(path).resnet.num_blocks == 16
+    write(path, {"resnet.depth": 50})
+    assert load(path).resnet.num_blocks == 24
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"resnet.depth": 32}, "resnet: depth 32 is none of the family imagenet, which has 10, 14, 18"),
+        ({"policy_net.family": "imagenet"}, "policy_net: depth 8 is none of the family imagenet"),
+        ({"sole.depths": [20]}, "sole.depths: depth 20 is none of the family imagenet"),
+        ({"resnet.family": "resnext"}, "resnet.family: is 'resnext', but it should be 'cifar' or"),
+    ],
+)
+def test_network_that_its_family_does_not_have_is_refused(path, changes, words):
+    assert words in refusal(path, STREAMED | changes)
+
+
+def test_padding_of_streamed_images_is_refused_with_the_remedy(path):
+    message = refusal(path, STREAMED | {"augmentation.crop_padding": 4})
+    assert "augmentation.crop_padding 4 is for images of one size" in message
+    assert "set it to 0" in message
+
+
+def test_folder_of_streamed_images_is_no_parameter(path):
+    message = refusal(path, STREAMED | {"data.folder": "photos"})
+    assert "folder is for the source imagefolder alone" in message
