@@ -20,9 +20,9 @@ from pipeline.cost import Cost
 from pipeline.executors.base import Executor, Networks, UnavailableError
 from pipeline.executors.masked import Masked
 from pipeline.executors.static import Classify, static_forms
-from pipeline.inference import EVALUATION_BATCH, make_executor
+from pipeline.inference import evaluation_batch, make_executor
 from pipeline.policy_net import average_down
-from pipeline.resnet import ResNet, kept_rows
+from pipeline.resnet import ResNet, kept_rows, make_resnet
 from pipeline.runtime import generator
 from pipeline.timing import (
     Call,
@@ -124,7 +124,10 @@ class Benchmark:
         self.tables: dict[str, list[Row]] = {"times": [], "sweep": [], "answers": [], "parts": []}
         execute = make_executor(networks)
         self.flops = torch.cat(
-            [cost.of(execute(part).actions).cpu() for part in images.split(EVALUATION_BATCH)]
+            [
+                cost.of(execute(part).actions).cpu()
+                for part in images.split(evaluation_batch(images.shape[1]))
+            ]
         )
 
     def run(self, say: Callable[[str], None] = print) -> dict[str, list[Row]]:
@@ -185,8 +188,10 @@ class Benchmark:
         full = self.full.resnet
         found = {}
         for depth in self.settings.sole_depths:
-            sole = ResNet(depth=depth, width=full.width, num_classes=full.num_classes).to(self.device)
-            networks = replace(self.full, resnet=sole)
+            sole = make_resnet(
+                family=full.family, depth=depth, width=full.width, num_classes=full.num_classes
+            )
+            networks = replace(self.full, resnet=sole.to(self.device))
             found[f"ResNet-{depth}"] = _classify(make_executor(networks, precision=precision))
         return found
 

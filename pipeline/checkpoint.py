@@ -13,7 +13,11 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
     model_validator,
 )
 from safetensors.torch import load as load_safetensors
@@ -22,9 +26,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import UserError
+from pipeline.families import Family, num_blocks
 from pipeline.files import write_atomically, write_text
 from pipeline.policy_net import PolicyNet
-from pipeline.resnet import STAGES, ResNet, blocks_per_stage
+from pipeline.resnet import ResNet, make_resnet
 from pipeline.tensors import Normalisation
 from pipeline.untrusted import cut, open_regular, read_json, shown
 
@@ -43,11 +48,6 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def _depth_of_a_resnet(depth: int) -> int:
-    blocks_per_stage(depth)
-    return depth
-
-
 def _in_utf8(name: str) -> str:
     name.encode()  # raises a ValueError for half a character, which JSON can hold and no report
     return name
@@ -58,25 +58,46 @@ Mean = Annotated[float, Field(ge=-10, le=10)]
 Deviation = Annotated[float, Field(ge=1e-3, le=1e3)]
 ClassName = Annotated[str, AfterValidator(_in_utf8)]
 Side = Annotated[int, Field(ge=8, le=512, multiple_of=4)]
-Depth = Annotated[int, Field(le=2000), AfterValidator(_depth_of_a_resnet)]
+Depth = Annotated[int, Field(le=2000)]
 
 
-class ResNetArchitecture(_Strict):
+class _Architecture(_Strict):
+    """What rebuilds a network. The family came later: files without it hold CIFAR's."""
+
+    family: Family = "cifar"
+    depth: Depth
+
+    @field_validator("depth")
+    @classmethod
+    def _of_its_family(cls, depth: int, info: ValidationInfo) -> int:
+        num_blocks(info.data.get("family", "cifar"), depth)
+        return depth
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Networks for CIFAR are written as before there was another family."""
+        written: dict[str, Any] = handler(self)
+        if self.family == "cifar":
+            del written["family"]
+        return written
+
+
+class ResNetArchitecture(_Architecture):
     """What rebuilds the ResNet."""
 
-    depth: Depth
     width: Annotated[int, Field(ge=1, le=4096)]
     num_classes: Annotated[int, Field(ge=2, le=100_000)]
 
     def build(self) -> ResNet:
         """A ResNet with fresh weights."""
-        return ResNet(depth=self.depth, width=self.width, num_classes=self.num_classes)
+        return make_resnet(
+            family=self.family, depth=self.depth, width=self.width, num_classes=self.num_classes
+        )
 
 
-class PolicyNetArchitecture(_Strict):
+class PolicyNetArchitecture(_Architecture):
     """What rebuilds the policy network."""
 
-    depth: Depth
     width: Annotated[int, Field(ge=1, le=4096)]
     input_size: Side | None
     num_blocks: Annotated[int, Field(ge=1, le=1000)]
@@ -88,6 +109,7 @@ class PolicyNetArchitecture(_Strict):
             depth=self.depth,
             width=self.width,
             input_size=self.input_size,
+            family=self.family,
         )
 
 
@@ -121,7 +143,7 @@ class Sidecar(_Strict):
                 f"resnet.num_classes is {self.resnet.num_classes}, classes has {len(self.classes)} names"
             )
         if self.resnet is not None and self.policy_net is not None:
-            blocks = STAGES * blocks_per_stage(self.resnet.depth)
+            blocks = num_blocks(self.resnet.family, self.resnet.depth)
             if self.policy_net.num_blocks != blocks:
                 raise ValueError(
                     f"policy_net.num_blocks is {self.policy_net.num_blocks}, the ResNet has {blocks}"
@@ -178,10 +200,16 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
         stage=checkpoint.stage,
         resnet=None
         if resnet is None
-        else ResNetArchitecture(depth=resnet.depth, width=resnet.width, num_classes=resnet.num_classes),
+        else ResNetArchitecture(
+            family=resnet.family,
+            depth=resnet.depth,
+            width=resnet.width,
+            num_classes=resnet.num_classes,
+        ),
         policy_net=None
         if policy_net is None
         else PolicyNetArchitecture(
+            family=policy_net.features.family,
             depth=policy_net.features.depth,
             width=policy_net.features.width,
             input_size=policy_net.input_size,

@@ -1,7 +1,8 @@
 """Prepared data sets: a few files of uint8 arrays, written by `prepare`, read by all later stages.
 
 A prepared folder holds, for each split, `SPLIT_images.npy` [M, H, W, 3] uint8 and `SPLIT_labels.npy`
-[M] int64, and `dataset.json` with the names of the classes and a digest of every file.
+[M] int64, and `dataset.json` with the names of the classes and a digest of every file. For images that
+do not fit into the memory it holds lists of them instead (streaming.py).
 Shapes: M images of a split, H and W pixels.
 """
 
@@ -12,21 +13,23 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UserError
 from pipeline.files import write_atomically, write_text
-from pipeline.tensors import Split
+from pipeline.resume import project_root
+from pipeline.tensors import Images, Split
 from pipeline.untrusted import cut, open_regular, read_json
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 DESCRIPTION = "dataset.json"
+IMAGES = Path("data/images")  # in the project's root: a folder, or a link to one, that DVC leaves alone
 MAX_DESCRIPTION = 16 << 20  # bytes
 
 
@@ -68,16 +71,28 @@ def split_by_seed(
     Raises:
         DataError: a split would be empty.
     """
-    order = np.random.default_rng(seed).permutation(len(arrays.labels))
-    splits: dict[SplitName, Arrays] = {}
+    drawn = split_rows(len(arrays.labels), shares=shares, seed=seed)
+    return {name: arrays.at(rows) for name, rows in drawn.items()}
+
+
+def split_rows(
+    images: int, *, shares: dict[SplitName, float], seed: int
+) -> dict[SplitName, NDArray[np.int64]]:
+    """The rows of each split, in their order, as `split_by_seed` draws them.
+
+    Raises:
+        DataError: a split would be empty.
+    """
+    order = np.random.default_rng(seed).permutation(images)
+    splits: dict[SplitName, NDArray[np.int64]] = {}
     start = 0
     for name, share in shares.items():
         count = math.ceil(share * len(order))
-        splits[name] = arrays.at(np.sort(order[start : start + count]))
+        splits[name] = np.sort(order[start : start + count])
         start += count
-    splits["train"] = arrays.at(np.sort(order[start:]))
+    splits["train"] = np.sort(order[start:])
     for name, split in splits.items():
-        if len(split.labels) == 0:
+        if len(split) == 0:
             remedy = "lower the shares or add images" if name == "train" else "raise its share"
             raise DataError(f"the split {name} of {len(order)} images is empty; {remedy}")
     return splits
@@ -118,14 +133,18 @@ def load_classes(folder: Path) -> tuple[str, ...]:
     return _description(folder).classes
 
 
-def load_split(folder: Path, name: SplitName, device: torch.device) -> Split:
+def load_split(folder: Path, name: SplitName, device: torch.device) -> Images:
     """Read one split onto a device, checking shapes, types, labels and digests.
+
+    A split that `prepare` only listed is read as it is needed, from `data/images`.
 
     Raises:
         DataError: a file is missing, damaged or not what `dataset.json` says.
     """
     description = _description(folder)
     record = description.splits[name]
+    if isinstance(record, _ListedRecord):
+        return _streamed(folder / f"{name}_manifest.tsv", description, record, device)
     images = _read_array(folder / f"{name}_images.npy", record.images_sha256)
     labels = _read_array(folder / f"{name}_labels.npy", record.labels_sha256)
     square = images.ndim == 4 and images.shape[1] == images.shape[2] and images.shape[3] == 3
@@ -135,11 +154,28 @@ def load_split(folder: Path, name: SplitName, device: torch.device) -> Split:
         raise DataError(
             f"{folder / name}_*.npy hold {images.dtype} {images.shape} and labels {labels.dtype} "
             f"{labels.shape}, expected uint8 [M, S, S, 3] and int64 [M] with M = {record.images}; "
-            f"{_REMEDY}"
+            f"{REMEDY}"
         )
     if labels.min() < 0 or labels.max() >= len(description.classes):
-        raise DataError(f"{folder / name}_labels.npy has labels outside the classes; {_REMEDY}")
+        raise DataError(f"{folder / name}_labels.npy has labels outside the classes; {REMEDY}")
     return Split(images=torch.from_numpy(images).to(device), labels=torch.from_numpy(labels).to(device))
+
+
+def _streamed(
+    path: Path, description: "_Description", record: "_ListedRecord", device: torch.device
+) -> Images:
+    from pipeline.streaming import StreamedSplit, read_manifest  # it imports this module
+
+    assert description.image_size is not None  # as its validator has seen
+    listing = read_manifest(
+        path, sha256=record.manifest_sha256, images=record.images, classes=len(description.classes)
+    )
+    root = project_root() / IMAGES
+    if not root.is_dir():
+        raise DataError(
+            f"{root} is no folder, and {path} lists its images; link it there (docs/imagenet.md)"
+        )
+    return StreamedSplit(root, listing, image_size=description.image_size, device=device)
 
 
 def _read_array(path: Path, sha256: str) -> NDArray[np.generic]:
@@ -162,13 +198,13 @@ def _read_array(path: Path, sha256: str) -> NDArray[np.generic]:
             array = np.fromfile(file, dtype).reshape(shape) if genuine else None
     except Exception as error:  # numpy raises what the damaged bytes of a header happen to break
         said = error.strerror if isinstance(error, OSError) else cut(error)
-        raise DataError(f"{path} can't be read ({said}); {_REMEDY}") from None
+        raise DataError(f"{path} can't be read ({said}); {REMEDY}") from None
     if array is None:
-        raise DataError(f"{path} is not what {DESCRIPTION} beside it says; {_REMEDY}")
+        raise DataError(f"{path} is not what {DESCRIPTION} beside it says; {REMEDY}")
     return array
 
 
-_REMEDY = "make it anew with `dvc repro -f prepare`"
+REMEDY = "make it anew with `dvc repro -f prepare`"
 
 
 class _Record(BaseModel):
@@ -181,19 +217,27 @@ class _SplitRecord(_Record):
     labels_sha256: str
 
 
+class _ListedRecord(_Record):
+    images: int
+    manifest_sha256: str
+
+
 class _Description(_Record):
-    """dataset.json."""
+    """dataset.json. Splits that are listed and not copied have an image size, as arrays have theirs."""
 
     source: str
     classes: Annotated[tuple[str, ...], Field(strict=False, min_length=2)]
-    splits: dict[SplitName, _SplitRecord]
+    image_size: Annotated[int, Field(ge=8, le=512, multiple_of=4)] | None = None
+    splits: dict[SplitName, _SplitRecord | _ListedRecord]
 
-    @field_validator("splits")
-    @classmethod
-    def _all_of_them(cls, value: dict[SplitName, _SplitRecord]) -> dict[SplitName, _SplitRecord]:
-        if set(value) != set(SPLITS):
-            raise ValueError(f"the splits are {sorted(value)}")
-        return value
+    @model_validator(mode="after")
+    def _all_of_them(self) -> Self:
+        if set(self.splits) != set(SPLITS):
+            raise ValueError(f"the splits are {sorted(self.splits)}")
+        listed = {isinstance(record, _ListedRecord) for record in self.splits.values()}
+        if listed != {self.image_size is not None}:
+            raise ValueError("some splits are listed and some are not, or the image size is missing")
+        return self
 
     @field_validator("classes", mode="before")
     @classmethod
@@ -210,7 +254,7 @@ def _description(folder: Path) -> _Description:
     except ValidationError as error:
         first = error.errors()[0]
         where = cut(".".join(map(str, first["loc"])), 80)
-        raise DataError(f"{path}: {where}: {cut(first['msg'])}; {_REMEDY}") from None
+        raise DataError(f"{path}: {where}: {cut(first['msg'])}; {REMEDY}") from None
     except (OSError, ValueError) as error:
         said = error.strerror if isinstance(error, OSError) else cut(error)
-        raise DataError(f"{path} can't be read ({said}); {_REMEDY}") from None
+        raise DataError(f"{path} can't be read ({said}); {REMEDY}") from None

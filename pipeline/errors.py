@@ -35,12 +35,17 @@ def explain(error: OSError) -> str | None:
 def explain_memory(error: BaseException) -> str | None:
     """One line on memory that was not enough, the CPU's or a device's; None for other errors."""
     # torch.OutOfMemoryError is a RuntimeError, and so is what PyTorch raises for the CPU
-    words = ("out of memory", "not enough memory", "can't allocate memory")
+    words = ("out of memory", "not enough memory", "can't allocate memory", "dataloader worker")
     if not isinstance(error, MemoryError | RuntimeError):
         return None
     if not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in words):
         return None
     first = (str(error).strip() or "MemoryError").splitlines()[0]
+    if "DataLoader worker" in first:
+        return (
+            f"a process that decodes images was killed ({first}); mostly memory or /dev/shm is full: "
+            "lower BLOCKDROP_WORKERS or batch_size in params.yaml, and repeat"
+        )
     return (
         f"out of memory ({first}); lower batch_size in the stage's section of params.yaml, or free what "
         "others hold (`nvidia-smi` shows who), and repeat"

@@ -11,12 +11,12 @@ from torch import Tensor
 from pipeline.cost import Cost
 from pipeline.inference import predict
 from pipeline.resnet import ResNet
-from pipeline.tensors import Normalisation, Split
+from pipeline.tensors import Images, Normalisation
 
 
 def shuffled_accuracy(
     resnet: ResNet,
-    split: Split,
+    split: Images,
     actions: Tensor,
     *,
     normalisation: Normalisation,
@@ -57,7 +57,7 @@ def single_policy_candidates(actions: Tensor, cost: Cost, budget: float, limit: 
 
 
 def best_single_policy(
-    resnet: ResNet, split: Split, candidates: Tensor, *, normalisation: Normalisation
+    resnet: ResNet, split: Images, candidates: Tensor, *, normalisation: Normalisation
 ) -> tuple[Tensor, float]:
     """The policy [K] of candidates [P, K] that is right most often on a split, and how often."""
     accuracies = [

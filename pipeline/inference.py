@@ -3,7 +3,7 @@
 Shapes: B images of a batch, M images of a split, K blocks, N classes, H and W pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -21,7 +21,7 @@ from pipeline.executors.native import Native
 from pipeline.executors.persistent import Persistent
 from pipeline.policy_net import PolicyNet, average_down
 from pipeline.resnet import ResNet
-from pipeline.tensors import Normalisation, Split
+from pipeline.tensors import Images, Normalisation
 from pipeline.timing import seconds_of
 
 R = TypeVar("R")
@@ -30,6 +30,7 @@ EXECUTORS: dict[str, type[Executor]] = {
     kind.name: kind for kind in (Masked, Gather, Grouped, Graphed, Native, Persistent)
 }
 EVALUATION_BATCH = 500  # bounds memory; results do not depend on it
+EVALUATION_PIXELS = 500 * 96**2  # of a batch: larger images come in smaller ones
 IMAGES_PER_POLICY = 16  # from which on images of one policy are run together, apart from the others
 
 
@@ -131,7 +132,7 @@ class Predictions:
 
 def predict(
     resnet: ResNet,
-    split: Split,
+    split: Images,
     actions: Tensor | None = None,
     *,
     normalisation: Normalisation,
@@ -142,8 +143,8 @@ def predict(
     execute = make_executor(networks, precision=precision)
     logits = torch.cat(
         [
-            execute(split.images[part], None if actions is None else actions[part]).logits
-            for part in _parts(len(split))
+            execute(images, None if actions is None else actions[part]).logits
+            for part, images in _in_parts(split)
         ]
     )
     losses = F.cross_entropy(logits, split.labels, reduction="none")
@@ -154,19 +155,27 @@ def predict(
 
 @torch.no_grad()
 def predict_policy(
-    policy_net: PolicyNet, split: Split, *, normalisation: Normalisation, precision: str = "fp32"
+    policy_net: PolicyNet, split: Images, *, normalisation: Normalisation, precision: str = "fp32"
 ) -> Tensor:
     """Logits [M, K] of the keep probabilities, on the CPU."""
     # what decides is a ResNet too, all of whose blocks run
     networks = Networks(resnet=policy_net.features, policy_net=None, normalisation=normalisation)
     execute = make_executor(networks, precision=precision)
     logits = []
-    for part in _parts(len(split)):
-        inputs = average_down(normalisation(split.images[part]), policy_net.input_size)
+    for _, images in _in_parts(split):
+        inputs = average_down(normalisation(images), policy_net.input_size)
         every = torch.ones(len(inputs), networks.num_blocks, dtype=torch.bool, device=inputs.device)
         logits.append(execute.classify(inputs, every))
     return torch.cat(logits).cpu()
 
 
-def _parts(count: int) -> list[slice]:
-    return [slice(start, start + EVALUATION_BATCH) for start in range(0, count, EVALUATION_BATCH)]
+def evaluation_batch(image_size: int) -> int:
+    """How many images of that side are evaluated at a time."""
+    return max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // image_size**2))
+
+
+def _in_parts(split: Images) -> Iterator[tuple[slice, Tensor]]:
+    """All images a batch at a time, each batch with its place."""
+    size = evaluation_batch(split.image_size)
+    starts = range(0, len(split), size)
+    return zip((slice(s, s + size) for s in starts), split.in_order(size), strict=True)

@@ -1,4 +1,5 @@
-"""The authors' checkpoints (Tushar-N/blockdrop and its fork): pickles of unknown hands.
+"""The authors' checkpoints (Tushar-N/blockdrop and its fork), and torchvision's: pickles of unknown
+hands.
 
 They open only under `torch.load(weights_only=True)`, with `argparse.Namespace` as the one further type
 that may be in them, so no code in a file can run.
@@ -23,6 +24,7 @@ from pipeline.checkpoint import (
     ResNetArchitecture,
     fill,
 )
+from pipeline.families import IMAGENET_BASIC, IMAGENET_BOTTLENECK
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import STAGES, ResNet
 from pipeline.untrusted import cut, open_regular, shown
@@ -56,13 +58,15 @@ class LegacyCheckpoint:
 
 
 def load(path: Path) -> LegacyCheckpoint:
-    """Read one of the authors' files: a ResNet, a policy, or both.
+    """Read one of the authors' files: a ResNet, a policy, or both; or torchvision's, a ResNet.
 
     Raises:
         CheckpointError: it is no such file, holds forbidden types, or its weights don't fit.
     """
     content = _open(path)
     resnet = policy_net = None
+    if "layer1.0.conv1.weight" in content:  # the weights themselves, as torchvision publishes them
+        resnet = _torchvision(_weights({"it": content}, "it", path), path)
     if "state_dict" in content:
         resnet = _resnet(_weights(content, "state_dict", path), path)
     if "resnet" in content:
@@ -188,6 +192,28 @@ def _resnet(weights: Weights, path: Path) -> ResNet:
     except ValidationError as error:
         raise _beyond(error, path) from None
     return fill(network.build, _complete(flat), path, _ANEW)  # type: ignore[return-value]
+
+
+def _torchvision(weights: Weights, path: Path) -> ResNet:
+    """A ResNet for ImageNet whose weights have torchvision's names."""
+    from pipeline.imagenet_resnet import from_torchvision, stages_of
+
+    sizes = stages_of(weights)
+    shallow, deep = IMAGENET_BASIC, IMAGENET_BOTTLENECK
+    known = deep if "layer1.0.conv3.weight" in weights else shallow
+    depth = next((depth for depth, stages in known.items() if stages == sizes), None)
+    if depth is None:
+        raise CheckpointError(
+            f"{path} has {list(sizes)} blocks in its stages, as no ResNet here has; take one of "
+            f"torchvision's ResNets with {', '.join(map(str, sorted(shallow | deep)))} layers"
+        )
+    width, classes = (_length(weights, name, path) for name in ("conv1.weight", "fc.weight"))
+    try:
+        network = ResNetArchitecture(family="imagenet", depth=depth, width=width, num_classes=classes)
+    except ValidationError as error:
+        raise _beyond(error, path) from None
+    named = _complete(from_torchvision(weights, sizes))
+    return fill(network.build, named, path, _ANEW)  # type: ignore[return-value]
 
 
 def _policy_net(weights: Weights, path: Path) -> PolicyNet:

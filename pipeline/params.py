@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import UserError
+from pipeline.families import Family, num_blocks
 from pipeline.untrusted import cut, read_bytes, shown
 
 MAX_BYTES = 1 << 16  # presets have 5 KB; YAML is read at about 100 KB a second
@@ -56,7 +57,7 @@ class Section(BaseModel):
 class Data(Section):
     """What `prepare` writes."""
 
-    source: Literal["digits", "cifar10", "cifar100", "imagefolder"]
+    source: Literal["digits", "cifar10", "cifar100", "imagefolder", "imagefolder_stream"]
     folder: PathText
     image_size: Side
     validation_share: Share | None
@@ -95,6 +96,7 @@ class AugmentationParams(Section):
 class ResNetParams(Section):
     """The network whose blocks are dropped, and how its input is normalised."""
 
+    family: Family
     depth: Depth
     width: Width
     mean: Annotated[tuple[Mean, Mean, Mean], Field(strict=False)]
@@ -102,18 +104,19 @@ class ResNetParams(Section):
 
     @model_validator(mode="after")
     def _depth(self) -> "ResNetParams":
-        _check_depth(self.depth)
+        num_blocks(self.family, self.depth)
         return self
 
     @property
     def num_blocks(self) -> int:
-        """K = 3n for depth 6n+2."""
-        return (self.depth - 2) // 2
+        """K: 3n for depth 6n+2 of the family cifar."""
+        return num_blocks(self.family, self.depth)
 
 
 class PolicyNetParams(Section):
     """The network that looks at the image and decides."""
 
+    family: Family
     depth: Depth
     width: Width
     input_size: Side | None
@@ -121,7 +124,7 @@ class PolicyNetParams(Section):
 
     @model_validator(mode="after")
     def _depth(self) -> "PolicyNetParams":
-        _check_depth(self.depth)
+        num_blocks(self.family, self.depth)
         return self
 
 
@@ -200,8 +203,6 @@ class Benchmark(Section):
 
     @model_validator(mode="after")
     def _lists(self) -> "Benchmark":
-        for depth in self.sole_depths:
-            _check_depth(depth)
         for name in ("batch_sizes", "precisions", "executors", "kept_shares", "sole_depths"):
             _check_list(name, getattr(self, name), may_be_empty=name == "sole_depths")
         if len(self.kept_shares) < 2:
@@ -216,8 +217,6 @@ class Sole(Section):
 
     @model_validator(mode="after")
     def _lists(self) -> "Sole":
-        for depth in self.depths:
-            _check_depth(depth)
         _check_list("depths", self.depths)
         return self
 
@@ -274,10 +273,26 @@ class Params(Section):
                 f"{self.curriculum.epochs_per_block} it takes {math.ceil(needed)} epochs or more"
             )
         self._check_rivals()
+        streamed = self.data.source == "imagefolder_stream"
+        if streamed and self.augmentation.crop_padding:
+            raise ValueError(
+                f"augmentation.crop_padding {self.augmentation.crop_padding} is for images of one size; "
+                "with data.source imagefolder_stream, whose crops are of random area, set it to 0"
+            )
         return self
 
     def _check_rivals(self) -> None:
         depth, blocks = self.resnet.depth, self.resnet.num_blocks
+        of_others = {
+            "benchmark.sole_depths": self.benchmark.sole_depths,
+            "sole.depths": self.sole.depths,
+        }
+        for key, depths in of_others.items():
+            for other in depths:
+                try:
+                    num_blocks(self.resnet.family, other)
+                except ValueError as error:
+                    raise ValueError(f"{key}: {error} (resnet.family {self.resnet.family})") from None
         if depth in self.sole.depths:
             raise ValueError(
                 f"sole.depths {list(self.sole.depths)} names resnet.depth {depth}, which pretrain "
@@ -292,12 +307,6 @@ class Params(Section):
     def flat(self) -> dict[str, Any]:
         """Every value under its dotted key, as params.yaml has it (for logging)."""
         return dict(flatten(self.model_dump()))
-
-
-def _check_depth(depth: int) -> None:
-    if depth < 8 or (depth - 2) % 6:
-        below = max(8, depth - (depth - 2) % 6)
-        raise ValueError(f"depth {depth} is not 6n+2; the nearest are {below} and {below + 6}")
 
 
 def _check_list(name: str, values: Sequence[object], *, may_be_empty: bool = False) -> None:

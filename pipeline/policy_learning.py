@@ -16,7 +16,7 @@ from pipeline.policies import greedy_actions, policy_statistics
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
 from pipeline.runtime import autocast
-from pipeline.tensors import Normalisation, Split
+from pipeline.tensors import Images, Normalisation
 from pipeline.training import Batch, Distillation, Metrics, backward, update
 
 
@@ -272,7 +272,7 @@ class PolicyLearning:
             "blocks": actions.float().sum(dim=1).mean(),
         }
 
-    def validate(self, split: Split) -> Metrics:
+    def validate(self, split: Images) -> Metrics:
         """The greedy policy: accuracy, reward, and how much it differs from image to image."""
         logits = predict_policy(
             self.policy_net, split, normalisation=self.normalisation, precision=self.precision

@@ -8,7 +8,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.resnet import ResNet
+from pipeline.families import Family
+from pipeline.resnet import make_resnet
 
 
 def average_down(images: Tensor, size: int | None) -> Tensor:
@@ -23,10 +24,11 @@ class PolicyNet(nn.Module):
 
     Args:
         num_blocks: K of the ResNet that it steers.
-        depth: 6n+2; the authors' is 8 (one block a stage).
-        width: channels of its first stage; the authors' is 16.
+        depth: 6n+2; the authors' is 8 (one block a stage). For ImageNet theirs is 10 of that family.
+        width: channels of its first stage; the authors' is 16, and 64 for ImageNet.
         input_size: side in pixels that images are averaged down to before they are looked at (the
             authors halve ImageNet's 224 so); None takes them as they are.
+        family: of the small ResNet, `cifar` or `imagenet`.
         initial_keep_prob: what every keep probability starts near, by the bias of the last layer.
     """
 
@@ -37,11 +39,12 @@ class PolicyNet(nn.Module):
         depth: int = 8,
         width: int = 16,
         input_size: int | None = None,
+        family: Family = "cifar",
         initial_keep_prob: float = 0.5,
     ) -> None:
         super().__init__()
         self.input_size = input_size
-        self.features = ResNet(depth=depth, width=width, num_classes=num_blocks)
+        self.features = make_resnet(family=family, depth=depth, width=width, num_classes=num_blocks)
         odds = initial_keep_prob / (1 - initial_keep_prob)
         nn.init.constant_(self.features.fc.bias, math.log(odds))
 

@@ -16,7 +16,7 @@ from pipeline.checkpoint import Checkpoint, CheckpointError
 from pipeline.cost import measure
 from pipeline.errors import UserError
 from pipeline.executors.base import Networks
-from pipeline.inference import EVALUATION_BATCH, make_executor
+from pipeline.inference import evaluation_batch, make_executor
 
 
 class PredictionError(UserError):
@@ -115,7 +115,7 @@ class Predictor:
             PredictionError: they have another size or type.
         """
         found: list[Prediction] = []
-        for part in self._checked(images).split(EVALUATION_BATCH):
+        for part in self._checked(images).split(evaluation_batch(self.image_size)):
             found += self._predict(part)
         return found
 

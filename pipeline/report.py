@@ -12,6 +12,7 @@ import yaml
 from numpy.typing import NDArray
 
 from pipeline.bootstrap import paired_difference
+from pipeline.families import num_blocks
 
 Numbers = Mapping[str, Any]
 Outcomes = Mapping[str, NDArray[np.bool_]]
@@ -84,7 +85,7 @@ def rivals(results: Results) -> list[Rival]:
     """The static networks that were trained: sole ResNets, and static rules with finetuning."""
     found = []
     for depth, numbers in results.baseline.get("sole", {}).items():
-        blocks = (int(depth) - 2) // 2
+        blocks = num_blocks(results.params.get("resnet.family", "cifar"), int(depth))
         found.append(_rival(f"ResNet-{depth}", f"sole-{depth}", numbers, blocks))
     for key, numbers in results.baseline.get("static", {}).items():
         rule, kept = key.rsplit("_", 1)

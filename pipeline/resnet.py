@@ -1,17 +1,19 @@
 """Residual networks as one flat list of blocks, any of which an image may skip.
 
+Here the networks for CIFAR; imagenet_resnet.py has those for ImageNet, with the same interface.
 Shapes: B images, K blocks, N classes, C channels, H and W pixels, R rows that keep a block.
 Architecture: He et al. 2016, section 4.2 (depth 6n+2), with the shortcuts of the BlockDrop authors.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.distributed import here, ran_anywhere
+from pipeline.families import Family, stage_sizes
 
 STAGES = 3  # of a CIFAR ResNet; each after the first halves the resolution and doubles the channels
 
@@ -96,29 +98,25 @@ class PoolPadShortcut(nn.Module):
         return F.pad(F.avg_pool2d(x, self.stride), (0, 0, 0, 0, 0, self.extra_channels))
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: relu(shortcut(x) + residual(x)).
+class Block(nn.Module):
+    """A residual and a shortcut: relu(shortcut(x) + residual(x)).
 
-    A row that drops the block takes the shortcut alone, without the last ReLU: what comes in is
-    non-negative already, so a ReLU would change nothing.
+    A row that drops the block takes the shortcut alone, without the last ReLU. Where the shortcut has no
+    weights, what comes in is non-negative already, so a ReLU would change nothing.
     """
 
-    def __init__(self, in_channels: int, channels: int, *, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        changes_shape = stride != 1 or in_channels != channels
-        self.shortcut: nn.Module = (
-            PoolPadShortcut(stride=stride, extra_channels=channels - in_channels)
-            if changes_shape
-            else nn.Identity()
-        )
+    shortcut: nn.Module
+
+    def convolutions(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        """The residual's convolutions with their batch norms; a ReLU is after each but the last."""
+        raise NotImplementedError
 
     def residual(self, x: Tensor) -> Tensor:
         """F(x): what dropping the block saves."""
-        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        *inner, (conv, bn) = self.convolutions()
+        for inner_conv, inner_bn in inner:
+            x = F.relu(inner_bn(inner_conv(x)))
+        return bn(conv(x))
 
     def forward(
         self,
@@ -148,6 +146,27 @@ class BasicBlock(nn.Module):
         return residual if gates is None else _Gate.apply(residual, gates)
 
 
+class BasicBlock(Block):
+    """Two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, in_channels: int, channels: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        changes_shape = stride != 1 or in_channels != channels
+        self.shortcut: nn.Module = (
+            PoolPadShortcut(stride=stride, extra_channels=channels - in_channels)
+            if changes_shape
+            else nn.Identity()
+        )
+
+    def convolutions(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        """Both."""
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
+
+
 class ResNet(nn.Module):
     """A CIFAR ResNet of depth 6n+2 with K = 3n droppable blocks in one flat list.
 
@@ -160,25 +179,40 @@ class ResNet(nn.Module):
         ValueError: the depth is not 6n+2.
     """
 
+    family: ClassVar[Family] = "cifar"
+
     def __init__(self, *, depth: int, width: int = 16, num_classes: int = 10) -> None:
         super().__init__()
-        n = blocks_per_stage(depth)
+        self.stages = self._stage_sizes(depth)
         self.depth = depth
         self.width = width
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.conv1 = self._first_convolution()
         self.bn1 = nn.BatchNorm2d(width)
-        blocks: list[BasicBlock] = []
-        in_channels = width
-        for stage in range(STAGES):
-            channels = width * 2**stage
-            for index in range(n):
+        self.pool: nn.Module = nn.Identity()  # between the stem's ReLU and the first block
+        blocks, channels = self._make_blocks()
+        self.blocks = nn.ModuleList(blocks)
+        self.fc = nn.Linear(channels, num_classes)
+        self.to(memory_format=torch.channels_last)
+        self._initialise()
+
+    def _stage_sizes(self, depth: int) -> tuple[int, ...]:
+        """Blocks in each stage."""
+        return (blocks_per_stage(depth),) * STAGES
+
+    def _first_convolution(self) -> nn.Conv2d:
+        return nn.Conv2d(3, self.width, 3, padding=1, bias=False)
+
+    def _make_blocks(self) -> tuple[list[Block], int]:
+        """The blocks from input to output, and the channels of the last one."""
+        blocks: list[Block] = []
+        in_channels = self.width
+        for stage, count in enumerate(self.stages):
+            channels = self.width * 2**stage
+            for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
                 blocks.append(BasicBlock(in_channels, channels, stride=stride))
                 in_channels = channels
-        self.blocks = nn.ModuleList(blocks)
-        self.fc = nn.Linear(in_channels, num_classes)
-        self.to(memory_format=torch.channels_last)
-        self._initialise()
+        return blocks, in_channels
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -195,14 +229,14 @@ class ResNet(nn.Module):
         """K, the length of a policy."""
         return len(self.blocks)
 
-    def flat_blocks(self) -> list[BasicBlock]:
+    def flat_blocks(self) -> list[Block]:
         """The K blocks from input to output."""
-        return [block for block in self.blocks if isinstance(block, BasicBlock)]
+        return [block for block in self.blocks if isinstance(block, Block)]
 
     def stem(self, images: Tensor) -> Tensor:
         """What runs before the blocks: [B, 3, H, W] to [B, C, H, W]."""
         x = images.contiguous(memory_format=torch.channels_last)
-        return F.relu(self.bn1(self.conv1(x)))
+        return self.pool(F.relu(self.bn1(self.conv1(x))))
 
     def head(self, x: Tensor) -> Tensor:
         """What runs after the blocks: [B, C, H, W] to logits [B, N]."""
@@ -240,3 +274,17 @@ class ResNet(nn.Module):
         ):
             x = block(x, block_rows, column, runs=block_runs)
         return self.head(x)
+
+
+def make_resnet(*, family: Family, depth: int, width: int, num_classes: int) -> ResNet:
+    """A ResNet of either family with fresh weights.
+
+    Raises:
+        ValueError: the family has no such depth.
+    """
+    stage_sizes(family, depth)
+    if family == "cifar":
+        return ResNet(depth=depth, width=width, num_classes=num_classes)
+    from pipeline.imagenet_resnet import ImageNetResNet  # torchvision, which takes a second to import
+
+    return ImageNetResNet(depth=depth, width=width, num_classes=num_classes)

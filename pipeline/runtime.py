@@ -16,6 +16,8 @@ from pipeline.errors import UserError
 
 DEVICE_VARIABLE = "BLOCKDROP_DEVICE"
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+WORKERS_VARIABLE = "BLOCKDROP_WORKERS"
+MOST_WORKERS = 64
 
 
 def choose_device() -> torch.device:
@@ -35,6 +37,25 @@ def choose_device() -> torch.device:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device(name)
+
+
+def loader_workers(device: torch.device) -> int:
+    """Processes that decode images ahead of the device: BLOCKDROP_WORKERS, or one for each core.
+
+    On a CPU none unless asked for: they would take the cores from the networks.
+
+    Raises:
+        UserError: BLOCKDROP_WORKERS is no number from 0 to 64.
+    """
+    told = os.environ.get(WORKERS_VARIABLE)
+    if told is not None:
+        if not (told.isascii() and told.isdigit() and int(told[:9]) <= MOST_WORKERS):
+            raise UserError(f"{WORKERS_VARIABLE}={told[:20]!r}: set a number from 0 to {MOST_WORKERS}")
+        return int(told)
+    if device.type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
 
 
 def describe_device(device: torch.device) -> str:

@@ -13,16 +13,18 @@ import socket
 import subprocess
 import tarfile
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from pipeline.data import Arrays, DataError, Dataset, SplitName, digest, split_by_seed
+from pipeline.data import Arrays, DataError, Dataset, SplitName, digest, split_by_seed, split_rows
+from pipeline.images import open_image
+from pipeline.streaming import Listing
 from pipeline.untrusted import cut, open_regular
 
 CIFAR_VALIDATION = 5000  # the last training images in file order; the authors trained on the others
@@ -40,17 +42,6 @@ CIFAR10_DIGESTS = {  # SHA-256 of uint8 arrays in NHWC order
     "test labels": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
 }
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
-IMAGE_FORMATS = (
-    "PNG",
-    "JPEG",
-    "BMP",
-    "WEBP",
-    "TIFF",
-    "GIF",
-    "PPM",
-    "JPEG2000",
-)  # EPS would run a program
-MAX_SIDE = 65_535  # what JPEG allows; PIL refuses over 179 million pixels
 BILINEAR = Image.Resampling.BILINEAR
 
 
@@ -115,6 +106,36 @@ def imagefolder(folder: Path, *, image_size: int, shares: dict[SplitName, float]
     Raises:
         DataError: a folder has no classes or images, or an image can't be read.
     """
+    present, classes = _layout(folder)
+    splits: dict[SplitName, Arrays] = {
+        name: _read_folder(folder / name, classes, image_size) for name in present
+    }
+    whole = splits.pop("train") if present else _read_folder(folder, classes, image_size)
+    splits.update(split_by_seed(whole, shares=_missing(folder, splits, shares), seed=seed))
+    return Dataset(source="imagefolder", classes=classes, splits=splits)
+
+
+def imagefolder_stream(
+    folder: Path, *, shares: dict[SplitName, float], seed: int
+) -> tuple[tuple[str, ...], dict[SplitName, Listing]]:
+    """The classes and images of the same layouts, listed and not opened: for trees of any size.
+
+    Raises:
+        DataError: a folder has no classes or images, or a file is missing, empty or oddly named.
+    """
+    present, classes = _layout(folder)
+    splits = {name: _list_folder(folder / name, classes, folder) for name in present}
+    whole = splits.pop("train") if present else _list_folder(folder, classes, folder)
+    missing = _missing(folder, splits, shares)
+    for name, rows in split_rows(len(whole.paths), shares=missing, seed=seed).items():
+        splits[name] = Listing(
+            paths=[whole.paths[row] for row in rows], labels=whole.labels[rows], sizes=whole.sizes[rows]
+        )
+    return classes, splits
+
+
+def _layout(folder: Path) -> tuple[list[SplitName], tuple[str, ...]]:
+    """The splits that have a folder, and the classes."""
     if not os.path.isdir(folder):  # noqa: PTH112 (it also answers for a name that no file can have)
         raise DataError(f"{cut(folder)} is no folder; set data.folder to one with class folders in it")
     named: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -125,16 +146,18 @@ def imagefolder(folder: Path, *, image_size: int, shares: dict[SplitName, float]
     classes = tuple(sorted(_class_folders(first)))
     if len(classes) < 2:
         raise DataError(f"{first} has {len(classes)} class folders; it takes two or more")
-    splits: dict[SplitName, Arrays] = {
-        name: _read_folder(folder / name, classes, image_size) for name in present
-    }
-    whole = splits.pop("train") if present else _read_folder(folder, classes, image_size)
+    return present, classes
+
+
+def _missing(
+    folder: Path, splits: Collection[SplitName], shares: dict[SplitName, float]
+) -> dict[SplitName, float]:
+    """The shares of the splits that have no folder."""
     missing = {name: share for name, share in shares.items() if name not in splits}
     for name in ("validation", "test"):
         if name not in splits and name not in missing:
             raise DataError(f"{folder} has no {name}/ and data.{name}_share is null; set one")
-    splits.update(split_by_seed(whole, shares=missing, seed=seed))
-    return Dataset(source="imagefolder", classes=classes, splits=splits)
+    return missing
 
 
 def _cifar_splits(train: Arrays, test: Arrays) -> dict[SplitName, Arrays]:
@@ -169,7 +192,7 @@ def _download(raw: Path, name: str) -> Path | None:
     partial = raw / "partial"
     print(f"downloading {source.filename} ...", flush=True)
     try:
-        with _patience():
+        with patience():
             download_url(source.url, partial, filename=source.filename, md5=source.tgz_md5)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -182,7 +205,8 @@ def _download(raw: Path, name: str) -> Path | None:
 
 
 @contextmanager
-def _patience() -> Iterator[None]:
+def patience() -> Iterator[None]:
+    """Downloads in the context give up on a host that is silent."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_PATIENCE)
     try:
@@ -305,6 +329,33 @@ def _is_of_a_tool(name: str) -> bool:
 
 
 def _read_folder(folder: Path, classes: tuple[str, ...], image_size: int) -> Arrays:
+    files = _files_of(folder, classes)
+    bar = tqdm(files, desc=str(folder.name), unit="image", disable=None)
+    images = np.stack([read_image(path, image_size) for path, _ in bar])
+    return Arrays(images=images, labels=np.asarray([label for _, label in files], dtype=np.int64))
+
+
+def _list_folder(folder: Path, classes: tuple[str, ...], root: Path) -> Listing:
+    files = _files_of(folder, classes)
+    paths, sizes = [], []
+    for path, _ in tqdm(files, desc=str(folder.name), unit="image", disable=None):
+        name = path.relative_to(root).as_posix()
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+            raise DataError(f"{name!r} is no name that a manifest can hold; rename it in UTF-8")
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise DataError(f"{path} can't be read ({error.strerror}); repair or remove it") from None
+        if size == 0:
+            raise DataError(f"{path} is empty; repair or remove it")
+        paths.append(name)
+        sizes.append(size)
+    labels = np.asarray([label for _, label in files], dtype=np.int64)
+    return Listing(paths=paths, labels=labels, sizes=np.asarray(sizes, dtype=np.int64))
+
+
+def _files_of(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]:
+    """The images of all classes, class by class, each with its label."""
     found = _class_folders(folder)
     if found != set(classes):
         odd = ", ".join(sorted(found.symmetric_difference(classes)))
@@ -318,9 +369,7 @@ def _read_folder(folder: Path, classes: tuple[str, ...], image_size: int) -> Arr
                 f"{', '.join(sorted(IMAGE_SUFFIXES))})"
             )
         files += [(path, label) for path in of_class]
-    bar = tqdm(files, desc=str(folder.name), unit="image", disable=None)
-    images = np.stack([read_image(path, image_size) for path, _ in bar])
-    return Arrays(images=images, labels=np.asarray([label for _, label in files], dtype=np.int64))
+    return files
 
 
 def _images_below(folder: Path) -> list[Path]:
@@ -352,26 +401,4 @@ def read_image(path: Path, image_size: int) -> NDArray[np.uint8]:
     Raises:
         DataError: the file is missing or damaged, no image, or one whose brightness has no known range.
     """
-    try:
-        with open_regular(path) as file, Image.open(file, formats=IMAGE_FORMATS) as opened:
-            if max(opened.size) > MAX_SIDE:  # a narrow one of few pixels takes as much memory as many
-                raise ValueError(f"its side of {max(opened.size)} pixels is over {MAX_SIDE}")
-            image = ImageOps.exif_transpose(opened)
-            if image.mode in ("F", "I"):
-                raise ValueError(f"its mode {image.mode} has no known range; save it with 8 or 16 bits")
-            if image.mode.startswith("I;16"):  # PIL would clip 16 bits to 8; scale them
-                image = Image.fromarray((np.asarray(image, dtype=np.uint16) // 257).astype(np.uint8))
-            return np.asarray(ImageOps.fit(image.convert("RGB"), (image_size,) * 2, BILINEAR))
-    except Exception as error:  # each decoder raises what the damaged bytes happen to break
-        raise DataError(f"{cut(path)} can't be read as an image ({_said(error)}); {_MEND}") from None
-
-
-def _said(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return f"it is none of {', '.join(IMAGE_FORMATS)}, or its beginning is damaged"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return cut(error) or type(error).__name__
-
-
-_MEND = "repair or remove it"
+    return np.asarray(ImageOps.fit(open_image(path), (image_size,) * 2, BILINEAR))

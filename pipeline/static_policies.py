@@ -5,7 +5,7 @@ which training draws its actions too, so that an image's blocks depend on its ro
 Shapes: B images, K blocks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -16,12 +16,12 @@ from pipeline.resnet import STAGES
 StaticRule = Callable[[Tensor], Tensor]  # noise [B, K] to actions [B, K] bool
 
 
-def first(noise: Tensor, *, kept: int) -> Tensor:
+def first(noise: Tensor, *, kept: int, stages: Sequence[int] | None = None) -> Tensor:
     """FirstK: the first K' blocks on every image. The noise gives the shape alone."""
     return (torch.arange(noise.shape[1], device=noise.device) < kept).expand(noise.shape)
 
 
-def random(noise: Tensor, *, kept: int) -> Tensor:
+def random(noise: Tensor, *, kept: int, stages: Sequence[int] | None = None) -> Tensor:
     """RandomK: K' blocks of its own for each image, those with the smallest noise.
 
     Uniform noise makes every set of K' blocks equally likely.
@@ -29,17 +29,23 @@ def random(noise: Tensor, *, kept: int) -> Tensor:
     return noise.argsort(dim=1, stable=True).argsort(dim=1) < kept
 
 
-def distribute(noise: Tensor, *, kept: int) -> Tensor:
+def distribute(noise: Tensor, *, kept: int, stages: Sequence[int] | None = None) -> Tensor:
     """DistributeK: K' blocks spread evenly over the stages. The noise gives the shape alone.
 
     The paper says no more. Here a stage runs its first blocks, the one that changes the shape among
-    them, and what K' leaves over when divided goes to the earliest stages, one block each.
+    them, and what K' leaves over when divided goes to the earliest stages, one block each. A stage that
+    has no more blocks leaves its turn to the others.
+
+    Args:
+        stages: blocks in each; None: as many in each of a CIFAR ResNet's three.
     """
     num_blocks = noise.shape[1]
-    per_stage = num_blocks // STAGES
-    index = torch.arange(num_blocks, device=noise.device)
-    turn = index % per_stage * STAGES + index // per_stage  # each stage's first block, then its second
-    return (turn < kept).expand(noise.shape)
+    sizes = [num_blocks // STAGES] * STAGES if stages is None else stages
+    places = [(index, stage) for stage, size in enumerate(sizes) for index in range(size)]
+    order = sorted(range(num_blocks), key=places.__getitem__)  # each stage's first, then its second
+    runs = torch.zeros(num_blocks, dtype=torch.bool)
+    runs[order[:kept]] = True
+    return runs.to(noise.device).expand(noise.shape)
 
 
 RULES: dict[str, Callable[..., Tensor]] = {
@@ -49,12 +55,12 @@ RULES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def static_rule(name: str, kept: int) -> StaticRule:
-    """The rule of that name that keeps `kept` blocks.
+def static_rule(name: str, kept: int, stages: Sequence[int] | None = None) -> StaticRule:
+    """The rule of that name that keeps `kept` blocks of a ResNet with so many in each stage.
 
     Raises:
         ValueError: no rule has that name.
     """
     if name not in RULES:
         raise ValueError(f"no static rule {name!r}; choose one of {', '.join(RULES)}")
-    return partial(RULES[name], kept=kept)
+    return partial(RULES[name], kept=kept, stages=stages)

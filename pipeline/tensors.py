@@ -1,15 +1,67 @@
 """Prepared images on the device: one uint8 tensor a split, normalised and augmented there.
 
+Images that do not fit into the memory come as batches of the same kind (`Images`; streaming.py).
+
 Shapes: B images of a batch, M images of a split, H and W pixels. Images are [.., H, W, 3] uint8 at
 rest and [.., 3, H, W] float (channels_last) when a network sees them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+
+
+class Pictures(Protocol):
+    """Images by their rows: an array [M, H, W, 3] is one."""
+
+    def __getitem__(self, row: int, /) -> NDArray[np.uint8]:
+        """[H, W, 3]."""
+
+
+class Images(Protocol):
+    """One split of a data set, as training, prediction and evaluation see it."""
+
+    @property
+    def labels(self) -> Tensor:
+        """[M] int64, on the device."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the (square) images in pixels."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where labels and batches are."""
+
+    def __len__(self) -> int:
+        """M."""
+
+    def batches(
+        self,
+        parts: Sequence[Tensor],
+        augmentation: "AnyAugmentation | None" = None,
+        drawn: Tensor | None = None,
+    ) -> Iterator[Tensor]:
+        """For each part, the images of its rows, [B, H, W, 3] uint8.
+
+        Args:
+            drawn: what `augmentation` drew, a row for each image of the split.
+        """
+
+    def in_order(self, size: int) -> Iterator[Tensor]:
+        """All images without augmentation, `size` at a time."""
+
+    def some(self, count: int) -> "Split":
+        """Images to measure times with: `count` of them, or all that are at hand anyway."""
+
+    def pictures(self) -> Pictures:
+        """The images for figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +83,39 @@ class Split:
     def image_size(self) -> int:
         """Side of the (square) images in pixels."""
         return self.images.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.images.device
+
+    def batches(
+        self,
+        parts: Sequence[Tensor],
+        augmentation: "AnyAugmentation | None" = None,
+        drawn: Tensor | None = None,
+    ) -> Iterator[Tensor]:
+        """For each part, the images of its rows, [B, H, W, 3] uint8."""
+        drawn = None if drawn is None else drawn.to(self.device)
+        for rows in parts:
+            if augmentation is None:
+                yield self.images[rows]
+                continue
+            assert isinstance(augmentation, Augmentation)
+            assert drawn is not None
+            yield augmentation(self.images[rows], drawn[rows])
+
+    def in_order(self, size: int) -> Iterator[Tensor]:
+        """All images, `size` at a time."""
+        return iter(self.images.split(size))
+
+    def some(self, count: int) -> "Split":
+        """All of them: they are at hand."""
+        return self
+
+    def pictures(self) -> NDArray[np.uint8]:
+        """[M, H, W, 3]."""
+        return self.images.cpu().numpy()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +167,26 @@ class Augmentation:
         xs = drawn[:, 1:2] + torch.where(drawn[:, 2:3].bool(), width - 1 - xs, xs)  # [B, W]
         every = torch.arange(batch, device=images.device)[:, None, None]
         return padded[every, ys[:, :, None], xs[:, None, :]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeededCrop:
+    """A crop of random area, place and proportions, scaled to the image size, as for ImageNet.
+
+    streaming.py applies it by torchvision's RandomResizedCrop to images as they are decoded.
+
+    Attributes:
+        flip: whether half of the images are mirrored left to right.
+    """
+
+    flip: bool
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """The random part for `count` images: [count, 1] int64, a seed for each."""
+        return torch.randint(2**62, (count, 1), generator=generator)
+
+
+AnyAugmentation = Augmentation | SeededCrop
 
 
 def batches(order: Tensor, batch_size: int) -> Sequence[Tensor]:

@@ -23,7 +23,7 @@ from pipeline.executors.base import Networks
 from pipeline.inference import make_executor, predict
 from pipeline.resnet import ResNet
 from pipeline.runtime import autocast, generator
-from pipeline.tensors import Augmentation, Normalisation, Split, batches
+from pipeline.tensors import AnyAugmentation, Images, Normalisation, batches
 
 Metrics = dict[str, float]
 
@@ -92,19 +92,19 @@ class Learner(Protocol):
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimiser step (`descend`); the batch means of its metrics, as scalars on the device."""
 
-    def validate(self, split: Split) -> Metrics:
+    def validate(self, split: Images) -> Metrics:
         """Metrics on images that are not trained on."""
 
 
 def fit(
     learner: Learner,
     *,
-    train: Split,
-    validation: Split,
+    train: Images,
+    validation: Images,
     epochs: int,
     batch_size: int,
     schedule: Callable[[float], float],
-    augmentation: Augmentation,
+    augmentation: AnyAugmentation,
     normalisation: Normalisation,
     key: tuple[int | str, ...],
     position: Position,
@@ -122,23 +122,25 @@ def fit(
         position: where to begin; kept up to date.
     """
     base_rates = [group["initial_lr"] for group in learner.optimizer.param_groups]
-    device = train.images.device
+    device = train.device
     while position.epoch < epochs:
         draw = generator(*key, position.epoch)
         order = torch.randperm(len(train), generator=draw)
-        crops = augmentation.draw(len(train), draw).to(device)
+        crops = augmentation.draw(len(train), draw)
         noise = torch.rand(len(train), learner.noise_columns, generator=draw).to(device)
         learner.begin_epoch(position.epoch)
         _to_device(position, device)
         parts = batches(order.to(device), batch_size)
-        for rows in parts[position.step :]:
+        left = parts[position.step :]
+        mine = [distributed.own_rows(rows) for rows in left]
+        every = zip(left, mine, train.batches(mine, augmentation, crops), strict=True)
+        for rows, own, seen in every:
             factor = schedule((position.epoch + position.step / len(parts)) / epochs)
             for group, rate in zip(learner.optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * factor
-            own = distributed.own_rows(rows)
-            images = normalisation(augmentation(train.images[own], crops[own]))
             share = len(own) / len(rows)
-            batch = Batch(images=images, labels=train.labels[own], noise=noise[own], share=share)
+            images, labels = normalisation(seen), train.labels[own]
+            batch = Batch(images=images, labels=labels, noise=noise[own], share=share)
             _count(position, learner.step(batch), len(own))
             yield None
         means = {name: float(total) / len(train) for name, total in position.totals.items()}
@@ -379,7 +381,7 @@ class Classification:
         correct = logits.argmax(dim=1) == batch.labels
         return {"loss": loss.detach(), "accuracy": correct.float().mean()}
 
-    def validate(self, split: Split) -> Metrics:
+    def validate(self, split: Images) -> Metrics:
         """Loss and accuracy with the blocks that run; what a rule draws is the same at every call."""
         noise = torch.rand(len(split), self.noise_columns, generator=generator("validation"))
         actions = self._actions(noise)

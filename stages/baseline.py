@@ -19,12 +19,12 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.cost import measure
 from pipeline.data import load_split
 from pipeline.executors.base import Executor, Networks
-from pipeline.inference import EVALUATION_BATCH, Predictions, make_executor, predict
+from pipeline.inference import Predictions, evaluation_batch, make_executor, predict
 from pipeline.params import Params
 from pipeline.resnet import ResNet
 from pipeline.runtime import choose_device, describe_device, generator
 from pipeline.static_policies import RULES, static_rule
-from pipeline.tensors import Split
+from pipeline.tensors import Images
 from pipeline.tracking.runs import stage_run
 from stages import common
 
@@ -72,7 +72,7 @@ class Network:
         }
 
 
-def with_every_block(kind: str, resnet: ResNet, test: Split, found: Predictions) -> Network:
+def with_every_block(kind: str, resnet: ResNet, test: Images, found: Predictions) -> Network:
     """A ResNet all of whose blocks run."""
     return Network(
         kind=kind,
@@ -87,20 +87,20 @@ def with_every_block(kind: str, resnet: ResNet, test: Split, found: Predictions)
 
 
 def ruled(
-    own: Checkpoint, rules: Iterable[tuple[str, int]], test: Split, noise: Tensor, *, finetuned: bool
+    own: Checkpoint, rules: Iterable[tuple[str, int]], test: Images, noise: Tensor, *, finetuned: bool
 ) -> list[Network]:
     """A checkpoint's ResNet under static rules, each with how many blocks it keeps.
 
     Args:
         noise: [D, M, K], what each of D draws of the rule `random` comes from.
     """
-    resnet = own.need_resnet().to(test.images.device)
+    resnet = own.need_resnet().to(test.device)
     networks = Networks(resnet=resnet, policy_net=None, normalisation=own.normalisation)
     execute = make_executor(networks)  # one for all: it packs the weights, and on CUDA it records graphs
     cost = measure(resnet, None, test.image_size)  # no policy network decides
     found = []
     for kind, kept in rules:
-        rule = static_rule(kind, kept)
+        rule = static_rule(kind, kept, resnet.stages)
         draws = noise if kind == "random" else noise[:1]  # the others are the same in every draw
         actions = [rule(table) for table in draws]
         correct = [right(execute, test, drawn) for drawn in actions]
@@ -120,19 +120,20 @@ def ruled(
     return found
 
 
-def right(execute: Executor, test: Split, actions: Tensor) -> Tensor:
+def right(execute: Executor, test: Images, actions: Tensor) -> Tensor:
     """Whether each prediction under actions [M, K] is right: [M] bool, on the CPU."""
-    parts = zip(test.images.split(EVALUATION_BATCH), actions.split(EVALUATION_BATCH), strict=True)
+    size = evaluation_batch(test.image_size)
+    parts = zip(test.in_order(size), actions.split(size), strict=True)
     logits = torch.cat([execute(*part).logits for part in parts])
     return (logits.argmax(dim=1) == test.labels).cpu()
 
 
-def trained_networks(params: Params, test: Split, noise: Tensor) -> list[Network]:
+def trained_networks(params: Params, test: Images, noise: Tensor) -> list[Network]:
     """The sole ResNets, then the finetuned static ones: those that params.yaml names, no others."""
     networks = []
     for depth in params.sole.depths:
         own = checkpoint.load(common.SOLE / str(depth))
-        resnet = own.need_resnet().to(test.images.device)
+        resnet = own.need_resnet().to(test.device)
         found = predict(resnet, test, normalisation=own.normalisation)
         networks.append(with_every_block("sole", resnet, test, found))
     for rule, kept in product(params.static.rules, params.static.kept):

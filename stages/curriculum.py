@@ -58,6 +58,7 @@ def main(params: Params) -> None:
         depth=params.policy_net.depth,
         width=params.policy_net.width,
         input_size=params.policy_net.input_size,
+        family=params.policy_net.family,
         initial_keep_prob=params.policy_net.initial_keep_prob,
     ).to(device)
     section = params.curriculum

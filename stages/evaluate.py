@@ -18,7 +18,7 @@ from pipeline.inference import Predictions, predict, predict_policy
 from pipeline.params import Params
 from pipeline.policies import greedy_actions, policy_statistics
 from pipeline.runtime import choose_device, describe_device, generator
-from pipeline.tensors import Split
+from pipeline.tensors import Images
 from pipeline.tracking.runs import stage_run
 from stages import common
 
@@ -78,6 +78,7 @@ def evaluate(params: Params) -> dict[str, float | None]:
         found=found,
         of_full=of_full,
         classes=tuned.classes,
+        stages=resnet.stages,
     )
     write_images(test, actions, found, of_full)
     kept = actions.double().mean(dim=0).tolist()
@@ -107,19 +108,21 @@ def evaluate(params: Params) -> dict[str, float | None]:
 def draw(
     *,
     title: str,
-    test: Split,
+    test: Images,
     actions: Tensor,
     found: Predictions,
     of_full: Predictions,
     classes: tuple[str, ...],
+    stages: tuple[int, ...],
 ) -> None:
     """The figures of the test images: which blocks run for which classes and which images."""
-    images, labels = test.images.cpu().numpy(), test.labels.cpu().numpy()
+    images, labels = test.pictures(), test.labels.cpu().numpy()
     taken = actions.numpy().astype(np.bool_)
     policies.policy_overview(
         OUT / "policy.png",
         actions=taken,
         labels=labels,
+        stages=stages,
         correct=found.correct.numpy(),
         classes=classes,
         title=title,
@@ -129,6 +132,7 @@ def draw(
         images=images,
         labels=labels,
         actions=taken,
+        stages=stages,
         classes=classes,
         title=title,
     )
@@ -144,7 +148,7 @@ def draw(
     )
 
 
-def write_images(test: Split, actions: Tensor, found: Predictions, of_full: Predictions) -> None:
+def write_images(test: Images, actions: Tensor, found: Predictions, of_full: Predictions) -> None:
     """A row for each test image: what it is, what it was taken for, and which blocks it ran."""
     rows = zip(test.labels.tolist(), found.classes.tolist(), found.correct.tolist(), actions.tolist(),
                of_full.correct.tolist(), of_full.losses.tolist(), strict=True)  # fmt: skip

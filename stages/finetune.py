@@ -31,9 +31,9 @@ def import_both(path: Path, pretrained: Checkpoint) -> tuple[ResNet, PolicyNet]:
         resnet, policy_net = theirs.need_resnet(path), theirs.need_policy_net(path)
     before = pretrained.need_resnet()
     trainer.require_same(
-        path, "depth, width and number of classes",
-        (resnet.depth, resnet.width, resnet.num_classes),
-        (before.depth, before.width, before.num_classes),
+        path, "family, depth, width and number of classes",
+        (resnet.family, resnet.depth, resnet.width, resnet.num_classes),
+        (before.family, before.depth, before.width, before.num_classes),
         "import for pretrain the ResNet that it was finetuned from",
     )  # fmt: skip
     trainer.require_same(

@@ -7,7 +7,7 @@ from pipeline import checkpoint, legacy
 from pipeline.data import load_classes
 from pipeline.params import Params
 from pipeline.processes import is_main
-from pipeline.resnet import ResNet
+from pipeline.resnet import ResNet, make_resnet
 from pipeline.runtime import choose_device, seed_everything
 from pipeline.training import Metrics
 from stages import common, trainer
@@ -28,10 +28,10 @@ def import_resnet(path: Path, params: Params, classes: tuple[str, ...]) -> ResNe
     else:
         resnet = legacy.load(path).need_resnet(path)
     trainer.require_same(
-        path, "depth, width and number of classes",
-        (resnet.depth, resnet.width, resnet.num_classes),
-        (params.resnet.depth, params.resnet.width, len(classes)),
-        "set resnet.depth, resnet.width and data in params.yaml to the checkpoint's",
+        path, "family, depth, width and number of classes",
+        (resnet.family, resnet.depth, resnet.width, resnet.num_classes),
+        (params.resnet.family, params.resnet.depth, params.resnet.width, len(classes)),
+        "set resnet.family, resnet.depth, resnet.width and data in params.yaml to the checkpoint's",
     )  # fmt: skip
     return resnet
 
@@ -52,9 +52,12 @@ def main(params: Params) -> None:
             trainer.record_import("pretrain", params, path)
         return
     seed_everything(params.seed, "pretrain")
-    resnet = ResNet(depth=params.resnet.depth, width=params.resnet.width, num_classes=len(classes)).to(
-        choose_device()
-    )
+    resnet = make_resnet(
+        family=params.resnet.family,
+        depth=params.resnet.depth,
+        width=params.resnet.width,
+        num_classes=len(classes),
+    ).to(choose_device())
     learner = trainer.pretraining(resnet, params)
     section = params.pretrain
     trainer.train("pretrain", learner, params, section, [common.PREPARED], partial(save, resnet))

@@ -10,7 +10,7 @@ from pipeline import checkpoint
 from pipeline.data import load_classes
 from pipeline.errors import UserError
 from pipeline.params import Params
-from pipeline.resnet import ResNet
+from pipeline.resnet import make_resnet
 from pipeline.runtime import choose_device, seed_everything
 from pipeline.training import Metrics
 from stages import common, trainer
@@ -26,7 +26,12 @@ def main(params: Params, *, depth: int) -> None:
         raise UserError(f"sole.depths {list(params.sole.depths)} does not name {depth}; add it there")
     classes = load_classes(common.PREPARED)
     seed_everything(params.seed, "sole", depth)
-    resnet = ResNet(depth=depth, width=params.resnet.width, num_classes=len(classes)).to(choose_device())
+    resnet = make_resnet(
+        family=params.resnet.family,
+        depth=depth,
+        width=params.resnet.width,
+        num_classes=len(classes),
+    ).to(choose_device())
 
     def save(metrics: Metrics) -> None:
         made = trainer.full_network("sole", resnet, params, metrics)

@@ -39,7 +39,7 @@ def main(params: Params, *, rule: str, kept: int) -> None:
         optimizer=trainer.resnet_optimizer_of(resnet, section),
         normalisation=pretrained.normalisation,
         precision=section.precision,
-        rule=static_rule(rule, kept),
+        rule=static_rule(rule, kept, resnet.stages),
         distillation=trainer.distillation_of(resnet, params),
     )
     inputs = [common.PREPARED, common.PRETRAINED]

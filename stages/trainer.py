@@ -18,7 +18,7 @@ from pipeline.params import NO_FILE, Finetune, Params, Pretrain
 from pipeline.resnet import ResNet
 from pipeline.resume import ResumePoint, digest_of_files, key_of, tidy
 from pipeline.runtime import choose_device, keep_freed_memory
-from pipeline.tensors import Augmentation, Normalisation
+from pipeline.tensors import AnyAugmentation, Augmentation, Normalisation, SeededCrop
 from pipeline.tracking.runs import stage_run
 from pipeline.training import Classification, Distillation, Metrics, make_optimizer
 from stages.common import (
@@ -45,6 +45,14 @@ def imported(section: TrainingSection) -> Path | None:
 def normalisation_of(params: Params) -> Normalisation:
     """The input normalisation that params.yaml asks for."""
     return Normalisation(mean=params.resnet.mean, std=params.resnet.std)
+
+
+def augmentation_of(params: Params) -> AnyAugmentation:
+    """The random changes to training images that the data set takes."""
+    found = params.augmentation
+    if params.data.source == "imagefolder_stream":
+        return SeededCrop(flip=found.flip)
+    return Augmentation(crop_padding=found.crop_padding, flip=found.flip)
 
 
 def pretraining(resnet: ResNet, params: Params) -> Classification:
@@ -179,9 +187,7 @@ def train(
                 epochs=section.epochs,
                 batch_size=section.batch_size,
                 schedule=schedule_of(section),
-                augmentation=Augmentation(
-                    crop_padding=params.augmentation.crop_padding, flip=params.augmentation.flip
-                ),
+                augmentation=augmentation_of(params),
                 normalisation=learner.normalisation,
                 key=(params.seed, name),
                 position=state.position,

@@ -18,7 +18,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from conftest import TRACKING_VARIABLES, enter_project, make_split, small_pair
+from conftest import NORMALISATION, TRACKING_VARIABLES, enter_project, make_split, small_pair
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from PIL import Image
@@ -29,6 +29,7 @@ from pipeline.checkpoint import SIDECAR, WEIGHTS, Checkpoint, CheckpointError
 from pipeline.executors import native
 from pipeline.executors.base import UnavailableError
 from pipeline.predictor import PredictionError, Predictor
+from pipeline.resnet import make_resnet
 from pipeline.tracking import models
 from pipeline.tracking.models import ModelError, fetched, log_model, promote
 from pipeline.tracking.store import store
@@ -546,4 +547,16 @@ def test_named_requirements_are_what_the_served_code_imports():
                 used |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 used.add((node.module or "").partition(".")[0])
-    assert used - {"pipeline", *sys.stdlib_module_names} == set(models.PACKAGES)
+    own = used - {"pipeline", *sys.stdlib_module_names}
+    assert own == {*models.PACKAGES, "torchvision"}
+
+
+@pytest.mark.parametrize("family", ["cifar", "imagenet"])
+def test_torchvision_is_required_by_networks_of_its_blocks_alone(family):
+    resnet = make_resnet(family=family, depth=14, width=4, num_classes=2)
+    own = Checkpoint(
+        stage="pretrain", resnet=resnet, policy_net=None, normalisation=NORMALISATION, image_size=8,
+        classes=("a", "b"), metrics={},
+    )  # fmt: skip
+    named = {line.partition("==")[0] for line in models._requirements(own)}
+    assert ("torchvision" in named) == (family == "imagenet")

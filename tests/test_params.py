@@ -52,7 +52,8 @@ def refusal(path: Path, changes: dict[str, object] | None = None, text: str | No
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.stem)
 def test_preset_loads(preset):
-    assert load(preset).data.source in preset.stem
+    source = {"imagefolder_stream": "imagenet"}.get(load(preset).data.source, load(preset).data.source)
+    assert source in preset.stem
 
 
 def test_digits_preset_is_the_params_file_of_the_repository():
@@ -107,7 +108,11 @@ def test_missing_key_says_where_to_copy_it_from(path, key):
         ("augmentation.flip", 1, "a valid boolean"),
         ("data.folder", 3, "a valid string"),
         ("pretrain.optimizer", "rmsprop", "'sgd' or 'adam'"),
-        ("data.source", "mnist", "'digits', 'cifar10', 'cifar100' or 'imagefolder'"),
+        (
+            "data.source",
+            "mnist",
+            "'digits', 'cifar10', 'cifar100', 'imagefolder' or 'imagefolder_stream'",
+        ),
     ],
 )
 def test_wrong_type_names_key_value_and_what_is_allowed(path, key, value, expected):
@@ -205,7 +210,7 @@ def test_lists_of_the_benchmark(path, key, value, words):
     [
         ("sole.depths", [], "sole: depths is empty; name one at least"),
         ("sole.depths", [14, 14], "sole: depths [14, 14] names something twice"),
-        ("sole.depths", [21], "sole: depth 21 is not 6n+2; the nearest are 20 and 26"),
+        ("sole.depths", [21], "sole.depths: depth 21 is not 6n+2; the nearest are 20 and 26"),
         ("sole.depths", 20, "sole.depths: is 20, but it should be a valid tuple"),
         ("sole.depths", [20, 32], "sole.depths [20, 32] names resnet.depth 32, which pretrain trains"),
         ("static.rules", [], "static: rules is empty; name one at least"),
@@ -255,7 +260,8 @@ def test_broken_yaml_is_named_as_such(path, text):
 
 
 def test_broken_yaml_names_line_and_column(path):
-    assert "line 24, column 1" in refusal(path, text=DIGITS.replace("  depth: 32", "\tdepth: 32"))
+    line = 1 + DIGITS[: DIGITS.index("  depth: 32")].count("\n")
+    assert f"line {line}, column 1" in refusal(path, text=DIGITS.replace("  depth: 32", "\tdepth: 32"))
 
 
 def test_yaml_that_would_run_code_is_refused(path, tmp_path):
@@ -451,3 +457,45 @@ def test_flat_has_every_value_of_the_file_under_its_dotted_key(path):
     assert flat["gamma"] == content["gamma"]
     assert flat["resnet.mean"] == tuple(content["resnet"]["mean"])
     assert flat["policy_net.input_size"] is None
+
+
+STREAMED = {
+    "data.source": "imagefolder_stream",
+    "data.image_size": 64,
+    "augmentation.crop_padding": 0,
+    "resnet.family": "imagenet",
+    "resnet.depth": 50,
+    "benchmark.sole_depths": [26],
+    "sole.depths": [26],
+}
+
+
+def test_depth_fifty_is_of_both_families(path):
+    write(path, STREAMED)
+    assert load(path).resnet.num_blocks == 16
+    write(path, {"resnet.depth": 50})
+    assert load(path).resnet.num_blocks == 24
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"resnet.depth": 32}, "resnet: depth 32 is none of the family imagenet, which has 10, 14, 18"),
+        ({"policy_net.family": "imagenet"}, "policy_net: depth 8 is none of the family imagenet"),
+        ({"sole.depths": [20]}, "sole.depths: depth 20 is none of the family imagenet"),
+        ({"resnet.family": "resnext"}, "resnet.family: is 'resnext', but it should be 'cifar' or"),
+    ],
+)
+def test_network_that_its_family_does_not_have_is_refused(path, changes, words):
+    assert words in refusal(path, STREAMED | changes)
+
+
+def test_padding_of_streamed_images_is_refused_with_the_remedy(path):
+    message = refusal(path, STREAMED | {"augmentation.crop_padding": 4})
+    assert "augmentation.crop_padding 4 is for images of one size" in message
+    assert "set it to 0" in message
+
+
+def test_folder_of_streamed_images_is_no_parameter(path):
+    message = refusal(path, STREAMED | {"data.folder": "photos"})
+    assert "folder is for the source imagefolder alone" in message

@@ -86,7 +86,7 @@ def test_no_image_gives_no_prediction(networks, images):
 def test_more_images_than_a_batch_holds_are_predicted_in_parts(networks, images, monkeypatch):
     predict = Predictor(networks)
     whole = predict(images)
-    monkeypatch.setattr(module, "EVALUATION_BATCH", 7)
+    monkeypatch.setattr(module, "evaluation_batch", lambda image_size: 7)
     for one, other in zip(predict(images), whole, strict=True):
         assert one.kept_blocks.tolist() == other.kept_blocks.tolist()
         assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)

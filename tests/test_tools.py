@@ -17,6 +17,7 @@ from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint, CheckpointError
 from pipeline.errors import UserError
 from pipeline.inference import make_executor
+from pipeline.params import ResNetParams
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
 from tools import import_checkpoint, preset, speed
@@ -460,3 +461,57 @@ def test_speed_makes_a_policy_of_the_kept_share():
     assert actions.mean(dim=0) == pytest.approx([0.31] * 9, abs=0.01)
     blocks = torch.corrcoef(actions.t()) - torch.eye(9)
     assert blocks.abs().max() < 0.5  # the decisions are not one and the same
+
+
+IMAGENET = {
+    "family": "imagenet", "depth": 18, "width": 64, "mean": (0.0,) * 3, "std": (1.0,) * 3,
+}  # fmt: skip
+
+
+def fetched(monkeypatch, name: str, **changes: object) -> Path:
+    """What the tool would download, on a machine without a network."""
+
+    def download(url, path, **options):
+        assert Path(path).stem.endswith(options["hash_prefix"])
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    return import_checkpoint.download(name, ResNetParams(**(IMAGENET | changes)))
+
+
+def test_weights_of_torchvision_that_can_not_be_fetched_say_how_to_bring_them(place, monkeypatch):
+    with pytest.raises(
+        UserError, match=r"resnet18-\w+\.pth can't be fetched \(Network is unreachable\)"
+    ):
+        fetched(monkeypatch, "IMAGENET1K_V1")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("IMAGENET1K_V9", {}, "resnet18 has no weights IMAGENET1K_V9; choose IMAGENET1K_V1"),
+        ("IMAGENET1K_V1", {"depth": 26}, "torchvision has no resnet26; set resnet.depth"),
+        ("IMAGENET1K_V1", {"family": "cifar", "depth": 32}, "no ResNets of the family cifar"),
+    ],
+)
+def test_weights_that_torchvision_does_not_have_are_refused(place, monkeypatch, name, changes, said):
+    with pytest.raises(UserError, match=said):
+        fetched(monkeypatch, name, **changes)
+
+
+def test_import_of_torchvisions_weights_fetches_and_names_them(place, monkeypatch):
+    from torchvision.models import resnet18
+
+    content = yaml.safe_load(PARAMS.read_text())
+    content["resnet"] |= {"family": "imagenet", "depth": 18, "width": 64}
+    content["benchmark"]["sole_depths"], content["sole"]["depths"] = [10], [10]
+    PARAMS.write_text(yaml.safe_dump(content, sort_keys=False))
+
+    def download(url, path, **options):
+        torch.save(resnet18(num_classes=10).state_dict(), path)
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    commands = run_main(monkeypatch, "torchvision:IMAGENET1K_V1", "pretrain")
+    (file,) = Path("import").glob("resnet18-*.pth")
+    assert commands[0] == ["dvc", "add", "--quiet", str(file)]
+    assert named()["pretrain"] == str(file)

@@ -7,8 +7,10 @@ import argparse
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.families import num_blocks
 from pipeline.figures.trade_off import front
 from pipeline.files import write_text
 from pipeline.resume import project_root
@@ -29,6 +31,7 @@ def baselines_of(experiment: Experiment) -> list[dict[str, str | float]]:
     """The full and the sole ResNets that were measured beside it."""
     metrics = experiment.metrics
     depth = int(experiment.params["resnet.depth"])
+    family: Any = experiment.params.get("resnet.family", "cifar")
     rows: list[dict[str, str | float]] = [
         {
             "kind": "full", "depth": depth, "blocks": metrics["num_blocks"], "finetuned": 0,
@@ -40,8 +43,8 @@ def baselines_of(experiment: Experiment) -> list[dict[str, str | float]]:
         if what == "accuracy":
             rows.append(
                 {
-                    "kind": "sole", "depth": int(of), "blocks": (int(of) - 2) // 2, "finetuned": 0,
-                    "flops": metrics[f"sole.{of}.flops"], "accuracy": metrics[name],
+                    "kind": "sole", "depth": int(of), "blocks": num_blocks(family, int(of)),
+                    "finetuned": 0, "flops": metrics[f"sole.{of}.flops"], "accuracy": metrics[name],
                 }
             )  # fmt: skip
     return rows

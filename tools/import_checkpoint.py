@@ -1,5 +1,6 @@
 """Start from a checkpoint: `make import FILE=path STAGE=pretrain|curriculum|finetune`.
 
+FILE may be torchvision:IMAGENET1K_V1 (or _V2): pretrained weights, which it fetches.
 Checks the file, copies it into import/, lets DVC track the copy, and names it in params.yaml.
 """
 
@@ -15,10 +16,13 @@ from ruamel.yaml import YAML
 from pipeline import checkpoint, legacy, params
 from pipeline.errors import UserError
 from pipeline.files import write_atomically, write_text
-from pipeline.params import NO_FILE
+from pipeline.params import NO_FILE, ResNetParams
+from pipeline.sources import patience
+from pipeline.untrusted import cut
 
 IMPORT = Path("import")
 PARAMS = Path("params.yaml")
+TORCHVISION = "torchvision:"  # before the name of weights, in place of a file
 OWN_FILES = (checkpoint.WEIGHTS, checkpoint.SIDECAR)
 STAGES = ("pretrain", "curriculum", "finetune")
 
@@ -73,6 +77,44 @@ def _same(one: Path, other: Path) -> bool:
     return all(a.read_bytes() == b.read_bytes() for a, b in pairs)
 
 
+def download(name: str, wanted: ResNetParams) -> Path:
+    """Fetch torchvision's pretrained weights into import/, checked by the digest in the file's name.
+
+    Args:
+        name: as torchvision names them, for example IMAGENET1K_V1.
+        wanted: says of which network.
+
+    Raises:
+        UserError: torchvision has no such weights, or they can't be fetched.
+    """
+    from torch.hub import download_url_to_file
+    from torchvision.models import get_model_weights
+
+    if wanted.family != "imagenet":
+        raise UserError(f"torchvision has no ResNets of the family {wanted.family}; set resnet.family")
+    try:
+        urls = {weights.name: weights.url for weights in get_model_weights(f"resnet{wanted.depth}")}
+    except ValueError:
+        raise UserError(
+            f"torchvision has no resnet{wanted.depth}; set resnet.depth to one it has"
+        ) from None
+    if name not in urls:
+        known = " or ".join(urls)
+        raise UserError(f"resnet{wanted.depth} has no weights {cut(name)}; choose {known}")
+    path = IMPORT / urls[name].rsplit("/", 1)[1]
+    print(f"downloading {urls[name]} ...", flush=True)
+    try:
+        with patience():
+            prefix = path.stem.rsplit("-", 1)[1]  # the beginning of the file's SHA-256
+            download_url_to_file(urls[name], str(path), hash_prefix=prefix, progress=sys.stderr.isatty())
+    except (OSError, RuntimeError) as error:  # urllib's are OSErrors
+        raise UserError(
+            f"{urls[name]} can't be fetched ({cut(error)}); fetch it on another machine and import the "
+            f"file: `make import FILE={path.name} STAGE=pretrain`"
+        ) from None
+    return path
+
+
 def used_by_others(stage: str) -> set[Path]:
     """The imports that params.yaml names for other stages.
 
@@ -114,12 +156,15 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     arguments = parser.parse_args()
     path: Path = arguments.file
+    named_weights = str(path).startswith(TORCHVISION)
     if path.name in OWN_FILES:  # one of our own folders, named by a file in it
         path = path.resolve().parent
     try:
         others = used_by_others(
             arguments.stage
         )  # first, as a params.yaml that can't be used is found at once
+        if named_weights:
+            path = download(str(path).removeprefix(TORCHVISION), params.load(PARAMS).resnet)
         check(path, arguments.stage)
         target = bring_in(path, others)
         subprocess.run(["dvc", "add", "--quiet", str(target)], check=True)

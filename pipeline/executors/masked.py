@@ -9,14 +9,14 @@ from torch import Tensor
 from pipeline.executors.base import Executor, Networks
 from pipeline.executors.packed import PackedBlock, PackedNetwork, PackedPolicyNet
 from pipeline.policies import greedy_actions
-from pipeline.resnet import BasicBlock
+from pipeline.resnet import Block
 
 
 @dataclass(frozen=True)
 class _Layers:
     """A block as it was trained, layer by layer; its two methods are those of a PackedBlock."""
 
-    block: BasicBlock
+    block: Block
 
     def skip(self, x: Tensor) -> Tensor:
         return self.block.shortcut(x)

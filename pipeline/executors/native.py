@@ -225,9 +225,11 @@ class _PackedNetwork:
     """A network's weights as a kernel wants them; keeps alive what the structure points to."""
 
     def __init__(self, resnet: ResNet, kernel: _Fp32Kernel | _Bf16Kernel) -> None:
+        if resnet.family != "cifar":
+            raise UnavailableError("it knows the blocks of CIFAR's ResNets alone, not ImageNet's")
         pairs = [(resnet.conv1, resnet.bn1)]
         for block in resnet.flat_blocks():
-            pairs += [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+            pairs += block.convolutions()
         self.kept: list[Tensor] = []
         convs = []
         for conv, bn in pairs:

@@ -5,6 +5,7 @@ channel, by PyTorch's own `fuse_conv_bn_weights`.
 Shapes: B images, C channels, H and W pixels, N classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from pipeline.policy_net import PolicyNet, average_down
-from pipeline.resnet import ResNet
+from pipeline.resnet import Block, ResNet
 
 
 def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight [O, I, 3, 3] and bias [O], fp32, of a convolution that includes its batch norm."""
+    """Weight [O, I, H, W] and bias [O], fp32, of a convolution that includes its batch norm."""
     assert bn.running_mean is not None
     assert bn.running_var is not None
     weight, bias = fuse_conv_bn_weights(
@@ -27,21 +28,29 @@ def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 class PackedConv:
-    """A 3x3 convolution with its batch norm inside, and the ReLU after it."""
+    """A convolution with its batch norm inside, and perhaps the ReLU after it."""
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> None:
         weight, bias = fold(conv, bn)
         self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
         self.bias = bias.to(dtype)
         self.stride = conv.stride[0]
+        self.padding = int(conv.padding[0])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The convolution of x alone, channels_last."""
+        return self._convolution(x)
+
+    def _convolution(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, stride=self.stride, padding=self.padding)
 
     def relu(self, x: Tensor) -> Tensor:
         """The convolution of x and its ReLU, channels_last."""
-        return F.relu_(F.conv2d(x, self.weight, self.bias, stride=self.stride, padding=1))
+        return F.relu_(self._convolution(x))
 
     def add_relu_(self, x: Tensor, out: Tensor) -> Tensor:
         """In place: relu(out + conv(x)), written to `out`."""
-        return out.add_(F.conv2d(x, self.weight, self.bias, stride=self.stride, padding=1)).relu_()
+        return out.add_(self._convolution(x)).relu_()
 
 
 class OneDnnConv(PackedConv):
@@ -50,12 +59,17 @@ class OneDnnConv(PackedConv):
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> None:
         super().__init__(conv, bn, dtype)
         self.geometry = (
-            [1, 1],
+            [self.padding, self.padding],
             [self.stride, self.stride],
             [1, 1],
             1,
         )  # padding, stride, dilation, groups
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry)
+
+    def _convolution(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self.weight, self.bias, *self.geometry, "none", [], ""
+        )
 
     def relu(self, x: Tensor) -> Tensor:
         """The convolution of x and its ReLU, channels_last."""
@@ -82,13 +96,28 @@ def _has_fused_onednn() -> bool:
     return True
 
 
+class PackedStem:
+    """The first convolution and the pooling after it, if there is one."""
+
+    def __init__(self, conv: PackedConv, pool: nn.Module) -> None:
+        self.conv = conv
+        self.pool = pool
+
+    def relu(self, x: Tensor) -> Tensor:
+        """Images x [B, 3, H, W] as the first block takes them, channels_last."""
+        x = self.conv.relu(x)
+        if isinstance(self.pool, nn.Identity):
+            return x
+        return self.pool(x).contiguous(memory_format=torch.channels_last)
+
+
 @dataclass(frozen=True)
 class PackedBlock:
-    """Two convolutions and the shortcut, which is None where the shape stays."""
+    """The residual's convolutions and the shortcut, which is None where the shape stays."""
 
-    first: PackedConv
-    second: PackedConv
-    shortcut: nn.Module | None
+    inner: tuple[PackedConv, ...]
+    last: PackedConv
+    shortcut: Callable[[Tensor], Tensor] | None
 
     def skip(self, x: Tensor) -> Tensor:
         """What a dropped block gives: the shortcut alone."""
@@ -102,7 +131,9 @@ class PackedBlock:
 
     def keep_(self, x: Tensor, skipped: Tensor) -> Tensor:
         """What a kept block gives, written into `skipped` = skip(x)."""
-        return self.second.add_relu_(self.first.relu(x), skipped)
+        for conv in self.inner:
+            x = conv.relu(x)
+        return self.last.add_relu_(x, skipped)
 
 
 class PackedNetwork:
@@ -111,15 +142,21 @@ class PackedNetwork:
     def __init__(self, resnet: ResNet, dtype: torch.dtype) -> None:
         fused = resnet.fc.weight.device.type == "cpu" and _has_fused_onednn()
         kind = OneDnnConv if fused else PackedConv
-        self.stem = kind(resnet.conv1, resnet.bn1, dtype)
-        self.blocks = [
-            PackedBlock(
-                kind(block.conv1, block.bn1, dtype),
-                kind(block.conv2, block.bn2, dtype),
-                None if isinstance(block.shortcut, nn.Identity) else block.shortcut,
-            )
-            for block in resnet.flat_blocks()
-        ]
+
+        def packed(block: Block) -> PackedBlock:
+            *inner, last = (kind(conv, bn, dtype) for conv, bn in block.convolutions())
+            shortcut: Callable[[Tensor], Tensor] | None = block.shortcut
+            if isinstance(shortcut, nn.Identity):
+                shortcut = None
+            elif isinstance(shortcut, nn.Sequential):  # a convolution and its batch norm
+                conv, bn = shortcut
+                assert isinstance(conv, nn.Conv2d)
+                assert isinstance(bn, nn.BatchNorm2d)
+                shortcut = kind(conv, bn, dtype)
+            return PackedBlock(inner=tuple(inner), last=last, shortcut=shortcut)
+
+        self.stem = PackedStem(kind(resnet.conv1, resnet.bn1, dtype), resnet.pool)
+        self.blocks = [packed(block) for block in resnet.flat_blocks()]
         self.fc_weight = resnet.fc.weight.detach().to(dtype)
         self.fc_bias = resnet.fc.bias.detach().to(dtype)
 

@@ -239,6 +239,8 @@ class _Network:
     """A ResNet's weights as the kernel wants them, and the scratch for each size of its images."""
 
     def __init__(self, resnet: ResNet, dtype: torch.dtype) -> None:
+        if resnet.family != "cifar":
+            raise UnavailableError("it knows the blocks of CIFAR's ResNets alone, not ImageNet's")
         self.dtype = dtype
         self.blocks = resnet.num_blocks // STAGES
         self.channels = [_padded(resnet.width * 2**stage) for stage in range(STAGES)]
@@ -246,8 +248,9 @@ class _Network:
             raise UnavailableError(f"{self.channels[-1]} channels are more than {MOST}")
         packed = [self._packed(resnet.conv1, resnet.bn1, PIXEL)]
         for block in resnet.flat_blocks():
-            packed.append(self._packed(block.conv1, block.bn1, _padded(block.conv1.in_channels)))
-            packed.append(self._packed(block.conv2, block.bn2, _padded(block.conv2.in_channels)))
+            packed += [
+                self._packed(conv, bn, _padded(conv.in_channels)) for conv, bn in block.convolutions()
+            ]
         self.weights = torch.cat([weight for weight, _ in packed])
         self.biases = torch.cat([bias for _, bias in packed])
         more = self.channels[-1] - resnet.fc.in_features

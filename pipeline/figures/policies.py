@@ -1,6 +1,6 @@
 """Which blocks run for which images.
 
-Shapes: M images of H by W pixels, K blocks, of which each of the ResNet's three stages has a third.
+Shapes: M images of H by W pixels, K blocks. Without other word each of three stages has a third of them.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,10 @@ from pipeline.figures.style import (
     save,
     wrapped,
 )
+from pipeline.tensors import Pictures
 
 STAGES = 3  # of a CIFAR ResNet, with equally many blocks
+Stages = Sequence[int] | None  # blocks in each stage; None: a CIFAR ResNet's
 KEPT_OR_DROPPED = ListedColormap([PALE, BLUE])
 RANKS = ("most frequent policy", "second", "third")
 MAX_ROWS, MAX_CLASSES = 20, 10  # of the heat map, and with pictures
@@ -130,6 +132,7 @@ def policy_overview(
     correct: NDArray[np.bool_],
     classes: Sequence[str],
     title: str,
+    stages: Stages = None,
 ) -> None:
     """Which blocks run, by class, and how many blocks right and wrong predictions took.
 
@@ -142,7 +145,7 @@ def policy_overview(
     height = _title_height(title) + max(3.2, 0.8 + 0.24 * rows)
     figure = plt.figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplot_mosaic("hr;hw", width_ratios=(2, 1))
-    _keep_share_by_class(axes["h"], actions, labels, classes)
+    _keep_share_by_class(axes["h"], actions, labels, classes, stages)
     _blocks_by_outcome(axes["r"], axes["w"], actions.sum(axis=1), correct)
     headline(figure, title)
     save(figure, path)
@@ -151,12 +154,13 @@ def policy_overview(
 def policies_by_class(
     path: Path,
     *,
-    images: NDArray[np.uint8],
+    images: Pictures,
     labels: NDArray[np.int64],
     actions: NDArray[np.bool_],
     classes: Sequence[str],
     title: str,
     policies: int = 3,
+    stages: Stages = None,
 ) -> None:
     """The most frequent policies of each class, and images that take them (the paper's Figure 4).
 
@@ -177,12 +181,12 @@ def policies_by_class(
     for rank, left in enumerate(lefts[: max(map(len, rows))]):
         said = RANKS[rank] if rank < len(RANKS) else f"{rank + 1}th"
         sheet.text(left + width / 2, top - 0.26, said, ha="center", va="bottom")
-        _name_stages(sheet, left, top - 0.07, width)
+        _name_stages(sheet, left, top - 0.07, width, _sizes(actions.shape[1], stages))
     y = top
     for label, (name, found, height) in enumerate(zip(names, rows, heights, strict=True)):
         _name_class(sheet, name, actions[labels == label], y)
         for left, one in zip(lefts, found, strict=False):
-            _policy(sheet, one, images, left, y, width)
+            _policy(sheet, one, images, left, y, width, _sizes(actions.shape[1], stages))
         y += height
     _explain_strips(sheet, y, len(names), len(classes))
     save(figure, path)
@@ -191,7 +195,7 @@ def policies_by_class(
 def easy_and_hard(
     path: Path,
     *,
-    images: NDArray[np.uint8],
+    images: Pictures,
     labels: NDArray[np.int64],
     predicted: NDArray[np.int64],
     actions: NDArray[np.bool_],
@@ -245,7 +249,11 @@ def easy_and_hard(
 
 
 def _keep_share_by_class(
-    ax: Axes, actions: NDArray[np.bool_], labels: NDArray[np.int64], classes: Sequence[str]
+    ax: Axes,
+    actions: NDArray[np.bool_],
+    labels: NDArray[np.int64],
+    classes: Sequence[str],
+    stages: Stages,
 ) -> None:
     """A row for each class and one for all images."""
     num_blocks, shown = actions.shape[1], min(len(classes), MAX_ROWS)
@@ -258,7 +266,8 @@ def _keep_share_by_class(
     shares[-1] = actions.mean(axis=0)
     image = ax.imshow(shares, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
     ax.axhline(shown - 0.5, color="white", linewidth=4)
-    for border in np.arange(1, STAGES) * num_blocks / STAGES:
+    sizes = _sizes(num_blocks, stages)
+    for border in np.cumsum(sizes[:-1]):
         ax.axvline(border - 0.5, color="white", linewidth=1.5)
     names = [fitting(name, 1.1, 8.5) for name in classes[:shown]]
     ax.set_yticks(range(shown + 1), [*names, "all images"])
@@ -269,7 +278,7 @@ def _keep_share_by_class(
     ax.spines[:].set_visible(False)
     left_out = len(classes) - shown
     more = f"; {left_out} of {len(classes)} classes are not shown" if left_out else ""
-    ax.set(xlabel=f"block, in {STAGES} stages{more}")
+    ax.set(xlabel=f"block, in {len(sizes)} stages{more}")
     bar = ax.figure.colorbar(image, ax=ax, pad=0.02, aspect=30, ticks=[0, 0.25, 0.5, 0.75, 1])
     bar.ax.set_yticklabels(["0", "25", "50", "75", "100"])
     bar.set_label("images that run the block (%)")
@@ -379,10 +388,24 @@ def _caption(
         sheet.text(middle, y + number * LINE, text, size=7.5, color=colour, ha="center")
 
 
-def _strip(sheet: Axes, policy: NDArray[np.bool_], left: float, top: float, width: float) -> None:
+def _sizes(num_blocks: int, stages: Stages) -> Sequence[int]:
+    """Blocks in each stage."""
+    if stages is not None:
+        return stages
+    return [len(part) for part in np.array_split(np.arange(num_blocks), STAGES)]
+
+
+def _strip(
+    sheet: Axes,
+    policy: NDArray[np.bool_],
+    left: float,
+    top: float,
+    width: float,
+    sizes: Sequence[int],
+) -> None:
     """A policy [K] as a row of cells, its stages apart."""
     for stage, edges in zip(
-        np.array_split(policy, STAGES), _stage_edges(len(policy), left, width), strict=True
+        np.split(policy, np.cumsum(sizes[:-1])), _stage_edges(sizes, left, width), strict=True
     ):
         sheet.pcolormesh(
             edges, [top, top + STRIP], stage[None].astype(int),
@@ -391,19 +414,21 @@ def _strip(sheet: Axes, policy: NDArray[np.bool_], left: float, top: float, widt
         )  # fmt: skip
 
 
-def _stage_edges(num_blocks: int, left: float, width: float) -> list[NDArray[np.float64]]:
+def _stage_edges(sizes: Sequence[int], left: float, width: float) -> list[NDArray[np.float64]]:
     """Where the cells of each stage begin and end."""
-    cell = (width - (STAGES - 1) * STAGE_GAP) / num_blocks
-    parts = np.array_split(np.arange(num_blocks), STAGES)
+    num_blocks = sum(sizes)
+    cell = (width - (len(sizes) - 1) * STAGE_GAP) / num_blocks
+    parts = np.split(np.arange(num_blocks), np.cumsum(sizes[:-1]))
     return [
         left + stage * STAGE_GAP + cell * np.append(part, part[-1] + 1)
         for stage, part in enumerate(parts)
     ]
 
 
-def _name_stages(sheet: Axes, left: float, y: float, width: float) -> None:
-    for stage, edges in enumerate(_stage_edges(STAGES, left, width)):
-        said = f"stage {stage + 1}"
+def _name_stages(sheet: Axes, left: float, y: float, width: float, sizes: Sequence[int]) -> None:
+    for stage, edges in enumerate(_stage_edges(sizes, left, width)):
+        equal = len(set(sizes)) == 1  # else a short stage has no room for the word
+        said = f"stage {stage + 1}" if equal and len(sizes) <= STAGES else f"{stage + 1}"
         sheet.text(edges.mean(), y, said, size=7.5, color=GREY, ha="center", va="bottom")
 
 
@@ -420,10 +445,16 @@ def _name_class(sheet: Axes, name: str, actions: NDArray[np.bool_], top: float) 
 
 
 def _policy(
-    sheet: Axes, found: FrequentPolicy, images: NDArray[np.uint8], left: float, top: float, width: float
+    sheet: Axes,
+    found: FrequentPolicy,
+    images: Pictures,
+    left: float,
+    top: float,
+    width: float,
+    sizes: Sequence[int],
 ) -> None:
     """A policy as a strip, images that take it under it, and its share of the class beside them."""
-    _strip(sheet, found.policy, left, top, width)
+    _strip(sheet, found.policy, left, top, width, sizes)
     y, pitch = top + STRIP + 0.04, PICTURE + 0.04
     places = max(1, int((width - 0.65) / pitch))
     for place, row in enumerate(spread(found.images, places)):

@@ -237,7 +237,7 @@ def _upload(
             code_paths=[str(Path(pipeline.__file__).parent)],
             signature=_signature(example.shape[1]),
             input_example=example,
-            pip_requirements=_requirements(),  # named, because MLflow would run the model to find them
+            pip_requirements=_requirements(own),  # named: MLflow would run the model to find them
             metadata={"classes": list(own.classes), "stage": own.stage},
             mlflow_model=Model(
                 artifact_path=model.artifact_location,
@@ -286,9 +286,11 @@ def _signature(size: int) -> "ModelSignature":
     return ModelSignature(inputs=Schema([images]), outputs=outputs)
 
 
-def _requirements() -> list[str]:
+def _requirements(own: Checkpoint) -> list[str]:
     """The versions here; without a local part such as +cpu, which no package index has."""
-    return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in PACKAGES]
+    families = {own.resnet and own.resnet.family, own.policy_net and own.policy_net.features.family}
+    names = [*PACKAGES, *(["torchvision"] if "imagenet" in families else [])]
+    return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in names]
 
 
 def _size(own: Checkpoint, example: NDArray[np.uint8] | None, run: "Run") -> int:

@@ -1,0 +1,45 @@
+"""Which depths a family of ResNets has, and how their blocks are spread over the stages. No PyTorch.
+
+`cifar` (He et al. 2016, section 4.2): depth 6n+2, three stages of n basic blocks. `imagenet` (the same,
+table 1): four stages of basic blocks up to 34 layers, of bottleneck blocks from 50 on. Depth 50 is of
+both, so a depth says nothing without its family.
+"""
+
+from typing import Literal
+
+Family = Literal["cifar", "imagenet"]
+
+CIFAR_STAGES = 3
+# 10 is the BlockDrop authors' policy network; 14 and 26 are for small images and tests
+IMAGENET_BASIC = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+IMAGENET_BOTTLENECK = {
+    14: (1, 1, 1, 1),
+    26: (2, 2, 2, 2),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+IMAGENET = IMAGENET_BASIC | IMAGENET_BOTTLENECK
+
+
+def stage_sizes(family: Family, depth: int) -> tuple[int, ...]:
+    """Blocks in each stage.
+
+    Raises:
+        ValueError: the family has no network of that depth; the message names the nearest.
+    """
+    if family == "imagenet":
+        if depth not in IMAGENET:
+            known = ", ".join(map(str, sorted(IMAGENET)))
+            raise ValueError(f"depth {depth} is none of the family imagenet, which has {known}")
+        return IMAGENET[depth]
+    n, remainder = divmod(depth - 2, 2 * CIFAR_STAGES)
+    if remainder or n < 1:
+        below = 2 * CIFAR_STAGES * max(n, 1) + 2
+        raise ValueError(f"depth {depth} is not 6n+2; the nearest are {below} and {below + 6}")
+    return (n,) * CIFAR_STAGES
+
+
+def num_blocks(family: Family, depth: int) -> int:
+    """K of a network of that depth."""
+    return sum(stage_sizes(family, depth))
