@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 import torch
+from PIL import Image
 from repository_copy import ROOT
 
 from pipeline.errors import UserError
@@ -91,3 +92,13 @@ def test_throughput_times_every_loop_of_a_stage(stage):
     assert [row["loop"].split(",")[0] for row in rows] == ["plain"] + ["ours"] * ours
     assert all(row["images_per_second"] > 0 for row in rows)
     assert rows[0]["times_the_best_plain"] == 1.0
+
+
+def test_throughput_of_decoding_is_that_of_the_images_of_a_folder(tmp_path):
+    for number in range(2):
+        Image.new("RGB", (40, 30)).save(tmp_path / f"{number}.jpg")
+    (row,) = throughput.decoding(tmp_path, rounds=2, images=4, size=16)
+    assert row["images_per_second"] > 0
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match=r"none holds no images \(.jpg, .jpeg, .png\); name a folder"):
+        throughput.decoding(tmp_path / "none", rounds=1, images=1)

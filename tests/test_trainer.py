@@ -20,7 +20,7 @@ from pipeline import checkpoint
 from pipeline.errors import UserError
 from pipeline.params import Params
 from pipeline.resnet import ResNet
-from stages import sole, static, trainer
+from stages import curriculum, finetune, sole, static, trainer
 from stages.trainer import Progress
 
 SMALL = TINY | {"pretrain": {"epochs": 4, "batch_size": 16}, "finetune": {"epochs": 4, "batch_size": 16}}
@@ -244,3 +244,42 @@ def test_in_a_pipe_there_are_lines_alone(params, tmp_path):
     lines = done.stdout.splitlines()
     assert len(lines) == 5
     assert all(re.search(r": accuracy \S+, \d\d:\d\d elapsed, \d\d:\d\d left$", x) for x in lines[1:])
+
+
+OTHERS = {  # than the paper's
+    "curriculum": {"estimator": "local_expectation", "flips": 2, "soft_reward": True, "epochs": 3},
+    "finetune": {
+        "estimator": "straight_through", "resnet_optimizer": "sgd", "distillation": 0.5, "epochs": 2,
+    },
+}  # fmt: skip
+
+
+def test_recipes_of_params_reach_the_learners_and_train(params, tmp_path, monkeypatch):
+    changes = {name: SMALL.get(name, {}) | OTHERS[name] for name in ("curriculum", "finetune")}
+    params = make_workplace(tmp_path / "other", changes=SMALL | changes)
+    params = params.model_copy(update={"block_cost": "flops"})
+    monkeypatch.chdir(tmp_path / "other")
+    pretrained(tmp_path / "other", params)
+    learners = {}
+    train = trainer.train
+
+    def spy(stage, learner, *others, **options):
+        learners[stage] = learner
+        train(stage, learner, *others, **options)
+
+    monkeypatch.setattr(trainer, "train", spy)
+    curriculum.main(params)
+    finetune.main(params)
+    static.main(params, rule="random", kept=1)
+    rules = learners["curriculum"].rules
+    assert (rules.estimator, rules.flips, rules.soft_reward) == ("local_expectation", 2, True)
+    assert sum(rules.block_shares) == pytest.approx(1)
+    assert len(set(rules.block_shares)) > 1
+    assert learners["finetune"].rules.estimator == "straight_through"
+    assert learners["finetune"].rules.block_shares == rules.block_shares
+    adam, sgd = learners["finetune"].optimizer.parts
+    assert [type(part).__name__ for part in (adam, sgd)] == ["AdamW", "SGD"]
+    assert type(learners["static"].optimizer).__name__ == "SGD"
+    for name in ("finetune", "static"):
+        assert learners[name].distillation.share == 0.5
+        assert learners[name].distillation.teacher is not None

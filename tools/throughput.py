@@ -5,6 +5,8 @@ augments image by image with torchvision, float32, contiguous tensors, every blo
 image and the dropped ones thrown away (their masked form), a greedy and a sampled pass. Ours is the very
 code of the stages, once with the same estimator and once with the one that trains faster. Both take
 turns on the same images, so that a change of the machine's speed hits both alike.
+
+With `--decode FOLDER`: how many of a folder's images one process decodes and crops for ImageNet.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,11 +26,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from pipeline import policy_gradient as pg
+from pipeline.errors import UserError
 from pipeline.files import write_text
 from pipeline.policy_learning import PolicyLearning, PolicyRules
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
 from pipeline.runtime import choose_device, describe_machine
+from pipeline.streaming import Listing, Reader
 from pipeline.tensors import Augmentation, Normalisation, Split
 from pipeline.training import (
     Classification,
@@ -43,6 +48,7 @@ from pipeline.training import (
 NORMALISATION = Normalisation(mean=(0.49, 0.48, 0.45), std=(0.25, 0.24, 0.26))
 STAGES = ("pretrain", "curriculum", "finetune")
 ALPHA, GAMMA, CLASSES = 0.8, 5.0, 10
+SUFFIXES = (".jpg", ".jpeg", ".png")
 Run = Callable[[], None]
 
 
@@ -235,6 +241,30 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> list[dict[st
     return rows
 
 
+def decoding(folder: Path, *, rounds: int, images: int, size: int = 224) -> list[dict[str, Any]]:
+    """One row: images per second that one process reads, decodes and crops, as training asks for them.
+
+    Raises:
+        UserError: there are no images in the folder.
+    """
+    paths = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)}); name a folder of some")
+    sizes = np.array([(folder / name).stat().st_size for name in paths])
+    labels = np.zeros(len(paths), dtype=np.int64)
+    reader = Reader(folder, Listing(paths=paths, labels=labels, sizes=sizes), size)
+    rates = []
+    for round_number in range(rounds + 1):
+        begun = time.perf_counter()
+        for seed in range(images):
+            reader[seed % len(paths), seed, True]
+        if round_number:  # the first one warms up
+            rates.append(images / (time.perf_counter() - begun))
+    middle = statistics.median(rates)
+    print(f"decoding: {middle:.0f} images/s a process ({min(rates):.0f} to {max(rates):.0f})")
+    return [{"stage": "decoding", "images_per_second": round(middle, 1), "rounds": rounds}]
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -245,10 +275,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="of the DataLoader")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--decode", type=Path, metavar="FOLDER", help="measure this instead")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = choose_device()
-    rows = measure(arguments, device)
+    if arguments.decode is not None:
+        rows = decoding(arguments.decode, rounds=arguments.rounds, images=arguments.images)
+    else:
+        rows = measure(arguments, device)
     if arguments.out is not None:
         content = {
             "machine": describe_machine(device), "rows": rows,
