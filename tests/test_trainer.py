@@ -247,7 +247,7 @@ def test_in_a_pipe_there_are_lines_alone(params, tmp_path):
 
 
 OTHERS = {  # than the paper's
-    "curriculum": {"estimator": "local_expectation", "flips": 2, "soft_reward": True, "epochs": 3},
+    "curriculum": {"estimator": "local_expectation", "flips": 2, "soft_reward": True, "epochs": 4},
     "finetune": {
         "estimator": "straight_through", "resnet_optimizer": "sgd", "distillation": 0.5, "epochs": 2,
     },
