@@ -7,7 +7,7 @@ Shapes: B images, K blocks, N classes, C channels, H and W pixels.
 
 import re
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock as TorchvisionBasic
@@ -95,17 +95,8 @@ class ImageNetResNet(ResNet):
     def _first_convolution(self) -> nn.Conv2d:
         return nn.Conv2d(3, self.width, 7, stride=2, padding=3, bias=False)
 
-    def _make_blocks(self) -> tuple[list[Block], int]:
-        kind = Bottleneck if self.depth in IMAGENET_BOTTLENECK else BasicBlock
-        blocks: list[Block] = []
-        in_channels = self.width
-        for stage, count in enumerate(self.stages):
-            channels = self.width * 2**stage
-            for index in range(count):
-                stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(kind(in_channels, channels, stride=stride))
-                in_channels = channels * kind.expansion
-        return blocks, in_channels
+    def _block_type(self) -> type[Any]:
+        return Bottleneck if self.depth in IMAGENET_BOTTLENECK else BasicBlock
 
 
 _PLACED = re.compile(r"^layer([1-4])\.(\d+)\.(.+)$")

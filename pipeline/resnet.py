@@ -149,6 +149,8 @@ class Block(nn.Module):
 class BasicBlock(Block):
     """Two 3x3 convolutions and a shortcut."""
 
+    expansion = 1
+
     def __init__(self, in_channels: int, channels: int, *, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
@@ -204,15 +206,20 @@ class ResNet(nn.Module):
 
     def _make_blocks(self) -> tuple[list[Block], int]:
         """The blocks from input to output, and the channels of the last one."""
+        kind = self._block_type()
         blocks: list[Block] = []
         in_channels = self.width
         for stage, count in enumerate(self.stages):
             channels = self.width * 2**stage
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(BasicBlock(in_channels, channels, stride=stride))
-                in_channels = channels
+                blocks.append(kind(in_channels, channels, stride=stride))
+                in_channels = channels * kind.expansion
         return blocks, in_channels
+
+    def _block_type(self) -> type[Any]:
+        """Makes a block of (in_channels, channels, stride=); `expansion` times `channels` come out."""
+        return BasicBlock
 
     def _initialise(self) -> None:
         for module in self.modules():

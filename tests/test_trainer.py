@@ -270,7 +270,7 @@ def test_recipes_of_params_reach_the_learners_and_train(params, tmp_path, monkey
     monkeypatch.setattr(trainer, "train", spy)
     curriculum.main(params)
     finetune.main(params)
-    static.main(params, rule="random", kept=1)
+    static.main(params, rule="random", kept=params.static.kept[0])
     rules = learners["curriculum"].rules
     assert (rules.estimator, rules.flips, rules.soft_reward) == ("local_expectation", 2, True)
     assert sum(rules.block_shares) == pytest.approx(1)
