@@ -213,6 +213,7 @@ class Benchmark(Section):
 class Sole(Section):
     """ResNets of other depths, every block of which runs, by pretrain's recipe."""
 
+    checkpoint: PathText
     depths: Annotated[tuple[Depth, ...], Field(strict=False)]
 
     @model_validator(mode="after")
@@ -224,6 +225,7 @@ class Sole(Section):
 class Static(Section):
     """Rules that drop blocks without looking at the image, finetuned as `finetune` finetunes."""
 
+    checkpoint: PathText
     rules: Annotated[tuple[RuleName, ...], Field(strict=False)]
     kept: Annotated[tuple[Count, ...], Field(strict=False)]
 

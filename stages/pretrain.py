@@ -1,9 +1,8 @@
 """pretrain: train the ResNet with every block, or import one."""
 
 from functools import partial
-from pathlib import Path
 
-from pipeline import checkpoint, legacy
+from pipeline import checkpoint
 from pipeline.data import load_classes
 from pipeline.params import Params
 from pipeline.processes import is_main
@@ -11,29 +10,6 @@ from pipeline.resnet import ResNet, make_resnet
 from pipeline.runtime import choose_device, seed_everything
 from pipeline.training import Metrics
 from stages import common, trainer
-
-
-def import_resnet(path: Path, params: Params, classes: tuple[str, ...]) -> ResNet:
-    """The ResNet of our own or the authors' checkpoint, when it is the one params.yaml describes."""
-    if path.is_dir():
-        own = checkpoint.load(path)
-        trainer.require_same(
-            path, "input normalisation", own.normalisation, trainer.normalisation_of(params),
-            "set resnet.mean and resnet.std in params.yaml to the checkpoint's",
-        )  # fmt: skip
-        trainer.require_same(
-            path, "list of classes", own.classes, classes, "set data in params.yaml to its data set"
-        )
-        resnet = own.need_resnet()
-    else:
-        resnet = legacy.load(path).need_resnet(path)
-    trainer.require_same(
-        path, "family, depth, width and number of classes",
-        (resnet.family, resnet.depth, resnet.width, resnet.num_classes),
-        (params.resnet.family, params.resnet.depth, params.resnet.width, len(classes)),
-        "set resnet.family, resnet.depth, resnet.width and data in params.yaml to the checkpoint's",
-    )  # fmt: skip
-    return resnet
 
 
 def main(params: Params) -> None:
@@ -46,7 +22,7 @@ def main(params: Params) -> None:
 
     path = trainer.imported(params.pretrain)
     if path is not None:
-        found = import_resnet(path, params, classes)
+        found = trainer.import_resnet(path, params, classes, depth=params.resnet.depth)
         if is_main():
             save(found, {})
             trainer.record_import("pretrain", params, path)

@@ -1,6 +1,7 @@
 """sole: a ResNet of another depth with every block, by pretrain's recipe: `python -m stages.sole DEPTH`.
 
-What a smaller network of the same cost can do. It is always trained, also when pretrain imports.
+What a smaller network of the same cost can do. It is trained also when pretrain imports, unless
+sole.checkpoint names a folder that has it.
 """
 
 import argparse
@@ -10,7 +11,8 @@ from pipeline import checkpoint
 from pipeline.data import load_classes
 from pipeline.errors import UserError
 from pipeline.params import Params
-from pipeline.resnet import make_resnet
+from pipeline.processes import is_main
+from pipeline.resnet import ResNet, make_resnet
 from pipeline.runtime import choose_device, seed_everything
 from pipeline.training import Metrics
 from stages import common, trainer
@@ -25,6 +27,18 @@ def main(params: Params, *, depth: int) -> None:
     if depth not in params.sole.depths:
         raise UserError(f"sole.depths {list(params.sole.depths)} does not name {depth}; add it there")
     classes = load_classes(common.PREPARED)
+
+    def save(resnet: ResNet, metrics: Metrics) -> None:
+        made = trainer.full_network("sole", resnet, params, metrics)
+        checkpoint.save(made, common.SOLE / str(depth))
+
+    folder = trainer.imported(params.sole)
+    if folder is not None:
+        found = trainer.import_resnet(folder / str(depth), params, classes, depth=depth)
+        if is_main():
+            save(found, {})
+            trainer.record_import("sole", params, folder / str(depth), item=str(depth))
+        return
     seed_everything(params.seed, "sole", depth)
     resnet = make_resnet(
         family=params.resnet.family,
@@ -33,13 +47,10 @@ def main(params: Params, *, depth: int) -> None:
         num_classes=len(classes),
     ).to(choose_device())
 
-    def save(metrics: Metrics) -> None:
-        made = trainer.full_network("sole", resnet, params, metrics)
-        checkpoint.save(made, common.SOLE / str(depth))
-
     learner = trainer.pretraining(resnet, params)
     section = params.pretrain
-    trainer.train("sole", learner, params, section, [common.PREPARED], save, item=str(depth))
+    inputs = [common.PREPARED]
+    trainer.train("sole", learner, params, section, inputs, partial(save, resnet), item=str(depth))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """static: the ResNet finetuned under a static rule: `python -m stages.static RULE KEPT`.
 
-What BlockDrop's finetuning would give without looking at the image: finetune's epochs, batches and
-optimiser and loss of the ResNet, and no reward. Does not depend on gamma.
+What BlockDrop's finetuning would give without looking at the image: finetune's epochs, batches,
+optimiser and loss of the ResNet, and no reward. Does not depend on gamma. Where static.checkpoint names
+a folder that has it, it is taken from there.
 """
 
 import argparse
@@ -11,6 +12,8 @@ from functools import partial
 from pipeline import checkpoint
 from pipeline.errors import UserError
 from pipeline.params import Params
+from pipeline.processes import is_main
+from pipeline.resnet import ResNet
 from pipeline.runtime import choose_device
 from pipeline.static_policies import static_rule
 from pipeline.training import Classification, Metrics
@@ -26,13 +29,22 @@ def main(params: Params, *, rule: str, kept: int) -> None:
     if rule not in params.static.rules or kept not in params.static.kept:
         raise UserError(f"static in params.yaml does not name {rule} with {kept} kept; add it there")
     pretrained = checkpoint.load(common.PRETRAINED)
-    resnet = pretrained.need_resnet().to(choose_device())
     item = f"{rule}-{kept}"
 
-    def save(metrics: Metrics) -> None:
+    def save(resnet: ResNet, metrics: Metrics) -> None:
         made = replace(pretrained, stage="static", resnet=resnet, metrics=metrics)
         checkpoint.save(made, common.STATIC / item)
 
+    folder = trainer.imported(params.static)
+    if folder is not None:
+        found = trainer.import_resnet(
+            folder / item, params, pretrained.classes, depth=params.resnet.depth
+        )
+        if is_main():
+            save(found, {})
+            trainer.record_import("static", params, folder / item, item=item)
+        return
+    resnet = pretrained.need_resnet().to(choose_device())
     section = params.finetune
     learner = Classification(
         resnet,
@@ -43,7 +55,7 @@ def main(params: Params, *, rule: str, kept: int) -> None:
         distillation=trainer.distillation_of(resnet, params),
     )
     inputs = [common.PREPARED, common.PRETRAINED]
-    trainer.train("static", learner, params, section, inputs, save, item=item)
+    trainer.train("static", learner, params, section, inputs, partial(save, resnet), item=item)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 import yaml
 
-from pipeline import distributed, processes, training
+from pipeline import checkpoint, distributed, legacy, processes, training
 from pipeline.checkpoint import Checkpoint, CheckpointError
 from pipeline.data import load_classes, load_split
 from pipeline.errors import UserError
 from pipeline.interruption import deferred
-from pipeline.params import NO_FILE, Finetune, Params, Pretrain
+from pipeline.params import NO_FILE, Finetune, Params, Pretrain, Sole, Static
 from pipeline.resnet import ResNet
 from pipeline.resume import ResumePoint, digest_of_files, key_of, tidy
 from pipeline.runtime import choose_device, keep_freed_memory
@@ -37,8 +37,8 @@ from stages.progress import Progress
 LAST_FIFTH = 0.8  # the schedule `step` takes x0.1 from here; the authors: epoch 1600 of 2000
 
 
-def imported(section: TrainingSection) -> Path | None:
-    """The checkpoint to take instead of training, if one is named."""
+def imported(section: TrainingSection | Sole | Static) -> Path | None:
+    """The checkpoint (of a matrix stage: the folder of several) to take instead of training, if any."""
     return None if section.checkpoint == NO_FILE else Path(section.checkpoint)
 
 
@@ -124,6 +124,33 @@ def require_same(path: Path, what: str, found: object, wanted: object, remedy: s
         raise CheckpointError(f"{path}: its {what} is {found}, expected {wanted}; {remedy}")
 
 
+def import_resnet(path: Path, params: Params, classes: tuple[str, ...], *, depth: int) -> ResNet:
+    """The ResNet of our own or the authors' checkpoint, when it is one that params.yaml describes.
+
+    Raises:
+        CheckpointError: it can't be read, or is of another network, data set or depth.
+    """
+    if path.is_dir():
+        own = checkpoint.load(path)
+        require_same(
+            path, "input normalisation", own.normalisation, normalisation_of(params),
+            "set resnet.mean and resnet.std in params.yaml to the checkpoint's",
+        )  # fmt: skip
+        require_same(
+            path, "list of classes", own.classes, classes, "set data in params.yaml to its data set"
+        )
+        resnet = own.need_resnet()
+    else:
+        resnet = legacy.load(path).need_resnet(path)
+    require_same(
+        path, "family, depth, width and number of classes",
+        (resnet.family, resnet.depth, resnet.width, resnet.num_classes),
+        (params.resnet.family, depth, params.resnet.width, len(classes)),
+        "set resnet (or sole.depths) and data in params.yaml to the checkpoint's",
+    )  # fmt: skip
+    return resnet
+
+
 def train(
     stage: str,
     learner: training.Learner,
@@ -152,8 +179,7 @@ def train(
         TrainingError: the numbers went wrong; the last good resume point is kept.
         UserError: another process trains something else.
     """
-    name = f"{stage}-{item}" if item else stage
-    curve = PLOTS / stage / f"{item}.csv" if item else PLOTS / f"{stage}.csv"
+    name, curve = _names(stage, item)
     keep_freed_memory()
     main = processes.is_main()
     if main:
@@ -222,20 +248,32 @@ POLICY_COLUMNS = (
     *(f"train_{name}" for name in OF_POLICY),
     *(f"validation_{name}" for name in OF_VALIDATION),
 )
+CLASSIFICATION_COLUMNS = ("epoch", "train_accuracy", "validation_accuracy")
 COLUMNS = {
-    "pretrain": ("epoch", "train_accuracy", "validation_accuracy"),
+    "pretrain": CLASSIFICATION_COLUMNS,
+    "sole": CLASSIFICATION_COLUMNS,
+    "static": CLASSIFICATION_COLUMNS,
     "curriculum": POLICY_COLUMNS,
     "finetune": POLICY_COLUMNS,
 }
 
 
-def record_import(stage: str, params: Params, path: Path) -> None:
+def record_import(stage: str, params: Params, path: Path, *, item: str = "") -> None:
     """The small files and the run of a stage that imports: there is no curve and no time."""
-    with stage_run(stage, params.flat()):
-        write_csv(PLOTS / f"{stage}.csv", [], columns=COLUMNS[stage])
-        write_json(METRICS / "times" / f"{stage}.json", {"seconds": None, "images_per_second": None})
-        write_json(METRICS / f"{stage}.json", {stage: {"imported": 1}})
-        print(f"{stage}: imported {path}")
+    name, curve = _names(stage, item)
+    with stage_run(name, params.flat()):
+        write_csv(curve, [], columns=COLUMNS[stage])
+        write_json(METRICS / "times" / f"{name}.json", {"seconds": None, "images_per_second": None})
+        if not item:
+            write_json(METRICS / f"{stage}.json", {stage: {"imported": 1}})
+        print(f"{name}: imported {path}")
+
+
+def _names(stage: str, item: str) -> tuple[str, Path]:
+    """What a training is called, and where its learning curve lies."""
+    if item:
+        return f"{stage}-{item}", PLOTS / stage / f"{item}.csv"
+    return stage, PLOTS / f"{stage}.csv"
 
 
 def _resume_key(

@@ -14,6 +14,7 @@ from contextlib import redirect_stderr
 
 import pytest
 import torch
+import yaml
 from repository_copy import ROOT, TINY, make_workplace
 
 from pipeline import checkpoint
@@ -283,3 +284,36 @@ def test_recipes_of_params_reach_the_learners_and_train(params, tmp_path, monkey
     for name in ("finetune", "static"):
         assert learners[name].distillation.share == 0.5
         assert learners[name].distillation.teacher is not None
+
+
+def test_rivals_that_lie_in_a_folder_are_taken_from_there(params, tmp_path):
+    pretrained(tmp_path, params)
+    rule, kept = params.static.rules[0], params.static.kept[0]
+    sole.main(params, depth=8)
+    static.main(params, rule=rule, kept=kept)
+    trained = files(tmp_path)
+    for name in ("sole", "static"):
+        (tmp_path / "models" / name).rename(tmp_path / name)
+    changes = {name: {"checkpoint": name} for name in ("sole", "static")}
+    params = Params.model_validate(
+        yaml.safe_load((tmp_path / "params.yaml").read_text())
+        | {n: getattr(params, n).model_dump() | changes[n] for n in changes}
+    )
+    sole.main(params, depth=8)
+    static.main(params, rule=rule, kept=kept)
+    found = files(tmp_path)
+    for item in ("sole/8", f"static/{rule}-{kept}"):
+        path = f"models/{item}/model.safetensors"
+        assert found[path] == trained[path]
+        assert found[f"plots/{item}.csv"] == b"epoch,train_accuracy,validation_accuracy\r\n"
+        times = (tmp_path / "metrics/times" / f"{item.replace('/', '-')}.json").read_text()
+        assert '"seconds": null' in times
+
+
+def test_rival_of_another_depth_in_the_folder_is_refused(params, tmp_path):
+    pretrained(tmp_path, params)
+    (tmp_path / "models/pretrain").rename(tmp_path / "8")  # it has a depth of 14
+    params = params.model_copy(update={"sole": params.sole.model_copy(update={"checkpoint": "."})})
+    with pytest.raises(UserError, match=r"^8: its family, depth, .* is \(.*14.*, expected \(.*8"):
+        sole.main(params, depth=8)
+    assert not (tmp_path / "models/sole").exists()
