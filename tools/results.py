@@ -179,10 +179,12 @@ def _table(rows: Mapping[str, Row]) -> list[str]:
                 f"{rival['flops']:.3g} | {mean:+.2f} ({low:+.2f} to {high:+.2f}) |"
             )
     first = next(iter(rows.values()))
-    lines += ["", "Published:", "", "| what | accuracy | FLOPs |", "|---|---|---|"]
+    numbers = published(first["params"])
+    if numbers:
+        lines += ["", "Published:", "", "| what | accuracy | FLOPs |", "|---|---|---|"]
     lines += [
         f"| {said} | {100 * accuracy:.2f} % | {'-' if flops is None else f'{flops:.3g}'} |"
-        for said, accuracy, _, flops in published(first["params"])
+        for said, accuracy, _, flops in numbers
     ]
     lines += ["", "How:", ""]
     for name, row in rows.items():

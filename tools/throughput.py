@@ -286,7 +286,7 @@ def main() -> None:
     if arguments.out is not None:
         content = {
             "machine": describe_machine(device), "rows": rows,
-            "command": "python -m tools.throughput " + " ".join(sys.argv[1:]),
+            "command": "python -m tools.throughput " + " ".join(Path(a).name for a in sys.argv[1:]),
         }  # fmt: skip
         write_text(arguments.out, json.dumps(content, indent=1) + "\n")
 
