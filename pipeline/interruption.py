@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 POLL_SECONDS = 0.5
@@ -36,7 +37,7 @@ def leave_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
-def follow_parent(parent: int) -> None:
+def follow_parent(parent: int, starter: int | None = None) -> None:
     """Send this process a SIGTERM when its parent has died: nobody wants its work any more.
 
     DVC starts a stage and, when it is killed, leaves it behind; beside the next `dvc repro` it would
@@ -44,15 +45,43 @@ def follow_parent(parent: int) -> None:
 
     Args:
         parent: the parent's process id, as it was when this process began.
+        starter: likewise what `starter_of` said of it.
     """
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and (starter is None or _parent_of(parent) == starter):
             time.sleep(POLL_SECONDS)
         print("the process that started this one has died; stopping", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="follow-parent", daemon=True).start()
+
+
+def starter_of(parent: int) -> int | None:
+    """The process, DVC, for which `parent` is a shell that runs a stage; None where it is no such shell.
+
+    Some shells stay between DVC and the stage (dash does, bash makes way). Such a one lives on when DVC
+    is killed, but its own parent is then another.
+    """
+    return _parent_of(parent) if _is_shell_for_a_stage(parent) else None
+
+
+def _parent_of(process: int) -> int | None:
+    """Another process's parent; None where the system does not tell (it has no /proc)."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[1])  # the name before may hold anything
+
+
+def _is_shell_for_a_stage(process: int) -> bool:
+    """Whether it is a shell that DVC told to run a stage, by its command line `... -c COMMAND`."""
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+    except OSError:
+        return False
+    return len(words) > 2 and words[-2] == b"-c" and b"-m stages." in words[-1]
 
 
 @contextmanager

@@ -2,5 +2,8 @@
 
 import os
 
+from pipeline.interruption import starter_of
+
 # who started this process, before slow imports give it time to die
 PARENT = os.getppid()
+STARTER = starter_of(PARENT)

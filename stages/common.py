@@ -21,7 +21,7 @@ from pipeline.runtime import choose_device
 from pipeline.tracking.reach import OFF
 from pipeline.tracking.reach import VARIABLE as TRACKING
 from pipeline.tracking.store import is_off
-from stages import PARENT, launch
+from stages import PARENT, STARTER, launch
 
 PREPARED = Path("data/prepared")
 MODELS = Path("models")
@@ -45,7 +45,7 @@ def run(main: Callable[[Params], None], *, trains: bool = False) -> None:
     """
     leave_on_sigterm()
     if "DVC_ROOT" in os.environ or "RANK" in os.environ:  # DVC started it, or torchrun, or `launch`
-        follow_parent(PARENT)
+        follow_parent(PARENT, STARTER)
     try:
         _run(main, trains=trains)
     except UserError as error:

@@ -97,9 +97,9 @@ def test_other_threads_go_on_without_it():
 
 CHILD = """
     import os, sys, time
-    from pipeline.interruption import follow_parent, leave_on_sigterm
+    from pipeline.interruption import follow_parent, leave_on_sigterm, starter_of
     leave_on_sigterm()
-    follow_parent(os.getppid())
+    follow_parent(os.getppid(), starter_of(os.getppid()))
     print(os.getpid(), flush=True)
     try:
         time.sleep(60)
@@ -111,12 +111,20 @@ PARENT = """
     subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]])
     time.sleep(60)
 """
+PARENT_OF_A_SHELL = """
+    import os, subprocess, sys, time
+    own = os.environ | {"PYTHON": sys.executable, "CHILD": sys.argv[1], "SIGN": sys.argv[2]}
+    command = 'true -m stages.pretrain; "$PYTHON" -c "$CHILD" "$SIGN"; true'  # the shell can't make way
+    subprocess.Popen(["/bin/sh", "-c", command], env=own)
+    time.sleep(60)
+"""
 
 
-def test_a_process_whose_parent_is_killed_leaves_as_after_sigterm(tmp_path):
+@pytest.mark.parametrize("program", [PARENT, PARENT_OF_A_SHELL])
+def test_a_process_whose_parent_is_killed_leaves_as_after_sigterm(program, tmp_path):
     sign = tmp_path / "sign"
     parent = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PARENT), textwrap.dedent(CHILD), str(sign)],
+        [sys.executable, "-c", textwrap.dedent(program), textwrap.dedent(CHILD), str(sign)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     child = int(parent.stdout.readline())
