@@ -241,6 +241,9 @@ class PolicyLearning:
         logits = logits.float()
         losses = self._learn(logits, batch)
         assert gates.grad is not None
+        # Where the paper's reward asks right or wrong: the probability of the label, or with a teacher
+        # exp(-KL), which is 1 where the softened targets are met. The ResNet learns from the same loss,
+        # so that its backward pass serves both.
         likelihood = torch.exp(-losses)
         slopes = pg.reward_slopes(
             likelihood,
@@ -256,7 +259,11 @@ class PolicyLearning:
         return pg.expectation_loss(slopes, decisions.sampling_prob), metrics
 
     def _learn(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Leave the ResNet's gradients of the mean loss; each image's loss, [B]."""
+        """Leave the ResNet's gradients of the loss, the mean over the batch; each image's loss, [B].
+
+        Beside the policy's, with weight 1, as in the authors' finetuning. With a teacher what is logged
+        as cross_entropy lacks the targets' own entropy (`Distillation`).
+        """
         assert self.distillation is not None
         losses = self.distillation(logits, batch)
         backward(losses.mean(), batch)

@@ -81,6 +81,7 @@ def gradient_of_step(
     finetune: bool = False,
     estimator: str = "self_critical",
     flips: int = 0,
+    **rules: object,
 ) -> torch.Tensor:
     """What one step on a single image leaves as the gradient of the logits."""
     policy_net = SameForAll()
@@ -90,7 +91,7 @@ def gradient_of_step(
         optimizer=make_optimizer("sgd", [{"params": [policy_net.logits], "lr": 0.0}], weight_decay=0),
         rules=PolicyRules(
             gamma=GAMMA, alpha=ALPHA, entropy_weight=entropy_weight,
-            epochs_per_block=None if epoch is None else 1.0, estimator=estimator, flips=flips,
+            epochs_per_block=None if epoch is None else 1.0, estimator=estimator, flips=flips, **rules,
         ),
         normalisation=NORMALISATION,
         precision="fp32",
@@ -107,10 +108,16 @@ def noise_that_samples(actions: torch.Tensor) -> torch.Tensor:
     return torch.where(actions, 0.0, 0.999)[None]
 
 
-def expected_reward(logits: torch.Tensor) -> torch.Tensor:
+def expected_reward(
+    logits: torch.Tensor, right: torch.Tensor | None = None, shares: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Over all policies; Eq. 3 written out, with the probability of the label and shares of blocks."""
+    right = is_right(ALL_POLICIES).float() if right is None else right
+    shares = torch.full((K,), 1 / K) if shares is None else shares
     prob = pg.bounded(torch.sigmoid(logits), ALPHA)
     weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
-    return (weights * pg.reward(is_right(ALL_POLICIES), ALL_POLICIES, GAMMA)).sum()
+    kept = (ALL_POLICIES * shares).sum(dim=1)
+    return (weights * (right * (1 - kept**2) - (1 - right) * GAMMA)).sum()
 
 
 def test_the_expected_step_follows_the_exact_gradient_of_the_expected_reward():
@@ -146,6 +153,29 @@ def test_the_expected_step_of_local_expectation_follows_the_exact_gradient(flips
     torch.testing.assert_close(-(weights[:, None] * steps).sum(dim=0), exact)
 
 
+def test_a_soft_reward_and_shares_of_blocks_are_what_local_expectation_follows():
+    shares = (0.2, 0.5, 0.3)
+    logits = START.clone().requires_grad_()
+    right = torch.where(is_right(ALL_POLICIES), math.e / (1 + math.e), 1 / (1 + math.e))  # of RuleNet
+    reward = expected_reward(logits, right, torch.tensor(shares))
+    exact = torch.autograd.grad(reward, logits)[0]
+    prob = pg.bounded(torch.sigmoid(START), ALPHA)
+    weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
+    steps = torch.stack(
+        [
+            gradient_of_step(
+                torch.cat([noise_that_samples(a), torch.zeros(1, K)], dim=1),
+                estimator="local_expectation",
+                flips=K,
+                soft_reward=True,
+                block_shares=shares,
+            )
+            for a in ALL_POLICIES
+        ]
+    )
+    torch.testing.assert_close(-(weights[:, None] * steps).sum(dim=0), exact)
+
+
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 def test_local_expectation_tries_learnt_blocks_alone(epoch):
     noise = torch.cat([noise_that_samples(ALL_POLICIES[-1]), torch.tensor([[0.9, 0.5, 0.1]])], dim=1)
@@ -153,23 +183,26 @@ def test_local_expectation_tries_learnt_blocks_alone(epoch):
     assert ((gradient != 0) == (torch.arange(K) >= K - 1 - epoch)).all()
 
 
-def test_the_expected_step_of_straight_through_follows_the_gradient_where_slopes_are_small():
+@pytest.mark.parametrize("shares", [None, (0.2, 0.5, 0.3)])
+def test_the_expected_step_of_straight_through_follows_the_gradient_where_slopes_are_small(shares):
     prob = pg.bounded(torch.sigmoid(START), ALPHA)
     weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
     net = SoftNet()
     steps = torch.stack(
         [
             gradient_of_step(
-                noise_that_samples(a), resnet=net, finetune=True, estimator="straight_through"
+                noise_that_samples(a),
+                resnet=net,
+                finetune=True,
+                estimator="straight_through",
+                block_shares=shares,
             )
             for a in ALL_POLICIES
         ]
     )
     logits = START.clone().requires_grad_()
-    p = pg.bounded(torch.sigmoid(logits), ALPHA)
-    chance = torch.where(ALL_POLICIES, p, 1 - p).prod(dim=1)
     right = torch.exp(-SoftNet.LEAST - (~ALL_POLICIES).float() @ SoftNet.SLOPES)
-    reward = (chance * pg.reward(right, ALL_POLICIES, GAMMA)).sum()
+    reward = expected_reward(logits, right, None if shares is None else torch.tensor(shares))
     exact = torch.autograd.grad(reward, logits)[0]
     found = -(weights[:, None] * steps).sum(dim=0)
     torch.testing.assert_close(found, exact, rtol=0.03, atol=0.0)

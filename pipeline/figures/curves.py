@@ -31,9 +31,12 @@ def learning_curves(path: Path, *, curriculum: Rows, finetune: Rows, num_blocks:
     figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 5.0), layout="constrained")
     stages = _on_one_axis(curriculum, finetune)
     look = _look(len(curriculum) + len(finetune))
+    # self_critical runs the greedy policy in training too, the other estimators sampled actions alone
+    greedy = all("train_greedy_reward" in row for rows in stages for row in rows[:1])
+    of_training_reward = "train_greedy_reward" if greedy else "train_reward"
     panels = (
         ("accuracy (%)", "train_accuracy", "validation_accuracy", 100),
-        ("reward", "train_reward", "validation_reward", 1),
+        ("reward", of_training_reward, "validation_reward", 1),
         (f"blocks kept per image, of {num_blocks}", "train_blocks", "validation_blocks_mean", 1),
         ("entropy per learnt block (nats)", "train_entropy", "validation_entropy", 1),
         ("effective policies", None, "validation_effective_policies", 1),
@@ -51,7 +54,7 @@ def learning_curves(path: Path, *, curriculum: Rows, finetune: Rows, num_blocks:
     most = max(row["validation_effective_policies"] for rows in stages for row in rows)
     diversity.set_ylim(0.9, 1.3 * max(most, 4))
     _log(diversity)
-    _legend(axes.flat[5], curriculum, finetune)
+    _legend(axes.flat[5], curriculum, finetune, greedy=greedy)
     save(figure, path)
 
 
@@ -134,7 +137,7 @@ def _log(ax: Axes) -> None:
     ax.yaxis.set_major_formatter("{x:g}")
 
 
-def _legend(ax: Axes, curriculum: Rows, finetune: Rows) -> None:
+def _legend(ax: Axes, curriculum: Rows, finetune: Rows, *, greedy: bool) -> None:
     first, last = len(curriculum), len(curriculum) + len(finetune)
     handles: list[Artist] = [
         Line2D([], [], color=BLUE, label="training images"),
@@ -151,4 +154,6 @@ def _legend(ax: Axes, curriculum: Rows, finetune: Rows) -> None:
         handles.append(Patch(facecolor="white", edgecolor=PALE, label=said))
     ax.set_axis_off()
     said = "accuracy, reward and blocks:\nof the most likely policy"
+    if not greedy:
+        said += "\n(of training images: sampled ones)"
     ax.legend(handles=handles, loc="center", title=said, title_fontsize=8.5, alignment="left")
