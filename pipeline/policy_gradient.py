@@ -19,7 +19,7 @@ def bounded(keep_prob: Tensor, alpha: float) -> Tensor:
 def kept_share(actions: Tensor, block_shares: Tensor | None = None) -> Tensor:
     """|u|_0 / K, [B, K] to [B]; with `block_shares` [K], which add up to 1, u weighted by them."""
     kept = actions.float()
-    return kept @ block_shares if block_shares is None else kept.mean(dim=1)
+    return kept.mean(dim=1) if block_shares is None else kept @ block_shares
 
 
 def reward(right: Tensor, actions: Tensor, gamma: float, block_shares: Tensor | None = None) -> Tensor:
