@@ -169,6 +169,7 @@ class Finetune(Section):
     estimator: Literal["self_critical", "straight_through"]
     alpha: Annotated[float, Field(gt=0.5, le=1)]
     entropy_weight: NonNegative
+    entropy_schedule: Literal["constant", "linear"]
     epochs: Count
     batch_size: Count
     policy_lr: Positive

@@ -28,6 +28,7 @@ class PolicyRules:
         gamma: penalty of a wrong prediction (Eq. 3).
         alpha: bound of the exploration, s' = alpha s + (1 - alpha)(1 - s).
         entropy_weight: weight of the policy's entropy, summed over blocks, in the loss.
+        entropy_epochs: over which that weight falls, to 0 after the last one; None: it stays.
         epochs_per_block: pace of the curriculum; None: every decision is learnt from the start.
         estimator: `self_critical` (the paper), `local_expectation` (frozen ResNet only) or
             `straight_through` (learning ResNet only); see `PolicyLearning`.
@@ -39,6 +40,7 @@ class PolicyRules:
     gamma: float
     alpha: float
     entropy_weight: float
+    entropy_epochs: int | None = None
     epochs_per_block: float | None = None
     estimator: str = "self_critical"
     flips: int = 0
@@ -129,6 +131,7 @@ class PolicyLearning:
         # a second column for each block says which are tried the other way
         self.noise_columns = resnet.num_blocks * (2 if rules.estimator == "local_expectation" else 1)
         device = next(policy_net.parameters()).device
+        self.entropy_weight = rules.entropy_weight
         self.learnt_count = resnet.num_blocks
         self.learnt = torch.ones(resnet.num_blocks, dtype=torch.bool, device=device)
         self.block_shares = (
@@ -139,7 +142,10 @@ class PolicyLearning:
         self.frozen = None if distillation else make_executor(networks, precision=precision)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Let the curriculum decide which blocks' decisions are learnt."""
+        """Set which blocks' decisions are learnt, and what the entropy weighs."""
+        over = self.rules.entropy_epochs
+        left = 1.0 if over is None else max(0.0, 1 - epoch / over)
+        self.entropy_weight = self.rules.entropy_weight * left
         num_blocks = self.resnet.num_blocks
         pace = self.rules.epochs_per_block
         self.learnt_count = (
@@ -188,7 +194,7 @@ class PolicyLearning:
         decisions = self._decide(batch)
         policy_loss, metrics = self._estimate(batch, decisions)
         entropy = pg.entropy(decisions.logits, self.learnt).mean()
-        backward(policy_loss - self.rules.entropy_weight * entropy, batch)
+        backward(policy_loss - self.entropy_weight * entropy, batch)
         update(self.optimizer)
         return {
             **metrics,

@@ -82,6 +82,7 @@ def main(params: Params) -> None:
             gamma=params.gamma,
             alpha=section.alpha,
             entropy_weight=section.entropy_weight,
+            entropy_epochs=section.epochs if section.entropy_schedule == "linear" else None,
             estimator=section.estimator,
             block_shares=shares,
         ),

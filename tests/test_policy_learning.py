@@ -226,6 +226,26 @@ def test_the_entropy_bonus_pushes_towards_one_half():
     assert ((bonus > 0) == (START > 0)).all()  # descent moves every logit towards 0
 
 
+@pytest.mark.parametrize(("epoch", "left"), [(0, 1.0), (1, 0.75), (3, 0.25)])
+def test_the_entropy_bonus_falls_over_its_epochs(epoch, left):
+    greedy = greedy_actions(torch.sigmoid(START))
+    policy_net = SameForAll()
+    learner = PolicyLearning(
+        RuleNet(),
+        policy_net,
+        optimizer=make_optimizer("sgd", [{"params": [policy_net.logits], "lr": 0.0}], weight_decay=0),
+        rules=PolicyRules(gamma=GAMMA, alpha=ALPHA, entropy_weight=0.3, entropy_epochs=4),
+        normalisation=NORMALISATION,
+        precision="fp32",
+        distillation=None,
+    )
+    learner.begin_epoch(epoch)
+    labels = torch.zeros(1, dtype=torch.int64)
+    learner.step(Batch(images=torch.zeros(1, 3, 8, 8), labels=labels, noise=noise_that_samples(greedy)))
+    whole = gradient_of_step(noise_that_samples(greedy), entropy_weight=0.3)
+    torch.testing.assert_close(policy_net.logits.grad, left * whole)
+
+
 def test_sampling_the_greedy_policy_teaches_nothing():
     greedy = greedy_actions(torch.sigmoid(START))
     assert not gradient_of_step(noise_that_samples(greedy)).any()
