@@ -31,6 +31,8 @@ def finished(tmp_path):
     (root / "presets/digits.yaml").write_text(preset)
     (root / "params.yaml").write_text(re.sub(r"^gamma: .*", "gamma: 2.5", preset, flags=re.M))
     (root / "metrics/evaluate.json").write_text(json.dumps(EVALUATED))
+    timed = {"reliable_batch32_fp32": 1, "speedup_batch32_fp32": 1.537, "speedup_batch32_bf16": 9.0}
+    (root / "metrics/benchmark.json").write_text(json.dumps({"benchmark": timed}))
     seconds = {"seconds": 120.0, "device": "CPU, 1 threads"}
     (root / "metrics/times/finetune.json").write_text(json.dumps(seconds))
     rows = "".join(f"{i},{right}\n" for i, right in enumerate(RIGHT))
@@ -63,6 +65,7 @@ def test_table_and_figure_show_every_row(finished, tmp_path):
     rows = {"one": results.row_of(finished, "digits")}
     text = results.table(rows)
     assert "| one | 2.5 | 0 | 75.00 % | 8.00 ± 1.00 of 15 | 7e+07 | 50.0 % | 3 (2.0) | 70.00 %" in text
+    assert " | 70.00 % | -, 1.54, - | - + - + 2 | " in text
     assert "| one | sole-20 | 0.00 % | 8e+07 | +75.00 (" in text
     results.figure(tmp_path / "figure.png", list(rows.values()))
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -29,6 +29,7 @@ from pipeline.runtime import choose_device, describe_machine
 FOLDER = project_root() / "results"
 ROWS = "rows"
 RESAMPLES = 10_000
+SPEEDUPS = (1, 32, 256)  # batch sizes whose speed-up the table shows
 TRAININGS = ("pretrain", "curriculum", "finetune")
 Row = Mapping[str, Any]
 
@@ -102,7 +103,15 @@ def row_of(root: Path, preset: str) -> dict[str, Any]:
         "evaluate": evaluated,
         "rivals": rivals,
         "times": seconds,
+        "benchmark": _speedups(root),
     }
+
+
+def _speedups(root: Path) -> dict[str, float]:
+    """How much faster, of the benchmark stage's metrics; nothing where it did not run."""
+    path = root / "metrics/benchmark.json"
+    found = json.loads(path.read_text(encoding="utf-8"))["benchmark"] if path.exists() else {}
+    return {name: value for name, value in found.items() if name.startswith("speedup_")}
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -130,6 +139,12 @@ def minutes_of(row: Row) -> str:
     return " + ".join("-" if s is None else f"{s / 60:.0f}" for s in spent)
 
 
+def speedup_of(row: Row, batch_size: int) -> str:
+    """The best static network's time by BlockDrop's in fp32, where the benchmark could tell."""
+    found = row.get("benchmark", {}).get(f"speedup_batch{batch_size}_fp32")
+    return "-" if found is None else f"{found:.2f}"
+
+
 def table(rows: Mapping[str, Row]) -> str:
     """results/README.md: for each network one table, BlockDrop by rising FLOPs, rivals beside it."""
     lines = [
@@ -138,7 +153,9 @@ def table(rows: Mapping[str, Row]) -> str:
         "Written by `python -m tools.results table` from `rows/`, each of which holds all parameters,",
         "metrics, times, versions and hardware of one run. Test images are touched once a run. FLOPs:",
         "2 per multiply-add, the policy network included. Differences: paired bootstrap over the test",
-        "images (95 %); they hold for these trained networks, not for other seeds.",
+        "images (95 %); they hold for these trained networks, not for other seeds. Faster: the time of",
+        "the best static form of the full network by BlockDrop's, fp32, on the machine below; none",
+        "where it was not measured reliably.",
     ]
     for source, depth in sorted({_network(row) for row in rows.values()}):
         own = {name: row for name, row in rows.items() if _network(row) == (source, depth)}
@@ -154,8 +171,8 @@ def _network(row: Row) -> tuple[str, int]:
 def _table(rows: Mapping[str, Row]) -> list[str]:
     lines = [
         "| run | gamma | seed | accuracy | blocks | FLOPs | of the full | policies (effective) | "
-        "another image's policy | training (min) | commit |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "another image's policy | faster at batch 1, 32, 256 | training (min) | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in sorted(rows.items(), key=lambda item: item[1]["evaluate"]["flops_mean"]):
         e, p = row["evaluate"], row["params"]
@@ -164,7 +181,9 @@ def _table(rows: Mapping[str, Row]) -> list[str]:
             f"{e['blocks_mean']:.2f} ± {e['blocks_std']:.2f} of {e['num_blocks']} | "
             f"{e['flops_mean']:.3g} | {100 * e['flops_mean'] / e['full_flops']:.1f} % | "
             f"{e['unique_policies']:.0f} ({e['effective_policies']:.1f}) | "
-            f"{100 * e['shuffled_accuracy']:.2f} % | {minutes_of(row)} | {row['commit']} |"
+            f"{100 * e['shuffled_accuracy']:.2f} % | "
+            f"{', '.join(speedup_of(row, size) for size in SPEEDUPS)} | "
+            f"{minutes_of(row)} | {row['commit']} |"
         )
     lines += ["", "Beside static networks:", ""]
     lines += [
