@@ -74,6 +74,18 @@ def add_up(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(sums, together.unbind(), strict=True))
 
 
+def mean_of_all(rows: Tensor, share: float) -> Tensor:
+    """Mean over the rows of all processes, [R, K] to [K]; without gradients.
+
+    Args:
+        share: of this process in the rows of all.
+    """
+    own = rows.detach().sum(dim=0) * (share / max(1, len(rows)))
+    if here().size > 1:
+        distributed.all_reduce(own)
+    return own
+
+
 def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Give every process the sum of all processes' gradients.
 

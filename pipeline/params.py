@@ -170,6 +170,7 @@ class Finetune(Section):
     alpha: Annotated[float, Field(gt=0.5, le=1)]
     entropy_weight: NonNegative
     entropy_schedule: Literal["constant", "linear"]
+    diversity_weight: NonNegative
     epochs: Count
     batch_size: Count
     policy_lr: Positive

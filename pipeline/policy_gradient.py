@@ -101,6 +101,22 @@ def entropy(logits: Tensor, learnt: Tensor | None = None) -> Tensor:
     return (each if learnt is None else each * learnt).sum(dim=1)
 
 
+def sameness(keep_prob: Tensor, mean_keep_prob: Tensor, learnt: Tensor | None = None) -> Tensor:
+    """A term whose gradient is minus that of the entropy of the mean policy: [B, K], [K] to a scalar.
+
+    That entropy, sum over blocks of H(E[s_k]), is large where a block runs for some images and not for
+    others. Bonus for it and a malus for E[H(s_k)] would be one for the mutual information of image and
+    decision (Krause et al. 2010, "Discriminative clustering by regularized information maximization");
+    without it, a block that helps on average ends up run by every image, and a policy as one for all.
+
+    Args:
+        mean_keep_prob: over the whole batch, of which keep_prob may hold a part.
+    """
+    mean = mean_keep_prob.detach().clamp(1e-4, 1 - 1e-4)
+    slopes = torch.logit(mean) if learnt is None else torch.logit(mean) * learnt
+    return (slopes * keep_prob).sum(dim=1).mean()
+
+
 def expectation_loss(slopes: Tensor, sampling_prob: Tensor) -> Tensor:
     """- slope p, summed over blocks, the mean over the batch: [B, K] twice to a scalar.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pipeline import distributed
 from pipeline import policy_gradient as pg
 from pipeline.curriculum import learnt_count, learnt_mask, restrict
 from pipeline.executors.base import Networks
@@ -29,6 +30,7 @@ class PolicyRules:
         alpha: bound of the exploration, s' = alpha s + (1 - alpha)(1 - s).
         entropy_weight: weight of the policy's entropy, summed over blocks, in the loss.
         entropy_epochs: over which that weight falls, to 0 after the last one; None: it stays.
+        diversity_weight: weight of the entropy of a batch's mean policy (`policy_gradient.sameness`).
         epochs_per_block: pace of the curriculum; None: every decision is learnt from the start.
         estimator: `self_critical` (the paper), `local_expectation` (frozen ResNet only) or
             `straight_through` (learning ResNet only); see `PolicyLearning`.
@@ -41,6 +43,7 @@ class PolicyRules:
     alpha: float
     entropy_weight: float
     entropy_epochs: int | None = None
+    diversity_weight: float = 0.0
     epochs_per_block: float | None = None
     estimator: str = "self_critical"
     flips: int = 0
@@ -194,7 +197,12 @@ class PolicyLearning:
         decisions = self._decide(batch)
         policy_loss, metrics = self._estimate(batch, decisions)
         entropy = pg.entropy(decisions.logits, self.learnt).mean()
-        backward(policy_loss - self.entropy_weight * entropy, batch)
+        loss = policy_loss - self.entropy_weight * entropy
+        if self.rules.diversity_weight:
+            keep_prob = torch.sigmoid(decisions.logits)
+            mean = distributed.mean_of_all(keep_prob, batch.share)
+            loss = loss + self.rules.diversity_weight * pg.sameness(keep_prob, mean, self.learnt)
+        backward(loss, batch)
         update(self.optimizer)
         return {
             **metrics,

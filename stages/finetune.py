@@ -83,6 +83,7 @@ def main(params: Params) -> None:
             alpha=section.alpha,
             entropy_weight=section.entropy_weight,
             entropy_epochs=section.epochs if section.entropy_schedule == "linear" else None,
+            diversity_weight=section.diversity_weight,
             estimator=section.estimator,
             block_shares=shares,
         ),

@@ -64,6 +64,7 @@ def policy(
             gamma=2.0,
             alpha=0.8,
             entropy_weight=0.01,
+            diversity_weight=0.1 if finetune else 0.0,
             epochs_per_block=None if finetune else 0.5,
             estimator=estimator,
             flips=2,

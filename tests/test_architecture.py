@@ -78,7 +78,10 @@ def test_sole_and_static_depend_on_the_fields_of_the_recipe_that_they_follow():
 
     recipe = {f"pretrain.{name}" for name in Pretrain.model_fields} - {"pretrain.checkpoint"}
     assert {p for p in STAGES["sole"]["params"] if p.startswith("pretrain")} == recipe
-    of_policy = {"checkpoint", "estimator", "alpha", "entropy_weight", "entropy_schedule", "policy_lr"}
+    of_policy = {
+        "checkpoint", "estimator", "alpha", "entropy_weight", "entropy_schedule", "diversity_weight",
+        "policy_lr",
+    }  # fmt: skip
     recipe = {f"finetune.{name}" for name in Finetune.model_fields.keys() - of_policy}
     assert {p for p in STAGES["static"]["params"] if p.startswith("finetune")} == recipe
 

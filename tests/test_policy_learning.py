@@ -246,6 +246,32 @@ def test_the_entropy_bonus_falls_over_its_epochs(epoch, left):
     torch.testing.assert_close(policy_net.logits.grad, left * whole)
 
 
+def test_the_diversity_bonus_is_the_slope_of_the_mean_policys_entropy():
+    greedy = greedy_actions(torch.sigmoid(START))
+    bonus = gradient_of_step(noise_that_samples(greedy), diversity_weight=0.3)
+    logits = START.clone().requires_grad_()  # one image: the mean policy is its own
+    entropy = torch.distributions.Bernoulli(logits=logits).entropy().sum()
+    torch.testing.assert_close(bonus, -0.3 * torch.autograd.grad(entropy, logits)[0])
+
+
+@pytest.mark.parametrize("learnt", [None, torch.tensor([False, True, True])])
+def test_sameness_has_the_gradient_of_the_mean_policys_entropy(learnt):
+    logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    keep_prob = torch.sigmoid(logits)
+    mean = keep_prob.mean(dim=0)
+    each = torch.distributions.Bernoulli(probs=mean).entropy()
+    exact = torch.autograd.grad((each if learnt is None else each[learnt]).sum(), logits)[0]
+    keep_prob = torch.sigmoid(logits)
+    parts = [pg.sameness(part, mean, learnt) / 2 for part in keep_prob.split(3)]
+    torch.testing.assert_close(torch.autograd.grad(sum(parts), logits)[0], -exact)
+
+
+def test_sameness_stays_finite_where_everybody_agrees():
+    keep_prob = torch.ones(2, 3, requires_grad=True)
+    pg.sameness(keep_prob, torch.tensor([1.0, 0.0, 0.5])).backward()
+    assert torch.isfinite(keep_prob.grad).all()
+
+
 def test_sampling_the_greedy_policy_teaches_nothing():
     greedy = greedy_actions(torch.sigmoid(START))
     assert not gradient_of_step(noise_that_samples(greedy)).any()
