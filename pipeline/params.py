@@ -166,7 +166,7 @@ class Finetune(Section):
     """Joint finetuning of policy and ResNet; its gamma is the top-level one."""
 
     checkpoint: PathText
-    estimator: Literal["self_critical", "straight_through"]
+    estimator: Literal["self_critical", "straight_through", "reinmax"]
     alpha: Annotated[float, Field(gt=0.5, le=1)]
     entropy_weight: NonNegative
     entropy_schedule: Literal["constant", "linear"]

@@ -50,19 +50,29 @@ def reward_slopes(
     sampling_prob: Tensor,
     gamma: float,
     block_shares: Tensor | None = None,
+    *,
+    both_ends: bool = False,
 ) -> Tensor:
     """The reward's slope in each action, from one backward pass of the classification loss.
 
     Under independent actions u_k ~ Bernoulli(p_k) the gradient of the expected reward in p_k is the mean
     of R(u with u_k = 1) - R(u with u_k = 0). Of R = q (1 - s^2) - (1 - q) gamma, with q = exp(-loss) and
-    s the share kept, the part by q is taken to first order in the block's share, where the block runs
-    (a straight-through gradient: Bengio et al. 2013, arXiv 1308.3432), and weighted by 1 / p_k because
-    only there it is known; the part by s, (s + w)^2 - s^2 for the other blocks' share s and the
-    block's own share w, is known for every block.
+    s the share kept, the part by s, (s + w)^2 - s^2 for the other blocks' share s and the block's own
+    share w, is known for every block. The part by q is estimated from slopes along the way from the
+    block's dropping to its running:
+
+    - from the slope where the block runs, weighted by 1 / p_k because it is known there alone (a
+      straight-through gradient: Bengio et al. 2013, arXiv 1308.3432), right to first order;
+    - with `both_ends`, from the mean of the slopes at both ends, each weighted by one over the
+      probability of being there: the trapezoid rule, right to second order (ReinMax: Liu et al. 2023,
+      "Bridging discrete and backpropagation: straight-through and beyond").
+
+    The first is little use beside a ResNet that learns: gradient descent takes the mean slope in the
+    scale of each residual to 0, however much worse the network would be without it.
 
     Args:
         likelihood: [B], q.
-        loss_slopes: [B, K], slope of the image's loss in the share of a block that runs.
+        loss_slopes: [B, K], slope of the image's loss in the share of a block, where it is.
         actions: [B, K] bool.
         sampling_prob: [B, K], p.
 
@@ -71,9 +81,12 @@ def reward_slopes(
     """
     share = kept_share(actions, block_shares)[:, None]
     each = 1 / actions.shape[1] if block_shares is None else block_shares
-    by_accuracy = likelihood[:, None] * (1 - share.square() + gamma) * -loss_slopes / sampling_prob
+    least = torch.finfo(sampling_prob.dtype).tiny
+    there = 1 / torch.where(actions, sampling_prob, 1 - sampling_prob).clamp_min(least)
+    weights = there / 2 if both_ends else there * actions
+    by_accuracy = likelihood[:, None] * (1 - share.square() + gamma) * -loss_slopes * weights
     others = share - actions * each
-    return by_accuracy * actions - likelihood[:, None] * (2 * others + each) * each
+    return by_accuracy - likelihood[:, None] * (2 * others + each) * each
 
 
 def log_prob(actions: Tensor, keep_prob: Tensor, learnt: Tensor | None = None) -> Tensor:

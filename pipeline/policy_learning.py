@@ -3,7 +3,9 @@
 Shapes: B images of a batch, K blocks, N classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +70,9 @@ class Decisions:
     greedy: Tensor
 
 
+Estimate = Callable[[Batch, Decisions], tuple[Tensor, dict[str, Tensor]]]
+
+
 class PolicyLearning:
     """Learning a policy with a frozen ResNet (the curriculum) or a learning one (joint finetuning).
 
@@ -80,7 +85,9 @@ class PolicyLearning:
       terms (local expectation gradients: Titsias and Lazaro-Gredilla 2015). 1 + flips passes, which a
       frozen ResNet makes fast.
     - `straight_through`: by the slope of the loss in each block's share, from the one pass that
-      trains the ResNet anyway (`policy_gradient.reward_slopes`): no further pass at all.
+      trains the ResNet anyway (`policy_gradient.reward_slopes`): no further pass at all, and a bias.
+    - `reinmax`: by the mean of the slopes where the block runs and where it does not, for which dropped
+      blocks are run forward too, without being learnt from: right to second order.
 
     Frozen, the ResNet stays in evaluation mode: no weight and no batch-norm statistic moves, unlike in
     the authors' code. In finetuning the sampled pass trains it, and a block's batch statistics are those
@@ -109,12 +116,14 @@ class PolicyLearning:
         precision: str,
         distillation: Distillation | None,
     ) -> None:
-        estimators = {
-            "self_critical": self._self_critical,
-            "straight_through" if distillation else "local_expectation": (
-                self._straight_through if distillation else self._local_expectation
-            ),
-        }
+        estimators: dict[str, Estimate] = {"self_critical": self._self_critical}
+        if distillation:
+            estimators |= {
+                "straight_through": partial(self._by_slopes, both_ends=False),
+                "reinmax": partial(self._by_slopes, both_ends=True),
+            }
+        else:
+            estimators["local_expectation"] = self._local_expectation
         if rules.estimator not in estimators:
             state = "learns" if distillation else "is frozen"
             raise ValueError(
@@ -246,12 +255,14 @@ class PolicyLearning:
         metrics = self._metrics(batch, passes[0], rewards[0], sampled)
         return pg.expectation_loss(slopes, decisions.sampling_prob), metrics
 
-    def _straight_through(self, batch: Batch, decisions: Decisions) -> tuple[Tensor, dict[str, Tensor]]:
+    def _by_slopes(
+        self, batch: Batch, decisions: Decisions, *, both_ends: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         sampled = decisions.sampled
         gates = torch.ones_like(decisions.sampling_prob, requires_grad=True)
         self.resnet.train()
         with autocast(batch.images.device, self.precision):
-            logits = self.resnet(batch.images, sampled, gates)
+            logits = self.resnet(batch.images, sampled, gates, try_dropped=both_ends)
         logits = logits.float()
         losses = self._learn(logits, batch)
         assert gates.grad is not None
@@ -266,6 +277,7 @@ class PolicyLearning:
             decisions.sampling_prob.detach(),
             self.rules.gamma,
             self.block_shares,
+            both_ends=both_ends,
         )
         rewards = self._reward(likelihood, sampled)
         metrics = self._metrics(batch, logits.detach(), rewards, sampled)

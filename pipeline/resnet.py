@@ -5,7 +5,7 @@ Shapes: B images, K blocks, N classes, C channels, H and W pixels, R rows that k
 Architecture: He et al. 2016, section 4.2 (depth 6n+2), with the shortcuts of the BlockDrop authors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -66,20 +66,45 @@ def put_rows(x: Tensor, rows: Tensor, new: Tensor) -> Tensor:
     return _as_images(_as_rows(x).index_copy(0, rows, _as_rows(new)), x)
 
 
-class _Gate(torch.autograd.Function):
-    """residual * gate for gates that are all 1: nothing to compute forward, and one sum backward."""
+class _Ran(torch.autograd.Function):
+    """What a block makes of its rows; backward, the slope in their gates too."""
 
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, gate: Tensor) -> Tensor:
-        ctx.save_for_backward(residual)
-        return residual.view_as(residual)
+    def forward(ctx: Any, ran: Tensor, shortcut: Tensor, gates: Tensor) -> Tensor:
+        ctx.save_for_backward(ran, shortcut)
+        return ran.view_as(ran)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        (residual,) = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:
+        ran, shortcut = ctx.saved_tensors
         (gradient,) = gradients
-        slopes = torch.linalg.vecdot(_as_rows(gradient), _as_rows(residual))  # in one pass
-        return gradient, slopes.float()
+        # not the difference of two products, which bfloat16 would round away
+        return gradient, None, _slopes(gradient, ran - shortcut)
+
+
+class _Tried(torch.autograd.Function):
+    """`x` as it is; backward, the slope in the gates of `rows`, had a block changed them by `change`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, change: Tensor, gates: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, change)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, Tensor]:
+        rows, change = ctx.saved_tensors
+        (gradient,) = gradients
+        return gradient, None, None, _slopes(take_rows(gradient, rows), change)
+
+
+def _slopes(gradient: Tensor, change: Tensor) -> Tensor:
+    """<gradient, change> of each image, [R, C, H, W] twice to [R] float32."""
+    return torch.linalg.vecdot(_as_rows(gradient), _as_rows(change)).float()
+
+
+def _as_deployed(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Batch norm by its running statistics, whatever its mode, and moving none."""
+    return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
 
 
 class PoolPadShortcut(nn.Module):
@@ -98,6 +123,9 @@ class PoolPadShortcut(nn.Module):
         return F.pad(F.avg_pool2d(x, self.stride), (0, 0, 0, 0, 0, self.extra_channels))
 
 
+Norm = Callable[[nn.BatchNorm2d, Tensor], Tensor]
+
+
 class Block(nn.Module):
     """A residual and a shortcut: relu(shortcut(x) + residual(x)).
 
@@ -111,12 +139,13 @@ class Block(nn.Module):
         """The residual's convolutions with their batch norms; a ReLU is after each but the last."""
         raise NotImplementedError
 
-    def residual(self, x: Tensor) -> Tensor:
-        """F(x): what dropping the block saves."""
-        *inner, (conv, bn) = self.convolutions()
-        for inner_conv, inner_bn in inner:
-            x = F.relu(inner_bn(inner_conv(x)))
-        return bn(conv(x))
+    def residual(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        """F(x): what dropping the block saves. `norm` takes the place of batch norm's own pass."""
+        *inner, last = self.convolutions()
+        for conv, bn in inner:
+            x = F.relu(bn(conv(x)) if norm is None else norm(bn, conv(x)))
+        conv, bn = last
+        return bn(conv(x)) if norm is None else norm(bn, conv(x))
 
     def forward(
         self,
@@ -124,26 +153,36 @@ class Block(nn.Module):
         rows: Tensor | None = None,
         gates: Tensor | None = None,
         *,
+        untaken: Tensor | None = None,
         runs: bool = False,
     ) -> Tensor:
         """Run the block on `rows` of x [B, C, H, W] (None: on all), the shortcut on every row.
 
         Args:
-            gates: [B] ones; the gradient that reaches one is <dL/dF, F> of its image's residual F.
+            gates: [B] ones; a gate's gradient is <dL/dout, change> of its image, the change being what
+                comes out with the block less what comes out without it.
+            untaken: rows that drop the block and whose gates get a gradient nonetheless: the block is
+                tried on them as it would be deployed, and changes nothing.
             runs: run it on no rows too, because other processes run it and their batch norm waits.
         """
         shortcut = self.shortcut(x)
         if rows is None:
-            return F.relu(shortcut + self._gated(x, gates))
-        if rows.numel() == 0 and not runs:
-            return shortcut
-        residual = self._gated(take_rows(x, rows), None if gates is None else gates[rows])
-        kept = F.relu(take_rows(shortcut, rows) + residual)
-        return put_rows(shortcut, rows, kept)
-
-    def _gated(self, x: Tensor, gates: Tensor | None) -> Tensor:
-        residual = self.residual(x)
-        return residual if gates is None else _Gate.apply(residual, gates)
+            ran = F.relu(shortcut + self.residual(x))
+            return ran if gates is None else _Ran.apply(ran, shortcut, gates)
+        out = shortcut
+        if rows.numel() or runs:
+            beside = take_rows(shortcut, rows)
+            ran = F.relu(beside + self.residual(take_rows(x, rows)))
+            if gates is not None:
+                ran = _Ran.apply(ran, beside, gates[rows])
+            out = put_rows(shortcut, rows, ran)
+        if untaken is not None and untaken.numel() and gates is not None:
+            with torch.no_grad():
+                beside = take_rows(shortcut, untaken)
+                residual = self.residual(take_rows(x, untaken), _as_deployed)
+                change = F.relu(beside + residual) - beside
+            out = _Tried.apply(out, untaken, change, gates[untaken])
+        return out
 
 
 class BasicBlock(Block):
@@ -250,7 +289,12 @@ class ResNet(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
     def forward(
-        self, images: Tensor, actions: Tensor | None = None, gates: Tensor | None = None
+        self,
+        images: Tensor,
+        actions: Tensor | None = None,
+        gates: Tensor | None = None,
+        *,
+        try_dropped: bool = False,
     ) -> Tensor:
         """Logits [B, N] of images [B, 3, H, W] under actions [B, K] (None: every block runs).
 
@@ -259,8 +303,11 @@ class ResNet(nn.Module):
         they do not, and a dropped block costs no time.
 
         Args:
-            gates: [B, K] ones, as factors of the residuals. They change no result; their gradient is
-                the loss's slope in the share of a block that runs, 0 for a block that does not.
+            gates: [B, K] ones, each the share of the way from what comes out of a block's shortcut
+                alone to what comes out of the block. They change no result; their gradient is the
+                loss's slope at that end of the way where the image is: where it runs the block.
+            try_dropped: also where it drops it, for which the block is run once more, forward alone, as
+                it would be deployed; else these gates' gradient is 0.
 
         Raises:
             ValueError: actions are not [B, K].
@@ -271,15 +318,19 @@ class ResNet(nn.Module):
         rows: Sequence[Tensor | None] = (
             [None] * self.num_blocks if actions is None else kept_rows(actions)
         )
+        untaken: Sequence[Tensor | None] = [None] * self.num_blocks
+        if try_dropped and actions is not None:
+            every = torch.arange(len(images), device=images.device)
+            untaken = [every if one is None else one for one in kept_rows(~actions)]
         columns: Sequence[Tensor | None] = [None] * self.num_blocks if gates is None else gates.unbind(1)
         runs = [False] * self.num_blocks
         if self.training and actions is not None and here().size > 1:
             runs = ran_anywhere([r is None or r.numel() > 0 for r in rows])
         x = self.stem(images)
-        for block, block_rows, column, block_runs in zip(
-            self.flat_blocks(), rows, columns, runs, strict=True
+        for block, block_rows, column, block_untaken, block_runs in zip(
+            self.flat_blocks(), rows, columns, untaken, runs, strict=True
         ):
-            x = block(x, block_rows, column, runs=block_runs)
+            x = block(x, block_rows, column, untaken=block_untaken, runs=block_runs)
         return self.head(x)
 
 

@@ -55,10 +55,24 @@ class SoftNet(RuleNet):
     SLOPES = torch.tensor([0.01, 0.002, 0.02])
     LEAST = 0.1
 
-    def forward(self, images, actions=None, gates=None):
-        kept = actions.float() if gates is None else actions * gates
-        right = torch.exp(-self.LEAST - (1 - kept) @ self.SLOPES)
+    def forward(self, images, actions=None, gates=None, *, try_dropped=False):
+        kept = actions.float()
+        if gates is not None:  # ones: their slope is to be that of a block's share
+            kept = kept + (gates - 1) * (1 if try_dropped else actions)
+        right = torch.exp(-self.loss(kept))
         return torch.stack([right, 1 - right], dim=1).log()
+
+    def loss(self, kept):
+        return self.LEAST + (1 - kept) @ self.SLOPES
+
+
+class FlatNet(SoftNet):
+    """Where a block runs a little more or less of it makes no difference, as after training."""
+
+    SLOPES = torch.tensor([0.1, 0.02, 0.3])
+
+    def loss(self, kept):
+        return self.LEAST + (1 - kept).square() @ self.SLOPES
 
 
 class SameForAll(torch.nn.Module):
@@ -183,29 +197,43 @@ def test_local_expectation_tries_learnt_blocks_alone(epoch):
     assert ((gradient != 0) == (torch.arange(K) >= K - 1 - epoch)).all()
 
 
-@pytest.mark.parametrize("shares", [None, (0.2, 0.5, 0.3)])
-def test_the_expected_step_of_straight_through_follows_the_gradient_where_slopes_are_small(shares):
+def expected_step(net: SoftNet, estimator: str, shares: tuple[float, ...] | None) -> torch.Tensor:
+    """Ascent of the logits, the mean over the actions that may be sampled."""
     prob = pg.bounded(torch.sigmoid(START), ALPHA)
     weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
-    net = SoftNet()
-    steps = torch.stack(
-        [
-            gradient_of_step(
-                noise_that_samples(a),
-                resnet=net,
-                finetune=True,
-                estimator="straight_through",
-                block_shares=shares,
-            )
-            for a in ALL_POLICIES
-        ]
-    )
+    steps = [
+        gradient_of_step(
+            noise_that_samples(a), resnet=net, finetune=True, estimator=estimator, block_shares=shares
+        )
+        for a in ALL_POLICIES
+    ]
+    return -(weights[:, None] * torch.stack(steps)).sum(dim=0)
+
+
+def exact_step(net: SoftNet, shares: tuple[float, ...] | None) -> torch.Tensor:
     logits = START.clone().requires_grad_()
-    right = torch.exp(-SoftNet.LEAST - (~ALL_POLICIES).float() @ SoftNet.SLOPES)
+    right = torch.exp(-net.loss(ALL_POLICIES.float()))
     reward = expected_reward(logits, right, None if shares is None else torch.tensor(shares))
-    exact = torch.autograd.grad(reward, logits)[0]
-    found = -(weights[:, None] * steps).sum(dim=0)
-    torch.testing.assert_close(found, exact, rtol=0.03, atol=0.0)
+    return torch.autograd.grad(reward, logits)[0]
+
+
+@pytest.mark.parametrize("shares", [None, (0.2, 0.5, 0.3)])
+@pytest.mark.parametrize("estimator", ["straight_through", "reinmax"])
+def test_the_expected_step_by_slopes_follows_the_gradient_where_slopes_are_small(estimator, shares):
+    net = SoftNet()
+    found = expected_step(net, estimator, shares)
+    torch.testing.assert_close(found, exact_step(net, shares), rtol=0.03, atol=0.0)
+
+
+@pytest.mark.parametrize("shares", [None, (0.2, 0.5, 0.3)])
+def test_reinmax_sees_what_a_block_is_worth_where_its_slope_is_nought(shares):
+    net = FlatNet()
+    exact = exact_step(net, shares)
+    first_order = expected_step(net, "straight_through", shares)
+    second_order = expected_step(net, "reinmax", shares)
+    assert ((second_order - exact).abs() < 0.2 * (first_order - exact).abs()).all()
+    assert exact[2] > 0 < second_order[2]  # worth running
+    assert first_order[2] < 0
 
 
 def test_an_estimator_that_does_not_fit_the_resnet_is_refused():

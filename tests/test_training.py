@@ -124,6 +124,7 @@ def test_a_classifier_learns(small_resnet, train_split, validation_split):
         (False, "local_expectation"),
         (True, "self_critical"),
         (True, "straight_through"),
+        (True, "reinmax"),
     ],
 )
 def test_resumed_training_ends_in_the_same_bytes(
@@ -268,7 +269,7 @@ def gradients_of(learner: PolicyLearning, split: Split) -> list[torch.Tensor]:
     return [p.grad for p in learner.resnet.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("estimator", ["self_critical", "straight_through"])
+@pytest.mark.parametrize("estimator", ["self_critical", "straight_through", "reinmax"])
 def test_the_resnet_learns_from_the_labels_as_without_a_policy(estimator, train_split):
     """The gates' gradients and the reward's reach the policy alone."""
     torch.manual_seed(0)
@@ -304,26 +305,63 @@ def test_targets_are_softened_by_the_share_of_the_teacher():
     assert softened(labels, logits, 0.5).tolist() == [[0.25, 0.75]]
 
 
-def test_gates_tell_the_slope_of_the_loss_in_the_share_of_a_block(small_resnet, train_split):
-    """Against a finite difference: a residual scaled by its last batch norm."""
+class PartBlock(torch.nn.Module):
+    """So much of the way from what comes out without a block to what comes out with it."""
+
+    def __init__(self, block: torch.nn.Module, share: torch.Tensor) -> None:
+        super().__init__()
+        self.block, self.share = block, share
+
+    def forward(self, x, rows, gates, **options):
+        without = self.block.shortcut(x)
+        return without + self.share[:, None, None, None] * (self.block(x) - without)
+
+
+@pytest.mark.parametrize("try_dropped", [False, True])
+def test_gates_tell_the_slope_of_the_loss_in_the_share_of_a_block(
+    small_resnet, train_split, try_dropped
+):
+    """Against finite differences."""
     small_resnet.double().eval()
-    images = NORMALISATION(train_split.images[:3]).double()
-    actions = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 0, 0]]).bool()
-    gates = torch.ones(3, 3, dtype=torch.float64, requires_grad=True)
-    small_resnet(images, actions, gates)[:, 0].sum().backward()
+    images = NORMALISATION(train_split.images[:4]).double()
+    actions = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 0, 0], [0, 1, 0]]).bool()
+    gates = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
+    logits = small_resnet(images, actions, gates, try_dropped=try_dropped)
+    torch.testing.assert_close(logits, small_resnet(images, actions))
+    logits[:, 0].sum().backward()
     step = 1e-6
-    for number, block in enumerate(small_resnet.flat_blocks()):
-        state = copy.deepcopy(block.bn2.state_dict())
+    for number in range(small_resnet.num_blocks):
         ends = []
-        for share in (1 - step, 1 + step):
-            block.bn2.load_state_dict(
-                {k: v * share if k in ("weight", "bias") else v for k, v in state.items()}
-            )
-            ends.append(small_resnet(images, actions)[:, 0].detach())
-        block.bn2.load_state_dict(state)
+        for change in (-step, step):
+            parts = [PartBlock(b, actions[:, k].double()) for k, b in enumerate(small_resnet.blocks)]
+            parts[number].share += change
+            x = small_resnet.stem(images)
+            for part in parts:
+                x = part(x, None, None)
+            ends.append(small_resnet.head(x)[:, 0].detach())
         slope = (ends[1] - ends[0]) / (2 * step)
-        torch.testing.assert_close(gates.grad[:, number], slope, rtol=1e-3, atol=1e-6)
-        assert ((slope != 0) == actions[:, number]).all()
+        assert (slope != 0).all()
+        expected = slope if try_dropped else slope * actions[:, number]
+        torch.testing.assert_close(gates.grad[:, number], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_trying_a_dropped_block_moves_no_statistic_and_no_weight(train_split):
+    torch.manual_seed(0)
+    one, other = ResNet(depth=8, width=4, num_classes=3), ResNet(depth=8, width=4, num_classes=3)
+    other.load_state_dict(one.state_dict())
+    images = NORMALISATION(train_split.images)
+    actions = torch.rand(len(images), 3, generator=torch.Generator().manual_seed(0)) < 0.5
+    actions[:, 1] = False  # nobody runs it
+    gates = torch.ones(len(images), 3, requires_grad=True)
+    one(images, actions, gates, try_dropped=True).square().sum().backward()
+    other(images, actions).square().sum().backward()
+    for (name, found), expected in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert (found.grad is None) == (expected.grad is None) == name.startswith("blocks.1.")
+        if found.grad is not None:
+            torch.testing.assert_close(found.grad, expected.grad)
+    for found, expected in zip(one.buffers(), other.buffers(), strict=True):
+        assert torch.equal(found, expected)
+    assert (gates.grad != 0).all()
 
 
 def test_a_high_penalty_keeps_more_blocks_than_none(train_split, validation_split):
