@@ -158,8 +158,9 @@ CASES: dict[str, Callable[[], dict]] = {
     "uneven": lambda: trained(classification(), images=37),
     # batches of one image: the second process has none
     "no rows": lambda: trained(policy(finetune=True, optimizer="sgd"), images=5, batch_size=1, epochs=1),
-    "no rows straight through": lambda: trained(
-        policy(finetune=True, optimizer="sgd", estimator="straight_through"),
+    "reinmax": lambda: trained(policy(finetune=True, optimizer="sgd", estimator="reinmax")),
+    "no rows reinmax": lambda: trained(
+        policy(finetune=True, optimizer="sgd", estimator="reinmax"),
         images=5,
         batch_size=1,
         epochs=1,

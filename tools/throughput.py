@@ -145,7 +145,7 @@ def learner_of(stage: str, depth: int, kept: float, device: torch.device, *, fas
         "adam", [{"params": list(policy_net.parameters()), "lr": 1e-3}], weight_decay=0
     )
     finetune = stage == "finetune"
-    estimator = ("straight_through" if finetune else "local_expectation") if fast else "self_critical"
+    estimator = ("reinmax" if finetune else "local_expectation") if fast else "self_critical"
     distillation = Distillation(
         resnet, share=0.5 if fast else 0.0, normalisation=NORMALISATION, precision="bf16"
     )
