@@ -32,18 +32,18 @@ def policy_statistics(actions: Tensor) -> dict[str, float]:
 CERTAIN = 0.01  # nats a decision, where a coin toss has 0.69
 
 
-def collapse(*, kept_share: float, entropy: float) -> str | None:
+def collapse(*, kept_share: float, entropy: float | None) -> str | None:
     """In what way a policy has collapsed, with the likely remedy; None where it has not.
 
     Args:
         kept_share: of all decisions that are learnt, how many keep their block, greedily.
-        entropy: nats a decision, mean over images and learnt blocks.
+        entropy: nats a decision, mean over images and learnt blocks; None where it is to fall to 0.
     """
     if kept_share == 1:
         return "it keeps every block of every image; lower gamma, or raise entropy_weight"
     if kept_share == 0:
         return "it drops every block of every image; raise gamma"
-    if entropy < CERTAIN:
+    if entropy is not None and entropy < CERTAIN:
         return (
             f"it no longer explores (entropy {entropy:.2g} nats a decision); raise entropy_weight, or "
             "lower the policy's learning rate"

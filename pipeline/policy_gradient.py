@@ -56,10 +56,11 @@ def reward_slopes(
     """The reward's slope in each action, from one backward pass of the classification loss.
 
     Under independent actions u_k ~ Bernoulli(p_k) the gradient of the expected reward in p_k is the mean
-    of R(u with u_k = 1) - R(u with u_k = 0). Of R = q (1 - s^2) - (1 - q) gamma, with q = exp(-loss) and
-    s the share kept, the part by s, (s + w)^2 - s^2 for the other blocks' share s and the block's own
-    share w, is known for every block. The part by q is estimated from slopes along the way from the
-    block's dropping to its running:
+    of R(u with u_k = 1) - R(u with u_k = 0), where R = q (1 - s^2 + gamma) - gamma with q = exp(-loss)
+    and s the share kept. With A for the bracket and indices for the two actions that is, exactly,
+    (q1 - q0) (p A0 + (1 - p) A1) + (A1 - A0) (p q1 + (1 - p) q0): both A are known, and the last factor
+    is the mean of the sampled q. What is left, q1 - q0, is estimated from slopes of q on the way from
+    the block's dropping to its running:
 
     - from the slope where the block runs, weighted by 1 / p_k because it is known there alone (a
       straight-through gradient: Bengio et al. 2013, arXiv 1308.3432), right to first order;
@@ -67,8 +68,9 @@ def reward_slopes(
       probability of being there: the trapezoid rule, right to second order (ReinMax: Liu et al. 2023,
       "Bridging discrete and backpropagation: straight-through and beyond").
 
-    The first is little use beside a ResNet that learns: gradient descent takes the mean slope in the
-    scale of each residual to 0, however much worse the network would be without it.
+    Beside a ResNet that learns the first sees little but costs: gradient descent takes the mean slope in
+    the scale of a residual to 0, however much worse the network would be without it. Neither sees a
+    block that turns a sure mistake into a sure success, where q is flat at both ends.
 
     Args:
         likelihood: [B], q.
@@ -81,12 +83,13 @@ def reward_slopes(
     """
     share = kept_share(actions, block_shares)[:, None]
     each = 1 / actions.shape[1] if block_shares is None else block_shares
-    least = torch.finfo(sampling_prob.dtype).tiny
+    others = share - actions * each
+    cost = (2 * others + each) * each  # A0 - A1
+    worth = 1 + gamma - others.square() - (1 - sampling_prob) * cost  # p A0 + (1 - p) A1
+    least = torch.finfo(sampling_prob.dtype).eps / 2  # nothing rarer is sampled but by a draw of 0
     there = 1 / torch.where(actions, sampling_prob, 1 - sampling_prob).clamp_min(least)
     weights = there / 2 if both_ends else there * actions
-    by_accuracy = likelihood[:, None] * (1 - share.square() + gamma) * -loss_slopes * weights
-    others = share - actions * each
-    return by_accuracy - likelihood[:, None] * (2 * others + each) * each
+    return likelihood[:, None] * (worth * -loss_slopes * weights - cost)
 
 
 def log_prob(actions: Tensor, keep_prob: Tensor, learnt: Tensor | None = None) -> Tensor:
@@ -117,10 +120,11 @@ def entropy(logits: Tensor, learnt: Tensor | None = None) -> Tensor:
 def sameness(keep_prob: Tensor, mean_keep_prob: Tensor, learnt: Tensor | None = None) -> Tensor:
     """A term whose gradient is minus that of the entropy of the mean policy: [B, K], [K] to a scalar.
 
-    That entropy, sum over blocks of H(E[s_k]), is large where a block runs for some images and not for
-    others. Bonus for it and a malus for E[H(s_k)] would be one for the mutual information of image and
-    decision (Krause et al. 2010, "Discriminative clustering by regularized information maximization");
-    without it, a block that helps on average ends up run by every image, and a policy as one for all.
+    That entropy, sum over blocks of H(E[s_k]), is largest where each block runs for half of the images.
+    Without a bonus for it a block that helps on average ends up run by every image, and the policy as
+    one for all. (The mutual information of image and decision is H(E[s_k]) - E[H(s_k)]: Krause et al.
+    2010, "Discriminative clustering by regularized information maximization". Here the second term is
+    not taken off, so that tossing a coin for each image scores as well.)
 
     Args:
         mean_keep_prob: over the whole batch, of which keep_prob may hold a part.

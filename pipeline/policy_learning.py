@@ -31,7 +31,7 @@ class PolicyRules:
         gamma: penalty of a wrong prediction (Eq. 3).
         alpha: bound of the exploration, s' = alpha s + (1 - alpha)(1 - s).
         entropy_weight: weight of the policy's entropy, summed over blocks, in the loss.
-        entropy_epochs: over which that weight falls, to 0 after the last one; None: it stays.
+        entropy_epochs: over which that weight falls evenly, to 1/epochs of it in the last; None: it stays.
         diversity_weight: weight of the entropy of a batch's mean policy (`policy_gradient.sameness`).
         epochs_per_block: pace of the curriculum; None: every decision is learnt from the start.
         estimator: `self_critical` (the paper), `local_expectation` (frozen ResNet only) or
@@ -85,9 +85,9 @@ class PolicyLearning:
       terms (local expectation gradients: Titsias and Lazaro-Gredilla 2015). 1 + flips passes, which a
       frozen ResNet makes fast.
     - `straight_through`: by the slope of the loss in each block's share, from the one pass that
-      trains the ResNet anyway (`policy_gradient.reward_slopes`): no further pass at all, and a bias.
+      trains the ResNet anyway (`policy_gradient.reward_slopes`): no further pass at all, first order.
     - `reinmax`: by the mean of the slopes where the block runs and where it does not, for which dropped
-      blocks are run forward too, without being learnt from: right to second order.
+      blocks are run forward too, with running statistics and without being learnt from: second order.
 
     Frozen, the ResNet stays in evaluation mode: no weight and no batch-norm statistic moves, unlike in
     the authors' code. In finetuning the sampled pass trains it, and a block's batch statistics are those
@@ -265,14 +265,15 @@ class PolicyLearning:
             logits = self.resnet(batch.images, sampled, gates, try_dropped=both_ends)
         logits = logits.float()
         losses = self._learn(logits, batch)
-        assert gates.grad is not None
+        # no gradient at all where no block ran, here or of this process's images
+        loss_slopes = torch.zeros_like(gates) if gates.grad is None else gates.grad
         # Where the paper's reward asks right or wrong: the probability of the label, or with a teacher
         # exp(-KL), which is 1 where the softened targets are met. The ResNet learns from the same loss,
         # so that its backward pass serves both.
         likelihood = torch.exp(-losses)
         slopes = pg.reward_slopes(
             likelihood,
-            gates.grad * (len(losses) / (batch.share or 1.0)),  # of each image's loss, not of its part
+            loss_slopes * (len(losses) / (batch.share or 1.0)),  # of each image's loss, not of its part
             sampled,
             decisions.sampling_prob.detach(),
             self.rules.gamma,

@@ -315,13 +315,15 @@ class ResNet(nn.Module):
         expected = (images.shape[0], self.num_blocks)
         if actions is not None and tuple(actions.shape) != expected:
             raise ValueError(f"actions have shape {tuple(actions.shape)}, expected {expected}")
-        rows: Sequence[Tensor | None] = (
-            [None] * self.num_blocks if actions is None else kept_rows(actions)
-        )
+        rows: Sequence[Tensor | None] = [None] * self.num_blocks
         untaken: Sequence[Tensor | None] = [None] * self.num_blocks
-        if try_dropped and actions is not None:
+        if actions is not None and try_dropped:  # both at once, for a single wait
+            both = kept_rows(torch.cat([actions.bool(), ~actions.bool()], dim=1))
             every = torch.arange(len(images), device=images.device)
-            untaken = [every if one is None else one for one in kept_rows(~actions)]
+            rows = both[: self.num_blocks]
+            untaken = [every if one is None else one for one in both[self.num_blocks :]]
+        elif actions is not None:
+            rows = kept_rows(actions)
         columns: Sequence[Tensor | None] = [None] * self.num_blocks if gates is None else gates.unbind(1)
         runs = [False] * self.num_blocks
         if self.training and actions is not None and here().size > 1:

@@ -223,7 +223,10 @@ class Keeper:
         blocks = cast(PolicyNet, self.learner.modules["policy_net"]).num_blocks
         if found["learnt_blocks"] < blocks:
             return
-        problem = collapse(kept_share=found["blocks_mean"] / blocks, entropy=found["entropy"])
+        settles = isinstance(self.section, Finetune) and self.section.entropy_schedule == "linear"
+        problem = collapse(
+            kept_share=found["blocks_mean"] / blocks, entropy=None if settles else found["entropy"]
+        )
         if problem:
             when = f"by the end of epoch {result.epoch + 1}"
             self._say_once(f"{self.name}: the policy has collapsed {when}: {problem}")

@@ -415,6 +415,7 @@ def test_divergence_is_seen_before_a_state_in_the_middle_of_an_epoch_is_saved(pa
         (1.0, 0.5, "keeps every block of every image; lower gamma"),
         (0.0, 0.5, "drops every block of every image; raise gamma"),
         (0.5, 0.001, "no longer explores .* raise entropy_weight"),
+        (0.0, None, "drops every block"),
         (0.999, 0.02, None),
         (0.001, 0.6, None),
     ],
@@ -462,6 +463,16 @@ def test_collapse_is_said_once_with_its_epoch_and_tagged_when_all_of_the_policy_
     if warns:
         assert "finetune: the policy has collapsed by the end of epoch 1: it keeps every block" in said
         assert "lower gamma" in run.tags["blockdrop.warning"]
+
+
+@pytest.mark.parametrize(("schedule", "warns"), [("constant", True), ("linear", False)])
+def test_a_policy_that_is_to_settle_may(schedule, warns, params, tmp_path, capsys):
+    section = params.finetune.model_copy(update={"entropy_schedule": schedule})
+    point = ResumePoint(path=tmp_path / "a.pt")
+    keeper = keeping.Keeper("finetune", section, Learner(), point, keeping.State(), Run())
+    validation = {"accuracy": 0.5, "blocks_mean": 3.0, "entropy": 0.001, "learnt_blocks": 6.0}
+    keeper.epoch_done(training.EpochResult(epoch=0, train={"loss": 1.0}, validation=validation))
+    assert ("no longer explores" in capsys.readouterr().err) == warns
 
 
 def test_interrupted_training_is_killed_in_mlflow_and_goes_on_in_the_same_run(

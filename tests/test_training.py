@@ -50,6 +50,7 @@ def policy_learner(
     gamma: float = 2.0,
     estimator: str = "self_critical",
     teacher_share: float = 0.0,
+    alpha: float = 0.8,
 ) -> PolicyLearning:
     torch.manual_seed(1)
     policy_net = PolicyNet(num_blocks=resnet.num_blocks, width=4)
@@ -67,7 +68,7 @@ def policy_learner(
         policy_net,
         optimizer=optimizer,
         rules=PolicyRules(
-            gamma=gamma, alpha=0.8, entropy_weight=0.01, epochs_per_block=epochs_per_block,
+            gamma=gamma, alpha=alpha, entropy_weight=0.01, epochs_per_block=epochs_per_block,
             estimator=estimator, flips=2,
         ),
         normalisation=NORMALISATION,
@@ -283,6 +284,18 @@ def test_the_resnet_learns_from_the_labels_as_without_a_policy(estimator, train_
     loss = torch.nn.functional.cross_entropy(other.train()(images, noise < 0.8), train_split.labels)
     expected = torch.autograd.grad(loss, list(other.parameters()))
     torch.testing.assert_close(found, list(expected))
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "reinmax"])
+def test_a_policy_that_drops_every_block_goes_on(estimator, train_split, small_resnet):
+    learner = policy_learner(small_resnet, finetune=True, estimator=estimator, alpha=1.0)
+    torch.nn.init.constant_(learner.policy_net.features.fc.bias, -50.0)
+    learner.begin_epoch(0)
+    noise = torch.full((len(train_split), 3), 0.5)
+    images = NORMALISATION(train_split.images)
+    found = learner.step(Batch(images=images, labels=train_split.labels, noise=noise))
+    assert found["blocks"] == 0
+    assert all(torch.isfinite(value) for value in found.values())
 
 
 def test_a_teacher_stays_as_it_was(small_resnet, train_split):
