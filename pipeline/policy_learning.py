@@ -31,7 +31,7 @@ class PolicyRules:
         gamma: penalty of a wrong prediction (Eq. 3).
         alpha: bound of the exploration, s' = alpha s + (1 - alpha)(1 - s).
         entropy_weight: weight of the policy's entropy, summed over blocks, in the loss.
-        entropy_epochs: over which that weight falls evenly, to 1/epochs of it in the last; None: it stays.
+        entropy_epochs: over which that weight falls, to 1/epochs of it in the last; None: it stays.
         diversity_weight: weight of the entropy of a batch's mean policy (`policy_gradient.sameness`).
         epochs_per_block: pace of the curriculum; None: every decision is learnt from the start.
         estimator: `self_critical` (the paper), `local_expectation` (frozen ResNet only) or

@@ -1,5 +1,6 @@
 """The authors' ResNet-32 on the real CIFAR-10: slow, and only where both can be had."""
 
+import json
 import os
 import shutil
 import sys
@@ -9,11 +10,13 @@ import pytest
 import torch
 from repository_copy import make_copy, ran
 
-from pipeline import legacy, sources
+from pipeline import checkpoint, legacy, sources
 from pipeline.data import DataError
 from pipeline.executors.base import Networks, UnavailableError
-from pipeline.inference import make_executor
-from pipeline.tensors import Normalisation
+from pipeline.inference import make_executor, predict, predict_policy
+from pipeline.policies import greedy_actions
+from pipeline.static_policies import static_rule
+from pipeline.tensors import Normalisation, Split
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -107,3 +110,29 @@ def test_preset_and_import_score_what_was_measured(cifar10, tmp_path):
     copy.run(sys.executable, "-m", "tools.import_checkpoint", str(WEIGHTS), "pretrain")
     assert ran(copy.run("dvc", "repro", "pretrain")) == ["check", "prepare", "pretrain"]
     assert float(copy.python(SCORE).split("SCORE")[1]) == pytest.approx(0.9233, abs=0.0002)
+
+
+def test_pretrained_networks_score_what_their_row_of_results_says(cifar10):
+    row = json.loads((ROOT / "results/rows/cifar10_resnet32_demo.json").read_text(encoding="utf-8"))
+    arrays = cifar10.splits["test"]
+    test = Split(images=torch.from_numpy(arrays.images), labels=torch.from_numpy(arrays.labels))
+    pair = checkpoint.load(ROOT / "pretrained/finetune")
+    norm = pair.normalisation
+    logits = predict_policy(pair.need_policy_net(), test, normalisation=norm, precision="fp32")
+    actions = greedy_actions(torch.sigmoid(logits))
+    blocks = float(actions.sum(dim=1).double().mean())
+    assert blocks == pytest.approx(row["evaluate"]["blocks_mean"], abs=0.01)
+    accuracies = {"blockdrop": predict(pair.need_resnet(), test, actions, normalisation=norm).accuracy}
+    for rival in row["rivals"]:
+        folder = {"full": "pretrain", "sole": f"sole/{rival['depth']}"}.get(
+            rival["kind"], f"static/{rival['kind']}-{rival['blocks']}"
+        )
+        resnet = checkpoint.load(ROOT / "pretrained" / folder).need_resnet()
+        kept = None
+        if rival["kind"] not in ("full", "sole"):
+            rule = static_rule(rival["kind"], rival["blocks"], resnet.stages)
+            kept = rule(torch.zeros(len(test), resnet.num_blocks))
+        accuracies[rival["name"]] = predict(resnet, test, kept, normalisation=norm).accuracy
+    expected = {r["name"]: r["accuracy"] for r in row["rivals"]}
+    expected["blockdrop"] = row["evaluate"]["accuracy"]
+    assert accuracies == pytest.approx(expected, abs=0.0003)

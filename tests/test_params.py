@@ -63,8 +63,8 @@ def test_digits_preset_is_the_params_file_of_the_repository():
 @pytest.mark.parametrize(
     "preset", [p for p in PRESETS if p.stem.startswith("cifar")], ids=lambda preset: preset.stem
 )
-def test_cifar_presets_have_the_authors_gamma_but_for_the_quick_one(preset):
-    assert (load(preset).gamma == 10) == (not preset.stem.endswith("_quick"))
+def test_cifar_presets_have_the_authors_gamma_but_for_our_own(preset):
+    assert (load(preset).gamma == 10) == (not preset.stem.endswith(("_quick", "_demo")))
 
 
 def test_every_preset_has_the_keys_of_digits():
