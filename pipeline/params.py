@@ -172,6 +172,7 @@ class Finetune(Section):
     entropy_schedule: Literal["constant", "linear"]
     diversity_weight: NonNegative
     epochs: Count
+    policy_epochs: Count | None
     batch_size: Count
     policy_lr: Positive
     resnet_optimizer: Optimizer
@@ -180,6 +181,15 @@ class Finetune(Section):
     weight_decay: NonNegative
     schedule: Schedule
     precision: Precision
+
+    @model_validator(mode="after")
+    def _policy_epochs(self) -> "Finetune":
+        if self.policy_epochs is not None and self.policy_epochs > self.epochs:
+            raise ValueError(
+                f"policy_epochs {self.policy_epochs} are more than epochs {self.epochs}; "
+                "lower them, or null for all epochs"
+            )
+        return self
 
 
 class Evaluate(Section):

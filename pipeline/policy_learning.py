@@ -32,6 +32,8 @@ class PolicyRules:
         alpha: bound of the exploration, s' = alpha s + (1 - alpha)(1 - s).
         entropy_weight: weight of the policy's entropy, summed over blocks, in the loss.
         entropy_epochs: over which that weight falls, to 1/epochs of it in the last; None: it stays.
+        policy_epochs: after which the policy is fixed and the ResNet learns under it as it is deployed;
+            None: it is learnt to the end.
         diversity_weight: weight of the entropy of a batch's mean policy (`policy_gradient.sameness`).
         epochs_per_block: pace of the curriculum; None: every decision is learnt from the start.
         estimator: `self_critical` (the paper), `local_expectation` (frozen ResNet only) or
@@ -45,6 +47,7 @@ class PolicyRules:
     alpha: float
     entropy_weight: float
     entropy_epochs: int | None = None
+    policy_epochs: int | None = None
     diversity_weight: float = 0.0
     epochs_per_block: float | None = None
     estimator: str = "self_critical"
@@ -129,6 +132,8 @@ class PolicyLearning:
             raise ValueError(
                 f"no estimator {rules.estimator} where the ResNet {state}: {', '.join(estimators)}"
             )
+        if rules.policy_epochs is not None and not distillation:
+            raise ValueError("with a fixed policy and a frozen ResNet nothing would learn")
         self.modules: dict[str, nn.Module] = {"policy_net": policy_net}
         if distillation:
             self.modules["resnet"] = resnet
@@ -144,6 +149,7 @@ class PolicyLearning:
         self.noise_columns = resnet.num_blocks * (2 if rules.estimator == "local_expectation" else 1)
         device = next(policy_net.parameters()).device
         self.entropy_weight = rules.entropy_weight
+        self.fixed = False
         self.learnt_count = resnet.num_blocks
         self.learnt = torch.ones(resnet.num_blocks, dtype=torch.bool, device=device)
         self.block_shares = (
@@ -154,10 +160,11 @@ class PolicyLearning:
         self.frozen = None if distillation else make_executor(networks, precision=precision)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Set which blocks' decisions are learnt, and what the entropy weighs."""
+        """Set whether the policy is learnt, which blocks' decisions are, and what the entropy weighs."""
         over = self.rules.entropy_epochs
         left = 1.0 if over is None else max(0.0, 1 - epoch / over)
         self.entropy_weight = self.rules.entropy_weight * left
+        self.fixed = self.rules.policy_epochs is not None and epoch >= self.rules.policy_epochs
         num_blocks = self.resnet.num_blocks
         pace = self.rules.epochs_per_block
         self.learnt_count = (
@@ -201,8 +208,10 @@ class PolicyLearning:
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One step on the mean over the batch of policy gradient, entropy and classification loss."""
-        self.policy_net.train()
         self.optimizer.zero_grad()
+        if self.fixed:
+            return self._step_under_fixed_policy(batch)
+        self.policy_net.train()
         decisions = self._decide(batch)
         policy_loss, metrics = self._estimate(batch, decisions)
         entropy = pg.entropy(decisions.logits, self.learnt).mean()
@@ -217,6 +226,25 @@ class PolicyLearning:
             **metrics,
             "entropy": entropy.detach() / self.learnt_count,  # per learnt block, at most ln 2
             "policy_loss": policy_loss.detach(),
+        }
+
+    def _step_under_fixed_policy(self, batch: Batch) -> dict[str, Tensor]:
+        """The ResNet learns; the policy decides as it is deployed, and its optimiser passes it by."""
+        self.policy_net.eval()
+        with torch.no_grad():
+            decisions = self._decide(batch)
+        logits = self._classify(batch, decisions.greedy, learn=True)
+        reward = self._reward(self._right(logits.detach(), batch.labels), decisions.greedy)
+        metrics = self._metrics(batch, logits.detach(), reward, decisions.greedy)
+        if self.rules.estimator == "self_critical":
+            metrics["greedy_reward"] = reward.mean()
+        metrics["cross_entropy"] = self._learn(logits, batch).mean()
+        update(self.optimizer)
+        entropy = pg.entropy(decisions.logits, self.learnt).mean()
+        return {
+            **metrics,
+            "entropy": entropy / self.learnt_count,
+            "policy_loss": torch.zeros_like(entropy),
         }
 
     def _self_critical(self, batch: Batch, decisions: Decisions) -> tuple[Tensor, dict[str, Tensor]]:

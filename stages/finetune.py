@@ -64,6 +64,7 @@ def main(params: Params) -> None:
     resnet = pretrained.need_resnet().to(device)
     policy_net = checkpoint.load(common.POLICY).need_policy_net().to(device)
     section = params.finetune
+    learning = section.policy_epochs or section.epochs
     shares = None
     if params.block_cost == "flops":
         shares = cost.measure(resnet, None, params.data.image_size).block_shares()
@@ -82,7 +83,8 @@ def main(params: Params) -> None:
             gamma=params.gamma,
             alpha=section.alpha,
             entropy_weight=section.entropy_weight,
-            entropy_epochs=section.epochs if section.entropy_schedule == "linear" else None,
+            entropy_epochs=learning if section.entropy_schedule == "linear" else None,
+            policy_epochs=section.policy_epochs,
             diversity_weight=section.diversity_weight,
             estimator=section.estimator,
             block_shares=shares,

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -51,6 +52,7 @@ def policy_learner(
     estimator: str = "self_critical",
     teacher_share: float = 0.0,
     alpha: float = 0.8,
+    policy_epochs: int | None = None,
 ) -> PolicyLearning:
     torch.manual_seed(1)
     policy_net = PolicyNet(num_blocks=resnet.num_blocks, width=4)
@@ -69,7 +71,7 @@ def policy_learner(
         optimizer=optimizer,
         rules=PolicyRules(
             gamma=gamma, alpha=alpha, entropy_weight=0.01, epochs_per_block=epochs_per_block,
-            estimator=estimator, flips=2,
+            estimator=estimator, flips=2, policy_epochs=policy_epochs,
         ),
         normalisation=NORMALISATION,
         precision="fp32",
@@ -284,6 +286,24 @@ def test_the_resnet_learns_from_the_labels_as_without_a_policy(estimator, train_
     loss = torch.nn.functional.cross_entropy(other.train()(images, noise < 0.8), train_split.labels)
     expected = torch.autograd.grad(loss, list(other.parameters()))
     torch.testing.assert_close(found, list(expected))
+
+
+@pytest.mark.parametrize("estimator", ["self_critical", "reinmax"])
+def test_after_its_epochs_the_policy_is_fixed_and_the_resnet_learns_on(
+    estimator, train_split, validation_split, small_resnet
+):
+    learner = policy_learner(small_resnet, finetune=True, estimator=estimator, policy_epochs=2)
+    position, policy, resnet, rows = Position(), [], [], []
+    for epochs in (1, 2, 3, 4):
+        rows += run(learner, train_split, validation_split, epochs=epochs, position=position)
+        policy.append(weights(learner.policy_net))
+        resnet.append(weights(learner.resnet))
+    assert not same(policy[0], policy[1])
+    assert same(policy[1], policy[2])
+    assert same(policy[1], policy[3])
+    assert not any(same(one, other) for one, other in itertools.pairwise(resnet))
+    assert rows[3].train.keys() == rows[0].train.keys()
+    assert rows[3].train["policy_loss"] == 0 < rows[0].train["blocks"]
 
 
 @pytest.mark.parametrize("estimator", ["straight_through", "reinmax"])
