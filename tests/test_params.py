@@ -396,6 +396,15 @@ def test_policy_input_as_large_as_the_image_is_accepted(path):
     assert load(path).policy_net.input_size == 16
 
 
+def test_a_policy_that_would_be_learnt_for_longer_than_the_finetuning_is_refused(path):
+    message = refusal(path, {"finetune.epochs": 3, "finetune.policy_epochs": 4})
+    assert "policy_epochs 4 " in message
+    assert "epochs 3" in message
+    assert "lower them, or null" in message
+    write(path, {"finetune.epochs": 3, "finetune.policy_epochs": 3})
+    assert load(path).finetune.policy_epochs == 3
+
+
 @pytest.mark.parametrize("padding", [16, 20])
 def test_padding_as_large_as_the_image_is_refused(path, padding):
     message = refusal(path, {"augmentation.crop_padding": padding})
