@@ -62,8 +62,9 @@ def test_row_has_results_rivals_and_what_it_takes_to_have_it_again(finished):
 
 
 def test_table_and_figure_show_every_row(finished, tmp_path):
-    rows = {"one": results.row_of(finished, "digits")}
+    rows = {"one": results.row_of(finished, "digits") | {"note": "Trained at night."}}
     text = results.table(rows)
+    assert text.rstrip().endswith("Trained at night.")
     assert "| one | 2.5 | 0 | 75.00 % | 8.00 ± 1.00 of 15 | 7e+07 | 50.0 % | 3 (2.0) | 70.00 %" in text
     assert " | 70.00 % | -, 1.54, - | - + - + 2 | " in text
     assert "| one | sole-20 | 0.00 % | 8e+07 | +75.00 (" in text

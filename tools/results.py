@@ -209,7 +209,8 @@ def _table(rows: Mapping[str, Row]) -> list[str]:
     for name, row in rows.items():
         devices = {time["device"] for time in row["times"].values() if time.get("device")}
         machine = f"{row['machine']['processor']}; {'; '.join(sorted(devices))}"
-        lines.append(f"- {name}: {command_of(row)}; {machine}")
+        note = f". {row['note']}" if row.get("note") else ""
+        lines.append(f"- {name}: {command_of(row)}; {machine}{note}")
     return lines
 
 
@@ -247,11 +248,12 @@ def main() -> None:
     record = commands.add_parser("record")
     record.add_argument("name")
     record.add_argument("--preset", required=True)
+    record.add_argument("--note", default="", help="what a reader of the row must know besides")
     record.add_argument("--root", type=Path, default=project_root())
     commands.add_parser("table")
     arguments = parser.parse_args()
     if arguments.command == "record":
-        row = row_of(arguments.root, arguments.preset)
+        row = row_of(arguments.root, arguments.preset) | {"note": arguments.note}
         path = FOLDER / ROWS / f"{arguments.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(row, indent=1, sort_keys=True) + "\n")
