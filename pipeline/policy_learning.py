@@ -36,8 +36,8 @@ class PolicyRules:
             None: it is learnt to the end.
         diversity_weight: weight of the entropy of a batch's mean policy (`policy_gradient.sameness`).
         epochs_per_block: pace of the curriculum; None: every decision is learnt from the start.
-        estimator: `self_critical` (the paper), `local_expectation` (frozen ResNet only) or
-            `straight_through` (learning ResNet only); see `PolicyLearning`.
+        estimator: `self_critical` (the paper), `local_expectation` (frozen ResNet only),
+            `straight_through` or `reinmax` (learning ResNet only); see `PolicyLearning`.
         flips: blocks of an image whose other action is tried in a step, for `local_expectation`.
         soft_reward: reward by the probability of the label, not by right or wrong.
         block_shares: what each block costs as a share of all, K numbers; None: equal, as in the paper.
@@ -100,6 +100,9 @@ class PolicyLearning:
     as it is deployed. A baseline may be anything that does not depend on the sampled actions, so what is
     estimated is the former's gradient, but for one term: where u = u~ the advantage is 0 by definition,
     and is set so, not left to the difference between the two kinds of statistics.
+
+    Unlike in the paper, the policy may be fixed after `policy_epochs`: as long as actions are sampled, the
+    ResNet learns on paths other than those that it will be run on.
 
     Args:
         distillation: the ResNet's loss; None: the ResNet is frozen.
@@ -234,12 +237,16 @@ class PolicyLearning:
         with torch.no_grad():
             decisions = self._decide(batch)
         logits = self._classify(batch, decisions.greedy, learn=True)
-        reward = self._reward(self._right(logits.detach(), batch.labels), decisions.greedy)
-        metrics = self._metrics(batch, logits.detach(), reward, decisions.greedy)
-        if self.rules.estimator == "self_critical":
-            metrics["greedy_reward"] = reward.mean()
-        metrics["cross_entropy"] = self._learn(logits, batch).mean()
+        losses = self._learn(logits, batch)
         update(self.optimizer)
+        # the reward that the estimator has shown so far, so that its curve has no step
+        critical = self.rules.estimator == "self_critical"
+        right = self._right(logits.detach(), batch.labels) if critical else torch.exp(-losses)
+        reward = self._reward(right, decisions.greedy)
+        metrics = self._metrics(batch, logits.detach(), reward, decisions.greedy)
+        metrics["cross_entropy"] = losses.mean()
+        if critical:
+            metrics["greedy_reward"] = reward.mean()
         entropy = pg.entropy(decisions.logits, self.learnt).mean()
         return {
             **metrics,

@@ -50,7 +50,11 @@ def classification(
 
 
 def policy(
-    *, finetune: bool, optimizer: str = "adam", estimator: str = "self_critical"
+    *,
+    finetune: bool,
+    optimizer: str = "adam",
+    estimator: str = "self_critical",
+    policy_epochs: int | None = None,
 ) -> PolicyLearning:
     networks = resnet(), PolicyNet(num_blocks=6, width=4)
     distillation = Distillation(networks[0], share=0.5, normalisation=NORMALISATION, precision="fp32")
@@ -65,6 +69,7 @@ def policy(
             alpha=0.8,
             entropy_weight=0.01,
             diversity_weight=0.1 if finetune else 0.0,
+            policy_epochs=policy_epochs,
             epochs_per_block=None if finetune else 0.5,
             estimator=estimator,
             flips=2,
@@ -158,7 +163,9 @@ CASES: dict[str, Callable[[], dict]] = {
     "uneven": lambda: trained(classification(), images=37),
     # batches of one image: the second process has none
     "no rows": lambda: trained(policy(finetune=True, optimizer="sgd"), images=5, batch_size=1, epochs=1),
-    "reinmax": lambda: trained(policy(finetune=True, optimizer="sgd", estimator="reinmax")),
+    "reinmax": lambda: trained(
+        policy(finetune=True, optimizer="sgd", estimator="reinmax", policy_epochs=1)
+    ),
     "no rows reinmax": lambda: trained(
         policy(finetune=True, optimizer="sgd", estimator="reinmax"),
         images=5,

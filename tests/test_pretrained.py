@@ -13,6 +13,7 @@ FOLDER = ROOT / "pretrained"
 DEMO = load(ROOT / "presets/cifar10_demo.yaml")
 QUICK = load(ROOT / "presets/cifar10_resnet32_quick.yaml")
 ROW = json.loads((ROOT / "results/rows/cifar10_resnet32_demo.json").read_text(encoding="utf-8"))
+STAGES = ("pretrain", "curriculum", "finetune", "sole", "static")
 NETWORKS = sorted(path.parent for path in FOLDER.rglob("model.json"))
 
 
@@ -23,9 +24,6 @@ def test_the_demo_is_the_quick_preset_with_checkpoints_in_place_of_trainings():
     checkpoints = {f"{stage}.checkpoint" for stage in STAGES}
     assert checkpoints <= changed
     assert {key.split(".")[0] for key in changed - checkpoints} <= {"benchmark"}
-
-
-STAGES = ("pretrain", "curriculum", "finetune", "sole", "static")
 
 
 def test_the_demo_names_what_is_there_and_nothing_else_is():

@@ -155,5 +155,5 @@ def _legend(ax: Axes, curriculum: Rows, finetune: Rows, *, greedy: bool) -> None
     ax.set_axis_off()
     said = "accuracy, reward and blocks:\nof the most likely policy"
     if not greedy:
-        said += "\n(of training images: sampled ones)"
+        said += "\n(of training images, while it learns:\nof sampled ones)"
     ax.legend(handles=handles, loc="center", title=said, title_fontsize=8.5, alignment="left")
