@@ -121,11 +121,11 @@ def sameness(keep_prob: Tensor, mean_keep_prob: Tensor, learnt: Tensor | None = 
     """A term whose gradient is minus that of the entropy of the mean policy: [B, K], [K] to a scalar.
 
     No part of the paper. That entropy, sum over blocks of H(E[s_k]) in nats, is largest where each block
-    runs for half of the images. Without a bonus for it a block that helps on average ends up run by every
-    image, and the policy as one for all. (The mutual information of image and decision is
+    runs for half of the images. Without a bonus for it a block that helps on average ends up run by
+    every image, and the policy as one for all. (The mutual information of image and decision is
     H(E[s_k]) - E[H(s_k)]: Krause et al. 2010, "Discriminative clustering by regularized information
-    maximization". Here the second term is not taken off, so that tossing a coin for each image scores as
-    well.)
+    maximization". Here the second term is not taken off, so that tossing a coin for each image scores
+    as well.)
 
     Args:
         mean_keep_prob: over the whole batch, of which keep_prob may hold a part.

@@ -101,8 +101,8 @@ class PolicyLearning:
     estimated is the former's gradient, but for one term: where u = u~ the advantage is 0 by definition,
     and is set so, not left to the difference between the two kinds of statistics.
 
-    Unlike in the paper, the policy may be fixed after `policy_epochs`: as long as actions are sampled, the
-    ResNet learns on paths other than those that it will be run on.
+    Unlike in the paper, the policy may be fixed after `policy_epochs`: as long as actions are sampled,
+    the ResNet learns on paths other than those that it will be run on.
 
     Args:
         distillation: the ResNet's loss; None: the ResNet is frozen.

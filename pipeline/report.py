@@ -16,18 +16,21 @@ from pipeline.families import num_blocks
 
 Numbers = Mapping[str, Any]
 Outcomes = Mapping[str, NDArray[np.bool_]]
+Published = tuple[str, float, float | None, float | None]  # name, accuracy, blocks, FLOPs
 MACHINE = ("device", "processor", "threads")  # what makes times comparable
 LEARNING = ("curriculum", "finetune")  # what BlockDrop trains on top of a ResNet
 RULES = {"first": "FirstK", "random": "RandomK", "distribute": "DistributeK"}
 RESAMPLES = 10_000
 ONE_DRAW = "RandomK is compared in one draw of its blocks; the table has the mean of several."
 
-# Wu et al. 2018, by data set and depth: accuracy, blocks, FLOPs
-PAPER = {
+# by data set and depth, of Wu et al. 2018; and, as what came after, of Verelst and Tuytelaars 2020
+# (arXiv 1912.03203), whose networks skip pixels and not blocks
+PAPER: dict[tuple[str, int], tuple[Published, ...]] = {
     ("cifar10", 110): (
         ("ResNet-110 in the paper", 0.932, 54.0, 5.1e8),
         ("BlockDrop in the paper, gamma 10", 0.936, 16.93, 1.81e8),
         ("the same before finetuning, gamma 1", 0.754, 20.10, None),
+        ("DynConv (CVPR 2020)", 0.9358, None, 1.11e8),
     ),
 }
 
@@ -94,8 +97,8 @@ def rivals(results: Results) -> list[Rival]:
     return found
 
 
-def published(params: Numbers) -> Sequence[tuple[str, float, float, float | None]]:
-    """The authors' numbers for this data set and depth: name, accuracy, blocks, FLOPs."""
+def published(params: Numbers) -> Sequence[Published]:
+    """What papers say for this data set and depth."""
     return PAPER.get((params["data.source"], params["resnet.depth"]), ())
 
 
@@ -189,7 +192,7 @@ def beneficial(answer: Numbers) -> str:
 
 def _top(results: Results) -> list[str]:
     params, own, full = results.params, results.evaluated, results.baseline["baseline"]
-    rows = [
+    rows: list[Published] = [
         ("ResNet, every block", full["accuracy"], full["num_blocks"], full["flops"]),
         ("**BlockDrop**", own["accuracy"], own["blocks_mean"], own["flops_mean"]),
         *((r.said, r.accuracy, r.blocks, r.flops) for r in rivals(results)),
@@ -355,10 +358,10 @@ def _rival(said: str, name: str, numbers: Numbers, blocks: float) -> Rival:
 
 
 def _network_row(
-    name: str, accuracy: float, blocks: float, flops: float | None, *, full: float
+    name: str, accuracy: float, blocks: float | None, flops: float | None, *, full: float
 ) -> tuple[str, ...]:
     cost = ("", "") if flops is None else (f"{flops:.3g}", f"{100 * flops / full:.1f} %")
-    return name, f"{100 * accuracy:.2f} %", f"{blocks:.2f}", *cost
+    return name, f"{100 * accuracy:.2f} %", "" if blocks is None else f"{blocks:.2f}", *cost
 
 
 def _timing_row(answer: Numbers) -> tuple[str, ...]:

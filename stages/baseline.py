@@ -29,7 +29,9 @@ from pipeline.tracking.runs import stage_run
 from stages import common
 
 PRETRAIN_TIMES = common.METRICS / "times" / "pretrain.json"
-RANDOM_DRAWS = 5  # of every image's blocks under the rule `random`, over which accuracies are means
+# of every image's blocks under the rule `random`, over which accuracies are means: 2 at least, for their
+# deviation, and more where test images are few, since each draw is a pass for every number of blocks
+MOST_DRAWS, PREDICTIONS = 5, 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,11 @@ class Network:
             "accuracy": self.accuracy,
             "accuracy_std": self.accuracy_std,
         }
+
+
+def random_draws(images: int) -> int:
+    """How often the rule `random` is drawn on so many test images: 2 to 5 times."""
+    return min(MOST_DRAWS, max(2, PREDICTIONS // images))
 
 
 def with_every_block(kind: str, resnet: ResNet, test: Images, found: Predictions) -> Network:
@@ -193,7 +200,7 @@ def main(params: Params) -> None:
         seconds = time.monotonic() - started
         full = with_every_block("full", resnet, test, found)
         draw = generator(params.seed, "baseline")
-        noise = torch.rand(RANDOM_DRAWS, len(test), resnet.num_blocks, generator=draw)
+        noise = torch.rand(random_draws(len(test)), len(test), resnet.num_blocks, generator=draw)
         rules = product(RULES, range(resnet.num_blocks + 1))
         unfinetuned = ruled(pretrained, rules, test, noise, finetuned=False)
         trained = trained_networks(params, test, noise)

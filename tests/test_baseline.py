@@ -92,13 +92,20 @@ def test_it_measures_what_params_yaml_names_and_no_stale_folder(params, tmp_path
     assert times["train_seconds"] == 12.5
 
 
+@pytest.mark.parametrize(
+    ("images", "draws"), [(1, 5), (450, 5), (2_500, 4), (5_000, 2), (10_000, 2), (50_000, 2)]
+)
+def test_a_large_test_set_takes_few_draws_but_enough_for_their_deviation(images, draws):
+    assert baseline.random_draws(images) == draws
+
+
 def test_random_blocks_are_the_mean_and_deviation_of_all_draws(params, tmp_path, monkeypatch):
     """With a network that is right where the first block runs: draws differ in that share."""
     monkeypatch.setattr(baseline, "right", lambda execute, test, actions: actions[:, 0])
     baseline.main(params)
     count = len(load_split(tmp_path / "data/prepared", "test", CPU))
     draw = generator(params.seed, "baseline")
-    noise = torch.rand(baseline.RANDOM_DRAWS, count, BLOCKS, generator=draw)
+    noise = torch.rand(baseline.random_draws(count), count, BLOCKS, generator=draw)
     for kept in (1, 3, 5):
         actions = noise.argsort(dim=2).argsort(dim=2) < kept
         shares = actions[:, :, 0].double().mean(dim=1)
@@ -157,7 +164,7 @@ def test_random_is_the_mean_over_seeded_draws(params, tmp_path):
     resnet = checkpoint.load(tmp_path / "models/pretrain").need_resnet()
     test = load_split(tmp_path / "data/prepared", "test", CPU)
     draw = generator(params.seed, "baseline")
-    noise = torch.rand(baseline.RANDOM_DRAWS, len(test), BLOCKS, generator=draw)
+    noise = torch.rand(baseline.random_draws(len(test)), len(test), BLOCKS, generator=draw)
     drawn = noise.argsort(dim=2).argsort(dim=2) < 4
     found = [predict(resnet, test, actions, normalisation=NORMALISATION) for actions in drawn]
     accuracies = torch.tensor([f.accuracy for f in found], dtype=torch.float64)

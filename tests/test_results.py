@@ -72,6 +72,26 @@ def test_table_and_figure_show_every_row(finished, tmp_path):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_published_numbers_stand_beside_their_data_set_alone(finished):
+    row = results.row_of(finished, "digits")
+    assert "Published" not in results.table({"one": row})
+    row["params"]["data.source"] = "cifar10"
+    text = results.table({"one": row})
+    assert "Published for ResNet-110 on cifar10:" in text
+    assert "| DynConv (CVPR 2020) | 93.58 % | 1.11e+08 |" in text
+
+
+def test_the_figure_names_the_seed_where_there_are_several(finished, monkeypatch, tmp_path):
+    row = results.row_of(finished, "digits")
+    other = row | {"params": row["params"] | {"seed": 7}}
+    drawn = {}
+    monkeypatch.setattr(results, "trade_off", lambda path, **given: drawn.update(given))
+    results.figure(tmp_path / "figure.png", [row])
+    assert [point["label"] for point in drawn["blockdrop"]] == ["gamma 2.5"]
+    results.figure(tmp_path / "figure.png", [row, other])
+    assert [point["label"] for point in drawn["blockdrop"]] == ["gamma 2.5, seed 0", "gamma 2.5, seed 7"]
+
+
 def test_unfinished_run_is_refused_with_a_remedy(finished):
     (finished / "metrics/evaluate.json").unlink()
     with pytest.raises(UserError, match=r"metrics/evaluate.json is missing; finish `dvc repro` first"):

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.figures.trade_off import trade_off
 from pipeline.files import write_text
 from pipeline.params import Params
-from pipeline.report import published
+from pipeline.report import PAPER
 from pipeline.resume import project_root
 from pipeline.runtime import choose_device, describe_machine
 
@@ -198,13 +198,15 @@ def _table(rows: Mapping[str, Row]) -> list[str]:
                 f"{rival['flops']:.3g} | {mean:+.2f} ({low:+.2f} to {high:+.2f}) |"
             )
     first = next(iter(rows.values()))
-    numbers = published(first["params"])
-    if numbers:
-        lines += ["", "Published:", "", "| what | accuracy | FLOPs |", "|---|---|---|"]
-    lines += [
-        f"| {said} | {100 * accuracy:.2f} % | {'-' if flops is None else f'{flops:.3g}'} |"
-        for said, accuracy, _, flops in numbers
-    ]
+    for (source, depth), numbers in PAPER.items():
+        if source != first["params"]["data.source"]:
+            continue
+        lines += ["", f"Published for ResNet-{depth} on {source}:", ""]
+        lines += ["| what | accuracy | FLOPs |", "|---|---|---|"]
+        lines += [
+            f"| {said} | {100 * accuracy:.2f} % | {'-' if flops is None else f'{flops:.3g}'} |"
+            for said, accuracy, _, flops in numbers
+        ]
     lines += ["", "How:", ""]
     for name, row in rows.items():
         devices = {time["device"] for time in row["times"].values() if time.get("device")}
@@ -228,7 +230,7 @@ def figure(path: Path, rows: Sequence[Row]) -> None:
     points = [
         {
             "gamma": row["params"]["gamma"],
-            "label": f"gamma {row['params']['gamma']:g}",
+            "label": _label(row, rows),
             "flops": row["evaluate"]["flops_mean"],
             "accuracy": row["evaluate"]["accuracy"],
             "blocks": row["evaluate"]["blocks_mean"],
@@ -239,6 +241,13 @@ def figure(path: Path, rows: Sequence[Row]) -> None:
     trade_off(
         path, baselines=list(rivals.values()), blockdrop=points, title=f"ResNet-{depth} on {source}"
     )
+
+
+def _label(row: Row, rows: Sequence[Row]) -> str:
+    """The gamma, and the seed where rows differ in it."""
+    several = len({other["params"]["seed"] for other in rows}) > 1
+    said = f"gamma {row['params']['gamma']:g}"
+    return f"{said}, seed {row['params']['seed']}" if several else said
 
 
 def main() -> None:
