@@ -80,3 +80,12 @@ def measure(resnet: ResNet, policy_net: PolicyNet | None, image_size: int) -> Co
     if policy_net is not None:
         policy_flops = _count(_on_meta(policy_net), image)[0]
     return Cost(always=always + policy_flops, policy_net=policy_flops, blocks=tuple(blocks))
+
+
+def rewarded_shares(resnet: ResNet, image_size: int, block_cost: str) -> tuple[float, ...] | None:
+    """What each block counts in the reward, as a share of all, K numbers.
+
+    Args:
+        block_cost: `flops`, or `equal` as in the paper, which gives None.
+    """
+    return measure(resnet, None, image_size).block_shares() if block_cost == "flops" else None

@@ -10,6 +10,7 @@ from pipeline.params import Params
 from pipeline.policy_learning import PolicyLearning, PolicyRules
 from pipeline.policy_net import PolicyNet
 from pipeline.processes import is_main
+from pipeline.resnet import ResNet
 from pipeline.runtime import choose_device, seed_everything
 from pipeline.training import Metrics, make_optimizer
 from stages import common, trainer
@@ -33,6 +34,41 @@ def import_policy_net(path: Path, pretrained: Checkpoint) -> PolicyNet:
     return policy_net
 
 
+def learner_of(params: Params, resnet: ResNet) -> PolicyLearning:
+    """A fresh policy network on the ResNet's device, and how params.yaml has it learnt."""
+    section = params.curriculum
+    policy_net = PolicyNet(
+        num_blocks=resnet.num_blocks,
+        depth=params.policy_net.depth,
+        width=params.policy_net.width,
+        input_size=params.policy_net.input_size,
+        family=params.policy_net.family,
+        initial_keep_prob=params.policy_net.initial_keep_prob,
+    ).to(next(resnet.parameters()).device)
+    return PolicyLearning(
+        resnet,
+        policy_net,
+        optimizer=make_optimizer(
+            "adam",
+            [{"params": list(policy_net.parameters()), "lr": section.lr}],
+            weight_decay=section.weight_decay,
+        ),
+        rules=PolicyRules(
+            gamma=section.gamma,
+            alpha=section.alpha,
+            entropy_weight=section.entropy_weight,
+            epochs_per_block=section.epochs_per_block,
+            estimator=section.estimator,
+            flips=section.flips,
+            soft_reward=section.soft_reward,
+            block_shares=cost.rewarded_shares(resnet, params.data.image_size, params.block_cost),
+        ),
+        normalisation=trainer.normalisation_of(params),
+        precision=section.precision,
+        distillation=None,
+    )
+
+
 def main(params: Params) -> None:
     """Write models/curriculum (the policy alone; the ResNet is the one of models/pretrain)."""
     pretrained = checkpoint.load(common.PRETRAINED)
@@ -50,45 +86,13 @@ def main(params: Params) -> None:
             save(found, {})
             trainer.record_import("curriculum", params, path)
         return
-    device = choose_device()
-    resnet = pretrained.need_resnet().to(device)
+    resnet = pretrained.need_resnet().to(choose_device())
     seed_everything(params.seed, "curriculum")
-    policy_net = PolicyNet(
-        num_blocks=resnet.num_blocks,
-        depth=params.policy_net.depth,
-        width=params.policy_net.width,
-        input_size=params.policy_net.input_size,
-        family=params.policy_net.family,
-        initial_keep_prob=params.policy_net.initial_keep_prob,
-    ).to(device)
-    section = params.curriculum
-    shares = None
-    if params.block_cost == "flops":
-        shares = cost.measure(resnet, None, params.data.image_size).block_shares()
-    learner = PolicyLearning(
-        resnet,
-        policy_net,
-        optimizer=make_optimizer(
-            "adam",
-            [{"params": list(policy_net.parameters()), "lr": section.lr}],
-            weight_decay=section.weight_decay,
-        ),
-        rules=PolicyRules(
-            gamma=section.gamma,
-            alpha=section.alpha,
-            entropy_weight=section.entropy_weight,
-            epochs_per_block=section.epochs_per_block,
-            estimator=section.estimator,
-            flips=section.flips,
-            soft_reward=section.soft_reward,
-            block_shares=shares,
-        ),
-        normalisation=pretrained.normalisation,
-        precision=section.precision,
-        distillation=None,
-    )
+    learner = learner_of(params, resnet)
     inputs = [common.PREPARED, common.PRETRAINED]
-    trainer.train("curriculum", learner, params, section, inputs, partial(save, policy_net))
+    trainer.train(
+        "curriculum", learner, params, params.curriculum, inputs, partial(save, learner.policy_net)
+    )
 
 
 if __name__ == "__main__":

@@ -43,6 +43,37 @@ def import_both(path: Path, pretrained: Checkpoint) -> tuple[ResNet, PolicyNet]:
     return resnet, policy_net
 
 
+def learner_of(params: Params, resnet: ResNet, policy_net: PolicyNet) -> PolicyLearning:
+    """How params.yaml has both networks learn; the ResNet as it is now is its own teacher."""
+    section = params.finetune
+    learning = section.policy_epochs or section.epochs
+    return PolicyLearning(
+        resnet,
+        policy_net,
+        optimizer=Together(
+            make_optimizer(
+                "adam",
+                [{"params": list(policy_net.parameters()), "lr": section.policy_lr}],
+                weight_decay=section.weight_decay,
+            ),
+            trainer.resnet_optimizer_of(resnet, section),
+        ),
+        rules=PolicyRules(
+            gamma=params.gamma,
+            alpha=section.alpha,
+            entropy_weight=section.entropy_weight,
+            entropy_epochs=learning if section.entropy_schedule == "linear" else None,
+            policy_epochs=section.policy_epochs,
+            diversity_weight=section.diversity_weight,
+            estimator=section.estimator,
+            block_shares=cost.rewarded_shares(resnet, params.data.image_size, params.block_cost),
+        ),
+        normalisation=trainer.normalisation_of(params),
+        precision=section.precision,
+        distillation=trainer.distillation_of(resnet, params),
+    )
+
+
 def main(params: Params) -> None:
     """Write models/finetune (both networks)."""
     pretrained = checkpoint.load(common.PRETRAINED)
@@ -63,38 +94,11 @@ def main(params: Params) -> None:
     device = choose_device()
     resnet = pretrained.need_resnet().to(device)
     policy_net = checkpoint.load(common.POLICY).need_policy_net().to(device)
-    section = params.finetune
-    learning = section.policy_epochs or section.epochs
-    shares = None
-    if params.block_cost == "flops":
-        shares = cost.measure(resnet, None, params.data.image_size).block_shares()
-    learner = PolicyLearning(
-        resnet,
-        policy_net,
-        optimizer=Together(
-            make_optimizer(
-                "adam",
-                [{"params": list(policy_net.parameters()), "lr": section.policy_lr}],
-                weight_decay=section.weight_decay,
-            ),
-            trainer.resnet_optimizer_of(resnet, section),
-        ),
-        rules=PolicyRules(
-            gamma=params.gamma,
-            alpha=section.alpha,
-            entropy_weight=section.entropy_weight,
-            entropy_epochs=learning if section.entropy_schedule == "linear" else None,
-            policy_epochs=section.policy_epochs,
-            diversity_weight=section.diversity_weight,
-            estimator=section.estimator,
-            block_shares=shares,
-        ),
-        normalisation=pretrained.normalisation,
-        precision=section.precision,
-        distillation=trainer.distillation_of(resnet, params),
-    )
+    learner = learner_of(params, resnet, policy_net)
     inputs = [common.PREPARED, common.PRETRAINED, common.POLICY]
-    trainer.train("finetune", learner, params, section, inputs, partial(save, resnet, policy_net))
+    trainer.train(
+        "finetune", learner, params, params.finetune, inputs, partial(save, resnet, policy_net)
+    )
 
 
 if __name__ == "__main__":
