@@ -143,7 +143,7 @@ class Block(nn.Module):
         """F(x): what dropping the block saves. `norm` takes the place of batch norm's own pass."""
         *inner, last = self.convolutions()
         for conv, bn in inner:
-            x = F.relu(bn(conv(x)) if norm is None else norm(bn, conv(x)))
+            x = F.relu(bn(conv(x)) if norm is None else norm(bn, conv(x)), inplace=True)
         conv, bn = last
         return bn(conv(x)) if norm is None else norm(bn, conv(x))
 
@@ -167,12 +167,12 @@ class Block(nn.Module):
         """
         shortcut = self.shortcut(x)
         if rows is None:
-            ran = F.relu(shortcut + self.residual(x))
+            ran = F.relu(shortcut + self.residual(x), inplace=True)
             return ran if gates is None else _Ran.apply(ran, shortcut, gates)
         out = shortcut
         if rows.numel() or runs:
             beside = take_rows(shortcut, rows)
-            ran = F.relu(beside + self.residual(take_rows(x, rows)))
+            ran = F.relu(beside + self.residual(take_rows(x, rows)), inplace=True)
             if gates is not None:
                 ran = _Ran.apply(ran, beside, gates[rows])
             out = put_rows(shortcut, rows, ran)
@@ -180,7 +180,7 @@ class Block(nn.Module):
             with torch.no_grad():
                 beside = take_rows(shortcut, untaken)
                 residual = self.residual(take_rows(x, untaken), _as_deployed)
-                change = F.relu(beside + residual) - beside
+                change = F.relu(beside + residual, inplace=True).sub_(beside)
             out = _Tried.apply(out, untaken, change, gates[untaken])
         return out
 
@@ -282,7 +282,7 @@ class ResNet(nn.Module):
     def stem(self, images: Tensor) -> Tensor:
         """What runs before the blocks: [B, 3, H, W] to [B, C, H, W]."""
         x = images.contiguous(memory_format=torch.channels_last)
-        return self.pool(F.relu(self.bn1(self.conv1(x))))
+        return self.pool(F.relu(self.bn1(self.conv1(x)), inplace=True))
 
     def head(self, x: Tensor) -> Tensor:
         """What runs after the blocks: [B, C, H, W] to logits [B, N]."""
