@@ -205,7 +205,8 @@ class Benchmark:
         size = policy_net.input_size
         if size is None or size == self.images.shape[1]:
             return execute
-        every = torch.ones(max(self.settings.batch_sizes), alone.num_blocks, dtype=torch.bool)
+        most = max(self.settings.batch_sizes)
+        every = torch.ones(most, alone.num_blocks, dtype=torch.bool, device=self.device)
 
         def run(images: Tensor) -> Tensor:
             inputs = average_down(normalisation(images), size)
@@ -268,10 +269,12 @@ class Benchmark:
         )
 
     def _peak_memory(self, call: Call) -> float:
+        """MiB that the call itself takes; a graph took its memory when it was captured."""
         torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
         call(0)
         torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_allocated(self.device) / 2**20
+        return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
 
     def _answer(
         self,

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from pipeline.cost import Cost
-from pipeline.inference import predict
+from pipeline.inference import make_classifier, predict_by
 from pipeline.resnet import ResNet
 from pipeline.tensors import Images, Normalisation
 
@@ -28,12 +28,13 @@ def shuffled_accuracy(
     The same policies in the same numbers, so the same cost; what accuracy loses is what looking at the
     image buys. Each shuffle is one random cycle through all images, so no image keeps its own row.
     """
+    execute = make_classifier(resnet, normalisation=normalisation)
     accuracies = []
     for _ in range(repeats):
         cycle = torch.randperm(len(split), generator=draw)
         others = torch.empty_like(actions)
         others[cycle] = actions[cycle.roll(1)]
-        accuracies.append(predict(resnet, split, others, normalisation=normalisation).accuracy)
+        accuracies.append(predict_by(execute, split, others).accuracy)
     return sum(accuracies) / repeats
 
 
@@ -60,9 +61,9 @@ def best_single_policy(
     resnet: ResNet, split: Images, candidates: Tensor, *, normalisation: Normalisation
 ) -> tuple[Tensor, float]:
     """The policy [K] of candidates [P, K] that is right most often on a split, and how often."""
+    execute = make_classifier(resnet, normalisation=normalisation)
     accuracies = [
-        predict(resnet, split, policy.expand(len(split), -1), normalisation=normalisation).accuracy
-        for policy in candidates
+        predict_by(execute, split, policy.expand(len(split), -1)).accuracy for policy in candidates
     ]
     best = int(np.argmax(accuracies))  # the first of equals, so the most frequent
     return candidates[best], accuracies[best]

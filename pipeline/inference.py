@@ -3,6 +3,7 @@
 Shapes: B images of a batch, M images of a split, K blocks, N classes, H and W pixels.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -92,7 +93,10 @@ class Auto(Executor):
         return run(self.winners[size])
 
     def _seconds(self, call: Callable[[], object]) -> float:
-        call()  # compiles, captures, warms up
+        try:
+            call()  # compiles, captures, warms up
+        except torch.OutOfMemoryError:
+            return math.inf
         return min(seconds_of(call, self.device) for _ in range(3))
 
 
@@ -139,8 +143,20 @@ def predict(
     precision: str = "fp32",
 ) -> Predictions:
     """Classify a split in evaluation mode under actions [M, K] (None: every block runs)."""
+    execute = make_classifier(resnet, normalisation=normalisation, precision=precision)
+    return predict_by(execute, split, actions)
+
+
+def make_classifier(
+    resnet: ResNet, *, normalisation: Normalisation, precision: str = "fp32"
+) -> Executor:
+    """What `predict` predicts by, for who asks one network often: making it takes time."""
     networks = Networks(resnet=resnet, policy_net=None, normalisation=normalisation)
-    execute = make_executor(networks, precision=precision)
+    return make_executor(networks, precision=precision)
+
+
+def predict_by(execute: Executor, split: Images, actions: Tensor | None = None) -> Predictions:
+    """`predict` by an executor that is there already."""
     logits = torch.cat(
         [
             execute(images, None if actions is None else actions[part]).logits

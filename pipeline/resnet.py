@@ -40,8 +40,10 @@ def kept_rows(actions: Tensor) -> list[Tensor | None]:
     the ResNet starts, so one `nonzero` serves all blocks, with a single wait for the device.
     """
     batch, num_blocks = actions.shape
-    block_of, row_of = actions.bool().t().nonzero(as_tuple=True)  # sorted by block, then by row
+    # sorted by block, then by row; on the host, since both lines would wait for the device again
+    block_of, row_of = actions.bool().t().cpu().nonzero(as_tuple=True)
     counts = torch.bincount(block_of, minlength=num_blocks).tolist()
+    row_of = row_of.to(actions.device)
     return [None if len(rows) == batch > 0 else rows for rows in torch.split(row_of, counts)]
 
 
@@ -171,17 +173,19 @@ class Block(nn.Module):
             return ran if gates is None else _Ran.apply(ran, shortcut, gates)
         out = shortcut
         if rows.numel() or runs:
-            beside = take_rows(shortcut, rows)
-            ran = F.relu(beside + self.residual(take_rows(x, rows)), inplace=True)
+            taken = take_rows(x, rows)
+            beside = taken if shortcut is x else take_rows(shortcut, rows)
+            ran = F.relu(beside + self.residual(taken), inplace=True)
             if gates is not None:
-                ran = _Ran.apply(ran, beside, gates[rows])
+                ran = _Ran.apply(ran, beside, gates.index_select(0, rows))
             out = put_rows(shortcut, rows, ran)
         if untaken is not None and untaken.numel() and gates is not None:
             with torch.no_grad():
-                beside = take_rows(shortcut, untaken)
-                residual = self.residual(take_rows(x, untaken), _as_deployed)
+                taken = take_rows(x, untaken)
+                beside = taken if shortcut is x else take_rows(shortcut, untaken)
+                residual = self.residual(taken, _as_deployed)
                 change = F.relu(beside + residual, inplace=True).sub_(beside)
-            out = _Tried.apply(out, untaken, change, gates[untaken])
+            out = _Tried.apply(out, untaken, change, gates.index_select(0, untaken))
         return out
 
 

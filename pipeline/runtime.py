@@ -137,8 +137,8 @@ def random_states() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        # of the device that is trained on: others may be other processes'
-        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
+        # of the device that is trained on, if it is one: others may be other processes', and full
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
     }
@@ -147,7 +147,7 @@ def random_states() -> dict[str, Any]:
 def set_random_states(states: dict[str, Any]) -> None:
     """Put the global generators where `random_states` found them (CUDA's where there is one)."""
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
+    if states["cuda"] and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states["cuda"][0])
     random.setstate(states["python"])
     kind, keys, *rest = states["numpy"]

@@ -6,7 +6,7 @@ Shapes: B images, K blocks.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -40,12 +40,18 @@ def distribute(noise: Tensor, *, kept: int, stages: Sequence[int] | None = None)
         stages: blocks in each; None: as many in each of a CIFAR ResNet's three.
     """
     num_blocks = noise.shape[1]
-    sizes = [num_blocks // STAGES] * STAGES if stages is None else stages
+    sizes = (num_blocks // STAGES,) * STAGES if stages is None else tuple(stages)
+    return _distributed(sizes, kept, noise.device).expand(noise.shape)
+
+
+@cache  # a copy to the device in every step would be a wait in every step
+def _distributed(sizes: tuple[int, ...], kept: int, device: torch.device) -> Tensor:
+    """[K] bool."""
     places = [(index, stage) for stage, size in enumerate(sizes) for index in range(size)]
-    order = sorted(range(num_blocks), key=places.__getitem__)  # each stage's first, then its second
-    runs = torch.zeros(num_blocks, dtype=torch.bool)
+    order = sorted(range(len(places)), key=places.__getitem__)  # each stage's first, then its second
+    runs = torch.zeros(len(places), dtype=torch.bool)
     runs[order[:kept]] = True
-    return runs.to(noise.device).expand(noise.shape)
+    return runs.to(device)
 
 
 RULES: dict[str, Callable[..., Tensor]] = {

@@ -8,6 +8,7 @@ rest and [.., 3, H, W] float (channels_last) when a network sees them.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -126,15 +127,28 @@ class Normalisation:
     std: tuple[float, float, float]
 
     def scale_and_shift(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Two times [3]: one multiply-add a pixel, pixel * scale + shift, is all of it."""
-        mean = torch.tensor(self.mean, device=device)
-        std = torch.tensor(self.std, device=device)
-        return 1 / (255 * std), -mean / std
+        """Two times [3]: one multiply-add a pixel, pixel * scale + shift, is all of it.
+
+        The same tensors at every call: a copy to the device would be a wait in every step, and is not
+        allowed while a CUDA graph is captured.
+        """
+        return _scale_and_shift(self, device)
 
     def __call__(self, images: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 to [B, 3, H, W] float32 in channels_last memory."""
-        scale, shift = self.scale_and_shift(images.device)
-        return (images.float() * scale + shift).permute(0, 3, 1, 2)
+        return scaled(images, *self.scale_and_shift(images.device))
+
+
+@cache  # and never dropped: CUDA graphs read these addresses
+def _scale_and_shift(own: Normalisation, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor(own.mean, device=device)
+    std = torch.tensor(own.std, device=device)
+    return 1 / (255 * std), -mean / std
+
+
+def scaled(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """[B, H, W, 3] uint8 to [B, 3, H, W] float32 in channels_last memory, by [3] and [3]."""
+    return (images.float() * scale + shift).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)

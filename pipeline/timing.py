@@ -124,7 +124,9 @@ def millijoules(call: Callable[[], object], batch: int, device: torch.device) ->
         import pynvml
 
         pynvml.nvmlInit()
-        board = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        # by its name: NVML counts boards that CUDA_VISIBLE_DEVICES hides, too
+        name = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        board = pynvml.nvmlDeviceGetHandleByUUID(name)
         torch.cuda.synchronize(device)
         started, before = time.monotonic(), pynvml.nvmlDeviceGetTotalEnergyConsumption(board)
         calls = 0

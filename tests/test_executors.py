@@ -300,6 +300,21 @@ def test_auto_races_once_for_each_size(monkeypatch):
     assert ran == [(one.name, 4), (one.name, 5), (other.name, 40), (other.name, 63)]
 
 
+def test_who_runs_out_of_memory_loses_the_race():
+    networks = make_networks()
+    auto = make_executor(networks)
+    greedy, modest = (make_executor(networks, name=name) for name in ("masked", "gather"))
+
+    def fails(*_):
+        raise torch.OutOfMemoryError
+
+    greedy._classify = fails
+    auto.contestants, auto.winners = [greedy, modest], {}
+    images = make_images(4)
+    torch.testing.assert_close(auto(images).logits, modest(images).logits)
+    assert set(auto.winners.values()) == {modest}
+
+
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 15, 16, 17, 100, 257])
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_parts_cover_the_batch_once(count, workers):

@@ -7,12 +7,34 @@ from test_executors import POLICIES, make_images, make_networks
 from pipeline.executors.base import UnavailableError
 from pipeline.executors.graphed import Graphed
 from pipeline.executors.masked import Masked
+from pipeline.executors.static import eager, packed
 from pipeline.inference import make_executor
 
 
 @pytest.fixture
 def uncaptured(monkeypatch) -> None:
-    monkeypatch.setattr(Graphed, "capture", staticmethod(lambda work: work))
+    """Calls in place of graphs; as while one is captured, nothing may come from the host meanwhile."""
+
+    def capture(work):
+        work()  # warms up, as the true one does
+
+        def replay():
+            with monkeypatch.context() as patched:
+                patched.setattr(torch, "tensor", lambda *_, **__: pytest.fail("a copy from the host"))
+                work()
+
+        return replay
+
+    monkeypatch.setattr(Graphed, "capture", staticmethod(capture))
+
+
+def test_full_networks_take_nothing_from_the_host_while_they_are_captured(monkeypatch):
+    networks, images = make_networks(), make_images(3)
+    forms = [form(networks, "fp32") for form in (eager, packed)]
+    before = [run(images) for run in forms]
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("a copy from the host"))
+    for run, expected in zip(forms, before, strict=True):
+        assert torch.equal(run(images), expected)
 
 
 def test_cpus_have_no_graphs():

@@ -99,12 +99,17 @@ class Plain:
 
     def __call__(self) -> None:
         """One epoch."""
-        for images, labels in self.loader:
-            loss = self._loss(images.to(self.device), labels.to(self.device))
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            loss.item()  # most loops print it
+        exact = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = True  # as PyTorch has it unless it is asked otherwise
+        try:
+            for images, labels in self.loader:
+                loss = self._loss(images.to(self.device), labels.to(self.device))
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+                loss.item()  # most loops print it
+        finally:
+            torch.backends.cudnn.allow_tf32 = exact
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         if self.stage == "pretrain":

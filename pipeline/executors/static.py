@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.executors.base import Networks
 from pipeline.executors.packed import PackedNetwork
 from pipeline.runtime import autocast
+from pipeline.tensors import scaled
 
 Classify = Callable[[Tensor], Tensor]  # images [B, H, W, 3] uint8 to logits [B, N]
 
@@ -18,11 +19,12 @@ Classify = Callable[[Tensor], Tensor]  # images [B, H, W, 3] uint8 to logits [B,
 def eager(networks: Networks, precision: str) -> Classify:
     """The module as one writes it: PyTorch, channels_last, evaluation mode."""
     networks.resnet.eval()
+    scale, shift = networks.normalisation.scale_and_shift(networks.device)  # not to be compiled
 
     @torch.no_grad()
     def run(images: Tensor) -> Tensor:
         with autocast(networks.device, precision):
-            return networks.resnet(networks.normalisation(images)).float()
+            return networks.resnet(scaled(images, scale, shift)).float()
 
     return run
 
