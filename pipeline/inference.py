@@ -68,6 +68,10 @@ class Auto(Executor):
         names = [executor.name for executor in self.contestants] or [Grouped.name, Gather.name]
         return " or ".join(names) + self.without
 
+    def choose_anew(self) -> None:
+        """The next batch of each size races again."""
+        self.winners.clear()
+
     def _run(self, images: Tensor, actions: Tensor | None) -> Output:
         if self.contestants:
             return self._fastest(len(images), lambda executor: executor._run(images, actions))

@@ -298,6 +298,9 @@ def test_auto_races_once_for_each_size(monkeypatch):
     for batch in (4, 5, 40, 63):  # of sizes that have raced
         auto(make_images(batch))
     assert ran == [(one.name, 4), (one.name, 5), (other.name, 40), (other.name, 63)]
+    auto.choose_anew()
+    auto(make_images(4))
+    assert {name for name, _ in ran[4:]} == {one.name, other.name}
 
 
 def test_who_runs_out_of_memory_loses_the_race():
