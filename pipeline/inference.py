@@ -39,8 +39,8 @@ class Auto(Executor):
     """The fastest executor for the device, the precision and each batch's policies.
 
     On CPUs `native`; without it `grouped` when the images of a batch share few policies, `gather` when
-    they do not. On CUDA `graphed` and, where it proves itself, `persistent` race once for each power of
-    two of images, on the first such batch.
+    they do not. On CUDA `graphed` and, where it proves itself, `persistent` race for each power of two
+    of images, on the first such batch, and again after `choose_anew`.
     """
 
     name = "auto"

@@ -394,7 +394,7 @@ def load(path: Path | str = "params.yaml") -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        problems = [cut(_explain(item)) for item in error.errors()[:MAX_PROBLEMS]]
+        problems = [cut(explain(item)) for item in error.errors()[:MAX_PROBLEMS]]
         if error.error_count() > MAX_PROBLEMS:
             problems.append(f"and {error.error_count() - MAX_PROBLEMS} more; {_ANEW}")
         listing = "\n".join(f"  - {problem}" for problem in problems)
@@ -404,7 +404,7 @@ def load(path: Path | str = "params.yaml") -> Params:
 _ANEW = "`make preset NAME=digits` writes one"
 
 
-def _explain(error: Any) -> str:
+def explain(error: Any) -> str:
     """One line for one problem: key, value, what is wrong, what to do."""
     parts = [str(part) for part in error["loc"] if part in _known_names() or isinstance(part, str)]
     key = ".".join(parts)

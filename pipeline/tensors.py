@@ -132,7 +132,9 @@ class Normalisation:
         The same tensors at every call: a copy to the device would be a wait in every step, and is not
         allowed while a CUDA graph is captured.
         """
-        return _scale_and_shift(self, device)
+        if torch.compiler.is_compiling():  # what a trace makes is no tensor to keep
+            return _scale_and_shift.__wrapped__(self, device)
+        return _scale_and_shift(self, device or torch.device("cpu"))
 
     def __call__(self, images: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 to [B, 3, H, W] float32 in channels_last memory."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from statistics import mean, pstdev
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -120,7 +120,7 @@ def ruled(
                 finetuned=finetuned,
                 flops=float(cost.of(torch.cat(actions)).mean()),
                 accuracy=mean(accuracies),  # exact, so that equal draws have a deviation of 0
-                accuracy_std=pstdev(accuracies),
+                accuracy_std=stdev(accuracies) if len(accuracies) > 1 else 0.0,
                 correct=correct[0],
             )
         )

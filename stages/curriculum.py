@@ -12,6 +12,7 @@ from pipeline.policy_net import PolicyNet
 from pipeline.processes import is_main
 from pipeline.resnet import ResNet
 from pipeline.runtime import choose_device, seed_everything
+from pipeline.tensors import Normalisation
 from pipeline.training import Metrics, make_optimizer
 from stages import common, trainer
 
@@ -34,7 +35,7 @@ def import_policy_net(path: Path, pretrained: Checkpoint) -> PolicyNet:
     return policy_net
 
 
-def learner_of(params: Params, resnet: ResNet) -> PolicyLearning:
+def learner_of(params: Params, resnet: ResNet, normalisation: Normalisation) -> PolicyLearning:
     """A fresh policy network on the ResNet's device, and how params.yaml has it learnt."""
     section = params.curriculum
     policy_net = PolicyNet(
@@ -63,7 +64,7 @@ def learner_of(params: Params, resnet: ResNet) -> PolicyLearning:
             soft_reward=section.soft_reward,
             block_shares=cost.rewarded_shares(resnet, params.data.image_size, params.block_cost),
         ),
-        normalisation=trainer.normalisation_of(params),
+        normalisation=normalisation,
         precision=section.precision,
         distillation=None,
     )
@@ -88,7 +89,7 @@ def main(params: Params) -> None:
         return
     resnet = pretrained.need_resnet().to(choose_device())
     seed_everything(params.seed, "curriculum")
-    learner = learner_of(params, resnet)
+    learner = learner_of(params, resnet, pretrained.normalisation)
     inputs = [common.PREPARED, common.PRETRAINED]
     trainer.train(
         "curriculum", learner, params, params.curriculum, inputs, partial(save, learner.policy_net)

@@ -12,6 +12,7 @@ from pipeline.policy_net import PolicyNet
 from pipeline.processes import is_main
 from pipeline.resnet import ResNet
 from pipeline.runtime import choose_device
+from pipeline.tensors import Normalisation
 from pipeline.training import Metrics, Together, make_optimizer
 from stages import common, trainer
 
@@ -43,7 +44,9 @@ def import_both(path: Path, pretrained: Checkpoint) -> tuple[ResNet, PolicyNet]:
     return resnet, policy_net
 
 
-def learner_of(params: Params, resnet: ResNet, policy_net: PolicyNet) -> PolicyLearning:
+def learner_of(
+    params: Params, resnet: ResNet, policy_net: PolicyNet, normalisation: Normalisation
+) -> PolicyLearning:
     """How params.yaml has both networks learn; the ResNet as it is now is its own teacher."""
     section = params.finetune
     learning = section.policy_epochs or section.epochs
@@ -68,7 +71,7 @@ def learner_of(params: Params, resnet: ResNet, policy_net: PolicyNet) -> PolicyL
             estimator=section.estimator,
             block_shares=cost.rewarded_shares(resnet, params.data.image_size, params.block_cost),
         ),
-        normalisation=trainer.normalisation_of(params),
+        normalisation=normalisation,
         precision=section.precision,
         distillation=trainer.distillation_of(resnet, params),
     )
@@ -94,7 +97,7 @@ def main(params: Params) -> None:
     device = choose_device()
     resnet = pretrained.need_resnet().to(device)
     policy_net = checkpoint.load(common.POLICY).need_policy_net().to(device)
-    learner = learner_of(params, resnet, policy_net)
+    learner = learner_of(params, resnet, policy_net, pretrained.normalisation)
     inputs = [common.PREPARED, common.PRETRAINED, common.POLICY]
     trainer.train(
         "finetune", learner, params, params.finetune, inputs, partial(save, resnet, policy_net)

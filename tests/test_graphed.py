@@ -13,7 +13,7 @@ from pipeline.inference import make_executor
 
 @pytest.fixture
 def uncaptured(monkeypatch) -> None:
-    """Calls in place of graphs; as while one is captured, nothing may come from the host meanwhile."""
+    """Calls in place of graphs, in which, as while one is captured, no tensor may be made of numbers."""
 
     def capture(work):
         work()  # warms up, as the true one does

@@ -161,11 +161,28 @@ def table(rows: Mapping[str, Row]) -> str:
         own = {name: row for name, row in rows.items() if _network(row) == (source, depth)}
         lines += ["", f"## ResNet-{depth} on {source}", ""]
         lines += _table(own)
+    for source in sorted({_network(row)[0] for row in rows.values()}):
+        lines += _published(source)
     return "\n".join(lines) + "\n"
 
 
 def _network(row: Row) -> tuple[str, int]:
     return row["params"]["data.source"], row["params"]["resnet.depth"]
+
+
+def _published(source: str) -> list[str]:
+    """What papers say of networks on that data set."""
+    numbers = [number for (on, _), of_one in PAPER.items() if on == source for number in of_one]
+    if not numbers:
+        return []
+    return [
+        "", f"## Published on {source}, by other recipes", "",
+        "| what | accuracy | FLOPs |", "|---|---|---|",
+        *(
+            f"| {said} | {100 * accuracy:.2f} % | {'-' if flops is None else f'{flops:.3g}'} |"
+            for said, accuracy, _, flops in numbers
+        ),
+    ]  # fmt: skip
 
 
 def _table(rows: Mapping[str, Row]) -> list[str]:
@@ -197,16 +214,6 @@ def _table(rows: Mapping[str, Row]) -> list[str]:
                 f"| {name} | {rival['name']} | {100 * rival['accuracy']:.2f} % | "
                 f"{rival['flops']:.3g} | {mean:+.2f} ({low:+.2f} to {high:+.2f}) |"
             )
-    first = next(iter(rows.values()))
-    for (source, depth), numbers in PAPER.items():
-        if source != first["params"]["data.source"]:
-            continue
-        lines += ["", f"Published for ResNet-{depth} on {source}:", ""]
-        lines += ["| what | accuracy | FLOPs |", "|---|---|---|"]
-        lines += [
-            f"| {said} | {100 * accuracy:.2f} % | {'-' if flops is None else f'{flops:.3g}'} |"
-            for said, accuracy, _, flops in numbers
-        ]
     lines += ["", "How:", ""]
     for name, row in rows.items():
         devices = {time["device"] for time in row["times"].values() if time.get("device")}

@@ -1,10 +1,11 @@
 """Images per second of each training stage, beside a plain loop: `python -m tools.throughput`.
 
 The plain loop is what one would write first, and what the authors' code comes down to: a DataLoader that
-augments image by image with torchvision, float32, contiguous tensors, every block computed for every
-image and the dropped ones thrown away (their masked form), a greedy and a sampled pass. Ours is the very
-code of the stages, once with the same estimator and once with the one that trains faster. Both take
-turns on the same images, so that a change of the machine's speed hits both alike.
+augments image by image with torchvision, float32 (on CUDA with TF32, PyTorch's default), contiguous
+tensors, every block computed for every image and the dropped ones thrown away (their masked form), a
+greedy and a sampled pass. Ours is the very code of the stages, once with the same estimator and once
+with the one that trains faster. Both take turns on the same images, so that a change of the machine's
+speed hits both alike.
 
 With `--decode FOLDER`: how many of a folder's images one process decodes and crops for ImageNet.
 """
