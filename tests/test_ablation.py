@@ -144,6 +144,15 @@ def test_rows_of_other_settings_are_others(setting, tmp_path, capsys):
     assert len(pd.read_csv(out)) == 3
 
 
+def test_a_row_is_known_by_what_was_trained_and_not_by_its_name_alone(setting):
+    own = setting()
+    one, other = (
+        ablation.key_values(own, "name", params)["recipe"]
+        for params in (PRESET, ablation.changed(PRESET, "finetune.policy_lr=0.5"))
+    )
+    assert one != other
+
+
 def test_what_another_process_has_trained_meanwhile_is_no_second_row(setting, tmp_path):
     own, out = setting(), tmp_path / "rows.csv"
     row = ablation.row_of(own, ablation.AS_IT_IS, PRESET)
