@@ -289,7 +289,6 @@ def test_the_resnet_learns_from_the_labels_as_without_a_policy(estimator, train_
     torch.testing.assert_close(found, list(expected))
 
 
-@pytest.mark.parametrize("estimator", ["self_critical", "reinmax"])
 def test_what_runs_the_frozen_network_is_chosen_anew_each_epoch(small_resnet):
     learner = policy_learner(small_resnet, finetune=False, epochs_per_block=1)
     assert learner.frozen is not None
@@ -298,6 +297,7 @@ def test_what_runs_the_frozen_network_is_chosen_anew_each_epoch(small_resnet):
     assert learner.frozen.winners == {}
 
 
+@pytest.mark.parametrize("estimator", ["self_critical", "reinmax"])
 def test_after_its_epochs_the_policy_is_fixed_and_the_resnet_learns_on(
     estimator, train_split, validation_split, small_resnet
 ):
