@@ -87,6 +87,11 @@ class Auto(Executor):
         executor = self.grouped if len(actions) >= IMAGES_PER_POLICY * distinct else self.gather
         return executor._classify(inputs, actions)
 
+    def _classify_under(self, inputs: Tensor, policies: Tensor) -> Tensor:
+        if self.contestants:
+            return self._fastest(len(inputs), lambda chosen: chosen._classify_under(inputs, policies))
+        return super()._classify_under(inputs, policies)
+
     def _fastest(self, batch: int, run: Callable[[Executor], R]) -> R:
         """Run it by the executor that has won, or now wins, at batches of this size."""
         size = batch.bit_length()

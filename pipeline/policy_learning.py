@@ -204,9 +204,7 @@ class PolicyLearning:
         return logits.argmax(dim=1) == labels
 
     def _classify(self, batch: Batch, actions: Tensor, *, learn: bool) -> Tensor:
-        """Class logits [B, N] under the actions."""
-        if self.frozen is not None:
-            return self.frozen.classify(batch.images, actions)
+        """Class logits [B, N] of the ResNet that learns, under the actions."""
         self.resnet.train(learn)
         with torch.set_grad_enabled(learn), autocast(batch.images.device, self.precision):
             return self.resnet(batch.images, actions).float()
@@ -258,8 +256,12 @@ class PolicyLearning:
 
     def _self_critical(self, batch: Batch, decisions: Decisions) -> tuple[Tensor, dict[str, Tensor]]:
         sampled, greedy = decisions.sampled, decisions.greedy
-        greedy_logits = self._classify(batch, greedy, learn=False)
-        logits = self._classify(batch, sampled, learn=self.distillation is not None)
+        if self.frozen is not None:
+            both = self.frozen.classify_under(batch.images, torch.stack([greedy, sampled]))
+            greedy_logits, logits = both.unbind()
+        else:
+            greedy_logits = self._classify(batch, greedy, learn=False)
+            logits = self._classify(batch, sampled, learn=True)
         sampled_reward = self._reward(self._right(logits.detach(), batch.labels), sampled)
         greedy_reward = self._reward(self._right(greedy_logits, batch.labels), greedy)
         same = (sampled == greedy).all(dim=1)
@@ -279,7 +281,8 @@ class PolicyLearning:
         was_kept = sampled.gather(1, chosen)
         tried = sampled.repeat(1 + flips, 1, 1)  # [1 + flips, B, K], the first as sampled
         tried[1:].scatter_(2, chosen.t()[:, :, None], ~was_kept.t()[:, :, None])
-        passes = [self._classify(batch, actions, learn=False) for actions in tried]
+        assert self.frozen is not None
+        passes = self.frozen.classify_under(batch.images, tried)
         rewards = torch.stack(
             [
                 self._reward(self._right(logits, batch.labels), actions)

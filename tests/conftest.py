@@ -1,6 +1,7 @@
 """Small splits and networks that the tests share."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from pipeline.tensors import Normalisation, Split
 # decided before mlflow or dvc is imported: tests tell nobody, and log only where they say so
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+# a shell's background jobs ignore Ctrl-C, and hand that on: what is tested here must hear it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # networks this small lose by sharing cores, most of all on a busy machine
 
 # what would send a test's runs elsewhere, or give them another name
@@ -88,6 +92,9 @@ class StandIn:
 
     def classify(self, inputs: torch.Tensor, actions: torch.Tensor | None) -> torch.Tensor:
         return self.networks.resnet.eval()(inputs, actions)
+
+    def classify_under(self, inputs: torch.Tensor, policies: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.classify(inputs, actions) for actions in policies])
 
 
 @pytest.fixture

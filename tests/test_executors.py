@@ -134,6 +134,60 @@ def test_memory_layouts(name):
         torch.testing.assert_close(execute.classify(form, actions), expected, atol=1e-5, rtol=0)
 
 
+def several_policies(kind: str, batch: int, num_blocks: int) -> torch.Tensor:
+    """Three to num_blocks + 2 policies [V, B, K] for each image."""
+    base = POLICIES["random"](batch, num_blocks)
+    if kind == "one block the other way":
+        return base ^ torch.cat([torch.zeros(2, num_blocks), torch.eye(num_blocks)]).bool()[:, None]
+    if kind == "equal":
+        return base.expand(4, -1, -1)
+    draw = torch.Generator().manual_seed(5)
+    return torch.rand(7, batch, num_blocks, generator=draw) < 0.6
+
+
+@pytest.mark.parametrize("kind", ["one block the other way", "equal", "nothing in common"])
+@pytest.mark.parametrize("batch", [1, 2, 17])
+@pytest.mark.parametrize("name", ["masked", *NAMES])
+def test_several_policies_of_an_image_give_what_each_gives_alone(name, batch, kind, threads):
+    networks = make_networks()
+    execute = executor(name, networks)
+    inputs = NORMALISATION(make_images(batch))
+    policies = several_policies(kind, batch, networks.num_blocks)
+    expected = torch.stack([execute.classify(inputs, actions) for actions in policies])
+    before = policies.clone()
+    found = execute.classify_under(inputs, policies)
+    assert found.shape == (len(policies), batch, 5)
+    assert torch.equal(found, expected)
+    assert torch.equal(policies, before)
+    assert torch.equal(execute.classify_under(inputs, policies), expected)
+
+
+@pytest.mark.parametrize("name", ["masked", *NAMES])
+def test_several_policies_are_as_many_for_each_image(name):
+    networks = make_networks()
+    execute = executor(name, networks)
+    inputs = NORMALISATION(make_images(3))
+    with pytest.raises(ValueError, match=r"policies have shape \(3, 6\), expected \[V, B, K\]"):
+        execute.classify_under(inputs, torch.ones(3, 6))
+    with pytest.raises(ValueError, match=r"actions have shape \(4, 6\), expected \(3, 6\)"):
+        execute.classify_under(inputs, torch.ones(2, 4, 6))
+    assert execute.classify_under(inputs[:0], torch.ones(2, 0, 6)).shape == (2, 0, 5)
+
+
+def test_native_runs_once_what_policies_have_in_common():
+    networks = make_networks(depth=26, width=16)
+    execute = executor("native", networks)
+    inputs = NORMALISATION(make_images(8, 32))
+    every = torch.ones(8, networks.num_blocks)
+
+    def seconds(count: int) -> float:
+        begun = time.perf_counter()
+        execute.classify_under(inputs, every.expand(count, -1, -1))
+        return time.perf_counter() - begun
+
+    assert min(seconds(16) for _ in range(5)) < 4 * min(seconds(1) for _ in range(5))  # not 16 times
+
+
 @pytest.mark.parametrize("name", ["masked", *NAMES])
 def test_inputs_are_left_alone_and_calls_do_not_depend_on_each_other(name):
     networks = make_networks()

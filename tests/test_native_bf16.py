@@ -127,6 +127,18 @@ def test_normalised_inputs(kernel):
     assert_as_near_as_gather(found, images, actions, networks)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("batch", [1, 9])
+def test_several_policies_of_an_image_give_what_each_gives_alone(kernel, batch, workers):
+    networks = make_networks()
+    inputs = NORMALISATION(make_images(batch, 32))
+    base = POLICIES["random"](batch, networks.num_blocks)
+    policies = base ^ torch.eye(networks.num_blocks).bool()[:, None]
+    execute = make_native(networks, workers)
+    expected = torch.stack([execute.classify(inputs, actions) for actions in policies])
+    assert torch.equal(execute.classify_under(inputs, policies), expected)
+
+
 def test_a_cpu_without_bf16_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "TUNING", [[]])
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))

@@ -1,6 +1,6 @@
 """What every executor takes and gives.
 
-Shapes: B images, K blocks, N classes, C channels, H and W pixels.
+Shapes: B images, K blocks, N classes, C channels, H and W pixels, V policies for each image.
 """
 
 from abc import ABC, abstractmethod
@@ -103,6 +103,23 @@ class Executor(ABC):
         actions = self._checked(actions, len(inputs))
         return self._classify(inputs, actions) if len(inputs) > 0 else self._no_logits()
 
+    @torch.no_grad()
+    def classify_under(self, inputs: Tensor, policies: Tensor) -> Tensor:
+        """Logits [V, B, N] float32 of normalised inputs [B, 3, H, W] under several policies [V, B, K].
+
+        What `classify` gives for each of the V, but an executor may run once what an image's policies
+        have in common.
+
+        Raises:
+            ValueError: policies are not [V, B, K].
+        """
+        if policies.dim() != 3:
+            raise ValueError(f"policies have shape {tuple(policies.shape)}, expected [V, B, K]")
+        policies = torch.stack([self._checked(actions, len(inputs)) for actions in policies])
+        if len(inputs) == 0:
+            return self._no_logits().expand(len(policies), -1, -1)
+        return self._classify_under(inputs, policies)
+
     def _no_logits(self) -> Tensor:
         return torch.empty(0, self.networks.resnet.num_classes, device=self.device)
 
@@ -126,3 +143,7 @@ class Executor(ABC):
     @abstractmethod
     def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
         """Logits [B, N] float32."""
+
+    def _classify_under(self, inputs: Tensor, policies: Tensor) -> Tensor:
+        """Logits [V, B, N] float32."""
+        return torch.stack([self._classify(inputs, actions) for actions in policies])

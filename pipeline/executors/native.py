@@ -58,9 +58,9 @@ class _Job(ctypes.Structure):
         ("resnet", ctypes.POINTER(_Network)), ("policy_net", ctypes.POINTER(_Network)),
         ("images", ctypes.c_void_p), ("inputs", ctypes.c_void_p), ("scale", ctypes.c_void_p),
         ("shift", ctypes.c_void_p), ("actions", ctypes.c_void_p), ("logits", ctypes.c_void_p),
-        ("batch", ctypes.c_int64), ("height", ctypes.c_int32), ("width", ctypes.c_int32),
-        ("policy_size", ctypes.c_int32), ("teams", ctypes.c_int32), ("team_size", ctypes.c_int32),
-        ("next_image", ctypes.c_void_p), ("barriers", ctypes.c_void_p),
+        ("batch", ctypes.c_int64), ("policies", ctypes.c_int32), ("height", ctypes.c_int32),
+        ("width", ctypes.c_int32), ("policy_size", ctypes.c_int32), ("teams", ctypes.c_int32),
+        ("team_size", ctypes.c_int32), ("next_image", ctypes.c_void_p), ("barriers", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -298,6 +298,11 @@ class Native(Executor):
         rows = inputs.float().permute(0, 2, 3, 1).contiguous()
         return self._job(rows.shape[:3], actions, inputs=rows.data_ptr()).logits
 
+    def _classify_under(self, inputs: Tensor, policies: Tensor) -> Tensor:
+        rows = inputs.float().permute(0, 2, 3, 1).contiguous()
+        found = self._job(rows.shape[:3], policies.transpose(0, 1), inputs=rows.data_ptr())
+        return found.logits.transpose(0, 1)
+
     def _spaces(self, job: _Job, key: tuple[int | bool | None, ...], teams: int) -> ctypes.Array[Any]:
         """Memory for the activations of an image for each team, kept from call to call."""
         kept = self.spaces.setdefault(key, [])
@@ -314,16 +319,18 @@ class Native(Executor):
         images: int | None = None,
         inputs: int | None = None,
     ) -> Output:
+        """Actions [B, K], or [B, V, K] for V policies an image, and logits [B, N] or [B, V, N]."""
         batch, height, width = shape
         if height != width or height % 4:  # C++ would write past the end of its memory
             raise ValueError(f"images have {height} x {width} pixels, expected a square, side 4n")
-        logits = torch.empty(batch, self.networks.resnet.num_classes)
         policy_net = self.policy_net if actions is None else None
         taken = (
             torch.empty(batch, self.networks.num_blocks, dtype=torch.bool)
             if actions is None
             else actions.contiguous()
         )
+        logits = torch.empty(*taken.shape[:-1], self.networks.resnet.num_classes)
+        policies = taken[0, ..., 0].numel()
         teams = min(batch, self.workers.count)
         team_size = self.workers.count // teams
         next_image = ctypes.c_int64(0)
@@ -339,6 +346,7 @@ class Native(Executor):
             actions=taken.data_ptr(),
             logits=logits.data_ptr(),
             batch=batch,
+            policies=policies,
             height=height,
             width=width,
             policy_size=size or height,
@@ -347,6 +355,6 @@ class Native(Executor):
             next_image=ctypes.addressof(next_image),
             barriers=ctypes.addressof(barriers),
         )
-        spaces = self._spaces(job, (height, width, size, policy_net is None), teams)
+        spaces = self._spaces(job, (height, width, size, policy_net is None, policies), teams)
         self.workers.run(lambda worker: self.library.run(job, spaces, worker), teams * team_size)
         return Output(logits=logits, actions=taken)

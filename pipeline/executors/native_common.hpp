@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -40,9 +41,10 @@ struct Job {
   const float* inputs;  // [B, H, W, 3], normalised; or null
   const float* scale;  // [3]: pixel * scale + shift is the networks' input
   const float* shift;
-  uint8_t* actions;  // [B, K], read or written
-  float* logits;  // [B, N]
+  uint8_t* actions;  // [B, V, K], read or, with V = 1, written
+  float* logits;  // [B, V, N]
   int64_t batch;
+  int32_t policies;  // V: under how many an image runs; what they have in common at first runs once
   int32_t height, width, policy_size;  // policy_size: side of what the policy network sees
   int32_t teams, team_size;
   int64_t* next_image;  // shared by the teams: images differ in cost, so whoever is free takes one
@@ -110,13 +112,19 @@ class Memory {
 };
 
 // One network's activations: for each of its stages the stream and what lies between two convolutions.
+// And streams as they were where policies part, `forks` at most that are all yet to be gone back to.
 template <class Value>
 struct Workspace {
   std::vector<ImageOf<Value>> streams, hidden;
   Memory<Value> memory;
+  std::vector<std::vector<Value>> kept;
 
-  Workspace(const Network& net, int height, int width)
-      : streams(stages(net, height, width)), hidden(streams), memory(all()) {}
+  Workspace(const Network& net, int height, int width, int forks)
+      : streams(stages(net, height, width)), hidden(streams), memory(all()) {
+    int64_t most = 0;
+    for (const auto& stream : streams) most = std::max(most, (int64_t)(stream.height + 2) * stream.row());
+    kept.assign(forks, std::vector<Value>(most));
+  }
 
   static std::vector<ImageOf<Value>> stages(const Network& net, int height, int width) {
     std::vector<ImageOf<Value>> found{{nullptr, height, width, net.convs[0].out_channels}};
@@ -167,24 +175,57 @@ void head(const Network& net, const Image& last, float* outputs) {
   }
 }
 
-template <class Kernel, class Image>
-void forward(const Team& team, const Network& net, const Workspace<typename Kernel::Value>& space,
-             const Image& input, const uint8_t* actions, float* outputs) {
-  int stage = 0;
-  Kernel::conv(team, net.convs[0], input, space.streams[0], false);
+// A member's share of copying a stream to, or back from, where it is kept.
+template <class Value>
+void keep(const Team& team, const ImageOf<Value>& stream, std::vector<Value>& kept, bool back) {
+  const int rows = stream.height + 2, from = team.from(rows), to = team.to(rows);
+  Value *here = stream.data + from * stream.row(), *there = kept.data() + from * stream.row();
+  std::copy_n(back ? there : here, (int64_t)(to - from) * stream.row(), back ? here : there);
   team.wait();
-  for (int b = 0; b < net.num_blocks; ++b) {
+}
+
+// Blocks from `block` on, for policies that were the same until there: those that keep a block part from
+// those that drop it, and these go on from the stream as it was. Null actions: every block runs.
+template <class Kernel>
+void run_blocks(const Team& team, const Network& net, Workspace<typename Kernel::Value>& space,
+                int block, int stage, int fork, std::vector<int> policies, const uint8_t* actions,
+                float* outputs) {
+  for (int b = block; b < net.num_blocks; ++b) {
     const Conv &first = net.convs[1 + 2 * b], &second = net.convs[2 + 2 * b];
-    const Image from = space.streams[stage];
+    const auto from = space.streams[stage];
     if (first.stride == 2) pool_and_pad<Kernel>(team, from, space.streams[++stage]);
-    if (actions && !actions[b]) continue;
+    const auto drop = std::stable_partition(policies.begin(), policies.end(), [&](int policy) {
+      return !actions || actions[(int64_t)policy * net.num_blocks + b];
+    });
+    if (drop == policies.begin()) continue;
+    const bool part = drop != policies.end();
+    if (part) keep(team, space.streams[stage], space.kept[fork], false);
     Kernel::conv(team, first, from, space.hidden[stage], false);
     team.wait();
     Kernel::conv(team, second, space.hidden[stage], space.streams[stage], true);
     team.wait();
+    if (!part) continue;
+    run_blocks<Kernel>(team, net, space, b + 1, stage, fork + 1, {policies.begin(), drop}, actions, outputs);
+    policies.erase(policies.begin(), drop);
+    keep(team, space.streams[stage], space.kept[fork], true);
   }
-  if (team.rank == 0) head<Kernel>(net, space.streams[stage], outputs);
+  if (team.rank == 0) {
+    float* found = outputs + (int64_t)policies[0] * net.outputs;
+    head<Kernel>(net, space.streams[stage], found);
+    for (size_t i = 1; i < policies.size(); ++i)
+      std::copy_n(found, net.outputs, outputs + (int64_t)policies[i] * net.outputs);
+  }
   team.wait();
+}
+
+template <class Kernel, class Image>
+void forward(const Team& team, const Network& net, Workspace<typename Kernel::Value>& space,
+             const Image& input, int policies, const uint8_t* actions, float* outputs) {
+  Kernel::conv(team, net.convs[0], input, space.streams[0], false);
+  team.wait();
+  std::vector<int> all(policies);
+  std::iota(all.begin(), all.end(), 0);
+  run_blocks<Kernel>(team, net, space, 0, 0, 0, all, actions, outputs);
 }
 
 template <class Kernel, class Image>
@@ -235,27 +276,27 @@ struct TeamSpace {
       : input{nullptr, job.height, job.width, Kernel::INPUT_CHANNELS},
         small{nullptr, job.policy_size, job.policy_size, Kernel::INPUT_CHANNELS},
         memory({&input, &small}),
-        resnet(*job.resnet, job.height, job.width),
-        policy_net(job.policy_net ? *job.policy_net : *job.resnet, job.policy_size, job.policy_size),
+        resnet(*job.resnet, job.height, job.width, job.policies - 1),
+        policy_net(job.policy_net ? *job.policy_net : *job.resnet, job.policy_size, job.policy_size, 0),
         policy_logits(job.resnet->num_blocks) {}
 };
 
 template <class Kernel>
 void run_image(const Team& team, const Job& job, TeamSpace<Kernel>& space) {
   const int num_blocks = job.resnet->num_blocks;
-  uint8_t* actions = job.actions + space.image * num_blocks;
+  uint8_t* actions = job.actions + space.image * job.policies * num_blocks;
   read_input<Kernel>(team, job, space.image, space.input);
   if (job.policy_net) {
     const bool whole = job.policy_size == job.height;
     if (!whole) average_down<Kernel>(team, space.input, space.small);
-    forward<Kernel>(team, *job.policy_net, space.policy_net, whole ? space.input : space.small, nullptr,
+    forward<Kernel>(team, *job.policy_net, space.policy_net, whole ? space.input : space.small, 1, nullptr,
                     space.policy_logits.data());
     if (team.rank == 0)  // a probability of at least 0.5 is a logit of at least 0
       for (int k = 0; k < num_blocks; ++k) actions[k] = space.policy_logits[k] >= 0.f;
     team.wait();
   }
-  forward<Kernel>(team, *job.resnet, space.resnet, space.input, actions,
-                  job.logits + space.image * job.resnet->outputs);
+  forward<Kernel>(team, *job.resnet, space.resnet, space.input, job.policies, actions,
+                  job.logits + space.image * job.policies * job.resnet->outputs);
 }
 
 // One worker's share of a job, called once by every worker; spaces: one for each team.
