@@ -13,28 +13,20 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pipeline.errors import UserError
+from pipeline.errors import DataError
 from pipeline.files import write_atomically, write_text
+from pipeline.prepared import DESCRIPTION, REMEDY, Description, ListedRecord, SplitName, read_description
 from pipeline.resume import project_root
+from pipeline.streaming import StreamedSplit, read_manifest
 from pipeline.tensors import Images, Split
-from pipeline.untrusted import cut, open_regular, read_json
+from pipeline.untrusted import cut, open_regular
 
-SplitName = Literal["train", "validation", "test"]
-SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-DESCRIPTION = "dataset.json"
 IMAGES = Path("data/images")  # in the project's root: a folder, or a link to one, that DVC leaves alone
-MAX_DESCRIPTION = 16 << 20  # bytes
-
-
-class DataError(UserError):
-    """Data can't be used; the message names the file, what is wrong with it and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,11 +120,6 @@ def _write_array(path: Path, array: NDArray[np.generic]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def load_classes(folder: Path) -> tuple[str, ...]:
-    """The names of the classes of a prepared folder."""
-    return _description(folder).classes
-
-
 def load_split(folder: Path, name: SplitName, device: torch.device) -> Images:
     """Read one split onto a device, checking shapes, types, labels and digests.
 
@@ -141,9 +128,9 @@ def load_split(folder: Path, name: SplitName, device: torch.device) -> Images:
     Raises:
         DataError: a file is missing, damaged or not what `dataset.json` says.
     """
-    description = _description(folder)
+    description = read_description(folder)
     record = description.splits[name]
-    if isinstance(record, _ListedRecord):
+    if isinstance(record, ListedRecord):
         return _streamed(folder / f"{name}_manifest.tsv", description, record, device)
     images = _read_array(folder / f"{name}_images.npy", record.images_sha256)
     labels = _read_array(folder / f"{name}_labels.npy", record.labels_sha256)
@@ -162,10 +149,8 @@ def load_split(folder: Path, name: SplitName, device: torch.device) -> Images:
 
 
 def _streamed(
-    path: Path, description: "_Description", record: "_ListedRecord", device: torch.device
+    path: Path, description: Description, record: ListedRecord, device: torch.device
 ) -> Images:
-    from pipeline.streaming import StreamedSplit, read_manifest  # it imports this module
-
     assert description.image_size is not None  # as its validator has seen
     listing = read_manifest(
         path, sha256=record.manifest_sha256, images=record.images, classes=len(description.classes)
@@ -202,59 +187,3 @@ def _read_array(path: Path, sha256: str) -> NDArray[np.generic]:
     if array is None:
         raise DataError(f"{path} is not what {DESCRIPTION} beside it says; {REMEDY}")
     return array
-
-
-REMEDY = "make it anew with `dvc repro -f prepare`"
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class _SplitRecord(_Record):
-    images: int
-    images_sha256: str
-    labels_sha256: str
-
-
-class _ListedRecord(_Record):
-    images: int
-    manifest_sha256: str
-
-
-class _Description(_Record):
-    """dataset.json. Splits that are listed and not copied have an image size, as arrays have theirs."""
-
-    source: str
-    classes: Annotated[tuple[str, ...], Field(strict=False, min_length=2)]
-    image_size: Annotated[int, Field(ge=8, le=512, multiple_of=4)] | None = None
-    splits: dict[SplitName, _SplitRecord | _ListedRecord]
-
-    @model_validator(mode="after")
-    def _all_of_them(self) -> Self:
-        if set(self.splits) != set(SPLITS):
-            raise ValueError(f"the splits are {sorted(self.splits)}")
-        listed = {isinstance(record, _ListedRecord) for record in self.splits.values()}
-        if listed != {self.image_size is not None}:
-            raise ValueError("some splits are listed and some are not, or the image size is missing")
-        return self
-
-    @field_validator("classes", mode="before")
-    @classmethod
-    def _a_list(cls, value: object) -> object:
-        if not isinstance(value, list):
-            raise ValueError("the classes are no list")
-        return value
-
-
-def _description(folder: Path) -> _Description:
-    path = folder / DESCRIPTION
-    try:
-        return _Description.model_validate(read_json(path, MAX_DESCRIPTION))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = cut(".".join(map(str, first["loc"])), 80)
-        raise DataError(f"{path}: {where}: {cut(first['msg'])}; {REMEDY}") from None
-    except (OSError, ValueError) as error:
-        said = error.strerror if isinstance(error, OSError) else cut(error)
-        raise DataError(f"{path} can't be read ({said}); {REMEDY}") from None

@@ -24,6 +24,10 @@ class UserError(ValueError):
     """The message names the key or file, what is wrong with it, and the remedy."""
 
 
+class DataError(UserError):
+    """Data can't be used; the message names the file, what is wrong with it and the remedy."""
+
+
 def explain(error: OSError) -> str | None:
     """One line on a file that the system would not read or write; None where there is no remedy."""
     remedy = REMEDIES.get(error.errno or 0)

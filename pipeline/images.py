@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline.data import DataError
+from pipeline.errors import DataError
 from pipeline.untrusted import cut, open_regular
 
 IMAGE_FORMATS = (

@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from pipeline.data import Arrays, DataError, Dataset, SplitName, digest, split_by_seed, split_rows
+from pipeline.data import Arrays, Dataset, digest, split_by_seed, split_rows
+from pipeline.errors import DataError
 from pipeline.images import open_image
+from pipeline.prepared import SplitName
 from pipeline.streaming import Listing
 from pipeline.untrusted import cut, open_regular
 

@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data import DESCRIPTION, REMEDY, DataError, SplitName
+from pipeline.errors import DataError
 from pipeline.files import write_atomically, write_text
 from pipeline.images import open_image
+from pipeline.prepared import DESCRIPTION, REMEDY, SplitName
 from pipeline.runtime import loader_workers
 from pipeline.tensors import AnyAugmentation, SeededCrop, Split
 from pipeline.untrusted import cut, read_bytes

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from pipeline import sources, streaming
-from pipeline.data import IMAGES, Dataset, SplitName, save
+from pipeline.data import IMAGES, Dataset, save
 from pipeline.params import Data, Params
+from pipeline.prepared import SplitName
 from pipeline.resume import project_root
 from pipeline.tracking.runs import stage_run
 from stages.common import METRICS, PREPARED, run, write_json

@@ -3,8 +3,8 @@
 from functools import partial
 
 from pipeline import checkpoint
-from pipeline.data import load_classes
 from pipeline.params import Params
+from pipeline.prepared import load_classes
 from pipeline.processes import is_main
 from pipeline.resnet import ResNet, make_resnet
 from pipeline.runtime import choose_device, seed_everything

@@ -11,10 +11,11 @@ import yaml
 
 from pipeline import checkpoint, distributed, legacy, processes, training
 from pipeline.checkpoint import Checkpoint, CheckpointError
-from pipeline.data import load_classes, load_split
+from pipeline.data import load_split
 from pipeline.errors import UserError
 from pipeline.interruption import deferred
 from pipeline.params import NO_FILE, Finetune, Params, Pretrain, Sole, Static
+from pipeline.prepared import load_classes
 from pipeline.resnet import ResNet
 from pipeline.resume import ResumePoint, digest_of_files, key_of, tidy
 from pipeline.runtime import choose_device, keep_freed_memory

@@ -1,6 +1,7 @@
 """The house holds: imports point one way, and dvc.yaml lists what each stage's result depends on."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,17 @@ MATHEMATICS = {
     "resnet", "policy_net", "policy_gradient", "policies", "curriculum", "cost", "tensors",
     "inference", "evaluation", "training", "policy_learning", "static_policies", "timing", "benchmark",
 }  # fmt: skip
-INPUT_OUTPUT = {"params", "data", "sources", "checkpoint", "legacy", "tracking", "resume", "figures"}
+INPUT_OUTPUT = {
+    "params",
+    "data",
+    "prepared",
+    "sources",
+    "checkpoint",
+    "legacy",
+    "tracking",
+    "resume",
+    "figures",
+}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -108,6 +119,13 @@ def test_no_parameter_has_a_default():
 def test_mathematics_does_no_io(module):
     reached = {Path(f).parts[1].removesuffix(".py") for f in closure(f"pipeline/{module}.py")}
     assert not reached & INPUT_OUTPUT
+
+
+def test_imports_make_no_circle():
+    files = [f for folder in ("pipeline", "stages", "tools") for f in (ROOT / folder).rglob("*.py")]
+    imports = {file.relative_to(ROOT).as_posix(): imports_of(file) for file in files}
+    imports["pipeline/resnet.py"].remove("pipeline/imagenet_resnet.py")  # made when it is asked for
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
 
 
 def test_library_does_not_import_stages():

@@ -11,7 +11,7 @@ import torch
 from repository_copy import make_copy, ran
 
 from pipeline import checkpoint, legacy, sources
-from pipeline.data import DataError
+from pipeline.errors import DataError
 from pipeline.executors.base import Networks, UnavailableError
 from pipeline.inference import make_executor, predict, predict_policy
 from pipeline.policies import greedy_actions

@@ -7,18 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data import (
-    DESCRIPTION,
-    SPLITS,
-    Arrays,
-    DataError,
-    Dataset,
-    digest,
-    load_classes,
-    load_split,
-    save,
-    split_by_seed,
-)
+from pipeline.data import Arrays, Dataset, digest, load_split, save, split_by_seed
+from pipeline.errors import DataError
+from pipeline.prepared import DESCRIPTION, SPLITS, load_classes
 
 CPU = torch.device("cpu")
 REMEDY = "make it anew with `dvc repro -f prepare`"

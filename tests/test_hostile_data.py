@@ -26,7 +26,9 @@ from test_sources import fill, npm_members, plain, png, put, read, small_cifar, 
 
 from pipeline import data as data_module
 from pipeline import files, sources
-from pipeline.data import DESCRIPTION, DataError, digest, load_split, save
+from pipeline.data import digest, load_split, save
+from pipeline.errors import DataError
+from pipeline.prepared import DESCRIPTION
 from pipeline.sources import NPM_ARCHIVE, cifar10, read_image
 
 SIZE = 8

@@ -16,7 +16,9 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from pipeline import sources
-from pipeline.data import SPLITS, DataError, digest
+from pipeline.data import digest
+from pipeline.errors import DataError
+from pipeline.prepared import SPLITS
 from pipeline.sources import NPM_ARCHIVE, cifar10, cifar100, digits, imagefolder
 
 SIZE = 8

@@ -13,9 +13,10 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from pipeline import sources, streaming
-from pipeline.data import SPLITS, DataError, load_classes, load_split
-from pipeline.errors import UserError, explain_memory
+from pipeline.data import load_split
+from pipeline.errors import DataError, UserError, explain_memory
 from pipeline.imagenet_resnet import ImageNetResNet
+from pipeline.prepared import SPLITS, load_classes
 from pipeline.runtime import loader_workers
 from pipeline.streaming import Listing, StreamedSplit
 from pipeline.tensors import SeededCrop

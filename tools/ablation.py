@@ -29,7 +29,7 @@ from pipeline import checkpoint
 from pipeline import params as params_file
 from pipeline import policy_gradient as pg
 from pipeline.cost import measure, rewarded_shares
-from pipeline.data import load_classes, load_split
+from pipeline.data import load_split
 from pipeline.errors import UserError
 from pipeline.evaluation import shuffled_accuracy
 from pipeline.files import write_text
@@ -38,6 +38,7 @@ from pipeline.locks import alone
 from pipeline.params import Curriculum, Finetune, Loader, Params
 from pipeline.policies import greedy_actions, policy_statistics
 from pipeline.policy_learning import PolicyLearning
+from pipeline.prepared import load_classes
 from pipeline.resume import digest_of_files, key_of, project_root
 from pipeline.runtime import choose_device, generator, keep_freed_memory, seed_everything
 from pipeline.tensors import Images, Split
