@@ -7,6 +7,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
+# tests of one file share what takes long to make, so a worker gets whole files
+WORKERS := -n logical --maxprocesses 4 --dist loadfile
 PORT ?= 5000
 HOST ?= 127.0.0.1
 
@@ -34,7 +36,7 @@ benchmark: setup ## measure inference time anew, on this machine, and report it
 	-@python -m tools.sync
 
 test: setup ## all tests but the slow ones
-	python -m pytest -m "not slow and not sweep"
+	python -m pytest -m "not slow and not sweep" $(WORKERS)
 
 slow: setup ## the tests on real CIFAR-10 (fetches it), and with servers
 	python -m pytest -m slow
@@ -49,7 +51,7 @@ check: setup ## lint, format, types and the fast tests
 	ruff check .
 	ruff format --check .
 	mypy
-	python -m pytest -m "not e2e and not slow and not sweep"
+	python -m pytest -m "not e2e and not slow and not sweep" $(WORKERS)
 
 sync: setup ## one finished run in MLflow for every experiment that DVC knows
 	@python -m tools.sync

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from pipeline.cost import Cost
-from pipeline.inference import make_classifier, predict_by
+from pipeline.inference import accuracies_of, right_under
 from pipeline.resnet import ResNet
 from pipeline.tensors import Images, Normalisation
 
@@ -28,14 +28,12 @@ def shuffled_accuracy(
     The same policies in the same numbers, so the same cost; what accuracy loses is what looking at the
     image buys. Each shuffle is one random cycle through all images, so no image keeps its own row.
     """
-    execute = make_classifier(resnet, normalisation=normalisation)
-    accuracies = []
-    for _ in range(repeats):
+    others = torch.empty(repeats, *actions.shape, dtype=actions.dtype)
+    for shuffle in others:
         cycle = torch.randperm(len(split), generator=draw)
-        others = torch.empty_like(actions)
-        others[cycle] = actions[cycle.roll(1)]
-        accuracies.append(predict_by(execute, split, others).accuracy)
-    return sum(accuracies) / repeats
+        shuffle[cycle] = actions[cycle.roll(1)]
+    right = right_under(others, resnet, split, normalisation=normalisation)
+    return sum(accuracies_of(right)) / repeats
 
 
 def single_policy_candidates(actions: Tensor, cost: Cost, budget: float, limit: int) -> Tensor:
@@ -61,10 +59,8 @@ def best_single_policy(
     resnet: ResNet, split: Images, candidates: Tensor, *, normalisation: Normalisation
 ) -> tuple[Tensor, float]:
     """The policy [K] of candidates [P, K] that is right most often on a split, and how often."""
-    execute = make_classifier(resnet, normalisation=normalisation)
-    accuracies = [
-        predict_by(execute, split, policy.expand(len(split), -1)).accuracy for policy in candidates
-    ]
+    for_all = candidates[:, None].expand(-1, len(split), -1)
+    accuracies = accuracies_of(right_under(for_all, resnet, split, normalisation=normalisation))
     best = int(np.argmax(accuracies))  # the first of equals, so the most frequent
     return candidates[best], accuracies[best]
 

@@ -87,9 +87,14 @@ class Auto(Executor):
         executor = self.grouped if len(actions) >= IMAGES_PER_POLICY * distinct else self.gather
         return executor._classify(inputs, actions)
 
+    def _run_under(self, images: Tensor, policies: Tensor) -> Tensor:
+        if len(self.contestants) == 1:
+            return self.contestants[0]._run_under(images, policies)
+        return super()._run_under(images, policies)  # the race is for each
+
     def _classify_under(self, inputs: Tensor, policies: Tensor) -> Tensor:
-        if self.contestants:
-            return self._fastest(len(inputs), lambda chosen: chosen._classify_under(inputs, policies))
+        if len(self.contestants) == 1:
+            return self.contestants[0]._classify_under(inputs, policies)
         return super()._classify_under(inputs, policies)
 
     def _fastest(self, batch: int, run: Callable[[Executor], R]) -> R:
@@ -152,20 +157,8 @@ def predict(
     precision: str = "fp32",
 ) -> Predictions:
     """Classify a split in evaluation mode under actions [M, K] (None: every block runs)."""
-    execute = make_classifier(resnet, normalisation=normalisation, precision=precision)
-    return predict_by(execute, split, actions)
-
-
-def make_classifier(
-    resnet: ResNet, *, normalisation: Normalisation, precision: str = "fp32"
-) -> Executor:
-    """What `predict` predicts by, for who asks one network often: making it takes time."""
     networks = Networks(resnet=resnet, policy_net=None, normalisation=normalisation)
-    return make_executor(networks, precision=precision)
-
-
-def predict_by(execute: Executor, split: Images, actions: Tensor | None = None) -> Predictions:
-    """`predict` by an executor that is there already."""
+    execute = make_executor(networks, precision=precision)
     logits = torch.cat(
         [
             execute(images, None if actions is None else actions[part]).logits
@@ -176,6 +169,27 @@ def predict_by(execute: Executor, split: Images, actions: Tensor | None = None) 
     classes = logits.argmax(dim=1)
     correct = classes == split.labels
     return Predictions(classes=classes.cpu(), losses=losses.cpu(), correct=correct.cpu())
+
+
+def right_under(
+    policies: Tensor, resnet: ResNet, split: Images, *, normalisation: Normalisation
+) -> Tensor:
+    """Whether each image of a split is classified rightly under each of V policies [V, M, K].
+
+    Returns:
+        [V, M] bool, on the CPU.
+    """
+    execute = make_executor(Networks(resnet=resnet, policy_net=None, normalisation=normalisation))
+    parts = []
+    for part, images in _in_parts(split):
+        logits = execute(images, policies[:, part]).logits
+        parts.append((logits.argmax(dim=2) == split.labels[part]).cpu())
+    return torch.cat(parts, dim=1)
+
+
+def accuracies_of(right: Tensor) -> list[float]:
+    """The share of each row of [V, M] bool that is right."""
+    return [float(row.double().mean()) for row in right]
 
 
 @torch.no_grad()

@@ -257,7 +257,7 @@ class PolicyLearning:
     def _self_critical(self, batch: Batch, decisions: Decisions) -> tuple[Tensor, dict[str, Tensor]]:
         sampled, greedy = decisions.sampled, decisions.greedy
         if self.frozen is not None:
-            both = self.frozen.classify_under(batch.images, torch.stack([greedy, sampled]))
+            both = self.frozen.classify(batch.images, torch.stack([greedy, sampled]))
             greedy_logits, logits = both.unbind()
         else:
             greedy_logits = self._classify(batch, greedy, learn=False)
@@ -282,7 +282,7 @@ class PolicyLearning:
         tried = sampled.repeat(1 + flips, 1, 1)  # [1 + flips, B, K], the first as sampled
         tried[1:].scatter_(2, chosen.t()[:, :, None], ~was_kept.t()[:, :, None])
         assert self.frozen is not None
-        passes = self.frozen.classify_under(batch.images, tried)
+        passes = self.frozen.classify(batch.images, tried)
         rewards = torch.stack(
             [
                 self._reward(self._right(logits, batch.labels), actions)

@@ -18,8 +18,7 @@ from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
 from pipeline.cost import measure
 from pipeline.data import load_split
-from pipeline.executors.base import Executor, Networks
-from pipeline.inference import Predictions, evaluation_batch, make_executor, predict
+from pipeline.inference import Predictions, accuracies_of, predict, right_under
 from pipeline.params import Params
 from pipeline.resnet import ResNet
 from pipeline.runtime import choose_device, describe_device, generator
@@ -102,37 +101,32 @@ def ruled(
         noise: [D, M, K], what each of D draws of the rule `random` comes from.
     """
     resnet = own.need_resnet().to(test.device)
-    networks = Networks(resnet=resnet, policy_net=None, normalisation=own.normalisation)
-    execute = make_executor(networks)  # one for all: it packs the weights, and on CUDA it records graphs
     cost = measure(resnet, None, test.image_size)  # no policy network decides
-    found = []
+    rules = list(rules)
+    drawn = []
     for kind, kept in rules:
-        rule = static_rule(kind, kept, resnet.stages)
         draws = noise if kind == "random" else noise[:1]  # the others are the same in every draw
-        actions = [rule(table) for table in draws]
-        correct = [right(execute, test, drawn) for drawn in actions]
-        accuracies = [float(outcome.double().mean()) for outcome in correct]
+        rule = static_rule(kind, kept, resnet.stages)
+        drawn.append(torch.stack([rule(table) for table in draws]))
+    outcomes = right_under(torch.cat(drawn), resnet, test, normalisation=own.normalisation)
+    found = []
+    for (kind, kept), actions, right in zip(
+        rules, drawn, outcomes.split([len(actions) for actions in drawn]), strict=True
+    ):
+        accuracies = accuracies_of(right)
         found.append(
             Network(
                 kind=kind,
                 depth=resnet.depth,
                 blocks=kept,
                 finetuned=finetuned,
-                flops=float(cost.of(torch.cat(actions)).mean()),
+                flops=float(cost.of(actions.flatten(0, 1)).mean()),
                 accuracy=mean(accuracies),  # exact, so that equal draws have a deviation of 0
                 accuracy_std=stdev(accuracies) if len(accuracies) > 1 else 0.0,
-                correct=correct[0],
+                correct=right[0],
             )
         )
     return found
-
-
-def right(execute: Executor, test: Images, actions: Tensor) -> Tensor:
-    """Whether each prediction under actions [M, K] is right: [M] bool, on the CPU."""
-    size = evaluation_batch(test.image_size)
-    parts = zip(test.in_order(size), actions.split(size), strict=True)
-    logits = torch.cat([execute(*part).logits for part in parts])
-    return (logits.argmax(dim=1) == test.labels).cpu()
 
 
 def trained_networks(params: Params, test: Images, noise: Tensor) -> list[Network]:

@@ -155,11 +155,17 @@ def test_several_policies_of_an_image_give_what_each_gives_alone(name, batch, ki
     policies = several_policies(kind, batch, networks.num_blocks)
     expected = torch.stack([execute.classify(inputs, actions) for actions in policies])
     before = policies.clone()
-    found = execute.classify_under(inputs, policies)
+    found = execute.classify(inputs, policies)
     assert found.shape == (len(policies), batch, 5)
     assert torch.equal(found, expected)
     assert torch.equal(policies, before)
-    assert torch.equal(execute.classify_under(inputs, policies), expected)
+    assert torch.equal(execute.classify(inputs, policies), expected)
+    images = make_images(batch)
+    found = execute(images, policies)
+    assert torch.equal(
+        found.logits, torch.stack([execute(images, actions).logits for actions in policies])
+    )
+    assert torch.equal(found.actions, policies)
 
 
 @pytest.mark.parametrize("name", ["masked", *NAMES])
@@ -167,11 +173,11 @@ def test_several_policies_are_as_many_for_each_image(name):
     networks = make_networks()
     execute = executor(name, networks)
     inputs = NORMALISATION(make_images(3))
-    with pytest.raises(ValueError, match=r"policies have shape \(3, 6\), expected \[V, B, K\]"):
-        execute.classify_under(inputs, torch.ones(3, 6))
-    with pytest.raises(ValueError, match=r"actions have shape \(4, 6\), expected \(3, 6\)"):
-        execute.classify_under(inputs, torch.ones(2, 4, 6))
-    assert execute.classify_under(inputs[:0], torch.ones(2, 0, 6)).shape == (2, 0, 5)
+    for shape in [(6,), (2, 4, 6), (2, 3, 5), (1, 2, 3, 6), (0, 3, 6)]:
+        with pytest.raises(ValueError, match=r"expected \(3, 6\), or \[V, 3, 6\] for V policies"):
+            execute.classify(inputs, torch.ones(shape))
+    assert execute.classify(inputs[:0], torch.ones(2, 0, 6)).shape == (2, 0, 5)
+    assert execute(make_images(0), torch.ones(2, 0, 6)).logits.shape == (2, 0, 5)
 
 
 def test_native_runs_once_what_policies_have_in_common():
@@ -182,7 +188,7 @@ def test_native_runs_once_what_policies_have_in_common():
 
     def seconds(count: int) -> float:
         begun = time.perf_counter()
-        execute.classify_under(inputs, every.expand(count, -1, -1))
+        execute.classify(inputs, every.expand(count, -1, -1))
         return time.perf_counter() - begun
 
     assert min(seconds(16) for _ in range(5)) < 4 * min(seconds(1) for _ in range(5))  # not 16 times

@@ -43,8 +43,8 @@ class Output:
     """On the device of the images.
 
     Attributes:
-        logits: [B, N] float32.
-        actions: [B, K] bool, the blocks that ran.
+        logits: [B, N] float32; [V, B, N] under V policies.
+        actions: [B, K] bool, the blocks that ran; [V, B, K] under V policies.
     """
 
     logits: Tensor
@@ -77,6 +77,9 @@ class Executor(ABC):
     def __call__(self, images: Tensor, actions: Tensor | None = None) -> Output:
         """Classify images [B, H, W, 3] uint8 under actions [B, K] (None: the policy network's).
 
+        Under V policies, actions [V, B, K], it gives what each would give alone; an executor may run
+        once what an image's policies have in common.
+
         Raises:
             ValueError: images or actions have another shape or type.
         """
@@ -89,44 +92,40 @@ class Executor(ABC):
         elif self.networks.policy_net is None:
             actions = images.new_ones((len(images), self.networks.num_blocks), dtype=torch.bool)
         if len(images) == 0:
-            nothing = torch.empty(0, self.networks.num_blocks, dtype=torch.bool, device=self.device)
-            return Output(logits=self._no_logits(), actions=nothing)
+            if actions is None:
+                actions = torch.empty(0, self.networks.num_blocks, dtype=torch.bool, device=self.device)
+            return Output(logits=self._no_logits(actions), actions=actions)
+        if actions is not None and actions.dim() == 3:
+            return Output(logits=self._run_under(images, actions), actions=actions)
         return self._run(images, actions)
 
     @torch.no_grad()
     def classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
         """Logits [B, N] float32 of normalised inputs [B, 3, H, W] under actions [B, K].
 
+        Under V policies, actions [V, B, K], logits are [V, B, N].
+
         Raises:
-            ValueError: actions are not [B, K].
+            ValueError: actions have another shape.
         """
         actions = self._checked(actions, len(inputs))
-        return self._classify(inputs, actions) if len(inputs) > 0 else self._no_logits()
-
-    @torch.no_grad()
-    def classify_under(self, inputs: Tensor, policies: Tensor) -> Tensor:
-        """Logits [V, B, N] float32 of normalised inputs [B, 3, H, W] under several policies [V, B, K].
-
-        What `classify` gives for each of the V, but an executor may run once what an image's policies
-        have in common.
-
-        Raises:
-            ValueError: policies are not [V, B, K].
-        """
-        if policies.dim() != 3:
-            raise ValueError(f"policies have shape {tuple(policies.shape)}, expected [V, B, K]")
-        policies = torch.stack([self._checked(actions, len(inputs)) for actions in policies])
         if len(inputs) == 0:
-            return self._no_logits().expand(len(policies), -1, -1)
-        return self._classify_under(inputs, policies)
+            return self._no_logits(actions)
+        if actions.dim() == 3:
+            return self._classify_under(inputs, actions)
+        return self._classify(inputs, actions)
 
-    def _no_logits(self) -> Tensor:
-        return torch.empty(0, self.networks.resnet.num_classes, device=self.device)
+    def _no_logits(self, actions: Tensor) -> Tensor:
+        return torch.empty(*actions.shape[:-1], self.networks.resnet.num_classes, device=self.device)
 
     def _checked(self, actions: Tensor, batch: int) -> Tensor:
         expected = (batch, self.networks.num_blocks)
-        if tuple(actions.shape) != expected:
-            raise ValueError(f"actions have shape {tuple(actions.shape)}, expected {expected}")
+        several = actions.dim() == 3 and len(actions) > 0
+        if tuple(actions.shape[-2:]) != expected or not (several or actions.dim() == 2):
+            raise ValueError(
+                f"actions have shape {tuple(actions.shape)}, expected {expected}, or "
+                f"[V, {expected[0]}, {expected[1]}] for V policies"
+            )
         return actions.to(device=self.device, dtype=torch.bool)
 
     def _run(self, images: Tensor, actions: Tensor | None) -> Output:
@@ -144,6 +143,10 @@ class Executor(ABC):
     def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
         """Logits [B, N] float32."""
 
+    def _run_under(self, images: Tensor, policies: Tensor) -> Tensor:
+        """Logits [V, B, N] under policies [V, B, K]."""
+        return torch.stack([self._run(images, actions).logits for actions in policies])
+
     def _classify_under(self, inputs: Tensor, policies: Tensor) -> Tensor:
-        """Logits [V, B, N] float32."""
+        """Logits [V, B, N] under policies [V, B, K]."""
         return torch.stack([self._classify(inputs, actions) for actions in policies])

@@ -291,6 +291,9 @@ class Native(Executor):
         images = images.contiguous()
         return self._job(images.shape[:3], actions, images=images.data_ptr())
 
+    def _run_under(self, images: Tensor, policies: Tensor) -> Tensor:
+        return self._run(images, policies.transpose(0, 1)).logits.transpose(0, 1)
+
     def _decide(self, inputs: Tensor) -> Tensor:
         raise NotImplementedError("the policy network runs inside of _run")
 
@@ -299,9 +302,7 @@ class Native(Executor):
         return self._job(rows.shape[:3], actions, inputs=rows.data_ptr()).logits
 
     def _classify_under(self, inputs: Tensor, policies: Tensor) -> Tensor:
-        rows = inputs.float().permute(0, 2, 3, 1).contiguous()
-        found = self._job(rows.shape[:3], policies.transpose(0, 1), inputs=rows.data_ptr())
-        return found.logits.transpose(0, 1)
+        return self._classify(inputs, policies.transpose(0, 1)).transpose(0, 1)
 
     def _spaces(self, job: _Job, key: tuple[int | bool | None, ...], teams: int) -> ctypes.Array[Any]:
         """Memory for the activations of an image for each team, kept from call to call."""

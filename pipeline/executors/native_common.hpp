@@ -276,7 +276,7 @@ struct TeamSpace {
       : input{nullptr, job.height, job.width, Kernel::INPUT_CHANNELS},
         small{nullptr, job.policy_size, job.policy_size, Kernel::INPUT_CHANNELS},
         memory({&input, &small}),
-        resnet(*job.resnet, job.height, job.width, job.policies - 1),
+        resnet(*job.resnet, job.height, job.width, std::min(job.policies - 1, job.resnet->num_blocks)),
         policy_net(job.policy_net ? *job.policy_net : *job.resnet, job.policy_size, job.policy_size, 0),
         policy_logits(job.resnet->num_blocks) {}
 };
