@@ -194,7 +194,7 @@ void run_blocks(const Team& team, const Network& net, Workspace<typename Kernel:
     const Conv &first = net.convs[1 + 2 * b], &second = net.convs[2 + 2 * b];
     const auto from = space.streams[stage];
     if (first.stride == 2) pool_and_pad<Kernel>(team, from, space.streams[++stage]);
-    const auto drop = std::stable_partition(policies.begin(), policies.end(), [&](int policy) {
+    const auto drop = std::partition(policies.begin(), policies.end(), [&](int policy) {
       return !actions || actions[(int64_t)policy * net.num_blocks + b];
     });
     if (drop == policies.begin()) continue;
