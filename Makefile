@@ -39,7 +39,7 @@ test: setup ## all tests but the slow ones
 	python -m pytest -m "not slow and not sweep" $(WORKERS)
 
 slow: setup ## the tests on real CIFAR-10 (fetches it), and with servers
-	python -m pytest -m slow
+	python -m pytest -m slow $(WORKERS)
 
 sweep: setup ## the tests of whole sweeps and queues, with four workers, and of a few kills (10 minutes)
 	python -m pytest -m sweep

@@ -85,8 +85,8 @@ class PolicyLearning:
       (Eq. 5). Any ResNet, two passes.
     - `local_expectation`: by R(u with u_k = 1) - R(u with u_k = 0) for `flips` learnt blocks k of each
       image, drawn anew in every step: without bias, and the other blocks' luck is the same in both
-      terms (local expectation gradients: Titsias and Lazaro-Gredilla 2015). 1 + flips passes, which a
-      frozen ResNet makes fast.
+      terms (local expectation gradients: Titsias and Lazaro-Gredilla 2015). 1 + flips passes, asked for
+      at once, so that the executor may run the blocks before a flip once.
     - `straight_through`: by the slope of the loss in each block's share, from the one pass that
       trains the ResNet anyway (`policy_gradient.reward_slopes`): no further pass at all, first order.
     - `reinmax`: by the mean of the slopes where the block runs and where it does not, for which dropped
