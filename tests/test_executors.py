@@ -334,6 +334,12 @@ def test_auto_chooses_by_how_many_policies_there_are(monkeypatch):
     auto(images, POLICIES["two policies"](64, 6))
     auto(images, POLICIES["random"](64, 6))
     assert ran == ["grouped", "gather"]
+    both = torch.stack([POLICIES["random"](64, 6), POLICIES["two policies"](64, 6)])
+    for ask, form in ((auto.classify, NORMALISATION(images)), (lambda *a: auto(*a).logits, images)):
+        ran.clear()
+        found = ask(form, both)
+        assert ran == ["gather", "grouped"]
+        assert torch.equal(found, torch.stack([ask(form, actions) for actions in both]))
 
 
 def test_auto_races_once_for_each_size(monkeypatch):
@@ -361,6 +367,10 @@ def test_auto_races_once_for_each_size(monkeypatch):
     auto.choose_anew()
     auto(make_images(4))
     assert {name for name, _ in ran[4:]} == {one.name, other.name}
+    ran.clear()
+    auto(make_images(40), torch.ones(3, 40, networks.num_blocks))  # each of several policies
+    auto.classify(NORMALISATION(make_images(4)), torch.ones(2, 4, networks.num_blocks))
+    assert ran[-5:] == [(other.name, 40)] * 3 + [(one.name, 4)] * 2
 
 
 def test_who_runs_out_of_memory_loses_the_race():
