@@ -82,6 +82,34 @@ def test_published_numbers_stand_beside_their_data_set_alone(finished):
     assert "| BlockDrop in the paper, gamma 10 | 93.60 % | 1.81e+08 |" in text
 
 
+def test_other_weights_to_start_from_have_a_table_and_a_figure_of_their_own(
+    finished, monkeypatch, tmp_path
+):
+    row = results.row_of(finished, "digits")
+    theirs, ours = (
+        row | {"params": row["params"] | {"pretrain.checkpoint": checkpoint}}
+        for checkpoint in ("import/their_resnet.t7", "pretrained/pretrain")
+    )
+    (tmp_path / results.ROWS).mkdir()
+    for name, own in (("random", row), ("theirs", theirs), ("ours", ours)):
+        (tmp_path / results.ROWS / f"{name}.json").write_text(json.dumps(own))
+    drawn = {}
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(results, "trade_off", lambda path, **given: drawn.update({path.name: given}))
+    monkeypatch.setattr("sys.argv", ["results", "table"])
+    results.main()
+    tables = (tmp_path / "README.md").read_text().split("\n## ")[1:]
+    assert [table.split("\n")[0] for table in tables] == [
+        "ResNet-32 on digits", "ResNet-32 on digits, from their_resnet.t7"
+    ]  # fmt: skip
+    assert "| random |" in tables[0]
+    assert "| ours |" in tables[0]
+    assert "| theirs |" in tables[1]
+    assert {name: len(given["blockdrop"]) for name, given in drawn.items()} == {
+        "trade_off_digits_resnet32.png": 2, "trade_off_digits_resnet32_from_their_resnet.png": 1
+    }  # fmt: skip
+
+
 def test_the_figure_names_the_seed_where_there_are_several(finished, monkeypatch, tmp_path):
     row = results.row_of(finished, "digits")
     other = row | {"params": row["params"] | {"seed": 7}}

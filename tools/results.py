@@ -2,7 +2,8 @@
 
 `python -m tools.results record NAME --preset PRESET` after `dvc repro` writes results/rows/NAME.json
 from the metrics and outcomes in the working tree; `python -m tools.results table` writes
-results/README.md and a figure for each network from all rows.
+results/README.md and a figure for each network from all rows. Where others' weights were the start,
+that is a network of its own: its rivals are finetuned from these weights too.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,31 @@ ROWS = "rows"
 RESAMPLES = 10_000
 SPEEDUPS = (1, 32, 256)  # batch sizes whose speed-up the table shows
 TRAININGS = ("pretrain", "curriculum", "finetune")
+OURS = ("import/none", "pretrained/")  # of pretrain.checkpoint: trained here
 Row = Mapping[str, Any]
+
+
+class Network(NamedTuple):
+    """What rows of one table and figure have in common.
+
+    Attributes:
+        start: the file of the weights it was started from; empty: it was trained from random weights.
+    """
+
+    source: str
+    depth: int
+    start: str
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        return f"ResNet-{self.depth} on {self.source}" + (f", from {self.start}" if self.start else "")
+
+    @property
+    def file(self) -> str:
+        """Of its figure."""
+        ending = f"_from_{Path(self.start).stem}" if self.start else ""
+        return f"trade_off_{self.source}_resnet{self.depth}{ending}.png"
 
 
 def outcomes_of(root: Path) -> dict[str, NDArray[np.bool_]]:
@@ -157,17 +182,22 @@ def table(rows: Mapping[str, Row]) -> str:
         "the best static form of the full network by BlockDrop's, fp32, on the machine below; none",
         "where it was not measured reliably.",
     ]
-    for source, depth in sorted({_network(row) for row in rows.values()}):
-        own = {name: row for name, row in rows.items() if _network(row) == (source, depth)}
-        lines += ["", f"## ResNet-{depth} on {source}", ""]
+    for network in sorted({_network(row) for row in rows.values()}):
+        own = {name: row for name, row in rows.items() if _network(row) == network}
+        lines += ["", f"## {network.title}", ""]
         lines += _table(own)
-    for source in sorted({_network(row)[0] for row in rows.values()}):
+    for source in sorted({_network(row).source for row in rows.values()}):
         lines += _published(source)
     return "\n".join(lines) + "\n"
 
 
-def _network(row: Row) -> tuple[str, int]:
-    return row["params"]["data.source"], row["params"]["resnet.depth"]
+def _network(row: Row) -> Network:
+    start = row["params"]["pretrain.checkpoint"]
+    return Network(
+        source=row["params"]["data.source"],
+        depth=row["params"]["resnet.depth"],
+        start="" if start.startswith(OURS) else Path(start).name,
+    )
 
 
 def _published(source: str) -> list[str]:
@@ -244,10 +274,8 @@ def figure(path: Path, rows: Sequence[Row]) -> None:
         }
         for row in rows
     ]
-    source, depth = _network(rows[0])
-    trade_off(
-        path, baselines=list(rivals.values()), blockdrop=points, title=f"ResNet-{depth} on {source}"
-    )
+    title = _network(rows[0]).title
+    trade_off(path, baselines=list(rivals.values()), blockdrop=points, title=title)
 
 
 def _label(row: Row, rows: Sequence[Row]) -> str:
@@ -280,9 +308,8 @@ def main() -> None:
         for path in sorted((FOLDER / ROWS).glob("*.json"))
     }
     write_text(FOLDER / "README.md", table(rows))
-    for source, depth in sorted({_network(row) for row in rows.values()}):
-        own = [row for row in rows.values() if _network(row) == (source, depth)]
-        figure(FOLDER / f"trade_off_{source}_resnet{depth}.png", own)
+    for network in sorted({_network(row) for row in rows.values()}):
+        figure(FOLDER / network.file, [row for row in rows.values() if _network(row) == network])
 
 
 if __name__ == "__main__":
