@@ -11,7 +11,7 @@ from pipeline.evaluation import (
     shuffled_accuracy,
     single_policy_candidates,
 )
-from pipeline.inference import predict, predict_policy
+from pipeline.inference import predict, predict_policy, right_under
 from pipeline.policy_net import PolicyNet
 from pipeline.tensors import Split
 
@@ -92,6 +92,16 @@ def test_the_best_single_policy_is_the_most_often_right_one():
     )
     assert policy.tolist() == [False, False, True]
     assert accuracy == 0.75
+
+
+def test_right_under_several_policies_is_right_under_each_in_every_batch(monkeypatch, small_resnet):
+    monkeypatch.setattr("pipeline.inference.EVALUATION_BATCH", 7)
+    split = make_split(24, seed=1)
+    policies = torch.rand(4, 24, 3, generator=torch.Generator().manual_seed(2)) < 0.6
+    found = right_under(policies, small_resnet, split, normalisation=NORMALISATION)
+    alone = [predict(small_resnet, split, a, normalisation=NORMALISATION).correct for a in policies]
+    assert torch.equal(found, torch.stack(alone))
+    assert 0 < found.double().mean() < 1
 
 
 def test_effort_that_follows_difficulty_correlates():
