@@ -180,6 +180,7 @@ def test_several_policies_are_as_many_for_each_image(name):
     assert execute(make_images(0), torch.ones(2, 0, 6)).logits.shape == (2, 0, 5)
 
 
+@pytest.mark.alone
 def test_native_runs_once_what_policies_have_in_common():
     networks = make_networks(depth=26, width=16)
     execute = executor("native", networks)

@@ -242,6 +242,7 @@ def test_resumed_run_is_gone_on_with_whichever_call_fails(server, client, params
     assert client.get_run(run.run_id).info.status == "FINISHED"
 
 
+@pytest.mark.alone
 def test_slow_server_gets_a_large_backlog_in_pieces(server, client, params, monkeypatch, capsys):
     with stage_run("pretrain", params) as run:
         monkeypatch.setattr(runs, "BATCH", 10)
@@ -465,6 +466,7 @@ def test_file_that_can_not_be_used_ends_a_strict_stage(place, params, monkeypatc
         pytest.fail("the stage began")
 
 
+@pytest.mark.alone
 def test_locked_file_gets_every_point_when_it_is_free(place, params, capsys):
     file = place / "store/mlflow.db"
     with (
