@@ -177,6 +177,18 @@ def test_table_and_links_show_siblings(client, tmp_path):
     assert all(run_id in links["its gammas compared"] for run_id in ids)
 
 
+def test_table_folds_a_long_name_and_cuts_no_number(client, tmp_path, capsys):
+    name = "main-1234567 " + " ".join(f"data.key{number}={number}" for number in range(30))
+    overview.say(parents.complete(record_of(tmp_path, name, baseline="long"), finish=True))
+    said = capsys.readouterr().out.splitlines()
+    titles = next(line for line in said if "experiment" in line)
+    assert all(title in titles for title in ("gamma", "accuracy", "every block", "policies"))
+    begin = next(number for number, line in enumerate(said) if "main-1234567" in line)
+    assert all(cell in said[begin] for cell in ("90.00 %", "95.00 %", "1.50", "40.00 %"))
+    assert name.split()[-1] + " *" in "".join(said[begin : begin + 20])
+    assert max(map(len, said[:begin])) <= 120
+
+
 @pytest.mark.slow
 def test_server_gets_all_of_it_through_its_own_artifact_store(client, tmp_path, monkeypatch):
     record = record_of(tmp_path, "served")

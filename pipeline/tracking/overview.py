@@ -127,7 +127,8 @@ def say(run_id: str, *, address: str | None = None) -> None:
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
     shown = Table(box=SIMPLE, pad_edge=False)
     for index, title in enumerate(rows[0]):
-        shown.add_column(title, justify="right" if index else "left", no_wrap=True)
+        # where a line is too short for all, names are folded, and no number is cut
+        shown.add_column(title, justify="right" if index else "left", no_wrap=index > 0)
     for row in rows[1:]:
         shown.add_row(*row)
     width = None if sys.stdout.isatty() else LINE  # a file or a pipe has no width of its own
