@@ -32,7 +32,7 @@ def shuffled_accuracy(
     for shuffle in others:
         cycle = torch.randperm(len(split), generator=draw)
         shuffle[cycle] = actions[cycle.roll(1)]
-    right = right_under(others, resnet, split, normalisation=normalisation)
+    right = right_under(resnet, split, others, normalisation=normalisation)
     return sum(accuracies_of(right)) / repeats
 
 
@@ -60,7 +60,7 @@ def best_single_policy(
 ) -> tuple[Tensor, float]:
     """The policy [K] of candidates [P, K] that is right most often on a split, and how often."""
     for_all = candidates[:, None].expand(-1, len(split), -1)
-    accuracies = accuracies_of(right_under(for_all, resnet, split, normalisation=normalisation))
+    accuracies = accuracies_of(right_under(resnet, split, for_all, normalisation=normalisation))
     best = int(np.argmax(accuracies))  # the first of equals, so the most frequent
     return candidates[best], accuracies[best]
 

@@ -172,7 +172,7 @@ def predict(
 
 
 def right_under(
-    policies: Tensor, resnet: ResNet, split: Images, *, normalisation: Normalisation
+    resnet: ResNet, split: Images, policies: Tensor, *, normalisation: Normalisation
 ) -> Tensor:
     """Whether each image of a split is classified rightly under each of V policies [V, M, K].
 

@@ -108,7 +108,7 @@ def ruled(
         draws = noise if kind == "random" else noise[:1]  # the others are the same in every draw
         rule = static_rule(kind, kept, resnet.stages)
         drawn.append(torch.stack([rule(table) for table in draws]))
-    outcomes = right_under(torch.cat(drawn), resnet, test, normalisation=own.normalisation)
+    outcomes = right_under(resnet, test, torch.cat(drawn), normalisation=own.normalisation)
     found = []
     for (kind, kept), actions, right in zip(
         rules, drawn, outcomes.split([len(actions) for actions in drawn]), strict=True

@@ -24,16 +24,8 @@ MATHEMATICS = {
     "inference", "evaluation", "training", "policy_learning", "static_policies", "timing", "benchmark",
 }  # fmt: skip
 INPUT_OUTPUT = {
-    "params",
-    "data",
-    "prepared",
-    "sources",
-    "checkpoint",
-    "legacy",
-    "tracking",
-    "resume",
-    "figures",
-}
+    "params", "data", "prepared", "sources", "checkpoint", "legacy", "tracking", "resume", "figures",
+}  # fmt: skip
 
 
 def imports_of(path: Path) -> set[str]:

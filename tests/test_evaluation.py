@@ -98,7 +98,7 @@ def test_right_under_several_policies_is_right_under_each_in_every_batch(monkeyp
     monkeypatch.setattr("pipeline.inference.EVALUATION_BATCH", 7)
     split = make_split(24, seed=1)
     policies = torch.rand(4, 24, 3, generator=torch.Generator().manual_seed(2)) < 0.6
-    found = right_under(policies, small_resnet, split, normalisation=NORMALISATION)
+    found = right_under(small_resnet, split, policies, normalisation=NORMALISATION)
     alone = [predict(small_resnet, split, a, normalisation=NORMALISATION).correct for a in policies]
     assert torch.equal(found, torch.stack(alone))
     assert 0 < found.double().mean() < 1
