@@ -172,6 +172,7 @@ class Finetune(Section):
     entropy_schedule: Literal["constant", "linear"]
     diversity_weight: NonNegative
     epochs: Count
+    hold_epochs: Annotated[int, Field(ge=0, le=10**9)]
     policy_epochs: Count | None
     batch_size: Count
     policy_lr: Positive
@@ -184,9 +185,16 @@ class Finetune(Section):
 
     @model_validator(mode="after")
     def _policy_epochs(self) -> "Finetune":
-        if self.policy_epochs is not None and self.policy_epochs > self.epochs:
+        left = self.epochs - self.hold_epochs
+        if left < 1:
             raise ValueError(
-                f"policy_epochs {self.policy_epochs} are more than epochs {self.epochs}; "
+                f"hold_epochs {self.hold_epochs} leave none of epochs {self.epochs} for the policy; "
+                "lower them, 0 for none"
+            )
+        if self.policy_epochs is not None and self.policy_epochs > left:
+            after = f" after hold_epochs {self.hold_epochs}" if self.hold_epochs else ""
+            raise ValueError(
+                f"policy_epochs {self.policy_epochs} are more than epochs {self.epochs}{after}; "
                 "lower them, or null for all epochs"
             )
         return self

@@ -31,9 +31,11 @@ class PolicyRules:
         gamma: penalty of a wrong prediction (Eq. 3).
         alpha: bound of the exploration, s' = alpha s + (1 - alpha)(1 - s).
         entropy_weight: weight of the policy's entropy, summed over blocks, in the loss.
-        entropy_epochs: over which that weight falls, to 1/epochs of it in the last; None: it stays.
-        policy_epochs: after which the policy is fixed and the ResNet learns under it as it is deployed;
-            None: it is learnt to the end.
+        entropy_epochs: in which the policy is learnt and that weight falls, to 1/epochs of it in the
+            last; None: it stays.
+        hold_epochs: in which the policy waits, and the ResNet learns under actions sampled from it.
+        policy_epochs: for which the policy is learnt then; after them it is fixed, and the ResNet learns
+            under it as it is deployed. None: it is learnt to the end.
         diversity_weight: weight of the entropy of a batch's mean policy (`policy_gradient.sameness`).
         epochs_per_block: pace of the curriculum; None: every decision is learnt from the start.
         estimator: `self_critical` (the paper), `local_expectation` (frozen ResNet only),
@@ -47,6 +49,7 @@ class PolicyRules:
     alpha: float
     entropy_weight: float
     entropy_epochs: int | None = None
+    hold_epochs: int = 0
     policy_epochs: int | None = None
     diversity_weight: float = 0.0
     epochs_per_block: float | None = None
@@ -102,7 +105,9 @@ class PolicyLearning:
     and is set so, not left to the difference between the two kinds of statistics.
 
     Unlike in the paper, the policy may be fixed after `policy_epochs`: as long as actions are sampled,
-    the ResNet learns on paths other than those that it will be run on.
+    the ResNet learns on paths other than those that it will be run on. And it may be held for the first
+    `hold_epochs`: to a ResNet that was never run without a block, every drop is a loss, so a policy that
+    learns from its slopes at once first learns to keep all.
 
     Args:
         distillation: the ResNet's loss; None: the ResNet is frozen.
@@ -135,7 +140,7 @@ class PolicyLearning:
             raise ValueError(
                 f"no estimator {rules.estimator} where the ResNet {state}: {', '.join(estimators)}"
             )
-        if rules.policy_epochs is not None and not distillation:
+        if (rules.policy_epochs is not None or rules.hold_epochs) and not distillation:
             raise ValueError("with a fixed policy and a frozen ResNet nothing would learn")
         self.modules: dict[str, nn.Module] = {"policy_net": policy_net}
         if distillation:
@@ -152,7 +157,7 @@ class PolicyLearning:
         self.noise_columns = resnet.num_blocks * (2 if rules.estimator == "local_expectation" else 1)
         device = next(policy_net.parameters()).device
         self.entropy_weight = rules.entropy_weight
-        self.fixed = False
+        self.held = self.fixed = False
         self.learnt_count = resnet.num_blocks
         self.learnt = torch.ones(resnet.num_blocks, dtype=torch.bool, device=device)
         self.block_shares = (
@@ -164,10 +169,13 @@ class PolicyLearning:
 
     def begin_epoch(self, epoch: int) -> None:
         """Set whether the policy is learnt, which blocks' decisions are, and what the entropy weighs."""
-        over = self.rules.entropy_epochs
-        left = 1.0 if over is None else max(0.0, 1 - epoch / over)
-        self.entropy_weight = self.rules.entropy_weight * left
-        self.fixed = self.rules.policy_epochs is not None and epoch >= self.rules.policy_epochs
+        rules = self.rules
+        self.held = epoch < rules.hold_epochs
+        learning = epoch - rules.hold_epochs  # epochs in which the policy has learnt
+        over = rules.entropy_epochs
+        left = 1.0 if over is None or self.held else max(0.0, 1 - learning / over)
+        self.entropy_weight = rules.entropy_weight * left
+        self.fixed = rules.policy_epochs is not None and learning >= rules.policy_epochs
         num_blocks = self.resnet.num_blocks
         pace = self.rules.epochs_per_block
         self.learnt_count = (
@@ -212,8 +220,8 @@ class PolicyLearning:
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One step on the mean over the batch of policy gradient, entropy and classification loss."""
         self.optimizer.zero_grad()
-        if self.fixed:
-            return self._step_under_fixed_policy(batch)
+        if self.held or self.fixed:
+            return self._step_of_the_resnet(batch)
         self.policy_net.train()
         decisions = self._decide(batch)
         policy_loss, metrics = self._estimate(batch, decisions)
@@ -231,19 +239,23 @@ class PolicyLearning:
             "policy_loss": policy_loss.detach(),
         }
 
-    def _step_under_fixed_policy(self, batch: Batch) -> dict[str, Tensor]:
-        """The ResNet learns; the policy decides as it is deployed, and its optimiser passes it by."""
-        self.policy_net.eval()
+    def _step_of_the_resnet(self, batch: Batch) -> dict[str, Tensor]:
+        """The ResNet learns under a policy whose optimiser passes it by.
+
+        Fixed, it decides as it is deployed. Held, its actions are sampled as when it learns.
+        """
+        self.policy_net.train(self.held)
         with torch.no_grad():
             decisions = self._decide(batch)
-        logits = self._classify(batch, decisions.greedy, learn=True)
+        actions = decisions.sampled if self.held else decisions.greedy
+        logits = self._classify(batch, actions, learn=True)
         losses = self._learn(logits, batch)
         update(self.optimizer)
-        # the reward that the estimator has shown so far, so that its curve has no step
+        # the reward that the estimator shows, so that its curve has no step; no other pass is run
         critical = self.rules.estimator == "self_critical"
         right = self._right(logits.detach(), batch.labels) if critical else torch.exp(-losses)
-        reward = self._reward(right, decisions.greedy)
-        metrics = self._metrics(batch, logits.detach(), reward, decisions.greedy)
+        reward = self._reward(right, actions)
+        metrics = self._metrics(batch, logits.detach(), reward, actions)
         metrics["cross_entropy"] = losses.mean()
         if critical:
             metrics["greedy_reward"] = reward.mean()

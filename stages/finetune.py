@@ -49,7 +49,7 @@ def learner_of(
 ) -> PolicyLearning:
     """How params.yaml has both networks learn; the ResNet as it is now is its own teacher."""
     section = params.finetune
-    learning = section.policy_epochs or section.epochs
+    learning = section.policy_epochs or section.epochs - section.hold_epochs
     return PolicyLearning(
         resnet,
         policy_net,
@@ -66,6 +66,7 @@ def learner_of(
             alpha=section.alpha,
             entropy_weight=section.entropy_weight,
             entropy_epochs=learning if section.entropy_schedule == "linear" else None,
+            hold_epochs=section.hold_epochs,
             policy_epochs=section.policy_epochs,
             diversity_weight=section.diversity_weight,
             estimator=section.estimator,

@@ -54,6 +54,7 @@ def policy(
     finetune: bool,
     optimizer: str = "adam",
     estimator: str = "self_critical",
+    hold_epochs: int = 0,
     policy_epochs: int | None = None,
 ) -> PolicyLearning:
     networks = resnet(), PolicyNet(num_blocks=6, width=4)
@@ -69,6 +70,7 @@ def policy(
             alpha=0.8,
             entropy_weight=0.01,
             diversity_weight=0.1 if finetune else 0.0,
+            hold_epochs=hold_epochs,
             policy_epochs=policy_epochs,
             epochs_per_block=None if finetune else 0.5,
             estimator=estimator,
@@ -166,6 +168,7 @@ CASES: dict[str, Callable[[], dict]] = {
     "reinmax": lambda: trained(
         policy(finetune=True, optimizer="sgd", estimator="reinmax", policy_epochs=1)
     ),
+    "held": lambda: trained(policy(finetune=True, optimizer="sgd", hold_epochs=1)),
     "no rows reinmax": lambda: trained(
         policy(finetune=True, optimizer="sgd", estimator="reinmax"),
         images=5,

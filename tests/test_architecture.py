@@ -83,7 +83,7 @@ def test_sole_and_static_depend_on_the_fields_of_the_recipe_that_they_follow():
     assert {p for p in STAGES["sole"]["params"] if p.startswith("pretrain")} == recipe
     of_policy = {
         "checkpoint", "estimator", "alpha", "entropy_weight", "entropy_schedule", "diversity_weight",
-        "policy_epochs", "policy_lr",
+        "hold_epochs", "policy_epochs", "policy_lr",
     }  # fmt: skip
     recipe = {f"finetune.{name}" for name in Finetune.model_fields.keys() - of_policy}
     assert {p for p in STAGES["static"]["params"] if p.startswith("finetune")} == recipe

@@ -403,6 +403,17 @@ def test_a_policy_that_would_be_learnt_for_longer_than_the_finetuning_is_refused
     assert "lower them, or null" in message
     write(path, {"finetune.epochs": 3, "finetune.policy_epochs": 3})
     assert load(path).finetune.policy_epochs == 3
+    held = {"finetune.epochs": 3, "finetune.policy_epochs": 3, "finetune.hold_epochs": 1}
+    message = refusal(path, held)
+    assert "policy_epochs 3 are more than epochs 3 after hold_epochs 1; lower them" in message
+    write(path, held | {"finetune.policy_epochs": 2})
+    assert load(path).finetune.hold_epochs == 1
+
+
+def test_a_finetuning_in_which_the_policy_would_never_learn_is_refused(path):
+    message = refusal(path, {"finetune.epochs": 3, "finetune.hold_epochs": 3})
+    assert "hold_epochs 3 leave none of epochs 3 for the policy; lower them" in message
+    assert "hold_epochs" in refusal(path, {"finetune.hold_epochs": -1})
 
 
 @pytest.mark.parametrize("padding", [16, 20])

@@ -250,8 +250,9 @@ def test_in_a_pipe_there_are_lines_alone(params, tmp_path):
 OTHERS = {  # than the paper's
     "curriculum": {"estimator": "local_expectation", "flips": 2, "soft_reward": True, "epochs": 4},
     "finetune": {
-        "estimator": "reinmax", "resnet_optimizer": "sgd", "distillation": 0.5, "epochs": 3,
-        "entropy_schedule": "linear", "diversity_weight": 0.1, "policy_epochs": 2,
+        "estimator": "reinmax", "resnet_optimizer": "sgd", "distillation": 0.5, "epochs": 4,
+        "entropy_schedule": "linear", "diversity_weight": 0.1, "hold_epochs": 1,
+        "policy_epochs": 2,
     },
 }  # fmt: skip
 
@@ -279,8 +280,9 @@ def test_recipes_of_params_reach_the_learners_and_train(params, tmp_path, monkey
     assert len(set(rules.block_shares)) > 1
     of_both = learners["finetune"].rules
     assert (of_both.estimator, of_both.diversity_weight) == ("reinmax", 0.1)
-    assert (of_both.entropy_epochs, of_both.policy_epochs) == (2, 2)
+    assert (of_both.hold_epochs, of_both.entropy_epochs, of_both.policy_epochs) == (1, 2, 2)
     assert rules.entropy_epochs is rules.policy_epochs is None
+    assert rules.hold_epochs == 0
     assert learners["finetune"].rules.block_shares == rules.block_shares
     adam, sgd = learners["finetune"].optimizer.parts
     assert [type(part).__name__ for part in (adam, sgd)] == ["AdamW", "SGD"]

@@ -52,7 +52,9 @@ def policy_learner(
     estimator: str = "self_critical",
     teacher_share: float = 0.0,
     alpha: float = 0.8,
+    hold_epochs: int = 0,
     policy_epochs: int | None = None,
+    entropy_epochs: int | None = None,
 ) -> PolicyLearning:
     torch.manual_seed(1)
     policy_net = PolicyNet(num_blocks=resnet.num_blocks, width=4)
@@ -71,7 +73,8 @@ def policy_learner(
         optimizer=optimizer,
         rules=PolicyRules(
             gamma=gamma, alpha=alpha, entropy_weight=0.01, epochs_per_block=epochs_per_block,
-            estimator=estimator, flips=2, policy_epochs=policy_epochs,
+            estimator=estimator, flips=2, hold_epochs=hold_epochs, policy_epochs=policy_epochs,
+            entropy_epochs=entropy_epochs,
         ),
         normalisation=NORMALISATION,
         precision="fp32",
@@ -313,6 +316,56 @@ def test_after_its_epochs_the_policy_is_fixed_and_the_resnet_learns_on(
     assert not any(same(one, other) for one, other in itertools.pairwise(resnet))
     assert rows[3].train.keys() == rows[0].train.keys()
     assert rows[3].train["policy_loss"] == 0 < rows[0].train["blocks"]
+
+
+def parameters(module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+@pytest.mark.parametrize("estimator", ["self_critical", "reinmax"])
+def test_at_first_the_policy_is_held_and_the_resnet_learns(
+    estimator, train_split, validation_split, small_resnet
+):
+    pace = {"hold_epochs": 2, "policy_epochs": 1, "entropy_epochs": 1}
+    learner = policy_learner(small_resnet, finetune=True, estimator=estimator, **pace)
+    position, policy, resnet = Position(), [parameters(learner.policy_net)], []
+    rows, entropy_weights = [], []
+    for epochs in (1, 2, 3, 4):
+        rows += run(learner, train_split, validation_split, epochs=epochs, position=position)
+        policy.append(parameters(learner.policy_net))
+        resnet.append(weights(learner.resnet))
+        entropy_weights.append(learner.entropy_weight)
+    assert same(policy[0], policy[1])
+    assert same(policy[0], policy[2])
+    assert not same(policy[2], policy[3])  # learnt in the third epoch
+    assert same(policy[3], policy[4])  # and fixed
+    assert not any(same(one, other) for one, other in itertools.pairwise(resnet))
+    assert rows[0].train.keys() == rows[2].train.keys() == rows[3].train.keys()
+    assert rows[0].train["policy_loss"] == 0
+    assert entropy_weights == [0.01, 0.01, 0.01, 0]
+
+
+def test_a_frozen_resnet_takes_no_held_policy(small_resnet):
+    with pytest.raises(ValueError, match="nothing would learn"):
+        policy_learner(small_resnet, finetune=False, hold_epochs=1)
+
+
+@pytest.mark.parametrize("estimator", ["self_critical", "reinmax"])
+def test_under_a_held_policy_the_resnet_learns_on_sampled_paths(estimator, train_split):
+    learner = policy_learner(
+        ResNet(depth=8, width=4, num_classes=3), finetune=True, estimator=estimator, hold_epochs=1
+    )
+    learner.begin_epoch(0)
+    count = len(train_split.images)
+    noise = torch.tensor([0.001, 0.999, 0.001]).expand(count, 3)  # which samples all blocks but one
+    found = learner.step(
+        Batch(images=NORMALISATION(train_split.images), labels=train_split.labels, noise=noise)
+    )
+    moved = {name for name, p in learner.resnet.named_parameters() if p.grad is not None}
+    assert not any(name.startswith("blocks.1.") for name in moved)
+    assert {"fc.weight", "blocks.0.conv1.weight", "blocks.2.conv1.weight"} <= moved
+    assert found["blocks"] == 2
+    assert all(p.grad is None for p in learner.policy_net.parameters())
 
 
 @pytest.mark.parametrize("estimator", ["self_critical", "reinmax"])
