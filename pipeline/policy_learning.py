@@ -106,8 +106,8 @@ class PolicyLearning:
 
     Unlike in the paper, the policy may be fixed after `policy_epochs`: as long as actions are sampled,
     the ResNet learns on paths other than those that it will be run on. And it may be held for the first
-    `hold_epochs`: to a ResNet that was never run without a block, every drop is a loss, so a policy that
-    learns from its slopes at once first learns to keep all.
+    `hold_epochs`: a ResNet that was never run without a block loses much by every drop, so a policy that
+    learns beside it from the start may first learn to keep more than it began with.
 
     Args:
         distillation: the ResNet's loss; None: the ResNet is frozen.
@@ -141,7 +141,7 @@ class PolicyLearning:
                 f"no estimator {rules.estimator} where the ResNet {state}: {', '.join(estimators)}"
             )
         if (rules.policy_epochs is not None or rules.hold_epochs) and not distillation:
-            raise ValueError("with a fixed policy and a frozen ResNet nothing would learn")
+            raise ValueError("with a held or fixed policy and a frozen ResNet nothing would learn")
         self.modules: dict[str, nn.Module] = {"policy_net": policy_net}
         if distillation:
             self.modules["resnet"] = resnet
@@ -242,7 +242,8 @@ class PolicyLearning:
     def _step_of_the_resnet(self, batch: Batch) -> dict[str, Tensor]:
         """The ResNet learns under a policy whose optimiser passes it by.
 
-        Fixed, it decides as it is deployed. Held, its actions are sampled as when it learns.
+        Fixed, it decides as it is deployed. Held, its actions are sampled as when it learns, by the
+        batch's statistics.
         """
         self.policy_net.train(self.held)
         with torch.no_grad():
@@ -251,13 +252,13 @@ class PolicyLearning:
         logits = self._classify(batch, actions, learn=True)
         losses = self._learn(logits, batch)
         update(self.optimizer)
-        # the reward that the estimator shows, so that its curve has no step; no other pass is run
+        # the reward that the estimator shows, so that its curve has no step
         critical = self.rules.estimator == "self_critical"
         right = self._right(logits.detach(), batch.labels) if critical else torch.exp(-losses)
         reward = self._reward(right, actions)
         metrics = self._metrics(batch, logits.detach(), reward, actions)
         metrics["cross_entropy"] = losses.mean()
-        if critical:
+        if critical:  # held, of the sampled actions too: no other pass is run
             metrics["greedy_reward"] = reward.mean()
         entropy = pg.entropy(decisions.logits, self.learnt).mean()
         return {

@@ -2,12 +2,11 @@
 
 import os
 import signal
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+import quiet
 import torch
-from quiet import room
 from torch import nn
 
 from pipeline.checkpoint import Checkpoint
@@ -34,6 +33,7 @@ TRACKING_VARIABLES = (
     "MLFLOW_TRACKING_URI",
 )
 
+pytest_runtest_protocol = quiet.pytest_runtest_protocol
 NORMALISATION = Normalisation(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
@@ -41,16 +41,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that run DVC begin: they take minutes, for which several workers would wait at the end."""
     long = {item.path for item in items if item.get_closest_marker("e2e")}
     items.sort(key=lambda item: item.path not in long)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
-    """While a test marked `alone` runs, the other workers of this session wait between their tests."""
-    if not hasattr(item.config, "workerinput"):
-        return (yield)
-    every_workers = Path(item.config.option.basetemp).parent
-    with room(every_workers, alone=item.get_closest_marker("alone") is not None):
-        return (yield)
 
 
 def make_split(count: int, *, size: int = 8, classes: int = 3, seed: int = 0) -> Split:

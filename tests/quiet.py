@@ -1,23 +1,20 @@
 """A quiet machine for the tests that measure time, whatever the other workers have to do."""
 
-import contextlib
-import fcntl
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
+import pytest
+from filelock import ReadWriteLock
 
-@contextlib.contextmanager
-def room(folder: Path, *, alone: bool) -> Iterator[None]:
-    """Be one of many in a folder's room, or alone in it; processes and threads alike.
 
-    Whoever wants to be alone holds the door against those who come later, so those inside get fewer.
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
+    """While a test marked `alone` runs, the other workers of this session wait between their tests.
+
+    The lock lets no new reader in while somebody waits to write, so the turn comes.
     """
-    with (folder / "door").open("w") as door, (folder / "room").open("w") as inside:
-        fcntl.flock(door, fcntl.LOCK_EX)
-        fcntl.flock(inside, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        fcntl.flock(door, fcntl.LOCK_UN)
-        try:
-            yield
-        finally:
-            # not left to the closing of the file, which a forked child may hold open
-            fcntl.flock(inside, fcntl.LOCK_UN)
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    lock = ReadWriteLock(Path(item.config.option.basetemp).parent / "quiet.db")
+    with lock.write_lock() if item.get_closest_marker("alone") else lock.read_lock():
+        return (yield)

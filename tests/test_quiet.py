@@ -1,48 +1,52 @@
-import threading
+"""The hook of tests/quiet.py, in a session of two workers of its own."""
+
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-from quiet import room
+import pytest
+
+WAITS = """
+import pathlib, time, pytest
+
+def test_until_the_other_worker_is_at_it():
+    deadline = time.monotonic() + 60
+    while not pathlib.Path("at it").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+{mark}
+def test_measures():
+    pathlib.Path("measuring").touch()
+    time.sleep(0.5)
+    pathlib.Path("measuring").unlink()
+"""
+WORKS = """
+import pathlib, time, pytest
+
+@pytest.mark.parametrize("number", range(60))
+def test_works(number):
+    pathlib.Path("at it").touch()
+    for _ in range(5):
+        assert not pathlib.Path("measuring").exists()
+        time.sleep(0.01)
+"""
 
 
-class Guest:
-    """Somebody in another thread who comes into the room, and stays until told to leave."""
-
-    def __init__(self, folder: Path, *, alone: bool) -> None:
-        self.inside = threading.Event()
-        self.leave = threading.Event()
-        self.thread = threading.Thread(target=self._visit, args=(folder, alone), daemon=True)
-        self.thread.start()
-
-    def _visit(self, folder: Path, alone: bool) -> None:
-        with room(folder, alone=alone):
-            self.inside.set()
-            self.leave.wait(60)
-
-    def comes_in(self, seconds: float = 30.0) -> bool:
-        return self.inside.wait(seconds)
-
-    def goes(self) -> None:
-        self.leave.set()
-        self.thread.join(30)
-
-
-def test_many_are_in_a_room_together(tmp_path):
-    guests = [Guest(tmp_path, alone=False) for _ in range(3)]
-    assert all(guest.comes_in() for guest in guests)
-    for guest in guests:
-        guest.goes()
-
-
-def test_one_is_alone_and_comes_before_those_who_came_later(tmp_path):
-    first = Guest(tmp_path, alone=False)
-    assert first.comes_in()
-    alone = Guest(tmp_path, alone=True)
-    assert not alone.comes_in(0.2)
-    late = Guest(tmp_path, alone=False)
-    assert not late.comes_in(0.2)  # though `first` would not mind
-    first.goes()
-    assert alone.comes_in()
-    assert not late.comes_in(0.2)
-    alone.goes()
-    assert late.comes_in()
-    late.goes()
+@pytest.mark.parametrize(
+    ("mark", "failures"), [("@pytest.mark.alone", False), ("", True)], ids=["alone", "unmarked"]
+)
+def test_a_test_marked_alone_has_no_other_beside_it(tmp_path, mark, failures):
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = alone")
+    (tmp_path / "test_measures.py").write_text(WAITS.format(mark=mark))
+    (tmp_path / "test_works.py").write_text(WORKS)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "quiet", "-n", "2", "--dist", "loadfile"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert ("failed" in done.stdout) == failures, done.stdout
+    assert "passed" in done.stdout

@@ -15,6 +15,7 @@ from contextlib import redirect_stderr
 import pytest
 import torch
 import yaml
+from conftest import small_pair
 from repository_copy import ROOT, TINY, make_workplace
 
 from pipeline import checkpoint
@@ -255,6 +256,18 @@ OTHERS = {  # than the paper's
         "policy_epochs": 2,
     },
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("policy_epochs", "falls_in"), [(2, 2), (None, 3)])
+def test_the_entropy_falls_while_the_policy_learns(params, policy_epochs, falls_in):
+    pace = {"hold_epochs": 1, "policy_epochs": policy_epochs, "entropy_schedule": "linear", "epochs": 4}
+    section = params.finetune.model_copy(update=pace)
+    both = small_pair(classes=("a", "b"), image_size=8)
+    learner = finetune.learner_of(
+        params.model_copy(update={"finetune": section}),
+        both.need_resnet(), both.need_policy_net(), both.normalisation,
+    )  # fmt: skip
+    assert learner.rules.entropy_epochs == falls_in
 
 
 def test_recipes_of_params_reach_the_learners_and_train(params, tmp_path, monkeypatch):

@@ -329,16 +329,19 @@ def test_at_first_the_policy_is_held_and_the_resnet_learns(
     pace = {"hold_epochs": 2, "policy_epochs": 1, "entropy_epochs": 1}
     learner = policy_learner(small_resnet, finetune=True, estimator=estimator, **pace)
     position, policy, resnet = Position(), [parameters(learner.policy_net)], []
-    rows, entropy_weights = [], []
+    rows, entropy_weights, statistics = [], [], []
     for epochs in (1, 2, 3, 4):
         rows += run(learner, train_split, validation_split, epochs=epochs, position=position)
         policy.append(parameters(learner.policy_net))
+        statistics.append([buffer.clone() for buffer in learner.policy_net.buffers()])
         resnet.append(weights(learner.resnet))
         entropy_weights.append(learner.entropy_weight)
     assert same(policy[0], policy[1])
     assert same(policy[0], policy[2])
     assert not same(policy[2], policy[3])  # learnt in the third epoch
     assert same(policy[3], policy[4])  # and fixed
+    assert not same(statistics[0], statistics[1])  # held, it decides by each batch, as when it learns
+    assert same(statistics[2], statistics[3])
     assert not any(same(one, other) for one, other in itertools.pairwise(resnet))
     assert rows[0].train.keys() == rows[2].train.keys() == rows[3].train.keys()
     assert rows[0].train["policy_loss"] == 0
@@ -351,34 +354,23 @@ def test_a_frozen_resnet_takes_no_held_policy(small_resnet):
 
 
 @pytest.mark.parametrize("estimator", ["self_critical", "reinmax"])
-def test_under_a_held_policy_the_resnet_learns_on_sampled_paths(estimator, train_split):
-    learner = policy_learner(
-        ResNet(depth=8, width=4, num_classes=3), finetune=True, estimator=estimator, hold_epochs=1
-    )
-    learner.begin_epoch(0)
-    count = len(train_split.images)
-    noise = torch.tensor([0.001, 0.999, 0.001]).expand(count, 3)  # which samples all blocks but one
-    found = learner.step(
-        Batch(images=NORMALISATION(train_split.images), labels=train_split.labels, noise=noise)
-    )
-    moved = {name for name, p in learner.resnet.named_parameters() if p.grad is not None}
-    assert not any(name.startswith("blocks.1.") for name in moved)
-    assert {"fc.weight", "blocks.0.conv1.weight", "blocks.2.conv1.weight"} <= moved
-    assert found["blocks"] == 2
-    assert all(p.grad is None for p in learner.policy_net.parameters())
-
-
-@pytest.mark.parametrize("estimator", ["self_critical", "reinmax"])
-def test_under_a_fixed_policy_the_resnet_learns_on_the_paths_that_are_deployed(estimator, train_split):
+@pytest.mark.parametrize("held", [True, False], ids=["held", "fixed"])
+def test_beside_a_policy_that_waits_the_resnet_learns_on_the_paths(estimator, held, train_split):
+    """On those sampled from a policy that is held, on those deployed once it is fixed."""
     torch.manual_seed(0)
     one, other = ResNet(depth=8, width=4, num_classes=3), ResNet(depth=8, width=4, num_classes=3)
     other.load_state_dict(one.state_dict())
-    learner = policy_learner(one, finetune=True, estimator=estimator, policy_epochs=1)
+    learner = policy_learner(
+        one, finetune=True, estimator=estimator, hold_epochs=int(held), policy_epochs=1
+    )
     torch.nn.init.constant_(learner.policy_net.features.fc.weight, 0.0)
-    learner.policy_net.features.fc.bias.data.copy_(torch.tensor([1.0, -1.0, 1.0]))
-    learner.begin_epoch(1)
+    deployed, drawn = torch.tensor([1.0, -1.0, 1.0]), torch.tensor([0.999, 0.999, 0.999])
+    if held:  # the paths of the other case, but drawn and not deployed
+        deployed, drawn = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([0.001, 0.999, 0.001])
+    learner.policy_net.features.fc.bias.data.copy_(deployed)
+    learner.begin_epoch(0 if held else 1)
     images = NORMALISATION(train_split.images)
-    noise = torch.full((len(images), 3), 0.999)  # which would sample no block
+    noise = drawn.expand(len(images), 3)
     found = learner.step(Batch(images=images, labels=train_split.labels, noise=noise))
     actions = torch.tensor([True, False, True]).expand(len(images), 3)
     logits = other.train()(images, actions)
