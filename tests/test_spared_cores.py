@@ -1,12 +1,15 @@
 """Threads beside other work: fewer while it lasts, and two trainings together are faster than one."""
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from repository_copy import make_workplace
 
 from pipeline import spared_cores
 from pipeline.spared_cores import SparedCores
@@ -110,7 +113,7 @@ def test_processes_that_decode_images_count_as_own():
 
 def environment(**changes):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
-    return kept | {"PYTHONPATH": str(ROOT)} | changes
+    return kept | {"PYTHONPATH": str(ROOT), "BLOCKDROP_TRACKING": "off"} | changes
 
 
 @pytest.mark.parametrize("package", ["pipeline", "stages", "tools"])
@@ -125,32 +128,52 @@ def test_how_threads_wait_is_said_before_pytorch_is_loaded(package, told, spins)
     assert printed.split() == [str(spins), "False"]
 
 
-def rates(*, trainings, busy_loops=0):
-    """Steps a second of trainings side by side on two cores."""
-    two = sorted(os.sched_getaffinity(0))[:2]
-    command = ["taskset", "-c", ",".join(map(str, two)), sys.executable, "-c"]
-    loops = [subprocess.Popen([*command, BUSY.format(60)]) for _ in range(busy_loops)]
-    processes = [
-        subprocess.Popen(
-            [*command, TRAINING, "6", "10"], env=environment(), stdout=subprocess.PIPE, text=True
+@pytest.fixture(scope="module")
+def on_two_cores():
+    """`start(code, ...)` runs Python on the first two cores alone."""
+    if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("takes two cores")
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
+    started = []
+
+    def start(*arguments, **settings):
+        command = ["taskset", "-c", cores, sys.executable, *arguments]
+        process = subprocess.Popen(
+            command, env=environment(), stdout=subprocess.PIPE, text=True, **settings
         )
-        for _ in range(trainings)
-    ]
-    try:
-        return [float(process.communicate(timeout=120)[0]) for process in processes]
-    finally:
-        for process in loops + processes:
-            process.kill()
-            process.wait()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.slow
 @pytest.mark.alone
-@pytest.mark.skipif(
-    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="takes two cores"
-)
-def test_trainings_that_share_two_cores_get_their_share():
-    (alone,) = rates(trainings=1)
-    assert sum(rates(trainings=2)) > 1.1 * alone
-    (beside_loops,) = rates(trainings=1, busy_loops=2)
-    assert beside_loops > alone / 2.5
+def test_two_trainings_on_two_cores_do_more_than_one_alone(on_two_cores):
+    def steps_a_second(trainings):
+        processes = [on_two_cores("-c", TRAINING, "6", "10") for _ in range(trainings)]
+        return sum(float(process.communicate(timeout=120)[0]) for process in processes)
+
+    assert steps_a_second(2) > 1.1 * steps_a_second(1)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_a_training_beside_two_busy_loops_goes_on(on_two_cores, tmp_path):
+    make_workplace(tmp_path, changes={"pretrain": {"epochs": 300}})
+
+    def seconds():
+        shutil.rmtree(tmp_path / ".resume", ignore_errors=True)
+        begun = time.monotonic()
+        assert on_two_cores("-m", "stages.pretrain", cwd=tmp_path).wait(timeout=300) == 0
+        return time.monotonic() - begun
+
+    alone = seconds()
+    loops = [on_two_cores("-c", BUSY.format(300)) for _ in range(2)]
+    beside = seconds()
+    for loop in loops:
+        loop.kill()
+    assert beside < 2.5 * alone
