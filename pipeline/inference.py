@@ -45,7 +45,8 @@ class Auto(Executor):
 
     On CPUs `native`; without it `grouped` when the images of a batch share few policies, `gather` when
     they do not. On CUDA `graphed` and, where it proves itself, `persistent` race for each power of two
-    of images, on the first such batch of networks of these shapes (`CHOICES`).
+    of images, on the first such batch of networks of these shapes (`CHOICES`), and not again when a
+    curriculum has learnt to drop more.
     """
 
     name = "auto"
