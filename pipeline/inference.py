@@ -4,7 +4,8 @@ Shapes: B images of a batch, M images of a split, K blocks, N classes, H and W p
 """
 
 import math
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -32,6 +33,10 @@ EXECUTORS: dict[str, type[Executor]] = {
 }
 EVALUATION_BATCH = 500  # bounds memory; results do not depend on it
 EVALUATION_PIXELS = 500 * 96**2  # of a batch: larger images come in smaller ones
+# Which executor has won, by networks' shapes, precision, image size and batch. Only the process forgets
+# it, and a training's resume point keeps it: another executor rounds otherwise, so another choice would
+# make another training.
+CHOICES: dict[str, str] = {}
 IMAGES_PER_POLICY = 16  # from which on images of one policy are run together, apart from the others
 
 
@@ -40,7 +45,8 @@ class Auto(Executor):
 
     On CPUs `native`; without it `grouped` when the images of a batch share few policies, `gather` when
     they do not. On CUDA `graphed` and, where it proves itself, `persistent` race for each power of two
-    of images, on the first such batch, and again after `choose_anew`.
+    of images, on the first such batch of networks of these shapes (`CHOICES`), and not again when a
+    curriculum has learnt to drop more.
     """
 
     name = "auto"
@@ -49,7 +55,6 @@ class Auto(Executor):
         super().__init__(networks, precision=precision)
         on_cuda = self.device.type == "cuda"
         self.contestants: list[Executor] = []
-        self.winners: dict[int, Executor] = {}
         self.without = ""
         if on_cuda:
             self.contestants.append(Graphed(networks, precision=precision))
@@ -68,13 +73,15 @@ class Auto(Executor):
         names = [executor.name for executor in self.contestants] or [Grouped.name, Gather.name]
         return " or ".join(names) + self.without
 
-    def choose_anew(self) -> None:
-        """The next batch of each size races again."""
-        self.winners.clear()
+    def free(self) -> None:
+        """That of all executors that it may come down to."""
+        for executor in self.contestants:
+            executor.free()
 
     def _run(self, images: Tensor, actions: Tensor | None) -> Output:
         if self.contestants:
-            return self._fastest(len(images), lambda executor: executor._run(images, actions))
+            sides = images.shape[1:3]
+            return self._fastest(len(images), sides, lambda executor: executor._run(images, actions))
         return super()._run(images, actions)
 
     def _decide(self, inputs: Tensor) -> Tensor:
@@ -82,7 +89,10 @@ class Auto(Executor):
 
     def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
         if self.contestants:
-            return self._fastest(len(inputs), lambda executor: executor._classify(inputs, actions))
+            sides = inputs.shape[2:]
+            return self._fastest(
+                len(inputs), sides, lambda executor: executor._classify(inputs, actions)
+            )
         distinct = len(torch.unique(actions, dim=0))
         executor = self.grouped if len(actions) >= IMAGES_PER_POLICY * distinct else self.gather
         return executor._classify(inputs, actions)
@@ -97,14 +107,18 @@ class Auto(Executor):
             return self.contestants[0]._classify_under(inputs, policies)
         return super()._classify_under(inputs, policies)
 
-    def _fastest(self, batch: int, run: Callable[[Executor], R]) -> R:
+    def _fastest(self, batch: int, sides: Sequence[int], run: Callable[[Executor], R]) -> R:
         """Run it by the executor that has won, or now wins, at batches of this size."""
-        size = batch.bit_length()
-        if size not in self.winners:
-            self.winners[size] = self.contestants[0]
-            if len(self.contestants) > 1:
-                self.winners[size] = min(self.contestants, key=lambda e: self._seconds(partial(run, e)))
-        return run(self.winners[size])
+        if len(self.contestants) == 1:
+            return run(self.contestants[0])
+        those = {executor.name: executor for executor in self.contestants}
+        what = f"{self.networks.shapes}, {self.precision}, {sides[0]} x {sides[1]} pixels"
+        key = f"{what}, under {1 << batch.bit_length()} images"
+        if CHOICES.get(key) not in those:
+            if key in CHOICES:
+                warnings.warn(f"{CHOICES[key]} can't run now, so others race for {key}", stacklevel=2)
+            CHOICES[key] = min(those, key=lambda name: self._seconds(partial(run, those[name])))
+        return run(those[CHOICES[key]])
 
     def _seconds(self, call: Callable[[], object]) -> float:
         try:

@@ -139,11 +139,18 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write_times(stage: str, seconds: float, images: int) -> None:
-    """How long a stage took, in a file of its own: it differs from run to run, results do not."""
+def write_times(stage: str, seconds: float, images: int, *, fewest_threads: int) -> None:
+    """How long a training took, in a file of its own: it differs from run to run, results do not.
+
+    Args:
+        seconds: of the whole training.
+        images: that it has seen, an image twice in two epochs.
+        fewest_threads: that it went down to beside other work on the machine.
+    """
     content = {
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 1) if seconds else None,
         "device": describe(choose_device()),
+        "fewest_threads": fewest_threads,
     }
     write_json(METRICS / "times" / f"{stage}.json", content)

@@ -19,6 +19,7 @@ from pipeline.prepared import load_classes
 from pipeline.resnet import ResNet
 from pipeline.resume import ResumePoint, digest_of_files, key_of, tidy
 from pipeline.runtime import choose_device, keep_freed_memory
+from pipeline.spared_cores import SparedCores
 from pipeline.tensors import AnyAugmentation, Augmentation, Normalisation, SeededCrop
 from pipeline.tracking.runs import stage_run
 from pipeline.training import Classification, Distillation, Metrics, make_optimizer
@@ -207,6 +208,7 @@ def train(
             deferred(quietly=not main) as asked,
         ):
             keeper = Keeper(name, section, learner, point, state, mlflow_run)
+            cores = SparedCores(device)
             for result in training.fit(
                 learner,
                 train=splits["train"],
@@ -219,6 +221,8 @@ def train(
                 key=(params.seed, name),
                 position=state.position,
             ):
+                if (threads := cores.adapt()) is not None:
+                    progress.note(f"{threads} of {cores.most} threads, for other work on this machine")
                 if result is None:
                     progress.step()
                 else:
@@ -231,7 +235,8 @@ def train(
             final = {k.removeprefix(prefix): v for k, v in state.history[-1].items() if prefix in k}
             save(final)
             write_csv(curve, state.history)
-            write_times(name, state.seconds, images=len(splits["train"]) * section.epochs)
+            images = len(splits["train"]) * section.epochs
+            write_times(name, state.seconds, images, fewest_threads=cores.fewest)
             if not item:
                 write_json(METRICS / f"{stage}.json", {stage: final})  # DVC names it {stage}.{name}
             mlflow_run.log_metrics({"seconds": state.seconds})
