@@ -33,6 +33,7 @@ from stages.common import (
     write_json,
     write_times,
 )
+from stages.inputs import code_of, require_unchanged
 from stages.keeping import FORMAT, Keeper, State, TrainingSection
 from stages.progress import Progress
 
@@ -233,6 +234,7 @@ def train(
                 return
             prefix = "validation_"
             final = {k.removeprefix(prefix): v for k, v in state.history[-1].items() if prefix in k}
+            require_unchanged()  # before anything is written that DVC or a later training could take
             save(final)
             write_csv(curve, state.history)
             images = len(splits["train"]) * section.epochs
@@ -298,18 +300,11 @@ def _resume_key(
         block_cost=params.block_cost if stage in ("curriculum", "finetune") else None,
         seed=params.seed,
         inputs=digest_of_files(files),
-        code=digest_of_files(_code_of(stage)),
+        code=digest_of_files(code_of(stage)),
         torch=torch.__version__,
         numpy=np.__version__,
         device=str(choose_device()),
     )
-
-
-def _code_of(stage: str) -> list[Path]:
-    """The code on which a stage's result depends: dvc.yaml lists it, and a test holds it to that."""
-    root = Path(__file__).parents[1]
-    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    return [root / name for name in stages[stage]["deps"] if name.startswith(("pipeline/", "stages/"))]
 
 
 def _require_same_training(name: str, key: str) -> None:
