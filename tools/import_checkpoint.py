@@ -4,7 +4,6 @@ FILE may be torchvision:IMAGENET1K_V1 (or _V2): pretrained weights, which it fet
 Checks the file, copies it into import/, lets DVC track the copy, and names it in params.yaml.
 """
 
-import argparse
 import io
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pipeline.files import write_atomically, write_text
 from pipeline.params import NO_FILE, ResNetParams
 from pipeline.sources import patience
 from pipeline.untrusted import cut
+from tools.command import Parser
 
 IMPORT = Path("import")
 PARAMS = Path("params.yaml")
@@ -151,11 +151,13 @@ def name_in_params(stage: str, path: Path) -> list[str]:
 
 def main() -> None:
     """Check, copy, track, name."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("stage", choices=STAGES)
     arguments = parser.parse_args()
     path: Path = arguments.file
+    if path == Path():
+        parser.error("FILE is empty; `make import FILE=path STAGE=pretrain` names a checkpoint")
     named_weights = str(path).startswith(TORCHVISION)
     if path.name in OWN_FILES:  # one of our own folders, named by a file in it
         path = path.resolve().parent
@@ -180,7 +182,7 @@ def main() -> None:
         )
     for stage in named:
         print(f"{stage}.checkpoint in params.yaml is now {target}")
-    print("run `dvc repro`")
+    print("run `make repro`")
 
 
 if __name__ == "__main__":
