@@ -5,6 +5,7 @@ Checks the file, copies it into import/, lets DVC track the copy, and names it i
 """
 
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Collection
@@ -25,6 +26,7 @@ PARAMS = Path("params.yaml")
 TORCHVISION = "torchvision:"  # before the name of weights, in place of a file
 OWN_FILES = (checkpoint.WEIGHTS, checkpoint.SIDECAR)
 STAGES = ("pretrain", "curriculum", "finetune")
+SIGNS = re.compile(r"[^\w.+=@,()-]")  # dvc.yaml, DVC's targets or .gitignore read some of the others
 
 
 def check(path: Path, stage: str) -> None:
@@ -59,7 +61,8 @@ def bring_in(path: Path, in_use: Collection[Path] = ()) -> Path:
     path = path.resolve()
     if path.parent == IMPORT.resolve():
         return IMPORT / path.name
-    target = IMPORT / (f"{path.parent.name}-{path.name}" if path.is_dir() else path.name)
+    name = f"{path.parent.name}-{path.name}" if path.is_dir() else path.name
+    target = IMPORT / SIGNS.sub("_", name)
     if target == Path(NO_FILE) or (target in in_use and not _same(path, target)):
         raise UserError(f"{target} is in use with other content; rename {path.name} and repeat")
     if path.is_dir():
