@@ -177,7 +177,7 @@ def _former_root(location: str, root: Path) -> Path | None:
         return None
     folder = Path(local_file_uri_to_path(location))
     old = folder.parent
-    if folder.name != ARTIFACTS:
+    if folder.name != ARTIFACTS or old == root:
         return None
     try:
         stays = (
