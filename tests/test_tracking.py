@@ -419,6 +419,19 @@ def test_run_in_a_temporary_checkout_is_in_the_relative_store_of_the_main_one(
     assert MlflowClient(f"sqlite:///{root}/mlflow.db").get_run(run.run_id).info.status == "FINISHED"
 
 
+def test_mlflow_that_is_installed_under_a_percent_sign_says_what_helps(
+    root, params, monkeypatch, capsys
+):
+    """With a project its .venv may lie in such a folder, and Alembic's settings take no % in a path."""
+    monkeypatch.setattr("mlflow.__file__", "/home/50%/.venv/mlflow/__init__.py")
+    with stage_run("pretrain", params):
+        ran = True
+    assert ran
+    said = capsys.readouterr().err
+    assert "MLflow opens no database from /home/50%/.venv/mlflow, as there is a % in it" in said
+    assert "give the folder another name" in said
+
+
 def brought_to(folder: Path, root: Path, monkeypatch) -> Path:
     """Copy a project, and be in the copy."""
     shutil.copytree(root, folder)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from pipeline.errors import UserError
 from pipeline.resume import PROJECT_MARK, project_root
 from pipeline.tracking.reach import OFF, masked, mode, reason, require_usable
 
@@ -85,6 +86,7 @@ def store(*, patience: float | None = None) -> "Iterator[tuple[MlflowClient, str
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "mlflow.lock", timeout=LOCK_PATIENCE if patience is None else patience):
         require_usable(store_uri(), seconds=patience)
+        _require_place_without_percent()
         client = MlflowClient(tracking_uri=store_uri())
         yield client, _experiment(client)
 
@@ -142,6 +144,22 @@ def _experiment(client: "MlflowClient") -> str:
     remote = os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http")
     location = None if remote else (project_root() / ARTIFACTS).as_uri()
     return str(client.create_experiment(name, artifact_location=location))
+
+
+def _require_place_without_percent() -> None:
+    """See that MLflow can set up a database: the library that it does this by takes no % in a path.
+
+    Raises:
+        UserError: it can't, from the folder where MLflow is installed.
+    """
+    import mlflow
+
+    folder = Path(mlflow.__file__).parent
+    if "%" in str(folder) and not store_uri().startswith("http"):
+        raise UserError(
+            f"MLflow opens no database from {folder}, as there is a % in it; give the folder another "
+            "name (`make setup` makes its .venv anew)"
+        )
 
 
 def _bring_along(location: str) -> None:
