@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from tools.command import Parser
+
 LOCK = Path("dvc.lock")
 LIST_OF_LOCKS = Path(".dvc/tmp/rwlock")
 CONFLICT = "<<<<<<<"
@@ -47,4 +49,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    Parser(description=__doc__).parse_args()
     main()
