@@ -463,7 +463,7 @@ def test_storage_that_claims_more_than_the_file_has_takes_no_memory(path, weight
 )
 def test_pickle_that_claims_a_long_text_or_memo_takes_no_memory(path, claim):
     path.write_bytes(claim)
-    assert str(path) in refusal(legacy.load, path)
+    assert "MemoryError" not in refusal(legacy.load, path)
 
 
 @pytest.mark.parametrize("target", ["/dev/zero", "pipe"])

@@ -465,7 +465,7 @@ def become(tmp_path):
         (plain(GREEN), "a.bmp", GREEN),
         (plain(BLUE), "a.webp", BLUE),
         (plain(BLUE), "A.JPG", BLUE),
-        (plain(RED), "a.jfif", RED),
+        (plain(GREEN), "a.jfif", GREEN),
         (plain(GREEN), "a.ppm", GREEN),
         (plain(GREEN), "a.jp2", GREEN),
         (plain(BLUE), "a.avif", BLUE),
