@@ -25,7 +25,7 @@ ITEM_BYTES = {
     "BFloat16Storage": 2, "IntStorage": 4, "FloatStorage": 4, "LongStorage": 8, "DoubleStorage": 8,
 }  # fmt: skip
 HARMLESS = frozenset({  # what weights_only allows as well and what takes no memory by a number
-    "_codecs.encode", "builtins.set", "__builtin__.set", "torch.Size", "torch.device",
+    "_codecs.encode", "builtins.set", "__builtin__.set", "collections.Counter", "torch.Size", "torch.device",
     "torch.nn.parameter.Parameter", "torch.serialization._get_layout", "torch._utils._rebuild_tensor",
     "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter",
     "torch._utils._rebuild_sparse_tensor", "torch._utils._rebuild_nested_tensor",

@@ -1,5 +1,6 @@
 """Checkpoints of any bytes: networks or one short message, soon, in little memory, nothing run."""
 
+import argparse
 import copy
 import io
 import json
@@ -402,6 +403,23 @@ def test_zip_with_two_records_of_a_name_is_refused(path, weights):
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr(archive.namelist()[0], b"")
     assert "two of its records have the same name" in refusal(legacy.load, path)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_what_trainings_keep_beside_the_weights_is_no_hindrance(path, weights, zipped):
+    network = ResNet(depth=8, width=2, num_classes=3)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    sum(parameter.sum() for parameter in network.parameters()).backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[3, 5])
+    content = {
+        "epoch": 3, "arch": "resnet8", "best_acc1": torch.tensor(0.5), "args": argparse.Namespace(lr=0.1),
+        "raw": b"bytes", "seen": {1, 2}, "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(), "state_dict": weights,
+    }  # fmt: skip
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    resnet = legacy.load(path).need_resnet(path)
+    assert torch.equal(resnet.conv1.weight, weights["conv1.weight"])
 
 
 class Made:
