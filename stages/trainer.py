@@ -44,7 +44,8 @@ def imported(section: TrainingSection | Sole | Static) -> Path | None:
     if section.checkpoint == NO_FILE:
         return None
     path = Path(section.checkpoint)
-    require_seen(path, [file for file in path.rglob("*") if file.is_file()])
+    if path.is_dir():  # DVC sees a file that a stage names by itself, hidden or not
+        require_seen(path, [file for file in path.rglob("*") if file.is_file()])
     return path
 
 

@@ -77,6 +77,9 @@ def test_import_that_dvc_would_not_see_is_refused(project, pattern):
     Path("import/mine/model.json").write_text("{}")
     section = Pretrain.model_construct(checkpoint="import/mine")
     assert imported(section) == Path("import/mine")
+    Path("import/x.json").write_text("{}")
     Path(".dvcignore").write_text(f"{pattern}\n")
     with pytest.raises(UserError, match=r"import/mine.* is hidden from DVC \('.dvcignore:1:"):
         imported(section)
+    alone = Pretrain.model_construct(checkpoint="import/x.json")
+    assert imported(alone) == Path("import/x.json")
