@@ -414,8 +414,8 @@ def test_what_trainings_keep_beside_the_weights_is_no_hindrance(path, weights, z
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[3, 5])
     content = {
         "epoch": 3, "arch": "resnet8", "best_acc1": torch.tensor(0.5),
-        "args": argparse.Namespace(lr=0.1), "raw": b"bytes", "seen": {1, 2}, "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(), "state_dict": weights,
+        "args": argparse.Namespace(lr=0.1), "raw": b"bytes", "seen": {1, 2},
+        "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "state_dict": weights,
     }  # fmt: skip
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     resnet = legacy.load(path).need_resnet(path)
