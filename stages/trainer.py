@@ -28,6 +28,7 @@ from stages.common import (
     MODELS,
     PLOTS,
     PREPARED,
+    require_seen,
     require_writable,
     write_csv,
     write_json,
@@ -42,7 +43,12 @@ LAST_FIFTH = 0.8  # the schedule `step` takes x0.1 from here; the authors: epoch
 
 def imported(section: TrainingSection | Sole | Static) -> Path | None:
     """The checkpoint (of a matrix stage: the folder of several) to take instead of training, if any."""
-    return None if section.checkpoint == NO_FILE else Path(section.checkpoint)
+    if section.checkpoint == NO_FILE:
+        return None
+    path = Path(section.checkpoint)
+    if path.is_dir():  # DVC sees a file that a stage names by itself, hidden or not
+        require_seen(path, [file for file in path.rglob("*") if file.is_file()])
+    return path
 
 
 def normalisation_of(params: Params) -> Normalisation:

@@ -15,7 +15,7 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 # and several processes or threads give what one gives, but for float noise (test_distributed).
 NEUTRAL = {
     f"pipeline/{name}.py"
-    for name in ("params", "resume", "locks", "errors", "files", "untrusted", "interruption")
+    for name in ("params", "resume", "locks", "errors", "files", "untrusted", "pickles", "interruption")
 }
 NEUTRAL |= {"pipeline/processes.py", "pipeline/spared_cores.py"}
 NEUTRAL |= {f"stages/{name}.py" for name in ("inputs", "keeping", "launch", "progress")}

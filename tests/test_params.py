@@ -519,3 +519,15 @@ def test_padding_of_streamed_images_is_refused_with_the_remedy(path):
 def test_folder_of_streamed_images_is_no_parameter(path):
     message = refusal(path, STREAMED | {"data.folder": "photos"})
     assert "folder is for the source imagefolder alone" in message
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("seed: 0", "seed: 010"), ("depths: [20]", "depths: [024]"), ("seed: 0", "seed: 1:30"),
+     ("gamma: 2.0", "gamma: 1:30.5"), ("flip: false", "flip: off"), ("flip: false", "flip: Yes")],
+)  # fmt: skip
+def test_value_that_dvc_reads_otherwise_is_refused(path, before, after):
+    assert before in DIGITS
+    path.write_text(DIGITS.replace(before, after, 1), encoding="utf-8")
+    with pytest.raises(ParamsError, match=r"in line \d+ is read in two ways, by DVC as another"):
+        load(path)
