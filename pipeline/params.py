@@ -152,6 +152,7 @@ class Curriculum(Section):
     flips: Few
     soft_reward: bool
     alpha: Annotated[float, Field(gt=0.5, le=1)]
+    entropy: Literal["binary", "authors"]
     entropy_weight: NonNegative
     epochs_per_block: Positive
     epochs: Count
