@@ -15,7 +15,7 @@ from pipeline import checkpoint, legacy
 from pipeline.checkpoint import CheckpointError
 from pipeline.data import load_split
 from pipeline.params import load
-from stages import check, curriculum, evaluate, finetune, prepare, pretrain
+from stages import check, curriculum, evaluate, finetune, prepare, pretrain, static
 from tools.copies import changed
 
 SIZES = (3, 4, 23, 3)
@@ -196,6 +196,10 @@ def test_policy_is_evaluated_straight_after_the_curriculum_as_by_the_authors(tmp
     check.main()
     for stage in (prepare, pretrain, curriculum, finetune, evaluate):
         stage.main(params)
+    static.main(params, rule="distribute", kept=5)
+    names = ("pretrain", "static/distribute-5")
+    before, after = (Path(f"models/{name}/model.safetensors") for name in names)
+    assert before.read_bytes() == after.read_bytes()
     rows = Path("plots/evaluate/images.csv").read_text().splitlines()[1:]
     own = checkpoint.load(Path("models/finetune"))
     test = load_split(Path("data/prepared"), "test", torch.device("cpu"))

@@ -519,3 +519,9 @@ def test_padding_of_streamed_images_is_refused_with_the_remedy(path):
 def test_folder_of_streamed_images_is_no_parameter(path):
     message = refusal(path, STREAMED | {"data.folder": "photos"})
     assert "folder is for the source imagefolder alone" in message
+
+
+def test_no_epoch_of_finetuning_asks_for_no_other_epochs(path):
+    changed = {"finetune.epochs": 0, "finetune.policy_epochs": 3, "finetune.hold_epochs": 0}
+    write(path, changed)
+    assert load(path).finetune.epochs == 0
