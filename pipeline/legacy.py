@@ -98,6 +98,9 @@ def _open(path: Path) -> dict[str, object]:
     try:
         if (other := other_content(path)) is not None:
             raise CheckpointError(f"{path} is {other}")
+        if path.is_file() and tarfile.is_tarfile(path):
+            what = "of PyTorch's first format (tar), which can't be read as plain weights"
+            raise CheckpointError(f"{path} is {what}; {_TAKEN}")
         content = pickles.load(path, MAX_BYTES)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
@@ -115,9 +118,6 @@ def _open(path: Path) -> dict[str, object]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; give the path of a checkpoint") from None
     except Exception as error:  # torch.load raises what the bytes happen to break
-        if tarfile.is_tarfile(path):
-            what = "of PyTorch's first format (tar), which can't be read as plain weights"
-            raise CheckpointError(f"{path} is {what}; {_TAKEN}") from None
         raise CheckpointError(f"{path}: {_UNREADABLE} ({cut(repr(error))})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint; {_TAKEN}")
