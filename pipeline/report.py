@@ -90,9 +90,10 @@ def rivals(results: Results) -> list[Rival]:
     for depth, numbers in results.baseline.get("sole", {}).items():
         blocks = num_blocks(results.params.get("resnet.family", "cifar"), int(depth))
         found.append(_rival(f"ResNet-{depth}", f"sole-{depth}", numbers, blocks))
+    tuned = "finetuned" if results.params.get("finetune.epochs", 1) else "not finetuned"
     for key, numbers in results.baseline.get("static", {}).items():
         rule, kept = key.rsplit("_", 1)
-        said = f"{RULES.get(rule, rule)}, {kept} blocks, finetuned"
+        said = f"{RULES.get(rule, rule)}, {kept} blocks, {tuned}"
         found.append(_rival(said, f"{rule}-{kept}", numbers, numbers["blocks"]))
     return found
 

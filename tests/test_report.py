@@ -73,6 +73,8 @@ def test_first_table_holds_every_network_and_the_papers(results):
     assert "| **BlockDrop** | 95.00 % | 7.50 | 6e+07 | 60.0 % |" in text
     assert "| ResNet-20 | 90.00 % | 9.00 | 5.9e+07 | 59.0 % |" in text
     assert "| FirstK, 7 blocks, finetuned | 95.00 % | 7.00 | 7e+07 | 70.0 % |" in text
+    untrained = report.page(changed(results, params={"finetune.epochs": 0}))
+    assert "| FirstK, 7 blocks, not finetuned |" in untrained
     assert "| BlockDrop in the paper, gamma 10 | 93.60 % | 16.93 | 1.81e+08 |" in text
     shallow = report.page(changed(results, params={"resnet.depth": 32}))
     assert "| ResNet-32 with DynConv (CVPR 2020) | 93.58 % |  | 1.11e+08 |" in shallow
