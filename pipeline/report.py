@@ -11,8 +11,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from pipeline.bootstrap import paired_difference
 from pipeline.families import num_blocks
+from pipeline.paired import Difference, paired_difference
 
 Numbers = Mapping[str, Any]
 Outcomes = Mapping[str, NDArray[np.bool_]]
@@ -20,7 +20,7 @@ Published = tuple[str, float, float | None, float | None]  # name, accuracy, blo
 MACHINE = ("device", "processor", "threads")  # what makes times comparable
 LEARNING = ("curriculum", "finetune")  # what BlockDrop trains on top of a ResNet
 RULES = {"first": "FirstK", "random": "RandomK", "distribute": "DistributeK"}
-RESAMPLES = 10_000
+SAME_COST = 0.02  # costs that differ by less are equal
 ONE_DRAW = "RandomK is compared in one draw of its blocks; the table has the mean of several."
 
 # by data set and depth, of Wu et al. 2018; and, as what came after, of Verelst and Tuytelaars 2020
@@ -103,27 +103,34 @@ def published(params: Numbers) -> Sequence[Published]:
 
 
 def verdict(results: Results, rival: Rival) -> str:
-    """BlockDrop beside a static network: accuracy by a paired bootstrap, cost, and who is ahead."""
-    own = results.evaluated
-    difference, low, high = paired_difference(
-        results.outcomes["blockdrop"], results.outcomes[rival.name],
-        resamples=RESAMPLES, seed=int(results.params["seed"]),
-    )  # fmt: skip
-    points = f"{100 * difference:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f})"
-    ratio = own["flops_mean"] / rival.flops
-    cost = f"at {100 * ratio:.0f} % of its FLOPs"
-    return f"- {rival.said}: BlockDrop has {points} {cost}: {_ahead(low, high, ratio)}."
+    """BlockDrop beside a static network: accuracy on the same images, cost, and who is ahead."""
+    difference = paired_difference(results.outcomes["blockdrop"], results.outcomes[rival.name])
+    ratio = results.evaluated["flops_mean"] / rival.flops
+    return (
+        f"- {rival.said}: BlockDrop has {_points(difference)} at {100 * ratio:.0f} % of its FLOPs: "
+        f"{_ahead(difference.sign, ratio)}."
+    )
 
 
-def _ahead(low: float, high: float, ratio: float) -> str:
-    """In words, what an interval of accuracy and a ratio of costs come to."""
-    cheaper = "cheaper" if ratio < 1 else "dearer"
-    if low > 0:
-        return "**ahead**, more accurate and cheaper" if ratio < 1 else "more accurate, but dearer"
-    if high < 0:
-        return "**behind**, less accurate and dearer" if ratio >= 1 else "cheaper, but less accurate"
-    same = "no difference in accuracy that these images can show"
-    return f"{same}, and {cheaper}: {'**ahead**' if ratio < 1 else '**behind**'}"
+def _points(difference: Difference) -> str:
+    """In points of accuracy, with the interval and the images that make it."""
+    mean, low, high = (100 * value for value in difference[:3])
+    return (
+        f"{mean:+.2f} points ({low:+.2f} to {high:+.2f}; right alone on {difference.only_first} images, "
+        f"the other on {difference.only_second})"
+    )
+
+
+def _ahead(sign: int, ratio: float) -> str:
+    """In words, what a difference of accuracies that can be told or not and a ratio of costs come to."""
+    cost = 0 if abs(ratio - 1) <= SAME_COST else 1 if ratio > 1 else -1
+    costs = {-1: "cheaper", 0: "as dear", 1: "dearer"}[cost]
+    if sign == 0:
+        return f"their accuracies can't be told apart, and it is {costs}"
+    accuracy = "more accurate" if sign > 0 else "less accurate"
+    if sign == cost:
+        return f"{accuracy}, but {costs}"
+    return f"**{'ahead' if sign > 0 else 'behind'}**, {accuracy} and {costs}"
 
 
 def timing(benchmark: Numbers, machine: Numbers) -> list[str]:
@@ -198,10 +205,7 @@ def _top(results: Results) -> list[str]:
         *((r.said, r.accuracy, r.blocks, r.flops) for r in rivals(results)),
         *published(params),
     ]
-    difference, low, high = paired_difference(
-        results.outcomes["blockdrop"], results.outcomes["full"],
-        resamples=RESAMPLES, seed=int(params["seed"]),
-    )  # fmt: skip
+    difference = paired_difference(results.outcomes["blockdrop"], results.outcomes["full"])
     return [
         f"# BlockDrop on {params['data.source']}, ResNet-{params['resnet.depth']}, "
         f"gamma {params['gamma']:g}",
@@ -212,8 +216,9 @@ def _top(results: Results) -> list[str]:
         ),
         "",
         f"BlockDrop {_saves(own['flops_saved'])}, its policy network counted, at "
-        f"{100 * difference:+.2f} points of accuracy (95 % interval {100 * low:+.2f} to "
-        f"{100 * high:+.2f}, paired bootstrap over {len(results.outcomes['full'])} test images).",
+        f"{100 * difference.mean:+.2f} points of accuracy (95 % interval {100 * difference.low:+.2f} to "
+        f"{100 * difference.high:+.2f}, Newcombe's for pairs, "
+        f"{len(results.outcomes['full'])} test images).",
         "",
         "![Accuracy against FLOPs](trade_off.png)",
     ]
@@ -229,7 +234,9 @@ def _rivals_section(results: Results) -> list[str]:
     return [
         "## When is BlockDrop beneficial in comparison to a sole ResNet?",
         "",
-        "Each difference of accuracies is by a paired bootstrap over the test images (95 % interval). "
+        "Each difference of accuracies is on the same test images, with Newcombe's 95 % interval for "
+        "pairs; where fewer than ten images differ, McNemar's exact test has to agree with it. FLOPs "
+        f"within {100 * SAME_COST:.0f} % count as equal. "
         "The sole ResNets were trained by the same recipe as the full one; the static rules were "
         "finetuned as long as BlockDrop and pay no policy network.",
         "",

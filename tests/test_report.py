@@ -88,17 +88,21 @@ def test_papers_numbers_stand_beside_its_own_network_alone(results):
     ("right", "flops", "words"),
     [
         (900, 7e7, "**ahead**, more accurate and cheaper"),
+        (900, 6.1e7, "**ahead**, more accurate and as dear"),
         (900, 5e7, "more accurate, but dearer"),
-        (990, 7e7, "cheaper, but less accurate"),
+        (990, 7e7, "less accurate, but cheaper"),
+        (990, 6.1e7, "**behind**, less accurate and as dear"),
         (990, 5e7, "**behind**, less accurate and dearer"),
-        (950, 7e7, "no difference in accuracy that these images can show, and cheaper: **ahead**"),
-        (950, 5e7, "no difference in accuracy that these images can show, and dearer: **behind**"),
+        (950, 7e7, "their accuracies can't be told apart, and it is cheaper"),
+        (946, 5.9e7, "their accuracies can't be told apart, and it is as dear"),  # 4 : 0 images
+        (950, 5e7, "their accuracies can't be told apart, and it is dearer"),
     ],
 )
 def test_verdict_says_who_is_ahead(results, right, flops, words):
     results = changed(results, outcomes={"sole-20": outcomes(right)})
     rival = report.Rival(said="X", name="sole-20", accuracy=right / 1000, blocks=9, flops=flops)
-    assert report.verdict(results, rival).endswith(f"{words}.")
+    verdict = report.verdict(results, rival)
+    assert verdict.endswith(f" FLOPs: {words}.")
 
 
 def test_sole_resnets_that_were_trained_are_compared_in_time(results):
