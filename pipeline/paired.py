@@ -76,7 +76,7 @@ def _reach(right: int, count: int) -> tuple[float, float]:
 def _correlation(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
     """Of the outcomes, drawn towards 0 as Newcombe does it; 0 where one of them never varies."""
     both, neither = int((first & second).sum()), int((~first & ~second).sum())
-    product = both * neither - int((first & ~second).sum()) * int((second & ~first).sum())
+    product = float(both * neither) - int((first & ~second).sum()) * int((second & ~first).sum())
     if product > 0:
         product = max(product - len(first) / 2, 0)
     margins = [int(part.sum()) for part in (first, ~first, second, ~second)]

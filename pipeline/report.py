@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.families import num_blocks
 from pipeline.paired import Difference, paired_difference
+from pipeline.timing import claim, in_words
 
 Numbers = Mapping[str, Any]
 Outcomes = Mapping[str, NDArray[np.bool_]]
@@ -150,24 +151,36 @@ def timing(benchmark: Numbers, machine: Numbers) -> list[str]:
             "",
         ]
     lines += [*(f"- {beneficial(answer)}" for answer in benchmark["answers"]), ""]
-    lines += [
-        "Kept shares are of synthetic policies, which run the policy network as a call of its own: at "
-        "small batches that costs more than it does inside, so there the true share is higher.",
-        "",
-        "![Speed-up by batch size](speedups.png)",
-        "",
-    ]
+    if not benchmark["answers"]:
+        lines += ["Nothing could be timed, so nothing is claimed.", ""]
+    if any(row["kind"] == "blockdrop" for row in benchmark["times"]):
+        lines += ["![Speed-up by batch size](speedups.png)", ""]
     if benchmark["sweep"]:
-        lines += ["![Time by kept share of the blocks](break_evens.png)", ""]
-    lines += _table(
-        ("batch", "precision", "executor", "ms", "images per second", "times as fast",
-         "share of what FLOPs promise", "best static form", "ms"),
-        (_timing_row(answer) for answer in benchmark["answers"] if "executor" in answer),
-    )  # fmt: skip
+        lines += [
+            "Kept shares are of synthetic policies, which run the policy network as a call of its own: "
+            "at small batches that costs more than it does inside, so there the true share is higher.",
+            "",
+            "![Time by kept share of the blocks](break_evens.png)",
+            "",
+        ]
+    answered = [answer for answer in benchmark["answers"] if "executor" in answer]
+    if answered:
+        lines += _table(
+            ("batch", "precision", "executor", "ms", "images per second", "times as fast",
+             "share of what FLOPs promise, in that precision", "best static form", "ms"),
+            (_timing_row(answer) for answer in answered),
+        )  # fmt: skip
     if benchmark["left_out"]:
-        reasons = "; ".join(f"{what} ({why})" for what, why in benchmark["left_out"].items())
-        lines += ["", f"Left out here: {reasons}."]
+        lines += ["", f"Left out here: {_left_out(benchmark['left_out'])}."]
     return lines
+
+
+def _left_out(reasons: Mapping[str, str]) -> str:
+    """What was not timed, together where the reason is one."""
+    by_reason: dict[str, list[str]] = {}
+    for what, why in reasons.items():
+        by_reason.setdefault(why, []).append(what)
+    return "; ".join(f"{', '.join(those)} ({why})" for why, those in by_reason.items())
 
 
 def beneficial(answer: Numbers) -> str:
@@ -175,16 +188,16 @@ def beneficial(answer: Numbers) -> str:
     where = f"Batch {answer['batch']}, {answer['precision']}"
     if "executor" not in answer:
         return f"{where}: no executor gave what the reference gives, so nothing is claimed."
-    if not answer["reliable"]:
+    if not claim(answer):
         return f"{where}: too noisy here to say (nothing is claimed)."
-    ratio, low, high = (answer[k] for k in ("speedup", "speedup_low", "speedup_high"))
-    interval = f"{ratio:.2f} times as fast (95 % interval {low:.2f} to {high:.2f})"
-    if low > 1:
-        said = f"{where}: beneficial, {interval}"
-    elif high < 1:
-        said = f"{where}: **not** beneficial, {interval}"
+    if answer["speedup_low"] > 1:
+        said = f"{where}: beneficial, {in_words(answer)}"
+    elif answer["speedup_high"] < 1:
+        said = f"{where}: **not** beneficial, {in_words(answer)}"
     else:
-        said = f"{where}: no difference, {interval}"
+        said = f"{where}: no difference, {in_words(answer)}"
+    if answer["static_precision"] != answer["precision"]:
+        said += f" beside the full ResNet in {answer['static_precision']}"
     shares = [
         f"{100 * answer[f'break_even_{variant}']:.0f} % with {variant} different policies"
         for variant in ("few", "many")
@@ -248,22 +261,17 @@ def _rivals_section(results: Results) -> list[str]:
 
 def _in_time(results: Results, found: Sequence[Rival]) -> list[str]:
     """In time: the sole ResNets that were trained and timed."""
-    trained = {rival.said for rival in found}
-    timed = [row for row in results.benchmark["times"] if row["contestant"] in trained]
-    lines = []
-    for answer in results.benchmark["answers"]:
-        if "executor" not in answer:
-            continue
-        cell = (answer["batch"], answer["precision"])
-        for row in timed:
-            if (row["batch"], row["precision"]) == cell:
-                ratio = row["milliseconds"] / answer["milliseconds"]
-                lines.append(
-                    f"- Batch {cell[0]}, {cell[1]}: BlockDrop takes {answer['milliseconds']:.2f} ms, "
-                    f"a full {row['contestant']} {row['milliseconds']:.2f} ms "
-                    f"({ratio:.2f} times BlockDrop's)."
-                )
-    return ["", "In time (medians of the benchmark below):", "", *lines] if lines else []
+    lines = [
+        f"- Batch {answer['batch']}, {answer['precision']}, beside a full {name}: {_faster(beside)}."
+        for answer in results.benchmark["answers"]
+        for name, beside in answer.get("sole", {}).items()
+        if name in {rival.said for rival in found}
+    ]
+    return ["", "In time, by the benchmark below:", "", *lines] if lines else []
+
+
+def _faster(beside: Numbers) -> str:
+    return f"BlockDrop is {in_words(beside)}" if claim(beside) else in_words(beside)
 
 
 def _looking(own: Numbers) -> list[str]:
@@ -373,16 +381,20 @@ def _network_row(
 
 def _timing_row(answer: Numbers) -> tuple[str, ...]:
     rate = 1000 * answer["batch"] / answer["milliseconds"]
-    claim = f"{answer['speedup']:.2f} ({answer['speedup_low']:.2f} to {answer['speedup_high']:.2f})"
+    low, high = f"{answer['speedup_low']:.2f}", f"{answer['speedup_high']:.2f}"
+    claimed = {"number": f"{answer['speedup']:.2f} ({low} to {high})", "": "too noisy"}
+    ideal, share = f"{answer['ideal']:.2f}", answer["share_of_ideal"]
+    if answer["reliable"] and share is not None:
+        ideal = f"{100 * share:.0f} % of {ideal}"
     return (
         str(answer["batch"]),
         answer["precision"],
         answer["executor"],
         f"{answer['milliseconds']:.2f}",
         f"{rate:,.0f}",
-        claim if answer["reliable"] else "too noisy",
-        f"{100 * answer['share_of_ideal']:.0f} % of {answer['ideal']:.2f}",
-        answer["best_static"],
+        claimed.get(claim(answer), f"{low} to {high}"),
+        ideal,
+        f"{answer['best_static']}, {answer['static_precision']}",
         f"{answer['static_milliseconds']:.2f}",
     )
 
