@@ -378,6 +378,7 @@ class Cell:
         self.images_a_call = batch * repeats_of(batch)
         self.seconds: dict[str, float] = {}  # of a call, by label
         self.checks: dict[str, tuple[float, float]] = {}  # agreement with the reference, by label
+        self.extras: dict[str, float] = {}  # seconds of what comes after the duel, by who may win it
 
     def warm_up(self) -> None:
         """Call everybody twice, and learn how long a call takes."""
@@ -455,6 +456,10 @@ class Cell:
         sweep = static + len(self._policies()) * max(whole, own)
         return CALLS * (MIN_ROUNDS + 1) * (sweep + own)
 
+    def _after(self, winner: str) -> str:
+        """What comes after the duel, of the winner's precision."""
+        return f"kept shares and parts {self.contestants[winner].precision}"
+
     def _whole_of(self, winner: str) -> str:
         one = self.contestants[winner]
         return f"{one.name}{ALL_BLOCKS} {one.precision}"
@@ -476,10 +481,10 @@ class Cell:
     def measure(self, seconds: float) -> None:
         """Fill the tables with everything of this batch size."""
         predicted, tables = self.predicted, self.benchmark.tables
-        extras = {label: self._extras(label) for label in self.stays() if self._is_blockdrop(label)}
+        self.extras = {label: self._extras(label) for label in self.stays() if self._is_blockdrop(label)}
         more = max(1.0, seconds / predicted) if predicted else 1.0  # rounds than MIN_ROUNDS, in share
         end = self.benchmark.clock.spent + seconds
-        times = self._duel(seconds - more * sum(extras.values()))
+        times = self._duel(seconds, more)
         if not any(self.contestants[label].kind == "static" for label in times):
             self.benchmark.say(f"batch {self.batch}: no static form ran, so nothing is claimed")
             return
@@ -490,19 +495,28 @@ class Cell:
             answer = self._answer(precision, times, rows, best)
             if "executor" in answer:
                 winner = f"{answer['executor']} {precision}"
-                limit = more * extras.get(winner, self._extras(winner))
+                limit = more * self._extras(winner)
                 answer |= self._more(winner, best, min(limit, end - self.benchmark.clock.spent))
             tables["answers"].append(answer)
             self.benchmark.say(_line(answer))
 
-    def _duel(self, seconds: float) -> dict[str, Times]:
-        """Everybody for whom there is time, on the same test images."""
+    def _duel(self, seconds: float, more: float) -> dict[str, Times]:
+        """Everybody for whom there is time, on the same test images.
+
+        What comes after it is dropped as contestants are: where it takes the longest, it goes first.
+        """
         started, stays = self.benchmark.clock.spent, self.stays()
-        predicted = {label: self._predicted(label) for label in self.seconds}
+        after = {self._after(label): needed for label, needed in self.extras.items()}
+        predicted = {label: self._predicted(label) for label in self.seconds} | after
         for label in too_slow(predicted, seconds, stays):
-            why = f"too slow for benchmark.seconds: {self.seconds[label]:.2g} s a call"
-            self.stopwatch.leave_out(label, why)
-            del self.seconds[label]
+            took = (
+                f"some {after.pop(label):.2g} s"
+                if label in after
+                else f"{self.seconds[label]:.2g} s a call"
+            )
+            self.stopwatch.leave_out(label, f"too slow for benchmark.seconds: {took}")
+            self.seconds.pop(label, None)
+        seconds -= more * sum(after.values())
         for label in self.of("blockdrop"):
             self.agrees(label)
         calls = {label: self.rounds.on(self.contestants[label].run) for label in self.seconds}
