@@ -38,6 +38,7 @@ from pipeline.timing import (
     CALLS,
     MIN_ROUNDS,
     SLACK,
+    TOO_SLOW,
     Call,
     Clock,
     Row,
@@ -388,8 +389,7 @@ class Cell:
             predicted = {label: scale * took for label, took in self.before.seconds.items()}
             limit = WARM_UP * self.benchmark.clock.left
             for label in too_slow(predicted, limit, self.before.stays()):
-                why = f"too slow for benchmark.seconds: some {predicted[label] / CALLS:.2g} s a call"
-                self.stopwatch.leave_out(label, why)
+                self.stopwatch.leave_out(label, TOO_SLOW)
                 del calls[label]
         for label in [label for label in calls if self.contestants[label].name == "compiled"]:
             self._compile(label)
@@ -509,12 +509,8 @@ class Cell:
         after = {self._after(label): needed for label, needed in self.extras.items()}
         predicted = {label: self._predicted(label) for label in self.seconds} | after
         for label in too_slow(predicted, seconds, stays):
-            took = (
-                f"some {after.pop(label):.2g} s"
-                if label in after
-                else f"{self.seconds[label]:.2g} s a call"
-            )
-            self.stopwatch.leave_out(label, f"too slow for benchmark.seconds: {took}")
+            self.stopwatch.leave_out(label, TOO_SLOW)
+            after.pop(label, None)
             self.seconds.pop(label, None)
         seconds -= more * sum(after.values())
         for label in self.of("blockdrop"):
@@ -628,9 +624,7 @@ class Cell:
         precision, needed = self.contestants[winner].precision, self._extras(winner)
         what = f"kept shares and parts {precision}"
         if needed > SLACK * max(seconds, 0):
-            self.stopwatch.leave_out(
-                what, f"benchmark.seconds leave no time for it, some {needed:.2g} s"
-            )
+            self.stopwatch.leave_out(what, TOO_SLOW)
             return {}
         try:
             policy = self.benchmark.policy(precision)

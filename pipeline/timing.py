@@ -18,6 +18,7 @@ MIN_ROUNDS = 5  # below, no interval means anything
 WIDEST_INTERVAL = 0.2  # of the speed-up itself: beyond, no number is claimed
 RESAMPLES = 1000
 SLACK = 1.2  # how much longer than predicted a part may take before more of it is dropped
+TOO_SLOW = "too slow for benchmark.seconds"
 CALLS = 2  # of a contestant in a round: one that is not measured, and one that is
 
 Call = Callable[[int], object]  # takes the number of the round
@@ -137,9 +138,7 @@ class Stopwatch:
                 break
             needed = max(1, MIN_ROUNDS - number)
             for name in too_slow({n: needed * each[n] for n in each}, left, stays):
-                self.leave_out(
-                    name, f"too slow for benchmark.seconds: {each[name] / CALLS:.2g} s a call"
-                )
+                self.leave_out(name, TOO_SLOW)
                 del times[name]
             first = number % len(names) if names else 0
             for name in names[first:] + names[:first]:

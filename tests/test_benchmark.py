@@ -316,7 +316,7 @@ def test_seconds_are_kept_by_dropping_the_slowest_and_never_who_matters():
     started = time.monotonic()
     benchmark, tables = run(Slow, seconds=2.0, kept_shares=[0.5, 1.0])
     assert time.monotonic() - started < 2.0 * 1.5
-    assert "too slow for benchmark.seconds: 0.3" in benchmark.left_out["slow fp32 at batch 32"]
+    assert benchmark.left_out["slow fp32 at batch 32"] == "too slow for benchmark.seconds"
     assert "slow" not in [row["contestant"] for row in tables["times"]]
     kinds = {row["kind"] for row in tables["times"]}
     assert {"static", "blockdrop"} <= kinds
