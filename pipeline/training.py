@@ -231,6 +231,11 @@ def step_down(progress: float, *, at: float, factor: float = 0.1) -> float:
     return factor if progress >= at else 1.0
 
 
+def warmed_up(progress: float, *, warmup: float, schedule: Callable[[float], float]) -> float:
+    """A schedule whose first share `warmup` rises from 0 in a straight line."""
+    return schedule(progress) * (progress / warmup if progress < warmup else 1.0)
+
+
 def make_optimizer(
     name: str, groups: list[dict[str, object]], *, weight_decay: float
 ) -> torch.optim.Optimizer:

@@ -3,6 +3,7 @@
 import os
 
 from pipeline.interruption import starter_of
+from stages import inputs  # noqa: F401  (before the code that it looks at is imported)
 
 # who started this process, before slow imports give it time to die
 PARENT = os.getppid()

@@ -10,6 +10,7 @@ from pipeline.errors import UserError, explain
 from pipeline.files import write_text
 from pipeline.params import load
 from pipeline.tracking.reach import mode
+from stages.inputs import require_unchanged
 
 OUT = Path("data/params.ok")
 
@@ -19,6 +20,7 @@ def main() -> None:
     mode()  # refuses a BLOCKDROP_TRACKING that it does not know
     load()
     write_text(OUT, "params.yaml was read and can be used\n")
+    require_unchanged()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pipeline.tracking.reach import VARIABLE as TRACKING
 from pipeline.tracking.store import is_off
 from pipeline.untrusted import shown
 from stages import PARENT, STARTER, launch
+from stages.inputs import require_unchanged
 
 PREPARED = Path("data/prepared")
 MODELS = Path("models")
@@ -75,7 +76,10 @@ def _run(main: Callable[[Params], None], *, trains: bool) -> None:
         os.environ[TRACKING] = OFF
     try:
         with joined() if trains else nullcontext():
+            require_unchanged()  # while params.yaml and code were read
             main(params)
+            if is_main():
+                require_unchanged()
     except BaseException:
         linger()
         raise

@@ -17,7 +17,7 @@ from pipeline.training import Metrics, make_optimizer
 from stages import common, trainer
 
 
-def import_policy_net(path: Path, pretrained: Checkpoint) -> PolicyNet:
+def import_policy_net(path: Path, pretrained: Checkpoint, params: Params) -> PolicyNet:
     """The policy network of our own or the authors' checkpoint, when it fits the ResNet."""
     if path.is_dir():
         own = checkpoint.load(path)
@@ -25,6 +25,7 @@ def import_policy_net(path: Path, pretrained: Checkpoint) -> PolicyNet:
             path, "input normalisation", own.normalisation, pretrained.normalisation,
             "import a policy that was trained with this ResNet",
         )  # fmt: skip
+        trainer.require_same_image_size(path, own, params)
         policy_net = own.need_policy_net()
     else:
         policy_net = legacy.load(path).need_policy_net(path)
@@ -32,6 +33,7 @@ def import_policy_net(path: Path, pretrained: Checkpoint) -> PolicyNet:
         path, "number of blocks", policy_net.num_blocks, pretrained.need_resnet().num_blocks,
         "import a policy for this ResNet, or set resnet.depth to the policy's",
     )  # fmt: skip
+    trainer.require_same_policy_net(path, policy_net, params)
     return policy_net
 
 
@@ -83,7 +85,7 @@ def main(params: Params) -> None:
 
     path = trainer.imported(params.curriculum)
     if path is not None:
-        found = import_policy_net(path, pretrained)
+        found = import_policy_net(path, pretrained, params)
         if is_main():
             save(found, {})
             trainer.record_import("curriculum", params, path)

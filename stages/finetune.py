@@ -17,7 +17,7 @@ from pipeline.training import Metrics, Together, make_optimizer
 from stages import common, trainer
 
 
-def import_both(path: Path, pretrained: Checkpoint) -> tuple[ResNet, PolicyNet]:
+def import_both(path: Path, pretrained: Checkpoint, params: Params) -> tuple[ResNet, PolicyNet]:
     """ResNet and policy network of our own or the authors' finetuned checkpoint, when they fit."""
     if path.is_dir():
         own = checkpoint.load(path)
@@ -26,6 +26,7 @@ def import_both(path: Path, pretrained: Checkpoint) -> tuple[ResNet, PolicyNet]:
             (own.normalisation, own.classes), (pretrained.normalisation, pretrained.classes),
             "import for pretrain the ResNet that it was finetuned from",
         )  # fmt: skip
+        trainer.require_same_image_size(path, own, params)
         resnet, policy_net = own.need_resnet(), own.need_policy_net()
     else:
         theirs = legacy.load(path)
@@ -41,6 +42,7 @@ def import_both(path: Path, pretrained: Checkpoint) -> tuple[ResNet, PolicyNet]:
         path, "policy's number of blocks", policy_net.num_blocks, resnet.num_blocks,
         "its two networks do not belong together; take another file",
     )  # fmt: skip
+    trainer.require_same_policy_net(path, policy_net, params)
     return resnet, policy_net
 
 
@@ -90,7 +92,7 @@ def main(params: Params) -> None:
 
     path = trainer.imported(params.finetune)
     if path is not None:
-        found = import_both(path, pretrained)
+        found = import_both(path, pretrained, params)
         if is_main():
             save(*found, {})
             trainer.record_import("finetune", params, path)

@@ -15,6 +15,7 @@ from pipeline.data import load_split
 from pipeline.errors import UserError
 from pipeline.interruption import deferred
 from pipeline.params import NO_FILE, Finetune, Params, Pretrain, Sole, Static
+from pipeline.policy_net import PolicyNet
 from pipeline.prepared import load_classes
 from pipeline.resnet import ResNet
 from pipeline.resume import ResumePoint, digest_of_files, key_of, tidy
@@ -34,6 +35,7 @@ from stages.common import (
     write_json,
     write_times,
 )
+from stages.inputs import code_of, require_unchanged
 from stages.keeping import FORMAT, Keeper, State, TrainingSection
 from stages.progress import Progress
 
@@ -114,12 +116,12 @@ def full_network(stage: str, resnet: ResNet, params: Params, metrics: Metrics) -
 
 def schedule_of(section: TrainingSection) -> Callable[[float], float]:
     """The learning rate's course over the training that params.yaml asks for."""
-    if section.schedule == "constant":
-        return training.constant
-    if section.schedule == "step":
-        return partial(training.step_down, at=LAST_FIFTH)
     warmup = section.warmup_share if isinstance(section, Pretrain) else 0.0
-    return partial(training.cosine, warmup=warmup)
+    if section.schedule == "cosine":  # which has only what is left to fall in
+        return partial(training.cosine, warmup=warmup)
+    step = partial(training.step_down, at=LAST_FIFTH)
+    schedule = training.constant if section.schedule == "constant" else step
+    return partial(training.warmed_up, warmup=warmup, schedule=schedule)
 
 
 def require_same(path: Path, what: str, found: object, wanted: object, remedy: str) -> None:
@@ -130,6 +132,34 @@ def require_same(path: Path, what: str, found: object, wanted: object, remedy: s
     """
     if found != wanted:
         raise CheckpointError(f"{path}: its {what} is {found}, expected {wanted}; {remedy}")
+
+
+def require_same_image_size(path: Path, own: Checkpoint, params: Params) -> None:
+    """Compare the side of the images; the authors' files and our first ones do not say it.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if own.image_size is not None:
+        require_same(
+            path, "image size", own.image_size, params.data.image_size,
+            "set data.image_size in params.yaml to the checkpoint's",
+        )  # fmt: skip
+
+
+def require_same_policy_net(path: Path, policy_net: PolicyNet, params: Params) -> None:
+    """Compare an imported policy network with the one that params.yaml describes.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    expected, features, whole = params.policy_net, policy_net.features, params.data.image_size
+    require_same(
+        path, "policy network's family, depth, width and input_size",
+        (features.family, features.depth, features.width, policy_net.input_size or whole),
+        (expected.family, expected.depth, expected.width, expected.input_size or whole),
+        "set policy_net in params.yaml to the checkpoint's",
+    )  # fmt: skip
 
 
 def import_resnet(path: Path, params: Params, classes: tuple[str, ...], *, depth: int) -> ResNet:
@@ -147,6 +177,7 @@ def import_resnet(path: Path, params: Params, classes: tuple[str, ...], *, depth
         require_same(
             path, "list of classes", own.classes, classes, "set data in params.yaml to its data set"
         )
+        require_same_image_size(path, own, params)
         resnet = own.need_resnet()
     else:
         resnet = legacy.load(path).need_resnet(path)
@@ -246,6 +277,7 @@ def train(
                 return
             prefix = "validation_"
             final = {k.removeprefix(prefix): v for k, v in state.history[-1].items() if prefix in k}
+            require_unchanged()  # before anything is written that DVC or a later training could take
             save(final)
             write_csv(curve, state.history)
             images = len(splits["train"]) * section.epochs
@@ -316,18 +348,11 @@ def _resume_key(
         block_cost=params.block_cost if stage in ("curriculum", "finetune") else None,
         seed=params.seed,
         inputs=digest_of_files(files),
-        code=digest_of_files(_code_of(stage)),
+        code=digest_of_files(code_of(stage)),
         torch=torch.__version__,
         numpy=np.__version__,
         device=str(choose_device()),
     )
-
-
-def _code_of(stage: str) -> list[Path]:
-    """The code on which a stage's result depends: dvc.yaml lists it, and a test holds it to that."""
-    root = Path(__file__).parents[1]
-    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    return [root / name for name in stages[stage]["deps"] if name.startswith(("pipeline/", "stages/"))]
 
 
 def _require_same_training(name: str, key: str) -> None:

@@ -18,7 +18,7 @@ NEUTRAL = {
     for name in ("params", "resume", "locks", "errors", "files", "untrusted", "pickles", "interruption")
 }
 NEUTRAL |= {"pipeline/processes.py", "pipeline/spared_cores.py"}
-NEUTRAL |= {"stages/keeping.py", "stages/launch.py", "stages/progress.py"}
+NEUTRAL |= {f"stages/{name}.py" for name in ("inputs", "keeping", "launch", "progress")}
 NEUTRAL |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline/tracking").glob("*.py")}
 MATHEMATICS = {
     "resnet", "policy_net", "policy_gradient", "policies", "curriculum", "cost", "tensors",

@@ -27,7 +27,7 @@ from pipeline.policies import collapse
 from pipeline.policy_learning import PolicyLearning
 from pipeline.policy_net import PolicyNet
 from pipeline.resume import ResumePoint
-from stages import curriculum, finetune, keeping, pretrain, sole, static, trainer
+from stages import curriculum, finetune, inputs, keeping, pretrain, sole, static, trainer
 
 # 48 training images: three steps an epoch
 RECIPE = {"batch_size": 16, "epochs": 4}
@@ -301,7 +301,7 @@ def test_no_training_goes_on_with_other(what, params, monkeypatch, capsys):
 
 
 def test_code_that_a_resumed_training_must_share_is_what_dvc_yaml_lists():
-    found = {path.relative_to(ROOT).as_posix() for path in trainer._code_of("finetune")}
+    found = {path.relative_to(ROOT).as_posix() for path in inputs.code_of("finetune")}
     assert {
         "pipeline/policy_learning.py",
         "pipeline/executors/native.cpp",

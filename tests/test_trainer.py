@@ -11,6 +11,7 @@ import sys
 import termios
 from collections.abc import Iterator
 from contextlib import redirect_stderr
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ from repository_copy import ROOT, TINY, make_workplace
 from pipeline import checkpoint
 from pipeline.errors import UserError
 from pipeline.params import Params
+from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
 from pipeline.tensors import Split
-from stages import curriculum, finetune, sole, static, trainer
+from stages import curriculum, finetune, pretrain, sole, static, trainer
 from stages.progress import Steps
 from stages.trainer import Progress
 
@@ -359,3 +361,54 @@ def test_rival_of_another_depth_in_the_folder_is_refused(params, tmp_path):
     with pytest.raises(UserError, match=r"^8: its family, depth, .* is \(.*14.*, expected \(.*8"):
         sole.main(params, depth=8)
     assert not (tmp_path / "models/sole").exists()
+
+
+def test_a_warm_up_precedes_every_schedule(params):
+    def factors(schedule):
+        section = params.pretrain.model_copy(update={"schedule": schedule, "warmup_share": 0.2})
+        return [trainer.schedule_of(section)(progress) for progress in (0.0, 0.1, 0.2, 0.6, 0.9)]
+
+    assert factors("constant") == pytest.approx([0, 0.5, 1, 1, 1])
+    assert factors("step") == pytest.approx([0, 0.5, 1, 1, 0.1])
+    assert factors("cosine") == pytest.approx([0, 0.5, 1, 0.5, 0.0380602337])
+
+
+def saved_pair(params: Params, **changes) -> None:
+    """A finetuned pair as params.yaml describes it, but for the changes, in import/pair."""
+    describes = params.policy_net.model_dump() | changes
+    image_size = describes.pop("image_size", params.data.image_size)
+    resnet = ResNet(depth=params.resnet.depth, width=params.resnet.width, num_classes=3)
+    pair = checkpoint.Checkpoint(
+        stage="finetune",
+        resnet=resnet,
+        policy_net=PolicyNet(num_blocks=resnet.num_blocks, **describes),
+        normalisation=trainer.normalisation_of(params),
+        image_size=image_size,
+        classes=("dark", "grey", "light"),
+        metrics={},
+    )
+    checkpoint.save(pair, Path("import/pair"))
+
+
+@pytest.mark.parametrize("stage", [pretrain, curriculum, finetune])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"input_size": 8}, None),  # the images' own
+        ({"width": 12}, "policy network's family, depth, width and input_size is"),
+        ({"depth": 14}, "set policy_net in params.yaml to the checkpoint's"),
+        ({"image_size": 12}, "its image size is 12, expected 8; set data.image_size"),
+    ],
+)
+def test_an_import_that_params_do_not_describe_is_refused(params, stage, change, message):
+    pretrained(Path(), params)
+    saved_pair(params, **change)
+    section = stage.__name__.removeprefix("stages.")
+    update = {section: getattr(params, section).model_copy(update={"checkpoint": "import/pair"})}
+    if message is None or (stage is pretrain and "image_size" not in change):
+        stage.main(params.model_copy(update=update))
+        return
+    with pytest.raises(UserError, match=message):
+        stage.main(params.model_copy(update=update))
+    assert not Path("models", section, "model.safetensors").exists() or section == "pretrain"

@@ -27,6 +27,7 @@ from pipeline.training import (
     require_finite,
     softened,
     step_down,
+    warmed_up,
 )
 
 PLAIN = Augmentation(crop_padding=0, flip=False)
@@ -292,14 +293,6 @@ def test_the_resnet_learns_from_the_labels_as_without_a_policy(estimator, train_
     torch.testing.assert_close(found, list(expected))
 
 
-def test_what_runs_the_frozen_network_is_chosen_anew_each_epoch(small_resnet):
-    learner = policy_learner(small_resnet, finetune=False, epochs_per_block=1)
-    assert learner.frozen is not None
-    learner.frozen.winners = {7: learner.frozen}  # as after a race, which CPUs have not
-    learner.begin_epoch(1)
-    assert learner.frozen.winners == {}
-
-
 @pytest.mark.parametrize("estimator", ["self_critical", "reinmax"])
 def test_after_its_epochs_the_policy_is_fixed_and_the_resnet_learns_on(
     estimator, train_split, validation_split, small_resnet
@@ -535,6 +528,9 @@ def test_schedules_at_their_ends():
     assert cosine(1.0) == pytest.approx(0)
     assert cosine(0.05, warmup=0.1) == pytest.approx(0.5)
     assert cosine(0.1, warmup=0.1) == 1
+    assert warmed_up(0.05, warmup=0.1, schedule=constant) == pytest.approx(0.5)
+    assert warmed_up(0.1, warmup=0.1, schedule=constant) == 1
+    assert warmed_up(0.0, warmup=0.0, schedule=constant) == 1
     assert step_down(0.79, at=0.8) == 1
     assert step_down(0.8, at=0.8) == pytest.approx(0.1)
 

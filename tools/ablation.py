@@ -155,7 +155,7 @@ def checked(setting: Setting) -> Setting:
     classes = load_classes(common.PREPARED)
     trainer.import_resnet(setting.resnet, preset, classes, depth=preset.resnet.depth)
     if setting.stage == "finetune":
-        curriculum.import_policy_net(setting.policy_net, checkpoint.load(setting.resnet))
+        curriculum.import_policy_net(setting.policy_net, checkpoint.load(setting.resnet), preset)
     return setting
 
 
