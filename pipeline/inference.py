@@ -3,17 +3,20 @@
 Shapes: B images of a batch, M images of a split, K blocks, N classes, H and W pixels.
 """
 
+import errno
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.executors.base import Executor, Networks, Output, UnavailableError
+from pipeline.errors import UserError, explain_memory
+from pipeline.executors.base import Executor, Networks, Output
 from pipeline.executors.gather import Gather
 from pipeline.executors.graphed import Graphed
 from pipeline.executors.grouped import Grouped
@@ -24,6 +27,7 @@ from pipeline.policy_net import PolicyNet, average_down
 from pipeline.resnet import ResNet
 from pipeline.tensors import Images, Normalisation
 from pipeline.timing import seconds_of
+from pipeline.untrusted import cut
 
 R = TypeVar("R")
 
@@ -35,83 +39,160 @@ EVALUATION_PIXELS = 500 * 96**2  # of a batch: larger images come in smaller one
 IMAGES_PER_POLICY = 16  # from which on images of one policy are run together, apart from the others
 
 
+class GatherOrGrouped(Gather, Grouped):
+    """`grouped` when the images of a batch share few policies, `gather` when they do not."""
+
+    name = "gather or grouped"
+
+    def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
+        distinct = len(torch.unique(actions, dim=0))
+        few = len(actions) >= IMAGES_PER_POLICY * distinct
+        return (Grouped if few else Gather)._classify(self, inputs, actions)
+
+
 class Auto(Executor):
     """The fastest executor for the device, the precision and each batch's policies.
 
-    On CPUs `native`; without it `grouped` when the images of a batch share few policies, `gather` when
-    they do not. On CUDA `graphed` and, where it proves itself, `persistent` race for each power of two
-    of images, on the first such batch, and again after `choose_anew`.
+    On CPUs `native`. On CUDA `graphed` and, where it proves itself, `persistent` race for each power of
+    two of images, on the first such batch, and again after `choose_anew`. Where none of these can run,
+    `gather` or `grouped`, and where they can't either, `masked`.
+
+    An executor that can't be made, or that fails at what another one then does, is left out from there
+    on, and a line says why.
     """
 
     name = "auto"
 
     def __init__(self, networks: Networks, *, precision: str = "fp32") -> None:
         super().__init__(networks, precision=precision)
-        on_cuda = self.device.type == "cuda"
-        self.contestants: list[Executor] = []
+        fastest: list[type[Executor]] = [Graphed, Persistent] if self.device.type == "cuda" else [Native]
+        self.spare: list[type[Executor]] = [GatherOrGrouped, Masked]  # not made before they are needed
         self.winners: dict[int, Executor] = {}
-        self.without = ""
-        if on_cuda:
-            self.contestants.append(Graphed(networks, precision=precision))
-        kind = Persistent if on_cuda else Native
-        try:
-            self.contestants.append(kind(networks, precision=precision))
-        except UnavailableError as error:
-            self.without = f" (no {kind.name}: {error})"
-        if not self.contestants:
-            self.gather = Gather(networks, precision=precision)
-            self.grouped = Grouped(networks, precision=precision)
+        self.left_out: dict[str, str] = {}
+        self.contestants = self._made(fastest)
+        while not self.contestants:
+            self.contestants = self._made([self.spare.pop(0)])
 
     @property
     def description(self) -> str:
         """Which executors it comes down to here, and why not a faster one."""
-        names = [executor.name for executor in self.contestants] or [Grouped.name, Gather.name]
-        return " or ".join(names) + self.without
+        names = " or ".join(executor.name for executor in self.contestants)
+        return names + "".join(f" (no {name}: {reason})" for name, reason in self.left_out.items())
 
     def choose_anew(self) -> None:
         """The next batch of each size races again."""
         self.winners.clear()
 
+    def _made(self, kinds: Sequence[type[Executor]]) -> list[Executor]:
+        """Those of the kinds that can be made; `masked` must."""
+        made: list[Executor] = []
+        for kind in kinds:
+            try:
+                made.append(kind(self.networks, precision=self.precision))
+            except Exception as error:
+                if kind is Masked:
+                    raise
+                self._leave_out(kind.name, error)
+        return made
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        """Go on without that executor, where the fault can be its own; raise the error where not."""
+        if not _may_be_its_own(error):
+            raise error
+        self.left_out[name] = cut((str(error).strip() or type(error).__name__).splitlines()[0])
+        _say(f"inference goes on without the executor {name}: {self.left_out[name]}")
+
     def _run(self, images: Tensor, actions: Tensor | None) -> Output:
-        if self.contestants:
-            return self._fastest(len(images), lambda executor: executor._run(images, actions))
-        return super()._run(images, actions)
+        return self._by_the_best(len(images), lambda executor: executor._run(images, actions))
 
     def _decide(self, inputs: Tensor) -> Tensor:
-        return self.gather._decide(inputs)
+        raise NotImplementedError("whoever runs the ResNet asks its own policy network")
 
     def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
-        if self.contestants:
-            return self._fastest(len(inputs), lambda executor: executor._classify(inputs, actions))
-        distinct = len(torch.unique(actions, dim=0))
-        executor = self.grouped if len(actions) >= IMAGES_PER_POLICY * distinct else self.gather
-        return executor._classify(inputs, actions)
+        return self._by_the_best(len(inputs), lambda executor: executor._classify(inputs, actions))
 
     def _run_under(self, images: Tensor, policies: Tensor) -> Tensor:
-        if len(self.contestants) == 1:
-            return self.contestants[0]._run_under(images, policies)
-        return super()._run_under(images, policies)  # the race is for each
+        if len(self.contestants) > 1:
+            return super()._run_under(images, policies)  # the race is for each
+        return self._by_the_best(len(images), lambda executor: executor._run_under(images, policies))
 
     def _classify_under(self, inputs: Tensor, policies: Tensor) -> Tensor:
-        if len(self.contestants) == 1:
-            return self.contestants[0]._classify_under(inputs, policies)
-        return super()._classify_under(inputs, policies)
+        if len(self.contestants) > 1:
+            return super()._classify_under(inputs, policies)
+        return self._by_the_best(
+            len(inputs), lambda executor: executor._classify_under(inputs, policies)
+        )
 
-    def _fastest(self, batch: int, run: Callable[[Executor], R]) -> R:
-        """Run it by the executor that has won, or now wins, at batches of this size."""
-        size = batch.bit_length()
-        if size not in self.winners:
-            self.winners[size] = self.contestants[0]
-            if len(self.contestants) > 1:
-                self.winners[size] = min(self.contestants, key=lambda e: self._seconds(partial(run, e)))
-        return run(self.winners[size])
+    def _by_the_best(self, batch: int, run: Callable[[Executor], R]) -> R:
+        """Run it by the executor that has won, or now wins, at batches of this size.
 
-    def _seconds(self, call: Callable[[], object]) -> float:
+        Where it fails the others are tried. If one of them can, those that failed are left out. If none
+        can, what they were given is at fault, and nobody is left out.
+        """
+        failures: dict[Executor, Exception] = {}
+        for executor in self._in_turn(batch.bit_length(), run, failures):
+            try:
+                result = run(executor)
+            except Exception as error:
+                if not _may_be_its_own(error):
+                    raise
+                failures[executor] = error
+            else:
+                self._go_on_with(executor, failures)
+                return result
+        raise next(iter(failures.values()))
+
+    def _in_turn(
+        self, size: int, run: Callable[[Executor], R], failures: dict[Executor, Exception]
+    ) -> Iterator[Executor]:
+        """The winner at this size, then the other contestants, then the spare executors."""
+        if size not in self.winners and len(self.contestants) > 1:
+            seconds = {e: self._seconds(partial(run, e), e, failures) for e in self.contestants}
+            self.winners[size] = min(seconds, key=lambda executor: seconds[executor])
+        winner = self.winners.get(size)
+        able = [executor for executor in self.contestants if executor not in failures]
+        yield from sorted(able, key=lambda executor: executor is not winner)
+        for kind in self.spare:
+            yield from self._made([kind])
+
+    def _go_on_with(self, executor: Executor, failures: dict[Executor, Exception]) -> None:
+        """Leave out those that failed at what the executor could do."""
+        for failed, error in failures.items():
+            self._leave_out(failed.name, error)
+        if failures:
+            self.winners.clear()
+            self.contestants = [one for one in self.contestants if one not in failures]
+        if executor not in self.contestants:
+            self.contestants.append(executor)
+            self.spare = self.spare[self.spare.index(type(executor)) + 1 :]
+
+    def _seconds(
+        self, call: Callable[[], object], executor: Executor, failures: dict[Executor, Exception]
+    ) -> float:
         try:
             call()  # compiles, captures, warms up
         except torch.OutOfMemoryError:
             return math.inf
+        except Exception as error:
+            if not _may_be_its_own(error):
+                raise
+            failures[executor] = error
+            return math.inf
         return min(seconds_of(call, self.device) for _ in range(3))
+
+
+def _may_be_its_own(error: Exception) -> bool:
+    """Whether an executor may have failed by a fault of its own, not for want of memory or disk."""
+    if isinstance(error, UserError):
+        return False
+    no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return not no_room and explain_memory(error) is None
+
+
+@cache
+def _say(line: str) -> None:
+    """Print a warning, but the same one once alone: an executor is made for every validation."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def make_executor(networks: Networks, *, name: str = "auto", precision: str = "fp32") -> Executor:
