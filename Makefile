@@ -2,29 +2,33 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= python3
-# DVC's stages take the python of the PATH
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# DVC's stages take the python of the PATH; .venv itself is made by one from outside
+OUTSIDE := $(value PATH)
+export PATH := $(CURDIR)/.venv/bin:$(OUTSIDE)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 # tests of one file share what takes long to make, so a worker gets whole files
 WORKERS := -n logical --maxprocesses 4 --dist loadfile --max-worker-restart=0
-PORT ?= 5000
-HOST ?= 127.0.0.1
+PORT := 5000
+HOST := 127.0.0.1
+# what users name goes to the tools as it is, by the environment: make (`value`) and shell ("$$NAME") do not read it
+NAMED := FILE HOST IMAGES NAME PORT PYTHON STAGE
+$(foreach name,$(NAMED),$(eval override $(name) := $$(value $(name))))
+export $(NAMED)
 
 .PHONY: help setup repro benchmark test test-avx2 slow sweep chaos check sync ui front predict promote preset import lock
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
-# .venv is stale when it was not made from this requirements.txt
-setup: ## .venv from requirements.txt
-	@if ! cmp -s requirements.txt .venv/requirements.txt; then \
-		echo "setting up .venv (about two minutes, 6 GB) ..." && \
-		$(PYTHON) -m venv .venv && \
-		.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt && \
-		cp requirements.txt .venv/requirements.txt; \
-	fi
+setup: export PATH := $(OUTSIDE)
+setup: ## .venv from requirements.txt, where it is not so already (PYTHON=python3.12 takes that one)
+	@.venv/bin/python -m tools.environment --check >/dev/null 2>&1 || { \
+		command -v -- "$$PYTHON" >/dev/null || { \
+			echo "error: there is no $$PYTHON; name a Python, as in \`make setup PYTHON=python3.12\`" >&2; \
+			exit 1; }; \
+		"$$PYTHON" -m tools.environment; }
 
 repro: setup ## run the pipeline: whatever params.yaml, code or data changed
 	@python -m tools.mend
@@ -62,22 +66,22 @@ sync: setup ## one finished run in MLflow for every experiment that DVC knows
 	@python -m tools.sync
 
 ui: setup ## the MLflow UI on 127.0.0.1 (PORT=5000; HOST=0.0.0.0 opens it to everybody, without a password)
-	python -m tools.ui --host "$(HOST)" --port $(PORT)
+	python -m tools.ui --host="$$HOST" --port="$$PORT"
 
-front: setup ## the trade-off of the gammas that were run, as a figure: results/front.png
+front: setup ## the trade-off of the gammas that were run, as a figure: results/own/front.png
 	@python -m tools.front
 
-predict: setup ## IMAGES="a.png b.png": class, confidence, which blocks run, what is saved
-	@python -m tools.predict $(IMAGES)
+predict: setup ## IMAGES="a.png 'b c.png' photos/*.jpg": class, confidence, which blocks run, what is saved
+	@python -m tools.predict --words="$$IMAGES"
 
 promote: setup ## NAME=experiment: make its model the registry's champion
-	@python -m tools.promote "$(NAME)"
+	@python -m tools.promote -- "$$NAME"
 
 preset: setup ## NAME=cifar10_resnet32: put a file of presets/ in place of params.yaml
-	@python -m tools.preset "$(NAME)"
+	@python -m tools.preset -- "$$NAME"
 
 import: setup ## FILE=path STAGE=pretrain|curriculum|finetune: start a stage from a checkpoint
-	@python -m tools.import_checkpoint "$(FILE)" "$(STAGE)"
+	@python -m tools.import_checkpoint -- "$$FILE" "$$STAGE"
 
 lock: setup ## requirements.txt anew from pyproject.toml
 	uv pip compile --universal --python-version 3.11 --group dev --upgrade --quiet \

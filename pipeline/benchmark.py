@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.cost import Cost
 from pipeline.executors.base import Executor, Networks, UnavailableError
 from pipeline.executors.masked import Masked
-from pipeline.executors.static import Classify, static_forms
+from pipeline.executors.static import Classify, WholeGraph, static_forms
 from pipeline.inference import evaluation_batch, make_executor
 from pipeline.policy_net import average_down
 from pipeline.resnet import ResNet, kept_rows, make_resnet
@@ -170,7 +170,7 @@ class Benchmark:
             try:
                 dynamic[name] = make_executor(self.networks, name=name, precision=precision)
                 if name != Masked.name:  # with every block it is the eager form
-                    whole[f"{name}, all blocks"] = _classify(
+                    whole[f"{name}, all blocks"] = Full(
                         make_executor(self.full, name=name, precision=precision)
                     )
             except UnavailableError as error:
@@ -186,13 +186,13 @@ class Benchmark:
     def _sole(self, precision: str) -> dict[str, Classify]:
         """Full ResNets of other depths with random weights, by the device's best executor."""
         full = self.full.resnet
-        found = {}
+        found: dict[str, Classify] = {}
         for depth in self.settings.sole_depths:
             sole = make_resnet(
                 family=full.family, depth=depth, width=full.width, num_classes=full.num_classes
             )
             networks = replace(self.full, resnet=sole.to(self.device))
-            found[f"ResNet-{depth}"] = _classify(make_executor(networks, precision=precision))
+            found[f"ResNet-{depth}"] = Full(make_executor(networks, precision=precision))
         return found
 
     def _policy(self, precision: str) -> Callable[[Tensor], object]:
@@ -254,8 +254,8 @@ class Benchmark:
                     row["speedup_over_itself"] = float(np.median(own_full) / np.median(found))
                 if not agrees:
                     row["reliable"] = False
-            if self.device.type == "cuda":
-                row["peak_mib"] = None if "graphed" in name else self._peak_memory(calls[name])
+            if self.device.type == "cuda" and name != "compiled":  # which keeps its graphs to itself
+                row["peak_mib"] = self._peak_memory(contestants.everybody[name], calls[name])
             rows[name] = row
         return times, rows
 
@@ -268,8 +268,11 @@ class Benchmark:
             repeats=repeats_of(batch),
         )
 
-    def _peak_memory(self, call: Call) -> float:
-        """MiB that the call itself takes; not for a graph, which took them when it was captured."""
+    def _peak_memory(self, run: Callable[[Tensor], object], call: Call) -> float:
+        """MiB that a first call takes, with the scratch and the graphs that later ones find made."""
+        torch.cuda.synchronize(self.device)
+        if isinstance(run, Executor | Full | WholeGraph):
+            run.free()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         call(0)
@@ -430,10 +433,14 @@ class Contestants:
     sole: dict[str, Classify]
     policy: Callable[[Tensor], object]
 
+    @property
+    def everybody(self) -> dict[str, Callable[[Tensor], object]]:
+        """All of them; no two have one name."""
+        return {**self.static, **self.sole, **self.dynamic}
+
     def calls(self, rounds: "Rounds") -> dict[str, Call]:
         """Each on the images of the round."""
-        everybody: dict[str, Callable[[Tensor], object]] = {**self.static, **self.sole, **self.dynamic}
-        return {name: rounds.on(run) for name, run in everybody.items()}
+        return {name: rounds.on(run) for name, run in self.everybody.items()}
 
     def kind(self, name: str) -> str:
         """`blockdrop`, `static` (the full ResNet) or `sole` (one of another depth)."""
@@ -444,8 +451,19 @@ class Contestants:
         return min(self.static, key=lambda name: float(np.median(times[name])))
 
 
-def _classify(execute: Executor) -> Classify:
-    return lambda images: execute(images).logits
+@dataclass(frozen=True)
+class Full:
+    """An executor that runs every block of a ResNet; logits alone."""
+
+    execute: Executor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits [B, N] of images [B, H, W, 3] uint8."""
+        return self.execute(images).logits
+
+    def free(self) -> None:
+        """Give back what calls have left on the device."""
+        self.execute.free()
 
 
 def _line(answer: Row) -> str:

@@ -3,6 +3,8 @@
 Shapes: B images, K blocks.
 """
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,8 @@ def learnt_count(epoch: int, *, num_blocks: int, epochs_per_block: float) -> int
     Section 3, "curriculum learning": it starts with the last block, and the authors add one every
     epoch (`epochs_per_block` = 1; 0.5 adds two an epoch), until all K are decided.
     """
-    return min(num_blocks, 1 + int(epoch / epochs_per_block))
+    # the decimal that params.yaml has: as floats, 7 / 0.07 is less than 100
+    return min(num_blocks, 1 + int(epoch / Fraction(str(epochs_per_block))))
 
 
 def learnt_mask(count: int, num_blocks: int, device: torch.device | str = "cpu") -> Tensor:

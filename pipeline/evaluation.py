@@ -85,7 +85,7 @@ def difficulty_spearman(
     found = []
     for _ in range(resamples):
         rows = rng.integers(0, len(x), len(x))
-        if np.ptp(y[rows]) > 0:
+        if np.ptp(x[rows]) > 0 and np.ptp(y[rows]) > 0:
             found.append(float(spearmanr(x[rows], y[rows]).statistic))
     low, high = np.percentile(found, [2.5, 97.5])
     return float(spearmanr(x, y).statistic), float(low), float(high)

@@ -6,6 +6,7 @@ Shapes: B images of a batch, M images of a split, K blocks, N classes, H and W p
 import errno
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -36,6 +37,10 @@ EXECUTORS: dict[str, type[Executor]] = {
 }
 EVALUATION_BATCH = 500  # bounds memory; results do not depend on it
 EVALUATION_PIXELS = 500 * 96**2  # of a batch: larger images come in smaller ones
+# Which executor has won, by networks' shapes, precision, image size and batch. Only the process forgets
+# it, and a training's resume point keeps it: another executor rounds otherwise, so another choice would
+# make another training.
+CHOICES: dict[str, str] = {}
 IMAGES_PER_POLICY = 16  # from which on images of one policy are run together, apart from the others
 
 
@@ -54,8 +59,9 @@ class Auto(Executor):
     """The fastest executor for the device, the precision and each batch's policies.
 
     On CPUs `native`. On CUDA `graphed` and, where it proves itself, `persistent` race for each power of
-    two of images, on the first such batch, and again after `choose_anew`. Where none of these can run,
-    `gather` or `grouped`, and where they can't either, `masked`.
+    two of images, on the first such batch of networks of these shapes (`CHOICES`), and not again when a
+    curriculum has learnt to drop more. Where none of these can run, `gather` or `grouped`, and where
+    they can't either, `masked`.
 
     An executor that can't be made, or that fails at what another one then does, is left out from there
     on, and a line says why.
@@ -67,7 +73,6 @@ class Auto(Executor):
         super().__init__(networks, precision=precision)
         fastest: list[type[Executor]] = [Graphed, Persistent] if self.device.type == "cuda" else [Native]
         self.spare: list[type[Executor]] = [GatherOrGrouped, Masked]  # not made before they are needed
-        self.winners: dict[int, Executor] = {}
         self.left_out: dict[str, str] = {}
         self.contestants = self._made(fastest)
         while not self.contestants:
@@ -79,9 +84,10 @@ class Auto(Executor):
         names = " or ".join(executor.name for executor in self.contestants)
         return names + "".join(f" (no {name}: {reason})" for name, reason in self.left_out.items())
 
-    def choose_anew(self) -> None:
-        """The next batch of each size races again."""
-        self.winners.clear()
+    def free(self) -> None:
+        """That of all executors that it may come down to."""
+        for executor in self.contestants:
+            executor.free()
 
     def _made(self, kinds: Sequence[type[Executor]]) -> list[Executor]:
         """Those of the kinds that can be made; `masked` must."""
@@ -103,34 +109,39 @@ class Auto(Executor):
         _say(f"inference goes on without the executor {name}: {self.left_out[name]}")
 
     def _run(self, images: Tensor, actions: Tensor | None) -> Output:
-        return self._by_the_best(len(images), lambda executor: executor._run(images, actions))
+        sides = images.shape[1:3]
+        return self._by_the_best(len(images), sides, lambda executor: executor._run(images, actions))
 
     def _decide(self, inputs: Tensor) -> Tensor:
         raise NotImplementedError("whoever runs the ResNet asks its own policy network")
 
     def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
-        return self._by_the_best(len(inputs), lambda executor: executor._classify(inputs, actions))
+        return self._by_the_best(
+            len(inputs), inputs.shape[2:], lambda executor: executor._classify(inputs, actions)
+        )
 
     def _run_under(self, images: Tensor, policies: Tensor) -> Tensor:
         if len(self.contestants) > 1:
             return super()._run_under(images, policies)  # the race is for each
-        return self._by_the_best(len(images), lambda executor: executor._run_under(images, policies))
+        return self._by_the_best(
+            len(images), images.shape[1:3], lambda executor: executor._run_under(images, policies)
+        )
 
     def _classify_under(self, inputs: Tensor, policies: Tensor) -> Tensor:
         if len(self.contestants) > 1:
             return super()._classify_under(inputs, policies)
         return self._by_the_best(
-            len(inputs), lambda executor: executor._classify_under(inputs, policies)
+            len(inputs), inputs.shape[2:], lambda executor: executor._classify_under(inputs, policies)
         )
 
-    def _by_the_best(self, batch: int, run: Callable[[Executor], R]) -> R:
+    def _by_the_best(self, batch: int, sides: Sequence[int], run: Callable[[Executor], R]) -> R:
         """Run it by the executor that has won, or now wins, at batches of this size.
 
         Where it fails the others are tried. If one of them can, those that failed are left out. If none
         can, what they were given is at fault, and nobody is left out.
         """
         failures: dict[Executor, Exception] = {}
-        for executor in self._in_turn(batch.bit_length(), run, failures):
+        for executor in self._in_turn(self._key(batch, sides), run, failures):
             try:
                 result = run(executor)
             except Exception as error:
@@ -142,16 +153,24 @@ class Auto(Executor):
                 return result
         raise next(iter(failures.values()))
 
+    def _key(self, batch: int, sides: Sequence[int]) -> str:
+        """Under what CHOICES has the winner."""
+        what = f"{self.networks.shapes}, {self.precision}, {sides[0]} x {sides[1]} pixels"
+        return f"{what}, under {1 << batch.bit_length()} images"
+
     def _in_turn(
-        self, size: int, run: Callable[[Executor], R], failures: dict[Executor, Exception]
+        self, key: str, run: Callable[[Executor], R], failures: dict[Executor, Exception]
     ) -> Iterator[Executor]:
-        """The winner at this size, then the other contestants, then the spare executors."""
-        if size not in self.winners and len(self.contestants) > 1:
-            seconds = {e: self._seconds(partial(run, e), e, failures) for e in self.contestants}
-            self.winners[size] = min(seconds, key=lambda executor: seconds[executor])
-        winner = self.winners.get(size)
+        """The winner of that key, then the other contestants, then the spare executors."""
+        those = {executor.name: executor for executor in self.contestants}
+        if len(those) > 1 and CHOICES.get(key) not in those:
+            if key in CHOICES:
+                warnings.warn(f"{CHOICES[key]} can't run now, so others race for {key}", stacklevel=2)
+            seconds = {n: self._seconds(partial(run, e), e, failures) for n, e in those.items()}
+            CHOICES[key] = min(seconds, key=lambda name: seconds[name])
+        winner = CHOICES.get(key)
         able = [executor for executor in self.contestants if executor not in failures]
-        yield from sorted(able, key=lambda executor: executor is not winner)
+        yield from sorted(able, key=lambda executor: executor.name != winner)
         for kind in self.spare:
             yield from self._made([kind])
 
@@ -160,7 +179,6 @@ class Auto(Executor):
         for failed, error in failures.items():
             self._leave_out(failed.name, error)
         if failures:
-            self.winners.clear()
             self.contestants = [one for one in self.contestants if one not in failures]
         if executor not in self.contestants:
             self.contestants.append(executor)

@@ -5,10 +5,8 @@ They open only under `torch.load(weights_only=True)`, with `argparse.Namespace` 
 that may be in them, so no code in a file can run.
 """
 
-import argparse
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from pipeline import pickles
 from pipeline.checkpoint import (
     MAX_BYTES,
     CheckpointError,
@@ -27,7 +26,7 @@ from pipeline.checkpoint import (
 from pipeline.families import IMAGENET_BASIC, IMAGENET_BOTTLENECK
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import STAGES, ResNet
-from pipeline.untrusted import cut, open_regular, shown
+from pipeline.untrusted import cut, shown
 
 Weights = Mapping[str, Tensor]
 _ANEW = "take the file anew from its authors"
@@ -84,9 +83,7 @@ def load(path: Path) -> LegacyCheckpoint:
 
 def _open(path: Path) -> dict[str, object]:
     try:
-        _require_plain_records(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = pickles.load(path, MAX_BYTES)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f" ({cut(named[1], 80)})" if named else ""
@@ -103,23 +100,6 @@ def _open(path: Path) -> dict[str, object]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint; {_ANEW}")
     return content
-
-
-def _require_plain_records(path: Path) -> None:
-    """What torch.load will read is no larger than the file: nothing in it inflates or is there twice.
-
-    Raises:
-        OSError: it can't be opened, is no plain file, or too large.
-        ValueError: it would take more memory than its size.
-        zipfile.BadZipFile: it begins as a zip file and is none.
-    """
-    with open_regular(path, MAX_BYTES) as file:
-        if file.read(4) != b"PK\x03\x04":  # as torch.load tells the two formats apart
-            return
-        with zipfile.ZipFile(file) as archive:
-            records = archive.infolist()
-    if sum(record.file_size for record in records) > path.stat().st_size:
-        raise ValueError("its records inflate to more than the file")
 
 
 def _weights(content: dict[str, object], key: str, path: Path) -> Weights:

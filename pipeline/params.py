@@ -365,9 +365,31 @@ Loader.add_implicit_resolver(
 )
 
 
+READ_OTHERWISE = re.compile(r"[-+]?0\d+|.+:.+|yes|no|on|off", re.IGNORECASE)
+
+
+def _as_dvc_reads_it(loader: Loader, node: yaml.ScalarNode) -> Any:
+    """A number or truth value, unless YAML 1.1 (PyYAML) and 1.2 (DVC) differ in it: 010 is 8 or 10."""
+    text = loader.construct_scalar(node)
+    if READ_OTHERWISE.fullmatch(text):
+        raise ParamsError(
+            f"{shown(text)} in line {node.start_mark.line + 1} is read in two ways, by DVC as another "
+            "value; write a number in decimal digits without zeros in front, or true or false"
+        )
+    kind = node.tag.rsplit(":", 1)[1]
+    return getattr(Loader, f"construct_yaml_{kind}")(loader, node)
+
+
+for _kind in ("int", "float", "bool"):
+    Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _as_dvc_reads_it)
+
+
 def _mapping_without_repeats(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            line = key_node.start_mark.line + 1
+            raise ParamsError(f"<< in line {line} takes keys over from elsewhere; write them out there")
         key = loader.construct_object(key_node)
         if not isinstance(key, str):
             line = key_node.start_mark.line + 1

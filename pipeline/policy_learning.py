@@ -14,7 +14,7 @@ from pipeline import distributed
 from pipeline import policy_gradient as pg
 from pipeline.curriculum import learnt_count, learnt_mask, restrict
 from pipeline.executors.base import Networks
-from pipeline.inference import Auto, make_executor, predict, predict_policy
+from pipeline.inference import make_executor, predict, predict_policy
 from pipeline.policies import greedy_actions, policy_statistics
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
@@ -185,8 +185,6 @@ class PolicyLearning:
         )
         device = next(self.policy_net.parameters()).device
         self.learnt = learnt_mask(self.learnt_count, num_blocks, device)
-        if isinstance(self.frozen, Auto):
-            self.frozen.choose_anew()  # it begins with every block, and ends with some
 
     def _decide(self, batch: Batch) -> Decisions:
         with autocast(batch.images.device, self.precision):

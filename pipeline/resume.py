@@ -22,6 +22,7 @@ import torch
 
 from pipeline.files import failures_name, sync_folder, write_through
 from pipeline.locks import alone
+from pipeline.untrusted import open_regular
 
 PROJECT_MARK = ".dvc"
 FOLDER = ".resume"
@@ -136,6 +137,7 @@ class ResumePoint:
         content = _packed(state)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            fresh.unlink(missing_ok=True)  # it may be a pipe, which would be waited for
             write_through(fresh, content)
             if fresh.read_bytes() != content:
                 raise OSError(errno.EIO, "the disk gives back other bytes than were written")
@@ -167,7 +169,8 @@ def _packed(state: Mapping[str, Any]) -> bytes:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        stored = path.read_bytes()
+        with open_regular(path) as file:
+            stored = file.read()
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -54,8 +54,7 @@ def loader_workers(device: torch.device) -> int:
         return int(told)
     if device.type == "cpu":
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST_WORKERS)
+    return min(len(usable_cores()), MOST_WORKERS)
 
 
 def describe_device(device: torch.device) -> str:
@@ -104,6 +103,13 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all((mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)))
+
+
+def usable_cores() -> list[int]:
+    """The numbers of the cores on which this process may run."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def computes_in_bf16(device: torch.device) -> bool:

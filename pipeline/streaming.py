@@ -86,7 +86,8 @@ def read_manifest(path: Path, *, sha256: str, images: int, classes: int) -> List
         content = read_bytes(path, MAX_MANIFEST)
         if hashlib.sha256(content).hexdigest() != sha256:
             raise ValueError(f"it is not what {DESCRIPTION} beside it says")
-        rows = [line.split("\t") for line in content.decode().splitlines()]
+        lines = content.decode().removesuffix("\n").split("\n")  # splitlines() ends lines at U+2028 too
+        rows = [line.split("\t") for line in lines]
         paths = [row[2] for row in rows if len(row) == 3]
         if not len(paths) == len(rows) == images > 0:
             raise ValueError(f"it lists {len(paths)} images in {len(rows)} lines, expected {images}")

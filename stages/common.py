@@ -5,8 +5,9 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pipeline.runtime import choose_device
 from pipeline.tracking.reach import OFF
 from pipeline.tracking.reach import VARIABLE as TRACKING
 from pipeline.tracking.store import is_off
+from pipeline.untrusted import shown
 from stages import PARENT, STARTER, launch
 
 PREPARED = Path("data/prepared")
@@ -112,6 +114,35 @@ def require_writable(*folders: Path) -> None:
             probe.unlink(missing_ok=True)  # another process may probe as well
 
 
+def require_seen(folder: Path, files: Collection[Path]) -> None:
+    """See that DVC notices changes to these files, which lie in a folder that a stage depends on.
+
+    Of a folder it leaves out what `.dvcignore` hides and what lies behind a link to another folder.
+
+    Raises:
+        UserError: a file is left out; the message names the pattern or the link.
+    """
+    places = {place for path in files for place in path.parents if folder in place.parents}
+    link = min((place for place in places if place.is_symlink()), default=None)
+    if link is not None:
+        raise UserError(
+            f"{link} is a link to a folder, which DVC does not follow, so it would not notice changes "
+            f"behind it; put the folder itself there (only {folder} as a whole may be a link)"
+        )
+    names = [os.path.abspath(path) for path in (folder, *files)]  # noqa: PTH100 - links stay links
+    command = [sys.executable, "-m", "dvc", "check-ignore", "--details", "--stdin"]
+    done = subprocess.run(  # without a DVC project nothing is hidden, and nothing recorded
+        command, input="".join(f"{name}\n" for name in names if "\n" not in name), check=False,
+        capture_output=True, encoding="utf-8", errors="surrogateescape",
+    )  # fmt: skip
+    if done.stdout:
+        pattern, name = done.stdout.partition("\n")[0].split("\t")
+        raise UserError(
+            f"{shown(name)} is hidden from DVC ({shown(pattern)}), which would not notice changes "
+            "there; put the files into another folder, or change that pattern"
+        )
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Sorted JSON, so that equal results are equal bytes."""
     write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -139,11 +170,18 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write_times(stage: str, seconds: float, images: int) -> None:
-    """How long a stage took, in a file of its own: it differs from run to run, results do not."""
+def write_times(stage: str, seconds: float, images: int, *, fewest_threads: int) -> None:
+    """How long a training took, in a file of its own: it differs from run to run, results do not.
+
+    Args:
+        seconds: of the whole training.
+        images: that it has seen, an image twice in two epochs.
+        fewest_threads: that it went down to beside other work on the machine.
+    """
     content = {
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 1) if seconds else None,
         "device": describe(choose_device()),
+        "fewest_threads": fewest_threads,
     }
     write_json(METRICS / "times" / f"{stage}.json", content)

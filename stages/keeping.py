@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
-from pipeline import distributed, training
+from pipeline import distributed, inference, training
 from pipeline.errors import UserError, explain
 from pipeline.interruption import Asked
 from pipeline.params import Curriculum, Finetune, Pretrain
@@ -17,7 +17,7 @@ from pipeline.policies import collapse
 from pipeline.policy_net import PolicyNet
 from pipeline.processes import is_main
 from pipeline.resume import ResumePoint
-from pipeline.runtime import random_states, set_random_states
+from pipeline.runtime import choose_device, describe_device, random_states, set_random_states
 from pipeline.tracking.runs import StageRun
 from pipeline.training import Metrics
 
@@ -44,6 +44,8 @@ class State:
         modules: state dictionaries by the learner's names; these three None at the start, and once used.
         optimizer: the optimiser's state dictionary.
         random: the global generators' states.
+        executors: which have won races (`inference.CHOICES`); of several processes, those of process 0.
+        device: on which; elsewhere they race anew.
     """
 
     position: training.Position = field(default_factory=training.Position)
@@ -54,6 +56,8 @@ class State:
     modules: dict[str, Any] | None = None
     optimizer: dict[str, Any] | None = None
     random: dict[str, Any] | None = None
+    executors: dict[str, str] = field(default_factory=dict)
+    device: str | None = None
 
     @classmethod
     def of(cls, point: ResumePoint, *, recorded: str | None) -> "State":
@@ -79,6 +83,8 @@ class State:
             modules=stored["modules"],
             optimizer=stored.get("optimizer"),
             random=stored.get("random"),
+            executors=stored.get("executors", {}),
+            device=stored.get("device"),
         )
 
     def put_into(self, learner: training.Learner) -> None:
@@ -90,6 +96,8 @@ class State:
             learner.optimizer.load_state_dict(self.optimizer)
         if self.random is not None:
             set_random_states(self.random)
+        if self.device == describe_device(choose_device()):
+            inference.CHOICES.update(self.executors)
         self.modules = self.optimizer = self.random = None  # twice the memory otherwise
 
     def say(self, name: str, *, epochs: int, steps: int) -> None:
@@ -99,6 +107,13 @@ class State:
         elif self.position.epoch or self.position.step:
             step = f", step {self.position.step} of {steps}" if self.position.step else ""
             print(f"{name}: resuming after epoch {self.position.epoch} of {epochs}{step}", flush=True)
+            here = describe_device(choose_device())
+            if self.executors and self.device != here:
+                print(
+                    f"{name}: what is fastest was found out on {self.device}; on {here} executors race "
+                    "anew, and another one rounds otherwise",
+                    flush=True,
+                )
 
     def as_dict(self, learner: training.Learner, *, finished: bool = False) -> dict[str, Any]:
         """What a resume point keeps, or when it is finished what others take."""
@@ -111,6 +126,8 @@ class State:
         }
         if not finished:
             state |= {"optimizer": learner.optimizer.state_dict(), "random": random_states()}
+            device = describe_device(choose_device())
+            state |= {"executors": dict(inference.CHOICES), "device": device}
         return state
 
 

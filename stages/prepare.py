@@ -2,29 +2,25 @@
 
 from pathlib import Path
 
-from pipeline import sources, streaming
+from pipeline import class_folders, sources, streaming
+from pipeline.class_folders import Tree
 from pipeline.data import IMAGES, Dataset, save
 from pipeline.params import Data, Params
 from pipeline.prepared import SplitName
 from pipeline.resume import project_root
 from pipeline.tracking.runs import stage_run
-from stages.common import METRICS, PREPARED, run, write_json
+from stages.common import METRICS, PREPARED, require_seen, run, write_json
 
 RAW = project_root() / "data/raw"  # archives, kept between runs and out of DVC and Git
 
 
 def read(data: Data) -> Dataset:
-    """The data set that params.yaml names."""
+    """The data set that params.yaml names, when it has fixed classes."""
     if data.source == "cifar10":
         return sources.cifar10(RAW)
     if data.source == "cifar100":
         return sources.cifar100(RAW)
-    shares = shares_of(data)
-    if data.source == "imagefolder":
-        return sources.imagefolder(
-            Path(data.folder), image_size=data.image_size, shares=shares, seed=data.split_seed
-        )
-    return sources.digits(image_size=data.image_size, shares=shares, seed=data.split_seed)
+    return sources.digits(image_size=data.image_size, shares=shares_of(data), seed=data.split_seed)
 
 
 def shares_of(data: Data) -> dict[SplitName, float]:
@@ -36,28 +32,41 @@ def shares_of(data: Data) -> dict[SplitName, float]:
     return {name: share for name, share in named.items() if share is not None}
 
 
-def write(data: Data) -> tuple[dict[str, int], int]:
-    """Write data/prepared; how many images each split has, and how many classes there are."""
+def write(data: Data) -> dict[str, int]:
+    """Write data/prepared; how many images each split has, classes there are, files were passed over."""
+    shares, seed = shares_of(data), data.split_seed
     if data.source == "imagefolder_stream":
-        classes, listings = sources.imagefolder_stream(
-            project_root() / IMAGES, shares=shares_of(data), seed=data.split_seed
-        )
-        streaming.save(listings, PREPARED, classes=classes, image_size=data.image_size)
-        return {f"{name}_images": len(split.paths) for name, split in listings.items()}, len(classes)
-    dataset = read(data)
+        tree = class_folders.scan(project_root() / IMAGES)
+        listings = sources.imagefolder_stream(tree, shares=shares, seed=seed)
+        streaming.save(listings, PREPARED, classes=tree.classes, image_size=data.image_size)
+        counts = {f"{name}_images": len(split.paths) for name, split in listings.items()}
+        return {**counts, "classes": len(tree.classes), "passed_over": _told(tree)}
+    more = {}
+    if data.source == "imagefolder":
+        tree = class_folders.scan(Path(data.folder))
+        require_seen(tree.folder, [path for images in tree.splits.values() for path, _ in images])
+        dataset = sources.imagefolder(tree, image_size=data.image_size, shares=shares, seed=seed)
+        more = {"passed_over": _told(tree)}
+    else:
+        dataset = read(data)
     save(dataset, PREPARED)
     counts = {f"{name}_images": len(split.labels) for name, split in dataset.splits.items()}
-    return counts, len(dataset.classes)
+    return {**counts, "classes": len(dataset.classes), **more}
+
+
+def _told(tree: Tree) -> int:
+    if tree.passed_over:
+        print(f"prepare: of {tree.folder} {class_folders.account(tree.passed_over)}", flush=True)
+    return len(tree.passed_over)
 
 
 def main(params: Params) -> None:
     """Write data/prepared and how many images each split has."""
     with stage_run("prepare", params.flat()) as mlflow_run:
-        counts, classes = write(params.data)
-        about = {**counts, "classes": classes}
+        about = write(params.data)
         write_json(METRICS / "prepare.json", {"data": about})  # DVC names them data.train_images, ...
-        mlflow_run.log_metrics(counts)
-    print(f"prepare: {params.data.source}, " + ", ".join(f"{k} {v}" for k, v in counts.items()))
+        mlflow_run.log_metrics({name: n for name, n in about.items() if name != "classes"})
+    print(f"prepare: {params.data.source}, " + ", ".join(f"{k} {v}" for k, v in about.items()))
 
 
 if __name__ == "__main__":

@@ -56,6 +56,11 @@ class Progress:
         """One more step is done."""
         self.bar.update()
 
+    def note(self, message: str) -> None:
+        """Say something while the bar stands."""
+        if is_main():
+            self.bar.write(f"{self.name}: {message}")
+
     def epoch_done(self, row: Metrics, seconds: float) -> None:
         """Say what the epoch gave on the validation images, `seconds` after the training began."""
         self.bar.set_postfix_str(_shown(row, self.IN_BAR))

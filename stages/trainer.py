@@ -20,6 +20,7 @@ from pipeline.prepared import load_classes
 from pipeline.resnet import ResNet
 from pipeline.resume import ResumePoint, digest_of_files, key_of, tidy
 from pipeline.runtime import choose_device, computes_in_bf16, keep_freed_memory
+from pipeline.spared_cores import SparedCores
 from pipeline.tensors import AnyAugmentation, Augmentation, Normalisation, SeededCrop
 from pipeline.tracking.runs import stage_run
 from pipeline.training import Classification, Distillation, Metrics, make_optimizer
@@ -28,6 +29,7 @@ from stages.common import (
     MODELS,
     PLOTS,
     PREPARED,
+    require_seen,
     require_writable,
     write_csv,
     write_json,
@@ -41,7 +43,12 @@ LAST_FIFTH = 0.8  # the schedule `step` takes x0.1 from here; the authors: epoch
 
 def imported(section: TrainingSection | Sole | Static) -> Path | None:
     """The checkpoint (of a matrix stage: the folder of several) to take instead of training, if any."""
-    return None if section.checkpoint == NO_FILE else Path(section.checkpoint)
+    if section.checkpoint == NO_FILE:
+        return None
+    path = Path(section.checkpoint)
+    if path.is_dir():  # DVC sees a file that a stage names by itself, hidden or not
+        require_seen(path, [file for file in path.rglob("*") if file.is_file()])
+    return path
 
 
 def normalisation_of(params: Params) -> Normalisation:
@@ -210,6 +217,7 @@ def train(
             deferred(quietly=not main) as asked,
         ):
             keeper = Keeper(name, section, learner, point, state, mlflow_run)
+            cores = SparedCores(device)
             for result in training.fit(
                 learner,
                 train=splits["train"],
@@ -222,6 +230,8 @@ def train(
                 key=(params.seed, name),
                 position=state.position,
             ):
+                if (threads := cores.adapt()) is not None:
+                    progress.note(f"{threads} of {cores.most} threads, for other work on this machine")
                 if result is None:
                     progress.step()
                 else:
@@ -234,7 +244,8 @@ def train(
             final = {k.removeprefix(prefix): v for k, v in state.history[-1].items() if prefix in k}
             save(final)
             write_csv(curve, state.history)
-            write_times(name, state.seconds, images=len(splits["train"]) * section.epochs)
+            images = len(splits["train"]) * section.epochs
+            write_times(name, state.seconds, images, fewest_threads=cores.fewest)
             if not item:
                 write_json(METRICS / f"{stage}.json", {stage: final})  # DVC names it {stage}.{name}
             mlflow_run.log_metrics({"seconds": state.seconds})

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from pipeline import sources, streaming
+from pipeline import class_folders, sources, streaming
 
 
 def write_tree(folder: Path, *, train: int = 24, test: int = 8, seed: int = 0) -> Path:
@@ -34,5 +34,6 @@ def write_tree(folder: Path, *, train: int = 24, test: int = 8, seed: int = 0) -
 
 def prepare(tree: Path, folder: Path, *, image_size: int) -> None:
     """What the stage `prepare` writes for a tree."""
-    classes, splits = sources.imagefolder_stream(tree, shares={"validation": 0.2}, seed=0)
-    streaming.save(splits, folder, classes=classes, image_size=image_size)
+    scanned = class_folders.scan(tree)
+    splits = sources.imagefolder_stream(scanned, shares={"validation": 0.2}, seed=0)
+    streaming.save(splits, folder, classes=scanned.classes, image_size=image_size)

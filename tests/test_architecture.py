@@ -12,12 +12,13 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 # What no result depends on: values stand in params.yaml alone (no schema field has a default), logging
 # and showing change nothing, a resumed training gives the bytes of an uninterrupted one (test_training),
-# and several processes give what one gives, but for float noise (test_distributed).
+# and several processes or threads give what one gives, but for float noise (test_distributed).
 NEUTRAL = {
     f"pipeline/{name}.py"
-    for name in ("params", "resume", "locks", "errors", "files", "untrusted", "interruption")
+    for name in ("params", "resume", "locks", "errors", "files", "untrusted", "pickles", "interruption")
 }
-NEUTRAL |= {"pipeline/processes.py", "stages/keeping.py", "stages/launch.py", "stages/progress.py"}
+NEUTRAL |= {"pipeline/processes.py", "pipeline/spared_cores.py"}
+NEUTRAL |= {"stages/keeping.py", "stages/launch.py", "stages/progress.py"}
 NEUTRAL |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline/tracking").glob("*.py")}
 MATHEMATICS = {
     "resnet", "policy_net", "policy_gradient", "policies", "curriculum", "cost", "tensors",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_executors import make_images, make_networks
 
-from pipeline.benchmark import Benchmark, Settings, agreement
+from pipeline.benchmark import Benchmark, Full, Settings, agreement
 from pipeline.cost import measure
 from pipeline.executors.base import Executor, Output
 from pipeline.executors.gather import Gather
@@ -192,3 +192,37 @@ def test_agreement_counts_decisions_and_classes_under_them():
     assert agreement(executor([], []), reference, batches) == (1, 1)
     assert agreement(executor([2], []), reference, batches) == (0.75, 1)  # right about what it ran
     assert agreement(executor([], [0]), reference, batches) == (1, 0.75)
+
+
+def test_peak_memory_has_what_calls_before_have_left_on_the_device(monkeypatch):
+    allocated = {"now": 100, "most": 0}
+
+    class Hoarder(Gather):
+        """Keeps a scratch of 8 MiB."""
+
+        held = 0
+
+        def _run(self, images, actions):
+            if not self.held:
+                self.held = 8 * 2**20
+                allocated["now"] += self.held
+            allocated["most"] = max(allocated["most"], allocated["now"] + 2**20)
+            return super()._run(images, actions)
+
+        def free(self):
+            allocated["now"] -= self.held
+            self.held = 0
+
+    for name, found in {
+        "synchronize": None,
+        "reset_peak_memory_stats": lambda: allocated.update(most=0),
+        "memory_allocated": lambda: allocated["now"],
+        "max_memory_allocated": lambda: allocated["most"],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, found=found: found and found())
+    benchmark = make_benchmark()
+    hoarder = Hoarder(benchmark.networks)
+    for run in (hoarder, Full(hoarder)):
+        call = benchmark._rounds(32).on(run)
+        call(0)
+        assert benchmark._peak_memory(run, call) == 9

@@ -16,6 +16,11 @@ def test_blocks_join_one_after_another(epochs_per_block, expected):
     assert counts == expected
 
 
+def test_a_block_joins_in_its_epoch_where_floats_round_down():
+    assert int(7 / 0.07) == 99
+    assert learnt_count(7, num_blocks=200, epochs_per_block=0.07) == 101
+
+
 def test_the_last_blocks_are_learnt_first():
     assert learnt_mask(1, 4).tolist() == [False, False, False, True]
     assert learnt_mask(3, 4).tolist() == [False, True, True, True]

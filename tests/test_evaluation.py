@@ -130,3 +130,9 @@ def test_predictions_do_not_depend_on_how_images_are_batched(small_resnet, monke
     assert torch.equal(whole.classes, parts.classes)
     torch.testing.assert_close(whole.losses, parts.losses)
     torch.testing.assert_close(policy, predict_policy(policy_net, split, normalisation=NORMALISATION))
+
+
+def test_resamples_in_which_all_losses_are_equal_do_not_take_the_interval_away():
+    losses, blocks = torch.tensor([0.0, 0, 0, 0, 0, 1]), torch.tensor([3, 4, 5, 3, 4, 5])
+    value, low, high = difficulty_spearman(losses, blocks, resamples=200, seed=0)
+    assert low <= value <= high

@@ -354,7 +354,15 @@ def test_auto_chooses_by_how_many_policies_there_are(monkeypatch):
         assert torch.equal(found, torch.stack([ask(form, actions) for actions in both]))
 
 
-def test_auto_races_once_for_each_size(monkeypatch):
+@pytest.fixture
+def no_choices(monkeypatch) -> dict[str, str]:
+    """Who wins races in a test is forgotten after it."""
+    choices: dict[str, str] = {}
+    monkeypatch.setattr(inference, "CHOICES", choices)
+    return choices
+
+
+def test_auto_races_once_for_each_size(no_choices):
     networks = make_networks()
     auto = make_executor(networks)
     ran = []
@@ -368,7 +376,7 @@ def test_auto_races_once_for_each_size(monkeypatch):
     one, other = Counted(networks), Counted(networks)
     one.name, one.nap = "best when small", lambda batch: 0.02 * (batch > 8)
     other.name, other.nap = "best when large", lambda batch: 0.02 * (batch <= 8)
-    auto.contestants, auto.winners = [one, other], {}
+    auto.contestants = [one, other]
     for batch in (4, 33):
         expected = Masked(networks)(make_images(batch)).logits
         torch.testing.assert_close(auto(make_images(batch)).logits, expected, atol=1e-4, rtol=0)
@@ -376,16 +384,59 @@ def test_auto_races_once_for_each_size(monkeypatch):
     for batch in (4, 5, 40, 63):  # of sizes that have raced
         auto(make_images(batch))
     assert ran == [(one.name, 4), (one.name, 5), (other.name, 40), (other.name, 63)]
-    auto.choose_anew()
-    auto(make_images(4))
-    assert {name for name, _ in ran[4:]} == {one.name, other.name}
     ran.clear()
     auto(make_images(40), torch.ones(3, 40, networks.num_blocks))  # each of several policies
     auto.classify(NORMALISATION(make_images(4)), torch.ones(2, 4, networks.num_blocks))
     assert ran[-5:] == [(other.name, 40)] * 3 + [(one.name, 4)] * 2
 
 
-def test_who_runs_out_of_memory_loses_the_race():
+def contest(networks, *names: str) -> Auto:
+    """An Auto in which these race, as they do on CUDA."""
+    auto = make_executor(networks)
+    auto.contestants = [make_executor(networks, name=name) for name in names]
+    return auto
+
+
+def test_a_choice_is_for_networks_of_the_same_shapes_in_this_process(no_choices, monkeypatch):
+    raced = []
+    monkeypatch.setattr(Auto, "_seconds", lambda *_: raced.append(1) or len(raced))
+    for width in (4, 4, 8):  # a second validation has other weights alone
+        networks = make_networks(width=width)
+        with torch.no_grad():
+            networks.resnet.fc.weight.normal_()
+        contest(networks, "masked", "gather")(make_images(4))
+    assert len(raced) == 4
+    assert list(no_choices.values()) == ["masked", "masked"]
+    contest(networks, "masked", "gather")(make_images(4, 8))  # other images
+    assert len(raced) == 6
+
+
+@pytest.mark.parametrize("chosen", ["masked", "gather"])
+def test_a_choice_that_is_known_is_taken_without_a_race(chosen, no_choices, monkeypatch):
+    auto = contest(make_networks(), "masked", "gather")
+    monkeypatch.setattr(Auto, "_seconds", lambda *_: 1.0)
+    auto(make_images(4))
+    (key,) = no_choices
+    no_choices[key] = chosen
+    monkeypatch.setattr(Auto, "_seconds", lambda *_: pytest.fail("a race"))
+    ran = []
+    for executor in auto.contestants:
+        monkeypatch.setattr(executor, "_classify", lambda i, a, e=executor: ran.append(e.name))
+    auto(make_images(4))
+    assert ran == [chosen]
+
+
+def test_a_choice_that_can_not_run_here_is_said_and_made_anew(no_choices, monkeypatch):
+    auto = contest(make_networks(), "masked", "gather")
+    auto(make_images(4))
+    (key,) = no_choices
+    no_choices[key] = "persistent"
+    with pytest.warns(UserWarning, match="persistent can't run now, so others race for cifar"):
+        auto(make_images(4))
+    assert no_choices[key] in ("masked", "gather")
+
+
+def test_who_runs_out_of_memory_loses_the_race(no_choices):
     networks = make_networks()
     auto = make_executor(networks)
     greedy, modest = (make_executor(networks, name=name) for name in ("masked", "gather"))
@@ -394,10 +445,10 @@ def test_who_runs_out_of_memory_loses_the_race():
         raise torch.OutOfMemoryError
 
     greedy._classify = fails
-    auto.contestants, auto.winners = [greedy, modest], {}
+    auto.contestants = [greedy, modest]
     images = make_images(4)
     torch.testing.assert_close(auto(images).logits, modest(images).logits)
-    assert set(auto.winners.values()) == {modest}
+    assert set(no_choices.values()) == {"gather"}
 
 
 def failing(error: Exception):
@@ -478,7 +529,7 @@ def test_what_is_no_executors_fault_is_raised(method, error, monkeypatch):
         make_executor(make_networks())(make_images(2))
 
 
-def test_who_fails_in_the_race_is_left_out(said):
+def test_who_fails_in_the_race_is_left_out(said, no_choices):
     networks, images = make_networks(), make_images(4)
     auto = make_executor(networks)
     broken, sound = (make_executor(networks, name=name) for name in ("masked", "gather"))

@@ -1,14 +1,31 @@
-"""The graphs of single images, with calls in place of captured graphs: what runs, where it writes."""
+"""The graphs of single images, with calls in place of captured graphs: what runs, where it writes.
+
+What needs a GPU is in test_on_cuda.py.
+"""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_executors import POLICIES, make_images, make_networks
 
+from pipeline.executors import static
 from pipeline.executors.base import UnavailableError
-from pipeline.executors.graphed import Graphed
+from pipeline.executors.graphed import Captures, Graphed
 from pipeline.executors.masked import Masked
-from pipeline.executors.static import eager, packed
-from pipeline.inference import make_executor
+from pipeline.executors.static import WholeGraph, eager, packed, static_forms
+from pipeline.inference import EXECUTORS, make_executor
+
+
+class Event:
+    """In place of CUDA's; on a CPU a copy is done when it is asked for."""
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
 
 
 @pytest.fixture
@@ -25,7 +42,9 @@ def uncaptured(monkeypatch) -> None:
 
         return replay
 
-    monkeypatch.setattr(Graphed, "capture", staticmethod(capture))
+    monkeypatch.setattr(Graphed, "captures", staticmethod(lambda: capture))
+    monkeypatch.setattr(static, "Captures", lambda: capture)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
 
 
 def test_full_networks_take_nothing_from_the_host_while_they_are_captured(monkeypatch):
@@ -74,12 +93,83 @@ def test_other_batches_and_sizes(uncaptured):
         torch.testing.assert_close(execute(images).logits, reference(images).logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_cuda():
+def test_the_host_waits_for_the_policy_and_not_for_the_stem(uncaptured, monkeypatch):
     networks = make_networks()
-    for network in networks.resnet, networks.policy_net:
-        network.to("cuda")
-    images = make_images(1).to("cuda")
-    found, expected = Graphed(networks)(images), Masked(networks)(images)
-    assert torch.equal(found.actions, expected.actions)
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-3, rtol=0)
+    execute, told = Graphed(networks), []
+    monkeypatch.setattr(Event, "record", lambda _: told.append("recorded"))
+    monkeypatch.setattr(Event, "synchronize", lambda _: told.append("waited"))
+    execute(make_images(1))
+    (session,) = execute.sessions.values()
+
+    def telling(name, replay):
+        return replay and (lambda: (told.append(name), replay()))
+
+    for name in ("decide", "stem", "head"):
+        setattr(session, name, telling(name, getattr(session, name)))
+    session.blocks = [tuple(telling("block", replay) for replay in both) for both in session.blocks]
+    told.clear()
+    execute(make_images(1))
+    assert told[:4] == ["decide", "recorded", "stem", "waited"]
+    assert set(told[4:-1]) <= {"block"}
+    assert told[-1] == "head"
+    told.clear()
+    execute(make_images(1), torch.ones(1, networks.num_blocks))
+    assert told == ["recorded", "stem", "waited", *["block"] * networks.num_blocks, "head"]
+
+
+def test_graphs_of_a_session_share_pool_and_stream_and_mind_their_own_thread(monkeypatch):
+    captured = []
+
+    @contextmanager
+    def graph(made, **options):
+        assert made.replay == "replay"
+        captured.append(options)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Graphed, "captures", type("Here", (Captures,), {}))  # CPUs are not refused
+    networks = make_networks()
+    execute = Graphed(networks)
+    with torch.no_grad():
+        for size in (8, 16):
+            execute._session(size, size)
+    graphs = 4 + networks.num_blocks + 2  # the first blocks of two stages have one for a drop as well
+    assert len(captured) == 2 * graphs
+    assert {options["capture_error_mode"] for options in captured} == {"thread_local"}
+    for part in (captured[:graphs], captured[graphs:]):
+        assert len({options["pool"] for options in part}) == 1
+        assert len({options["stream"] for options in part}) == 1
+    assert captured[0]["pool"] is not captured[-1]["pool"]  # a session is dropped as a whole
+
+
+def test_what_is_freed_is_captured_anew(uncaptured):
+    execute, images = Graphed(make_networks()), make_images(1)
+    before = execute(images)
+    execute.free()
+    assert not execute.sessions
+    assert torch.equal(execute(images).logits, before.logits)
+
+
+def test_the_whole_network_as_a_graph_for_each_batch_size(uncaptured):
+    networks = make_networks()
+    run, reference = WholeGraph(networks, "fp32"), packed(networks, "fp32")
+    for _ in range(2):
+        for batch in (1, 3, 1):
+            assert torch.equal(run(make_images(batch)), reference(make_images(batch)))
+        assert sorted(run.graphs) == [1, 3]
+        run.free()
+        assert not run.graphs
+
+
+def test_no_static_form_has_an_executors_name(monkeypatch):
+    """Else the executor's times stand in for the form's: BlockDrop would be its own rival."""
+    for name in ("eager", "packed", "compiled", "Captures"):
+        monkeypatch.setattr(static, name, lambda *_: None)
+    on_cuda = SimpleNamespace(device=torch.device("cuda"))
+    forms = static_forms(on_cuda, "fp32", with_compile=True)
+    assert len(forms) == 4
+    assert not forms.keys() & EXECUTORS.keys()

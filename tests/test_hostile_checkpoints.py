@@ -1,5 +1,6 @@
 """Checkpoints of any bytes: networks or one short message, soon, in little memory, nothing run."""
 
+import argparse
 import copy
 import io
 import json
@@ -356,6 +357,138 @@ def test_zip_bomb_is_refused_before_it_inflates(path, weights):
                     file.write(bytes(1 << 20))
     assert path.stat().st_size < 4 << 20
     assert "its records inflate to more than the file" in refusal(legacy.load, path)
+
+
+def two_directories(seen: bytes, hidden: bytes) -> bytes:
+    """A zip file: readers that look before its end find `seen`, that follow its offset `hidden`."""
+    directory = {}
+    for name, content in (("seen", seen), ("hidden", hidden)):
+        size, offset = struct.unpack("<II", content[-10:-2])
+        directory[name] = (content[:offset], bytearray(content[offset : offset + size]))
+    (records, entries), (before, other) = directory["seen"], directory["hidden"]
+    assert len(entries) == len(other)
+    at = 0
+    while at < len(entries):  # Python adds how far the directory is from where the end says
+        (place,) = struct.unpack("<I", entries[at + 42 : at + 46])
+        entries[at + 42 : at + 46] = struct.pack("<I", place + len(before) - len(records))
+        at += 46 + sum(struct.unpack("<HHH", entries[at + 28 : at + 34]))
+    end = seen[-22:-10] + struct.pack("<II", len(entries), len(before)) + b"\0\0"
+    return before + other + records + entries + end
+
+
+def rezipped(content: bytes, more: int, method: int) -> bytes:
+    """The same records, with so many MB of zeros behind the pickle."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w", method) as new:
+        for info in old.infolist():
+            with new.open(info.filename, "w") as file:
+                file.write(old.read(info))
+                for _ in range(more if info.filename.endswith("data.pkl") else 0):
+                    file.write(bytes(1 << 20))
+    return made.getvalue()
+
+
+def test_zip_with_two_directories_is_read_as_it_was_looked_at(path, weights):
+    content = write(path, weights, zipped=True).read_bytes()
+    seen = rezipped(content, 0, zipfile.ZIP_STORED)
+    hidden = rezipped(content, 600, zipfile.ZIP_DEFLATED)
+    path.write_bytes(two_directories(seen, hidden))
+    with bounded(megabytes=200):
+        resnet = legacy.load(path).need_resnet(path)
+    assert torch.equal(resnet.conv1.weight, weights["conv1.weight"])
+
+
+def test_zip_with_two_records_of_a_name_is_refused(path, weights):
+    write(path, weights, zipped=True)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr(archive.namelist()[0], b"")
+    assert "two of its records have the same name" in refusal(legacy.load, path)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_what_trainings_keep_beside_the_weights_is_no_hindrance(path, weights, zipped):
+    network = ResNet(depth=8, width=2, num_classes=3)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    sum(parameter.sum() for parameter in network.parameters()).backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[3, 5])
+    content = {
+        "epoch": 3, "arch": "resnet8", "best_acc1": torch.tensor(0.5),
+        "args": argparse.Namespace(lr=0.1), "raw": b"bytes", "seen": {1, 2},
+        "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "state_dict": weights,
+    }  # fmt: skip
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    resnet = legacy.load(path).need_resnet(path)
+    assert torch.equal(resnet.conv1.weight, weights["conv1.weight"])
+
+
+class Made:
+    """Is made anew by a function when it is unpickled."""
+
+    def __init__(self, function: Callable, *arguments: object) -> None:
+        self.made = function, arguments
+
+    def __reduce__(self):
+        return self.made
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize(
+    ("function", "arguments", "name"),
+    [
+        (bytearray, (10**10,), "bytearray"),
+        (torch.FloatTensor, (10**9, 10), "torch.FloatTensor"),
+        (torch.Tensor, (10**9, 10), "torch.Tensor"),
+        (torch.UntypedStorage, (10**10,), "torch.storage.UntypedStorage"),
+        (
+            torch._utils._rebuild_qtensor,
+            (None, 0, (10**10,), (1,), (torch.per_tensor_affine, 1.0, 0), False, None),
+            "torch._utils._rebuild_qtensor",
+        ),
+    ],
+    ids=["bytes", "floats", "tensor", "storage", "quantised"],
+)
+def test_object_that_is_as_large_as_a_number_says_is_refused(
+    path, weights, zipped, function, arguments, name
+):
+    content = {"state_dict": weights, "more": Made(function, *arguments)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    assert f"{name})" in refusal(legacy.load, path)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_storage_that_claims_more_than_the_file_has_takes_no_memory(path, weights, zipped):
+    content = write(path, weights | {"fc.bias": torch.tensor([7.0, 8.0, 9.0])}, zipped).read_bytes()
+    at = content.index(b"K\x03", content.index(b"fc.bias"))
+    if zipped:
+        at_end = rezipped(content, 0, zipfile.ZIP_STORED)
+        with zipfile.ZipFile(io.BytesIO(at_end)) as old, zipfile.ZipFile(path, "w") as new:
+            for info in old.infolist():
+                record = old.read(info)
+                if info.filename.endswith("data.pkl"):
+                    at = record.index(b"K\x03", record.index(b"fc.bias"))
+                    record = record[:at] + b"J\xff\xff\xff\x7f" + record[at + 2 :]
+                new.writestr(info.filename, record)
+    else:
+        path.write_bytes(content[:at] + b"J\xff\xff\xff\x7f" + content[at + 2 :])
+    assert "it claims" in refusal(legacy.load, path)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [b"\x80\x02r\xff\xff\xff\x7f.", b"\x80\x02X\xff\xff\xff\x7f.", b"\x80\x04\x8e" + b"\xff" * 8],
+)
+def test_pickle_that_claims_a_long_text_or_memo_takes_no_memory(path, claim):
+    path.write_bytes(claim)
+    assert "MemoryError" not in refusal(legacy.load, path)
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "pipe"])
+def test_link_to_a_device_or_a_pipe_is_refused(path, tmp_path, target):
+    os.mkfifo(tmp_path / "pipe")
+    path.symlink_to(tmp_path / target)
+    assert "Not a plain file" in refusal(legacy.load, path)
 
 
 def test_huge_file_is_refused_unread(path):

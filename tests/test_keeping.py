@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,7 +18,10 @@ import yaml
 from conftest import enter_project
 from repository_copy import ROOT, TINY, make_workplace
 
-from pipeline import training
+from pipeline import inference, training
+from pipeline.executors.gather import Gather
+from pipeline.executors.masked import Masked
+from pipeline.inference import Auto
 from pipeline.params import Params
 from pipeline.policies import collapse
 from pipeline.policy_learning import PolicyLearning
@@ -136,6 +140,48 @@ def test_ctrl_c_finishes_the_step_and_the_next_start_ends_in_the_same_bytes(
         assert len(steps) == 12 - step
     assert f"{name}: resuming after epoch {place}" in capsys.readouterr().out
     same_as(trained, tmp_path, name)
+
+
+class Contest(Auto):
+    """Two race, as on CUDA, and the test says who wins."""
+
+    seconds: ClassVar[dict[str, float]] = {}
+
+    def __init__(self, networks, *, precision="fp32"):
+        super().__init__(networks, precision=precision)
+        self.contestants = [Gather(networks), Masked(networks)]
+
+    def _seconds(self, call):
+        (executor,) = call.args
+        return self.seconds[executor.name]
+
+
+@pytest.mark.parametrize("name", ["pretrain", "curriculum", "finetune"])
+def test_what_won_a_race_before_an_interruption_runs_after_it(name, params, monkeypatch, capsys):
+    """By the stopwatch another executor might win, which rounds otherwise: another training."""
+    monkeypatch.setattr(inference, "Auto", Contest)
+    monkeypatch.setattr(inference, "CHOICES", {})
+    monkeypatch.setattr(Contest, "seconds", {"gather": 2.0, "masked": 1.0})
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, send(signal.SIGINT))  # in the second epoch: all have raced
+        with pytest.raises(KeyboardInterrupt):
+            ITEMS[name](params)
+    before = dict(inference.CHOICES)
+    assert set(before.values()) == {"masked"}
+    monkeypatch.setattr(inference, "CHOICES", {})
+    monkeypatch.setattr(Contest, "seconds", {})  # a race would raise KeyError
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, send(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            ITEMS[name](params)
+    assert before == inference.CHOICES
+    assert "race anew" not in capsys.readouterr().out
+    monkeypatch.setattr(inference, "CHOICES", {})
+    monkeypatch.setattr(Contest, "seconds", {"gather": 1.0, "masked": 2.0})
+    monkeypatch.setattr(keeping, "describe_device", lambda _: "another GPU")
+    ITEMS[name](params)
+    assert set(inference.CHOICES.values()) == {"gather"}
+    assert re.search(r"found out on CPU.*; on another GPU executors race anew", capsys.readouterr().out)
 
 
 def test_sigterm_does_the_same_and_leaves_with_143(params, trained, tmp_path, monkeypatch):

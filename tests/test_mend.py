@@ -1,8 +1,10 @@
 """What a killed DVC leaves torn is put aside, and nothing else."""
 
+import os
 from pathlib import Path
 
 import pytest
+from hostile import bounded
 
 from tools import mend
 
@@ -73,3 +75,12 @@ def test_cut_at_any_byte_it_is_put_aside_or_one_that_dvc_can_read(folder):
             COMPILED_LOCKFILE_SCHEMA(parse_yaml(WHOLE[:end], "dvc.lock"))
         except Exception:
             assert mend.LOCK in mend.torn(folder), end
+
+
+@pytest.mark.parametrize("name", ["dvc.lock", "dvc.yaml", "params.yaml"])
+@pytest.mark.parametrize("target", ["/dev/zero", "pipe"])
+def test_file_of_dvc_that_is_a_link_to_a_device_or_a_pipe_is_refused(folder, name, target):
+    os.mkfifo(folder / "pipe")
+    (folder / name).symlink_to(folder / target)
+    with bounded(), pytest.raises(SystemExit, match=f"{name} is no plain file"):
+        mend.main()

@@ -564,3 +564,15 @@ def test_what_is_refused_is_what_has_such_a_convolution(depth, width):
             require_trainable("imagenet", depth, width)
     else:
         require_trainable("imagenet", depth, width)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("seed: 0", "seed: 010"), ("depths: [20]", "depths: [024]"), ("seed: 0", "seed: 1:30"),
+     ("gamma: 2.0", "gamma: 1:30.5"), ("flip: false", "flip: off"), ("flip: false", "flip: Yes")],
+)  # fmt: skip
+def test_value_that_dvc_reads_otherwise_is_refused(path, before, after):
+    assert before in DIGITS
+    path.write_text(DIGITS.replace(before, after, 1), encoding="utf-8")
+    with pytest.raises(ParamsError, match=r"in line \d+ is read in two ways, by DVC as another"):
+        load(path)

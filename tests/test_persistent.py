@@ -62,6 +62,7 @@ def small(monkeypatch):
     """Small proofs, and grids of two programs, so that most batches here are larger."""
     monkeypatch.setattr(Persistent, "PROOF_SIDE", 8)
     monkeypatch.setattr(Persistent, "PROGRAMS_PER_SM", 2)
+    monkeypatch.setattr(persistent, "PROOFS", {})
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +213,50 @@ class TestInInterpreter:
         execute = Persistent(make_networks())
         assert [len(space) for space in execute.resnet.spaces.values()] == [2]
         assert execute.programs == 50
+
+    def test_networks_of_the_same_shapes_are_proved_once(self, monkeypatch):
+        proved = []
+        real = persistent._in_float64
+        monkeypatch.setattr(persistent, "_in_float64", lambda net: proved.append(net) or real(net))
+        images = make_images(2)
+        for seed in (0, 1):  # as before and after an epoch
+            networks = make_networks()
+            trained(networks.resnet, seed)
+            found, expected = Persistent(networks)(images), Masked(networks)(images)
+            torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+        assert len(proved) == 1
+        Persistent(make_networks(policy=True))
+        assert len(proved) == 3
+        Persistent(make_networks(policy=True, input_size=4))
+        Persistent(make_networks(), precision="bf16")
+        Persistent(make_networks(width=8))
+        Persistent(make_networks(depth=14))
+        assert len(proved) == 8
+
+    def test_what_was_disproved_is_not_tried_again_but_for_want_of_memory(self, monkeypatch):
+        tried = []
+
+        def fails(error):
+            return lambda *_, **__: tried.append(1) or (_ for _ in ()).throw(error)
+
+        for error, words, tries in (
+            (torch.OutOfMemoryError("full"), "no memory is left to prove", 2),
+            (RuntimeError("no such target"), "the kernel fails: RuntimeError: no such target", 1),
+        ):
+            tried.clear()
+            monkeypatch.setattr(Persistent, "_run", fails(error))
+            for _ in range(2):
+                with pytest.raises(UnavailableError, match=words):
+                    Persistent(make_networks())
+            assert len(tried) == tries
+
+    def test_scratch_that_is_freed_is_made_anew(self):
+        execute = Persistent(make_networks(policy=True))
+        before = execute(make_images(3)).logits
+        execute.free()
+        assert not execute.resnet.spaces
+        assert not execute.policy_net.spaces
+        assert torch.equal(execute(make_images(3)).logits, before)
 
     def test_sides_that_do_not_halve_twice_are_refused(self):
         with pytest.raises(ValueError, match="10 x 8 pixels, expected multiples of 4"):

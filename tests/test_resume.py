@@ -1,5 +1,6 @@
 """Resume points: whole at any moment, found by what the training depends on."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock, Timeout
+from hostile import bounded
 
 from pipeline.resume import (
     KEEP_FINISHED,
@@ -54,6 +56,19 @@ def test_one_flipped_bit_is_seen_and_the_state_before_is_taken(point, byte, caps
     point.path.write_bytes(content)
     assert point.load()["epoch"] == OLD["epoch"]
     assert f"{point.path} is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "pipe"])
+def test_point_that_is_a_link_to_a_device_or_a_pipe_is_not_waited_for(point, tmp_path, target, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    point.path.parent.mkdir()
+    for path in (point.path, point.path.with_suffix(".fresh.pt")):
+        path.symlink_to(tmp_path / target)
+    with bounded():
+        assert point.load() is None
+        assert f"{point.path} can't be read (Not a plain file)" in capsys.readouterr().out
+        point.save(NEW)
+    assert point.load() == NEW
 
 
 def test_state_that_the_disk_gives_back_otherwise_is_not_taken(point, monkeypatch):

@@ -16,10 +16,11 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from pipeline import sources
-from pipeline.data import digest
+from pipeline.class_folders import account, scan
+from pipeline.data import digest, split_rows
 from pipeline.errors import DataError
 from pipeline.prepared import SPLITS
-from pipeline.sources import NPM_ARCHIVE, cifar10, cifar100, digits, imagefolder
+from pipeline.sources import NPM_ARCHIVE, cifar10, cifar100, digits, imagefolder, imagefolder_stream
 
 SIZE = 8
 TORCHVISION_ARCHIVE = "cifar-10-python.tar.gz"
@@ -440,7 +441,7 @@ def fill(folder: Path, *, classes=("cat", "dog"), count: int = 8) -> Path:
 
 
 def read(folder: Path, shares=SHARES):
-    return imagefolder(folder, image_size=SIZE, shares=shares, seed=0)
+    return imagefolder(scan(folder), image_size=SIZE, shares=shares, seed=0)
 
 
 @pytest.fixture
@@ -464,6 +465,14 @@ def become(tmp_path):
         (plain(GREEN), "a.bmp", GREEN),
         (plain(BLUE), "a.webp", BLUE),
         (plain(BLUE), "A.JPG", BLUE),
+        (plain(GREEN), "a.jfif", GREEN),
+        (plain(GREEN), "a.ppm", GREEN),
+        (plain(GREEN), "a.jp2", GREEN),
+        (plain(BLUE), "a.avif", BLUE),
+        (Image.new("L", (12, 12), 77), "a.pgm", (77, 77, 77)),
+        (Image.new("1", (12, 12), 1), "a.pbm", (255, 255, 255)),
+        (Image.new("I", (12, 12), 128 * 257), "a.pgm", (128, 128, 128)),
+        (Image.new("RGBA", (12, 12), (255, 255, 255, 128)), "a.png", (192, 192, 192)),
         (Image.new("L", (12, 12), 77), "a.png", (77, 77, 77)),
         (Image.new("LA", (12, 12), (77, 255)), "a.png", (77, 77, 77)),
         (Image.new("1", (12, 12), 1), "a.png", (255, 255, 255)),
@@ -495,6 +504,21 @@ def test_image_of_every_kind_keeps_its_colour(become, image, name, expected):
 def test_image_whose_brightness_has_no_known_range_is_not_read_as_black_or_white(tmp_path, image):
     path = put(image, fill(tmp_path) / "cat" / "odd.tif")
     assert str(path) in refusal(read, tmp_path)
+
+
+def test_colours_under_transparency_are_not_seen(become):
+    drawn = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 4), dtype=np.uint8)
+    drawn[..., 3] = 0
+    drawn[2:6, 3:5] = 255
+    found = become(Image.fromarray(drawn), "a.png")
+    assert (found[2:6, 3:5] == 255).all()
+    assert (found[drawn[..., 3] == 0] == 128).all()
+
+
+def test_image_that_shows_nothing_is_refused(tmp_path):
+    path = put(Image.new("RGBA", (12, 12), (*RED, 0)), fill(tmp_path) / "cat" / "x.png")
+    message = refusal(read, tmp_path)
+    assert f"{path} can't be read as an image (all of it is transparent" in message
 
 
 def test_animation_gives_its_first_picture(become):
@@ -565,10 +589,117 @@ def test_missing_validation_is_drawn_from_train(tmp_path):
     assert len(np.unique(both, axis=0)) == 16
 
 
-def test_folder_test_goes_before_its_share(tmp_path):
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_split_with_both_a_folder_and_a_share_is_refused_with_the_key(tmp_path, name):
     fill(tmp_path / "train")
-    fill(tmp_path / "test", count=3)
-    assert len(read(tmp_path).splits["test"].labels) == 6
+    fill(tmp_path / name, count=3)
+    message = refusal(read, tmp_path)
+    assert f"has a folder of {name} images and data.{name}_share is 0.25; set it to null" in message
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("Training", "Testing", "Validation"), ("TRAIN", "TEST", "VAL"), ("train", "Test", "valid"),
+     ("Train", "test", "dev")],
+)  # fmt: skip
+@pytest.mark.parametrize("streamed", [False, True])
+def test_usual_names_of_splits_are_known_in_any_case(tmp_path, names, streamed):
+    for name, count in zip(names, (5, 3, 2), strict=True):
+        fill(tmp_path / name, count=count)
+    if streamed:
+        found = imagefolder_stream(scan(tmp_path), shares={}, seed=0)
+    else:
+        found = read(tmp_path, {}).splits
+    assert {name: len(split.labels) for name, split in found.items()} == {
+        "train": 10, "test": 6, "validation": 4,
+    }  # fmt: skip
+    assert scan(tmp_path).classes == ("cat", "dog")
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path):
+    for name in ("train", "val", "valid"):
+        fill(tmp_path / name)
+    assert "val/ and valid/, which are both validation; keep one" in refusal(scan, tmp_path)
+
+
+def test_class_may_be_called_as_a_split_is(tmp_path):
+    assert read(fill(tmp_path, classes=("car", "train", "valid"))).classes == ("car", "train", "valid")
+
+
+def test_split_without_labels_is_refused(tmp_path):
+    fill(tmp_path / "train")
+    put(plain(), tmp_path / "test" / "1.png")
+    assert f"{tmp_path / 'test'} has no class folders in it" in refusal(scan, tmp_path)
+
+
+def test_split_of_an_unknown_name_is_refused(tmp_path):
+    fill(tmp_path / "train")
+    fill(tmp_path / "holdout")
+    message = refusal(scan, tmp_path)
+    assert f"{tmp_path / 'holdout'} has folders of the same classes as train/; rename it" in message
+
+
+@pytest.mark.parametrize("inside", ["", "train"])
+def test_folders_that_all_hold_the_same_folders_are_no_classes(tmp_path, inside):
+    for name in ("fold1", "fold2", "fold3"):
+        fill(tmp_path / inside / name)
+    message = refusal(scan, tmp_path)
+    assert "all of fold1, fold2, fold3 in" in message
+    assert "hold the same folders, cat, dog; if the former are splits, name them" in message
+
+
+def test_one_folder_in_every_class_is_a_habit(tmp_path):
+    for name in ("n01", "n02"):
+        fill(tmp_path / name, classes=("images",))
+    assert read(tmp_path).classes == ("n01", "n02")
+
+
+def test_classes_one_folder_deeper_are_pointed_at(tmp_path):
+    fill(tmp_path / "images")
+    assert f"(cat, dog): name {tmp_path / 'images'} instead" in refusal(scan, tmp_path)
+
+
+@pytest.mark.parametrize("names", [("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "caf\u00e9")])
+def test_names_of_classes_that_look_alike_are_told_apart(tmp_path, names):
+    message = refusal(scan, fill(tmp_path / "a", classes=names))
+    assert "'cafe\\u0301' and 'caf\\xe9'; merge them" in message
+    for split, name in zip(("train", "test"), names, strict=True):
+        fill(tmp_path / "b" / split, classes=(name, "the"))
+    assert "'cafe\\u0301'" in refusal(scan, tmp_path / "b")
+
+
+def test_class_without_an_image_to_train_on_is_refused(tmp_path):
+    fill(fill(tmp_path), classes=("owl",), count=1)
+    seeds = [split_rows(17, shares=SHARES, seed=seed)["train"] for seed in range(9)]
+    seed = next(seed for seed, rows in enumerate(seeds) if 16 not in rows)
+    message = refusal(imagefolder, scan(tmp_path), image_size=SIZE, shares=SHARES, seed=seed)
+    assert "no image to train on is left of owl" in message
+
+
+def test_what_is_not_read_is_counted_and_named(tmp_path):
+    fill(tmp_path / "train")
+    for name in ("loose.png", "train/loose.png", "train/cat/a.HEIC", "train/cat/b.heic", "train/LABELS",
+                 "more/deep/c.png"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "train" / "cat" / "link").symlink_to(tmp_path)
+    for name in (".DS_Store", "train/Thumbs.db", "train/cat/.x.heic", "train/cat/desktop.ini"):
+        (tmp_path / name).write_bytes(b"x")
+    found = scan(tmp_path)
+    assert found.passed_over == (
+        "loose.png", "more/deep/c.png", "train/LABELS", "train/cat/a.HEIC", "train/cat/b.heic",
+        "train/cat/link", "train/loose.png",
+    )  # fmt: skip
+    assert account(found.passed_over) == (
+        "7 files are not read: 3 .png, 2 no ending, 2 .heic ('loose.png', 'more/deep/c.png', "
+        "'train/LABELS', ...)"
+    )
+
+
+def test_class_of_images_that_are_not_read_says_which_they_are(tmp_path):
+    (fill(tmp_path) / "owl").mkdir()
+    (tmp_path / "owl" / "a.heic").write_bytes(b"x")
+    assert "1 files are not read: 1 .heic ('owl/a.heic')" in refusal(scan, tmp_path)
 
 
 def test_images_in_folders_below_a_class_count_and_other_files_do_not(tmp_path):

@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from pipeline import sources, streaming
+from pipeline.class_folders import scan
 from pipeline.data import load_split
 from pipeline.errors import DataError, UserError, explain_memory
 from pipeline.imagenet_resnet import ImageNetResNet
@@ -269,18 +270,37 @@ def test_empty_or_missing_image_is_named_when_it_is_listed(project):
     file = tree / "train/china/000.jpg"
     file.write_bytes(b"")
     with pytest.raises(DataError, match=r"000.jpg is empty; repair or remove it"):
-        sources.imagefolder_stream(tree, shares=SHARES, seed=0)
+        sources.imagefolder_stream(scan(tree), shares=SHARES, seed=0)
     file.unlink()
     file.symlink_to("nowhere.jpg")
     with pytest.raises(DataError, match=r"000.jpg can't be read \(No such file or directory\)"):
-        sources.imagefolder_stream(tree, shares=SHARES, seed=0)
+        sources.imagefolder_stream(scan(tree), shares=SHARES, seed=0)
 
 
 def test_name_that_no_manifest_can_hold_is_refused(project):
     tree = project / "data/images"
     (tree / "train/china/000.jpg").rename(tree / "train/china/0\t0.jpg")
     with pytest.raises(DataError, match="rename it in UTF-8"):
-        sources.imagefolder_stream(tree, shares=SHARES, seed=0)
+        sources.imagefolder_stream(scan(tree), shares=SHARES, seed=0)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029"])
+def test_name_with_a_separator_of_unicode_is_one_line_of_a_manifest(project, separator):
+    tree = project / "data/images"
+    (tree / "train/china/000.jpg").rename(tree / f"train/china/0{separator}0.jpg")
+    prepare(tree, project / "data/prepared", image_size=32)
+    paths = [path.decode() for name in SPLITS for path in split(project, name).reader.paths]
+    assert f"train/china/0{separator}0.jpg" in paths
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "pipe"])
+def test_device_or_pipe_in_the_tree_is_refused_when_it_is_listed(project, target):
+    file = project / "data/images/train/china/000.jpg"
+    file.unlink()
+    os.mkfifo(project / "pipe")
+    file.symlink_to(project / target)
+    with pytest.raises(DataError, match=r"000.jpg can't be read \(Not a plain file"):
+        sources.imagefolder_stream(scan(project / "data/images"), shares=SHARES, seed=0)
 
 
 def test_another_split_may_be_read_within_a_pass(project):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -208,6 +209,14 @@ def test_foreign_file_is_copied_under_its_name(place):
     path = save_theirs("finetune", place / "downloads" / "ckpt.t7")
     assert bring_in(path) == Path("import/ckpt.t7")
     assert Path("import/ckpt.t7").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a b", "${gamma}", "x:y", "one\ntwo", "#[x]*", "it's `x`", "!x "])
+def test_copy_has_a_name_that_dvc_and_git_take_as_it_is(place, name):
+    path = save_theirs("finetune", place / "downloads" / f"{name}.t7")
+    target = bring_in(path)
+    assert re.fullmatch(r"import/[\w.]+\.t7", str(target))
+    assert target.read_bytes() == path.read_bytes()
 
 
 def test_own_folder_is_copied_under_the_names_of_it_and_its_parent(place):

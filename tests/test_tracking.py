@@ -1,17 +1,22 @@
 """Runs in MLflow: where they are found again, how they end, and that nothing fails without them."""
 
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import TRACKING_VARIABLES, enter_project
+from conftest import TRACKING_VARIABLES, enter_project, small_pair
 from filelock import FileLock
 from mlflow import MlflowClient
+from sqlalchemy.engine import make_url
 
-from pipeline.tracking import runs, store
+from pipeline import checkpoint
+from pipeline.tracking import models, runs, store
 from pipeline.tracking.runs import as_texts, end_orphans, experiment_name, stage_run
 from pipeline.tracking.store import store_uri
 
@@ -377,6 +382,154 @@ def test_store_is_in_the_main_checkout_unless_told_otherwise(root, monkeypatch):
     assert store_uri() == f"sqlite:///{root}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
     assert store_uri() == "http://tracking:5000"
+
+
+@pytest.mark.parametrize(
+    ("told", "database"),
+    [
+        ("sqlite:///x.db", "{root}/x.db"),
+        ("sqlite:///sub/x.db", "{root}/sub/x.db"),
+        ("sqlite+pysqlite:///x.db?timeout=5", "{root}/x.db"),
+        ("sqlite:////elsewhere/x.db", "/elsewhere/x.db"),
+        ("sqlite:///:memory:", ":memory:"),
+    ],
+)
+def test_relative_sqlite_file_is_in_the_main_checkout(root, tmp_path, monkeypatch, told, database):
+    """A temporary checkout (`dvc exp run --temp`, `--queue`) is deleted, and the file with it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", told)
+    assert make_url(store_uri()).database == database.format(root=root)
+    assert make_url(store_uri()).query == make_url(told).query
+
+
+@pytest.mark.parametrize("told", ["sqlite:x.db", "sqlite://", "./mlruns", "postgresql://u:p@h/x"])
+def test_other_addresses_are_left_as_they_were_told(root, monkeypatch, told):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", told)
+    assert store_uri() == told
+
+
+def test_run_in_a_temporary_checkout_is_in_the_relative_store_of_the_main_one(
+    root, params, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    with stage_run("pretrain", params) as run:
+        pass
+    assert list(tmp_path.iterdir()) == []
+    assert MlflowClient(f"sqlite:///{root}/mlflow.db").get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_mlflow_that_is_installed_under_a_percent_sign_says_what_helps(
+    root, params, monkeypatch, capsys
+):
+    """With a project its .venv may lie in such a folder, and Alembic's settings take no % in a path."""
+    monkeypatch.setattr("mlflow.__file__", "/home/50%/.venv/mlflow/__init__.py")
+    with stage_run("pretrain", params):
+        ran = True
+    assert ran
+    said = capsys.readouterr().err
+    assert "MLflow opens no database from /home/50%/.venv/mlflow, as there is a % in it" in said
+    assert "give the folder another name" in said
+
+
+def brought_to(folder: Path, root: Path, monkeypatch) -> Path:
+    """Copy a project, and be in the copy."""
+    shutil.copytree(root, folder)
+    enter_project(folder, monkeypatch)
+    return folder
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def places_in(database: Path) -> set[str]:
+    with closing(sqlite3.connect(database)) as opened:
+        return {
+            text
+            for table, column in store.PLACES
+            for (text,) in opened.execute(f"SELECT {column} FROM {table}")
+            if text
+        }
+
+
+@pytest.fixture
+def logged(root, params, tmp_path) -> str:
+    """A run with a file and a registered model, in the project to be copied."""
+    (tmp_path / "own.txt").write_text("own")
+    checkpoint.save(small_pair(classes=("a", "b"), image_size=8), tmp_path / "model")
+    with stage_run("report", params) as run:
+        run.log_artifact(tmp_path / "own.txt")
+    models.log_model(run.parent_id, tmp_path / "model")
+    models.promote(run.parent_id)
+    return run.run_id
+
+
+@pytest.mark.parametrize(
+    ("fate", "name"),
+    [
+        ("moved", "new"),
+        ("another user's", "new"),
+        *(("copied", name) for name in ("my project", "a?b=c", "50%", "%20", "a#b", "it's; `x` $3 @:&")),
+    ],
+)
+def test_project_that_was_brought_elsewhere_has_its_files_there(
+    root, logged, params, tmp_path, monkeypatch, capsys, fate, name
+):
+    home = root
+    if fate == "moved":  # the other tests need the first one
+        home = brought_to(tmp_path / "first", root, monkeypatch)
+        store.experiment_id()
+    folder = brought_to(tmp_path / name, home, monkeypatch)
+    if fate == "moved":
+        shutil.rmtree(home)
+    if fate == "another user's":
+        monkeypatch.setattr(Path, "samefile", lambda *paths: (_ for _ in ()).throw(PermissionError()))
+    before = files_in(home)
+    contents = {path: path.read_bytes() for path in before}
+    capsys.readouterr()
+
+    (tmp_path / "new.txt").write_text("new")
+    with stage_run("report", params | {"new": 1}) as run:
+        run.log_artifact(tmp_path / "new.txt")
+    said = capsys.readouterr().err
+    assert said.startswith(f"mlflow.db comes from {home}; ")
+    assert "can't be reached" not in said
+    assert {path: path.read_bytes() for path in files_in(home)} == contents
+    assert [path.name for path in folder.rglob("new.txt")] == ["new.txt"]
+    opened = MlflowClient(store_uri())
+    assert Path(opened.download_artifacts(logged, "own.txt")).read_text() == "own"
+    with models.fetched("models:/blockdrop@champion") as found:
+        assert checkpoint.load(found).classes == ("a", "b")
+    uri, plain = folder.as_uri(), str(folder)
+    assert all(place.startswith((f"{uri}/", f"{plain}/")) for place in places_in(folder / "mlflow.db"))
+    capsys.readouterr()
+    store.experiment_id()
+    assert capsys.readouterr().err == ""  # said once
+
+
+def test_files_that_are_wanted_elsewhere_stay_there(root, tmp_path, monkeypatch):
+    """An experiment made by hand, with a place on another disk."""
+    disk = tmp_path / "disk" / "mlartifacts"
+    disk.mkdir(parents=True)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "elsewhere")
+    client = MlflowClient(f"sqlite:///{root}/mlflow.db")
+    client.create_experiment("elsewhere", artifact_location=disk.as_uri())
+    store.experiment_id()
+    assert client.get_experiment_by_name("elsewhere").artifact_location == disk.as_uri()
+
+
+@pytest.mark.parametrize("whose", ["named", "linked"])
+def test_database_of_another_project_is_not_touched(root, tmp_path, monkeypatch, whose):
+    folder = brought_to(tmp_path / "copy", root, monkeypatch)
+    database = (folder / "mlflow.db").rename(tmp_path / "shared.db")
+    if whose == "named":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    else:
+        (folder / "mlflow.db").symlink_to(database)
+    before = places_in(database)
+    store.experiment_id()
+    assert places_in(database) == before
 
 
 def test_without_dvc_and_git_the_experiment_still_has_a_name(root):

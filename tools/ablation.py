@@ -10,7 +10,6 @@ one goes on, and two at once share the work. Needs data/prepared
 It uses the stages' own learners, and no DVC, MLflow or test image.
 """
 
-import argparse
 import io
 import re
 import subprocess
@@ -44,6 +43,7 @@ from pipeline.runtime import choose_device, generator, keep_freed_memory, seed_e
 from pipeline.tensors import Images, Split
 from pipeline.training import NotFiniteError, Position, fit, require_finite
 from stages import common, curriculum, finetune, trainer
+from tools.command import Parser, mendable
 
 READ = {  # the parameters that a stage reads, beside the seed
     "curriculum": {"block_cost", "augmentation", "policy_net", "curriculum"},
@@ -377,11 +377,10 @@ def positive(text: str) -> int:
     return number
 
 
+@mendable()
 def main() -> None:
     """Train the variants that are asked for, and print the means over seeds."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("stage", choices=list(READ))
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE[,KEY=VALUE]")
     parser.add_argument("--preset", default="cifar10_resnet32_quick")
@@ -395,22 +394,19 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     out = arguments.out or root / "results" / f"ablation_{arguments.stage}.csv"
-    try:
-        device = choose_device()
-        setting = Setting(
-            stage=arguments.stage,
-            preset=changed(preset_of(arguments.preset), arguments.set, flag="--set"),
-            told=provenance(arguments.preset, arguments.set),
-            resnet=arguments.resnet,
-            policy_net=arguments.policy_net,
-            train=in_memory(load_split(common.PREPARED, "train", device), arguments.images),
-            validation=in_memory(load_split(common.PREPARED, "validation", device)),
-        )
-        variants = {AS_IT_IS: setting.preset}
-        variants |= {text: variant_of(setting, text) for text in arguments.vary}
-        table = run(checked(setting), variants, arguments.seeds, out)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    device = choose_device()
+    setting = Setting(
+        stage=arguments.stage,
+        preset=changed(preset_of(arguments.preset), arguments.set, flag="--set"),
+        told=provenance(arguments.preset, arguments.set),
+        resnet=arguments.resnet,
+        policy_net=arguments.policy_net,
+        train=in_memory(load_split(common.PREPARED, "train", device), arguments.images),
+        validation=in_memory(load_split(common.PREPARED, "validation", device)),
+    )
+    variants = {AS_IT_IS: setting.preset}
+    variants |= {text: variant_of(setting, text) for text in arguments.vary}
+    table = run(checked(setting), variants, arguments.seeds, out)
     print(f"\nrows in {out}\n\n{summary(table)}")
 
 

@@ -1,9 +1,9 @@
 """The trade-off of several gammas as a figure and a table: `make front`, after `dvc exp run` of each.
 
 All finished experiments that differ from the newest one in gamma and seed alone, as MLflow has them.
+What it writes is in no commit; `--out results/front.png` replaces the figure of the README.
 """
 
-import argparse
 import csv
 import io
 from pathlib import Path
@@ -15,6 +15,7 @@ from pipeline.figures.trade_off import front
 from pipeline.files import write_text
 from pipeline.resume import project_root
 from pipeline.tracking.overview import Experiment, experiments, siblings
+from tools.command import Parser, mendable
 from tools.sync import sync, usable_store
 
 COLUMNS = {"accuracy": "accuracy", "flops": "flops_mean", "blocks": "blocks_mean"}
@@ -66,19 +67,17 @@ def choose(found: list[Experiment], name: str | None) -> list[Experiment]:
     return siblings(named[0], found)
 
 
+@mendable()
 def main() -> None:
     """Write the figure and the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--like", metavar="NAME", help="the experiment whose siblings are drawn")
-    parser.add_argument("--out", type=Path, default=Path("results/front.png"))
+    parser.add_argument("--out", type=Path, default=Path("results/own/front.png"))
     arguments = parser.parse_args()
     with usable_store():
         sync(project_root())
         _, found = experiments()
-    try:
-        chosen = choose(found, arguments.like)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    chosen = choose(found, arguments.like)
     rows = sorted((row_of(e) for e in chosen), key=lambda row: (row["gamma"], row["seed"], row["name"]))
     params = chosen[0].params
     front(

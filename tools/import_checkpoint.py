@@ -4,8 +4,8 @@ FILE may be torchvision:IMAGENET1K_V1 (or _V2): pretrained weights, which it fet
 Checks the file, copies it into import/, lets DVC track the copy, and names it in params.yaml.
 """
 
-import argparse
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Collection
@@ -19,12 +19,14 @@ from pipeline.files import write_atomically, write_text
 from pipeline.params import NO_FILE, ResNetParams
 from pipeline.sources import patience
 from pipeline.untrusted import cut
+from tools.command import Parser
 
 IMPORT = Path("import")
 PARAMS = Path("params.yaml")
 TORCHVISION = "torchvision:"  # before the name of weights, in place of a file
 OWN_FILES = (checkpoint.WEIGHTS, checkpoint.SIDECAR)
 STAGES = ("pretrain", "curriculum", "finetune")
+SIGNS = re.compile(r"[^\w.+=@,()-]")  # dvc.yaml, DVC's targets or .gitignore read some of the others
 
 
 def check(path: Path, stage: str) -> None:
@@ -59,7 +61,8 @@ def bring_in(path: Path, in_use: Collection[Path] = ()) -> Path:
     path = path.resolve()
     if path.parent == IMPORT.resolve():
         return IMPORT / path.name
-    target = IMPORT / (f"{path.parent.name}-{path.name}" if path.is_dir() else path.name)
+    name = f"{path.parent.name}-{path.name}" if path.is_dir() else path.name
+    target = IMPORT / SIGNS.sub("_", name)
     if target == Path(NO_FILE) or (target in in_use and not _same(path, target)):
         raise UserError(f"{target} is in use with other content; rename {path.name} and repeat")
     if path.is_dir():
@@ -151,11 +154,13 @@ def name_in_params(stage: str, path: Path) -> list[str]:
 
 def main() -> None:
     """Check, copy, track, name."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("stage", choices=STAGES)
     arguments = parser.parse_args()
     path: Path = arguments.file
+    if path == Path():
+        parser.error("FILE is empty; `make import FILE=path STAGE=pretrain` names a checkpoint")
     named_weights = str(path).startswith(TORCHVISION)
     if path.name in OWN_FILES:  # one of our own folders, named by a file in it
         path = path.resolve().parent
@@ -180,7 +185,7 @@ def main() -> None:
         )
     for stage in named:
         print(f"{stage}.checkpoint in params.yaml is now {target}")
-    print("run `dvc repro`")
+    print("run `make repro`")
 
 
 if __name__ == "__main__":

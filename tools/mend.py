@@ -9,7 +9,10 @@ from pathlib import Path
 
 import yaml
 
+from tools.command import Parser
+
 LOCK = Path("dvc.lock")
+READ_BY_DVC = (LOCK, Path("dvc.yaml"), Path("params.yaml"))
 LIST_OF_LOCKS = Path(".dvc/tmp/rwlock")
 CONFLICT = "<<<<<<<"
 
@@ -32,6 +35,13 @@ def torn(folder: Path) -> list[Path]:
     return found
 
 
+def require_plain(folder: Path) -> None:
+    """DVC would wait for a pipe for ever, and read a device without end."""
+    for name in READ_BY_DVC:
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise SystemExit(f"error: {name} is no plain file (nor a link to one); put the file there")
+
+
 def mend(folder: Path) -> list[Path]:
     """Put them aside, where somebody who wonders finds them; their names."""
     names = torn(folder)
@@ -42,9 +52,11 @@ def mend(folder: Path) -> list[Path]:
 
 def main() -> None:
     """Mend the checkout that is the working folder."""
+    require_plain(Path())
     for name in mend(Path()):
         print(f"{name} was torn by a DVC that was killed; it is now {name}.torn, and DVC makes it anew")
 
 
 if __name__ == "__main__":
+    Parser(description=__doc__).parse_args()
     main()

@@ -4,9 +4,10 @@ Says for each image the class and how sure the network is of it, which blocks ra
 Images of any size and kind are read as `imagefolder` reads them: the middle square, scaled.
 """
 
-import argparse
+import glob
 import io
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.predictor import Prediction, Predictor
 from pipeline.runtime import choose_device
 from pipeline.sources import read_image
+from tools.command import Parser
 
 MODEL = "models/finetune"
 REGISTRY = "models:/"
@@ -62,6 +64,37 @@ def load(model: str, image_size: int | None) -> Predictor:
     """
     with folder_of(model) as folder:
         return Predictor(checkpoint.load(folder), image_size=image_size, device=choose_device())
+
+
+def paths_of(words: str) -> list[Path]:
+    """The files that a line names, as `--words` says.
+
+    Raises:
+        UserError: a quotation mark has no partner.
+    """
+    if exists(words):
+        return [Path(words)]
+    try:
+        split = shlex.split(words)
+    except ValueError:
+        raise UserError(
+            f"IMAGES={words}: a quotation mark has no partner; write a name that holds one alone, or in "
+            "the other kind of marks"
+        ) from None
+    return [Path(name) for word in split for name in matches(word)]
+
+
+def exists(name: str) -> bool:
+    """Whether a file has that name; too long a line is none."""
+    try:
+        return bool(name) and Path(name).exists()
+    except OSError:
+        return False
+
+
+def matches(word: str) -> list[str]:
+    """What a pattern stands for; the word itself where it names a file, or nothing matches."""
+    return [word] if exists(word) else sorted(glob.glob(word)) or [word]  # noqa: PTH207
 
 
 def read(paths: Sequence[Path], image_size: int) -> tuple[list[Path], NDArray[np.uint8], list[str]]:
@@ -130,8 +163,14 @@ def show_json(paths: Sequence[Path], predictions: Sequence[Prediction], classes:
 
 def main() -> None:
     """Predict; exit status 1 when something could not be read, after the answers on all else."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser = Parser(description=__doc__)
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE")
+    parser.add_argument(
+        "--words",
+        default="",
+        help="IMAGES of `make predict`: one name, or several with blanks between them, those that hold\n"
+        "blanks in quotation marks; a pattern (photos/*.png) stands for what it matches",
+    )
     parser.add_argument(
         "--model",
         default=MODEL,
@@ -143,8 +182,11 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        named = [*arguments.images, *paths_of(arguments.words)]
+        if not named:
+            raise UserError("no image is named; `make predict IMAGES=\"a.png 'b c.png'\"` names two")
         predictor = load(arguments.model, arguments.image_size)
-        paths, images, errors = read(arguments.images, predictor.image_size)
+        paths, images, errors = read(named, predictor.image_size)
         predictions = predictor(images)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -1,11 +1,11 @@
 """Put a ready parameter file in place: `make preset NAME=cifar10_resnet32`."""
 
-import argparse
 from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
 from pipeline.params import load
+from tools.command import Parser
 
 PRESETS = Path("presets")
 PARAMS = Path("params.yaml")
@@ -26,7 +26,7 @@ def use(name: str) -> None:
         raise SystemExit(
             f"error: {error.filename}: {error.strerror}; mend that and repeat, nothing was changed"
         ) from None
-    print(f"{PARAMS} is now {name}; run `dvc repro`")
+    print(f"{PARAMS} is now {name}; run `make repro`")
 
 
 def _use(name: str) -> None:
@@ -44,6 +44,6 @@ def _use(name: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("name")
     use(parser.parse_args().name)

@@ -4,12 +4,12 @@ Registers the model that was logged at a run and gives it an alias, so that it c
 knowing its version: `models:/blockdrop@champion`.
 """
 
-import argparse
 import sys
 
 from pipeline.errors import UserError
 from pipeline.tracking.models import ALIAS, NAME, Promotion, promote
 from pipeline.tracking.store import shown_uri
+from tools.command import Parser
 
 
 def describe(made: Promotion) -> str:
@@ -29,7 +29,7 @@ def describe(made: Promotion) -> str:
 
 def main() -> None:
     """Promote, then say which version was the champion and which is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", metavar="NAME_OR_RUN", help="an experiment's name, or the id of a run")
     parser.add_argument("--registered-name", default=NAME, help=f"of the registered model ({NAME})")
     parser.add_argument("--alias", default=ALIAS, help=f"({ALIAS})")

@@ -6,7 +6,6 @@ results/README.md and a figure for each network from all rows. Where others' wei
 that is a network of its own: its rivals are finetuned from these weights too.
 """
 
-import argparse
 import csv
 import json
 import subprocess
@@ -26,6 +25,7 @@ from pipeline.params import Params
 from pipeline.report import PAPER
 from pipeline.resume import project_root
 from pipeline.runtime import choose_device, describe_machine
+from tools.command import Parser, mendable
 
 FOLDER = project_root() / "results"
 ROWS = "rows"
@@ -285,9 +285,10 @@ def _label(row: Row, rows: Sequence[Row]) -> str:
     return f"{said}, seed {row['params']['seed']}" if several else said
 
 
+@mendable()
 def main() -> None:
     """Record a row, or write the table and the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     record = commands.add_parser("record")
     record.add_argument("name")

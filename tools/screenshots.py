@@ -4,7 +4,6 @@
 compare: `dvc exp run --queue -S 'gamma=1,2,5,10'`, `dvc queue start -j 2`.
 """
 
-import argparse
 import asyncio
 import base64
 import shutil
@@ -25,6 +24,7 @@ import aiohttp
 from pipeline.resume import project_root
 from pipeline.tracking import overview
 from pipeline.tracking.store import HOST, shown_uri, store_uri
+from tools.command import Parser, mendable
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 QUIET = (
@@ -171,9 +171,10 @@ async def photograph(program: str, links: Mapping[str, str], out: Path) -> None:
             print(f"{said}: {path}")
 
 
+@mendable()
 def main() -> None:
     """Write PNG files into a folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--like", metavar="NAME", help="the experiment to open (the newest)")
     arguments = parser.parse_args()

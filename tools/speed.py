@@ -25,6 +25,7 @@ from pipeline.inference import EXECUTORS
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
 from pipeline.tensors import Normalisation
+from tools.command import Parser
 
 NORMALISATION = Normalisation(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
@@ -82,7 +83,7 @@ def numbers(text: str) -> list[float]:
 
 def main() -> None:
     """Print the answers, write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("--depth", type=int, default=110)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--kept", type=float, default=0.31, help="share of the blocks")

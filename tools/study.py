@@ -4,13 +4,14 @@
 does not depend on gamma runs once for each seed. Experiments that are there already are not repeated.
 """
 
-import argparse
 import io
 import subprocess
 import time
 from pathlib import Path
 
 import pandas as pd
+
+from tools.command import Parser, mendable
 
 POLL_SECONDS = 5
 METRICS = {
@@ -100,9 +101,10 @@ def summary(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+@mendable()
 def main() -> None:
     """Run the grid, write every experiment's row, print the means."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--gammas", type=float, nargs="+", default=[1, 2, 5, 10])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2)

@@ -23,6 +23,7 @@ from pipeline.tracking.reach import patience, quietly, reason
 from pipeline.tracking.records import Record, RecordError
 from pipeline.tracking.runs import TAG_KEY, baseline_commit, end_orphans
 from pipeline.tracking.store import is_off, shown_uri, store
+from tools.command import Parser
 
 LOCK = Path(".dvc/tmp/blockdrop-sync.lock")
 PATIENCE = 30.0  # seconds for a call, twice: longer than a stage's, because models are uploaded
@@ -134,4 +135,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    Parser(description=__doc__).parse_args()
     main()

@@ -45,6 +45,7 @@ from pipeline.training import (
     fit,
     make_optimizer,
 )
+from tools.command import Parser, mendable
 
 NORMALISATION = Normalisation(mean=(0.49, 0.48, 0.45), std=(0.25, 0.24, 0.26))
 STAGES = ("pretrain", "curriculum", "finetune")
@@ -271,9 +272,10 @@ def decoding(folder: Path, *, rounds: int, images: int, size: int = 224) -> list
     return [{"stage": "decoding", "images_per_second": round(middle, 1), "rounds": rounds}]
 
 
+@mendable()
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--depth", type=int, default=32)
     parser.add_argument("--kept", type=float, default=0.6, help="share of the blocks that policies keep")
     parser.add_argument("--images", type=int, default=2560, help="of an epoch")

@@ -1,16 +1,15 @@
 """Open the MLflow UI, on this machine alone: `make ui`. Everything that DVC knows is logged first."""
 
-import argparse
 import contextlib
 import os
 import socket
 import subprocess
-import sys
 
 from pipeline.errors import UserError
 from pipeline.resume import project_root
 from pipeline.tracking import overview
 from pipeline.tracking.store import HOST, PORT, store_uri
+from tools.command import Parser, mendable
 from tools.sync import sync, usable_store
 
 
@@ -35,9 +34,10 @@ def require_free(host: str, port: int) -> None:
         ) from None
 
 
+@mendable()
 def main() -> None:
     """Print the links that show the runs, then serve until Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--port", type=int, default=PORT)
     parser.add_argument(
         "--host",
@@ -49,10 +49,7 @@ def main() -> None:
     uri = store_uri()
     served_elsewhere = uri.startswith("http")
     if not served_elsewhere:
-        try:
-            require_free(arguments.host, arguments.port)
-        except UserError as error:
-            sys.exit(f"error: {error}")
+        require_free(arguments.host, arguments.port)
     with usable_store():
         own = sync(project_root()) or ""
         address = None if served_elsewhere else f"http://{arguments.host}:{arguments.port}"

@@ -37,6 +37,15 @@ class Networks:
         """K, the length of a policy."""
         return self.resnet.num_blocks
 
+    @property
+    def shapes(self) -> str:
+        """The same for networks that differ in nothing but their weights, and no others."""
+        policy_net = self.policy_net
+        parts = [self.resnet] if policy_net is None else [self.resnet, policy_net.features]
+        said = [f"{p.family} {p.depth} x {p.width} to {p.num_classes}" for p in parts]
+        size = None if policy_net is None else policy_net.input_size
+        return ", ".join(said if size is None else [*said, f"seen at {size} pixels"])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
@@ -114,6 +123,9 @@ class Executor(ABC):
         if actions.dim() == 3:
             return self._classify_under(inputs, actions)
         return self._classify(inputs, actions)
+
+    def free(self) -> None:  # noqa: B027 - most keep nothing
+        """Give back what calls have left on the device, scratch and graphs; the next makes it anew."""
 
     def _no_logits(self, actions: Tensor) -> Tensor:
         return torch.empty(*actions.shape[:-1], self.networks.resnet.num_classes, device=self.device)

@@ -1,8 +1,10 @@
 """Batch 1 on CUDA: a graph for each block, replayed if the image keeps it.
 
 At batch 1 launching kernels takes longer than running them, so a block is captured once as a CUDA graph
-that works in place on a buffer of its stage. Then only the kept blocks' graphs are replayed; the one
-wait for the device is the look at the policy.
+that works in place on a buffer of its stage. Then only the kept blocks' graphs are replayed. The one
+wait for the device is the look at the policy, and it is for the policy network alone.
+
+Shapes: K blocks.
 """
 
 from collections.abc import Callable
@@ -17,18 +19,56 @@ from pipeline.executors.packed import PackedBlock
 Replay = Callable[[], object]
 
 
-def capture(work: Callable[[], object]) -> Replay:
-    """`work` as a CUDA graph; it must read and write the same memory every time."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what is set up lazily must not be captured
-        for _ in range(3):
+class Captures:
+    """Makes CUDA graphs that are replayed one at a time, in any order, and destroyed together.
+
+    They share a memory pool. That is sound because what a graph allocates there is scratch: nothing
+    that a graph leaves in the pool is read after the next replay of any of them.
+
+    Threads that pin memory (a DataLoader's) may go on meanwhile: a capture minds its own thread alone.
+    They have a stream of their own (one of the 32 that PyTorch hands out in turn): it keeps cuBLAS's
+    workspaces by stream, and frees them with the first graph captured there that is destroyed, whoever
+    still replays others (pytorch/pytorch, issue 193402). Not the one that warms up either: in the pool a
+    workspace that is freed goes to nobody else.
+    """
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, work: Callable[[], object]) -> Replay:
+        """`work` as a CUDA graph; it must read and write the same memory every time."""
+        for _ in range(3):  # what is set up lazily must not be captured
             work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+        ):
+            work()
+        return graph.replay
+
+
+class Look:
+    """A look at the policy that waits for it, but for nothing that was queued after it.
+
+    Args:
+        actions: [1, K] bool, the buffer to look at.
+    """
+
+    def __init__(self, actions: Tensor) -> None:
+        self.actions = actions
+        self.on_host = torch.empty(actions.shape, dtype=torch.bool, pin_memory=actions.is_cuda)
+        self.copied = torch.cuda.Event()
+
+    def begin(self) -> None:
+        """Queue the copy to the host."""
+        self.on_host.copy_(self.actions, non_blocking=True)
+        self.copied.record()
+
+    def end(self) -> list[bool]:
+        """The K actions, once the copy is done."""
+        self.copied.synchronize()
+        return self.on_host[0].tolist()
 
 
 class Session:
@@ -40,26 +80,28 @@ class Session:
         self.inputs = networks.normalisation(self.images).to(executor.dtype)  # channels_last
         self.actions = torch.ones(1, networks.num_blocks, device=executor.device, dtype=torch.bool)
         self.logits = torch.zeros(1, networks.resnet.num_classes, device=executor.device)
+        self.look = Look(self.actions)
+        self.capture = executor.captures()
         stream = network.stem.relu(self.inputs).clone()
         self.streams = [stream]
-        self.read = executor.capture(lambda: self.inputs.copy_(networks.normalisation(self.images)))
-        self.stem = executor.capture(lambda: self.streams[0].copy_(network.stem.relu(self.inputs)))
+        self.read = self.capture(lambda: self.inputs.copy_(networks.normalisation(self.images)))
+        self.stem = self.capture(lambda: self.streams[0].copy_(network.stem.relu(self.inputs)))
         if executor.policy_net is not None:
             policy_net = executor.policy_net
-            self.decide = executor.capture(lambda: self.actions.copy_(policy_net.actions(self.inputs)))
-        self.blocks = [self._block(executor, block) for block in network.blocks]
+            self.decide = self.capture(lambda: self.actions.copy_(policy_net.actions(self.inputs)))
+        self.blocks = [self._block(block) for block in network.blocks]
         last = self.streams[-1]
-        self.head = executor.capture(lambda: self.logits.copy_(network.head(last)))
+        self.head = self.capture(lambda: self.logits.copy_(network.head(last)))
 
-    def _block(self, executor: "Graphed", block: PackedBlock) -> tuple[Replay, Replay | None]:
+    def _block(self, block: PackedBlock) -> tuple[Replay, Replay | None]:
         """What to replay for a kept block, and for a dropped one (None: nothing)."""
         stream = self.streams[-1]
         if block.shortcut is None:
-            return executor.capture(lambda: block.keep_(stream, stream)), None
+            return self.capture(lambda: block.keep_(stream, stream)), None
         after = block.skip(stream).clone()
         self.streams.append(after)
-        kept = executor.capture(lambda: after.copy_(block.keep_(stream, block.skip(stream))))
-        return kept, executor.capture(lambda: after.copy_(block.skip(stream)))
+        kept = self.capture(lambda: after.copy_(block.keep_(stream, block.skip(stream))))
+        return kept, self.capture(lambda: after.copy_(block.skip(stream)))
 
     def run(self, actions: Tensor | None) -> Output:
         """From the inputs in their buffer on; actions [1, K], or None to ask the policy network."""
@@ -67,8 +109,9 @@ class Session:
             self.decide()
         else:
             self.actions.copy_(actions)
-        self.stem()  # while the device still works on it, the host waits for the actions
-        for (kept, dropped), keep in zip(self.blocks, self.actions[0].tolist(), strict=True):
+        self.look.begin()
+        self.stem()  # what the device does while the host waits, then queues the blocks
+        for (kept, dropped), keep in zip(self.blocks, self.look.end(), strict=True):
             if keep:
                 kept()
             elif dropped is not None:
@@ -85,13 +128,17 @@ class Graphed(Gather):
     """
 
     name = "graphed"
-    capture = staticmethod(capture)
+    captures: type[Captures] = Captures
 
     def __init__(self, networks: Networks, *, precision: str = "fp32") -> None:
         super().__init__(networks, precision=precision)
-        if self.device.type != "cuda" and self.capture is capture:
+        if self.device.type != "cuda" and self.captures is Captures:
             raise UnavailableError(f"CUDA graphs need CUDA, not {self.device.type}")
         self.sessions: dict[tuple[int, int], Session] = {}
+
+    def free(self) -> None:
+        """Drop the graphs and their buffers."""
+        self.sessions.clear()
 
     def _session(self, height: int, width: int) -> Session:
         if (height, width) not in self.sessions:

@@ -45,6 +45,9 @@ FEWEST, MOST = 16, 128  # channels: what tl.dot asks for, and what a tile has ro
 # index, weight or barrier gives logits as wrong as they are large, and TF32 for fp32 is to show as well.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.03}
 PROOF_IMAGES, PROOF_PROGRAMS = 5, 2  # several images a program: what one leaves behind must not show
+# What was wrong, "" for nothing, by device, precision and networks' shapes: the kernel and how weights
+# are packed depend on nothing else, so that a training's validations need one proof.
+PROOFS: dict[tuple[str, str, str], str] = {}
 
 
 def _jit(function: Any) -> Any:
@@ -282,7 +285,8 @@ class _Network:
 class Persistent(Executor):
     """CUDA: the same few launches at any mix of policies. On one stream at a time.
 
-    When made, it compiles (seconds) and proves itself on random images against float64.
+    When made, it compiles (seconds) and proves itself on random images against float64, once in a
+    process for networks of the same shapes.
 
     Raises:
         UnavailableError: no Triton, another device, too many channels, or a proof that fails.
@@ -312,6 +316,12 @@ class Persistent(Executor):
         self.policy_net = None if policy_net is None else _Network(policy_net.features, self.dtype)
         self.scale, self.shift = networks.normalisation.scale_and_shift(self.device)
         self._prove()
+
+    def free(self) -> None:
+        """Drop the scratch."""
+        for network in (self.resnet, self.policy_net):
+            if network is not None:
+                network.spaces.clear()
 
     def _run(self, images: Tensor, actions: Tensor | None) -> Output:
         # with constants that are on the device already: making them would wait for it
@@ -357,12 +367,24 @@ class Persistent(Executor):
             )  # fmt: skip
         return logits
 
-    @torch.no_grad()
     def _prove(self) -> None:
-        """Compare with the networks in float64 on random images.
+        """See that it gives what the networks give in float64, unless that was seen to before.
 
         Raises:
             UnavailableError: it differs, or does not compile or run.
+        """
+        key = str(self.device), self.precision, self.networks.shapes
+        if key not in PROOFS:
+            PROOFS[key] = self._fault()
+        if PROOFS[key]:
+            raise UnavailableError(PROOFS[key])
+
+    @torch.no_grad()
+    def _fault(self) -> str:
+        """What is wrong with the kernel on random images, or "".
+
+        Raises:
+            UnavailableError: there was no memory to find out.
         """
         draw = torch.Generator().manual_seed(0)
         shape = (PROOF_IMAGES, self.PROOF_SIDE, self.PROOF_SIDE, 3)
@@ -385,13 +407,14 @@ class Persistent(Executor):
                 for name in found
                 if not off[name] <= TOLERANCE[self.precision] * expected[name].abs().max()  # nor NaN
             ]
+        except torch.OutOfMemoryError as error:  # another time there may be enough
+            raise UnavailableError("no memory is left to prove the kernel") from error
         except Exception as error:  # whatever Triton, the compiler and the driver raise
             words = str(error).strip().splitlines() or [""]
-            raise UnavailableError(f"the kernel fails: {type(error).__name__}: {words[-1]}") from error
+            return f"the kernel fails: {type(error).__name__}: {words[-1]}"
         finally:
             self.programs = programs
-        if wrong:
-            raise UnavailableError(f"the kernel's {', '.join(wrong)}")
+        return f"the kernel's {', '.join(wrong)}" if wrong else ""
 
 
 def _in_float64(module: nn.Module) -> nn.Module:

@@ -125,9 +125,11 @@ def require_usable(uri: str, *, seconds: float | None = None) -> None:
         OSError: the file, or its folder, can't be written to.
         sqlite3.Error: the file can't be used.
     """
+    from sqlalchemy.engine import make_url
+
     if not uri.startswith(SQLITE):
         return
-    path = Path(uri.removeprefix(SQLITE).split("?")[0]).absolute()
+    path = Path(make_url(uri).database or "").absolute()
     folder = next(parent for parent in path.parents if parent.exists())  # MLflow makes the others
     for place in (folder, path):  # the journal goes to the folder
         if place.exists() and not os.access(place, os.W_OK):

@@ -37,6 +37,7 @@ from tools.chaos.cases import (
     run_server,
 )
 from tools.chaos.home import TRAININGS, Home, TimeUpError, compile_shim, run_truth
+from tools.command import Parser
 
 LOST, NO_COMPILER = 1, 3
 
@@ -156,9 +157,7 @@ def verdict(cases: Sequence[Case], outcomes: Sequence[Outcome], home: Home, seed
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--kills", type=int, default=50)
     add("--faults", type=int, default=8, help="writes that fail")
