@@ -295,14 +295,6 @@ def test_the_resnet_learns_from_the_labels_as_without_a_policy(estimator, train_
     torch.testing.assert_close(found, list(expected))
 
 
-def test_what_runs_the_frozen_network_is_chosen_anew_each_epoch(small_resnet):
-    learner = policy_learner(small_resnet, finetune=False, epochs_per_block=1)
-    assert learner.frozen is not None
-    learner.frozen.winners = {7: learner.frozen}  # as after a race, which CPUs have not
-    learner.begin_epoch(1)
-    assert learner.frozen.winners == {}
-
-
 @pytest.mark.parametrize("estimator", ["self_critical", "reinmax"])
 def test_after_its_epochs_the_policy_is_fixed_and_the_resnet_learns_on(
     estimator, train_split, validation_split, small_resnet
