@@ -273,6 +273,20 @@ def load(folder: Path) -> Checkpoint:
     )
 
 
+def other_content(path: Path) -> str | None:
+    """What a download left in the file's place, by its first bytes, and the remedy; None: neither."""
+    with open_regular(path) as file:
+        start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer in place of the file; run `git lfs pull` where it came from"
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head")):
+        return (
+            "an HTML or XML page in place of the file, such as a login, a warning or an error; download "
+            "it anew, by a browser if need be"
+        )
+    return None
+
+
 class _Uninitialised(TorchFunctionMode):
     """Networks are built without drawing weights, which on `meta` would import PyTorch's compiler."""
 
@@ -344,6 +358,8 @@ def _read_weights(path: Path, sha256: str) -> bytes:
                 return file.read()
     except OSError as error:
         raise CheckpointError(f"{path} can't be read ({error.strerror}); {_ANEW}") from None
+    if (other := other_content(path)) is not None:
+        raise CheckpointError(f"{path} is {other}")
     raise CheckpointError(
         f"{path} is damaged or of another checkpoint: its SHA-256 is not the one in {SIDECAR}; {_ANEW}"
     )
@@ -358,6 +374,8 @@ def _read_sidecar(path: Path) -> Sidecar:
             f"{WEIGHTS} and {SIDECAR}; copy both"
         ) from None
     except ValueError as error:
+        if (other := other_content(path)) is not None:
+            raise CheckpointError(f"{path} is {other}") from None
         raise CheckpointError(f"{path} is no valid JSON ({cut(error)}); {_ANEW}") from None
     try:
         return Sidecar.model_validate(content)

@@ -99,7 +99,7 @@ class ImageNetResNet(ResNet):
         return Bottleneck if self.depth in IMAGENET_BOTTLENECK else BasicBlock
 
 
-_PLACED = re.compile(r"^layer([1-4])\.(\d+)\.(.+)$")
+_PLACED = re.compile(r"^layer([1-4])\.(0|[1-9]\d{0,3})\.(.+)$")
 
 
 def stages_of(weights: Mapping[str, Tensor]) -> tuple[int, ...]:

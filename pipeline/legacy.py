@@ -1,5 +1,5 @@
-"""The authors' checkpoints (Tushar-N/blockdrop and its fork), and torchvision's: pickles of unknown
-hands.
+"""Checkpoints of the authors (Tushar-N/blockdrop and its fork), and of torchvision and PyTorch's
+ImageNet example: pickles of unknown hands.
 
 They open only under `torch.load(weights_only=True)`, with `argparse.Namespace` as the one further type
 that may be in them, so no code in a file can run.
@@ -7,13 +7,14 @@ that may be in them, so no code in a file can run.
 
 import pickle
 import re
+import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import pickles
 from pipeline.checkpoint import (
@@ -22,15 +23,20 @@ from pipeline.checkpoint import (
     PolicyNetArchitecture,
     ResNetArchitecture,
     fill,
+    other_content,
 )
-from pipeline.families import IMAGENET_BASIC, IMAGENET_BOTTLENECK
+from pipeline.families import IMAGENET, IMAGENET_BASIC, IMAGENET_BOTTLENECK, Family
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import STAGES, ResNet
 from pipeline.untrusted import cut, shown
 
 Weights = Mapping[str, Tensor]
-_ANEW = "take the file anew from its authors"
-MAX_BLOCK = 333  # index in a stage; a name alone must not make a network of depth 600,000
+OF_RESNET = ("resnet", "state_dict", "model")  # the authors', PyTorch's example, torchvision's training
+OF_POLICY = ("agent", "net")  # the authors' new and old name
+_TAKEN = "take a whole file of the BlockDrop authors' networks or of torchvision's ResNets"
+_UNREADABLE = "it is cut short, damaged or no checkpoint of PyTorch; take the file anew from its authors"
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of DataParallel and torch.compile
+POLICY_INPUT = 112  # pixels: the authors' policy network for ImageNet averages 224 down by 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +51,8 @@ class LegacyCheckpoint:
         if self.resnet is None:
             raise CheckpointError(
                 f"{path} holds a policy and no ResNet (some files of the fork are called finetuned but "
-                "lost it); import it for the stage curriculum, and a ResNet for pretrain"
+                "lost it); import it for the stage curriculum, and its ResNet for pretrain; with "
+                "finetune.epochs 0 the two are evaluated as they are"
             )
         return self.resnet
 
@@ -57,60 +64,87 @@ class LegacyCheckpoint:
 
 
 def load(path: Path) -> LegacyCheckpoint:
-    """Read one of the authors' files: a ResNet, a policy, or both; or torchvision's, a ResNet.
+    """Read one of the authors' files (a ResNet, a policy, or both), or a ResNet of torchvision's kind.
 
     Raises:
         CheckpointError: it is no such file, holds forbidden types, or its weights don't fit.
     """
     content = _open(path)
-    resnet = policy_net = None
-    if "layer1.0.conv1.weight" in content:  # the weights themselves, as torchvision publishes them
-        resnet = _torchvision(_weights({"it": content}, "it", path), path)
-    if "state_dict" in content:
-        resnet = _resnet(_weights(content, "state_dict", path), path)
-    if "resnet" in content:
-        resnet = _resnet(_weights(content, "resnet", path), path)
-    key = next((name for name in ("agent", "net") if name in content), None)
-    if key is not None:
-        policy_net = _policy_net(_weights(content, key, path), path)
-    if resnet is None and policy_net is None:
+    if any(_unwrapped(name) == "conv1.weight" for name in content):  # the weights by themselves
+        content = {"state_dict": content}
+    of_resnet, of_policy = (_first(content, names) for names in (OF_RESNET, OF_POLICY))
+    if of_resnet is None and of_policy is None:
+        known = ", ".join((*OF_RESNET, *OF_POLICY))
         raise CheckpointError(
-            f"{path} holds none of state_dict, resnet, agent, net; its keys are {shown(list(content))}; "
-            f"{_ANEW}"
+            f"{path} holds none of {known}; its keys are {shown(list(content))}; {_TAKEN}"
         )
-    return LegacyCheckpoint(resnet=resnet, policy_net=policy_net)
+    return LegacyCheckpoint(
+        resnet=None if of_resnet is None else _resnet(_weights(content, of_resnet, path), path),
+        policy_net=None if of_policy is None else _policy_net(_weights(content, of_policy, path), path),
+    )
+
+
+def _first(content: dict[str, object], names: tuple[str, ...]) -> str | None:
+    """The first of these keys, and rather one with a table: `model` may be a network's name."""
+    there = [name for name in names if name in content]
+    return next((name for name in there if isinstance(content[name], Mapping)), next(iter(there), None))
+
+
+def _unwrapped(name: object) -> str:
+    return _WRAPPERS.sub("", name) if isinstance(name, str) else ""
 
 
 def _open(path: Path) -> dict[str, object]:
     try:
+        if (other := other_content(path)) is not None:
+            raise CheckpointError(f"{path} is {other}")
+        if path.is_file() and tarfile.is_tarfile(path):
+            what = "of PyTorch's first format (tar), which can't be read as plain weights"
+            raise CheckpointError(f"{path} is {what}; {_TAKEN}")
         content = pickles.load(path, MAX_BYTES)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f" ({cut(named[1], 80)})" if named else ""
+        if named is None:
+            raise CheckpointError(f"{path} is refused: {_UNREADABLE}") from None
+        if named[1].startswith("__torch__."):
+            raise CheckpointError(f"{path} is TorchScript, not plain weights; {_TAKEN}") from None
         raise CheckpointError(
-            f"{path} is refused: it is damaged, or would run code or build objects beyond plain "
-            f"weights{what}; take the file from its authors, and never load it in another way"
+            f"{path} is refused: it builds more than plain weights ({cut(named[1], 80)}), which may run "
+            "code; take the file from its authors as weights alone (a state_dict), and never load it in "
+            "another way"
         ) from None
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; give the path of a checkpoint") from None
-    except Exception as error:  # torch.load raises what the damaged bytes happen to break
-        raise CheckpointError(
-            f"{path} is no readable checkpoint ({cut(repr(error))}); {_ANEW}"
-        ) from None
+    except Exception as error:  # torch.load raises what the bytes happen to break
+        raise CheckpointError(f"{path}: {_UNREADABLE} ({cut(repr(error))})") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint; {_ANEW}")
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint; {_TAKEN}")
     return content
 
 
 def _weights(content: dict[str, object], key: str, path: Path) -> Weights:
-    found = content[key]
-    if not isinstance(found, Mapping) or not found:
-        raise CheckpointError(f"{path}: {key} is no table of weights; {_ANEW}")
-    if not all(isinstance(k, str) and _is_plain(v) for k, v in found.items()):
-        raise CheckpointError(f"{path}: {key} holds more than named, plain tensors; {_ANEW}")
-    if sum(tensor.nbytes for tensor in found.values()) > path.stat().st_size:
-        raise CheckpointError(f"{path}: {key} claims more weights than the file has bytes; {_ANEW}")
-    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
+    """Under the names of torchvision, or of the authors' policy network, without wrappers."""
+    table = content[key]
+    if not isinstance(table, Mapping) or not table:
+        raise CheckpointError(f"{path}: {key} is no table of weights; {_TAKEN}")
+    if not all(isinstance(k, str) and _is_plain(v) for k, v in table.items()):
+        raise CheckpointError(f"{path}: {key} holds more than named, plain tensors; {_TAKEN}")
+    if sum(tensor.nbytes for tensor in table.values()) > path.stat().st_size:
+        raise CheckpointError(f"{path}: {key} claims more weights than the file has bytes; {_TAKEN}")
+    weights = {_as_torchvision(_unwrapped(name)): tensor for name, tensor in table.items()}
+    if len(weights) < len(table):
+        raise CheckpointError(f"{path}: {key} has a weight under two names; {_TAKEN}")
+    return weights
+
+
+def _as_torchvision(name: str) -> str:
+    """The authors' `blocks.STAGE.BLOCK` and `ds.STAGE` (a stage's first shortcut), as torchvision's."""
+    name = re.sub(r"^(features\.|)blocks\.([0-3])\.", lambda m: f"{m[1]}layer{int(m[2]) + 1}.", name)
+    return re.sub(
+        r"^(features\.|)ds\.([0-3])\.", lambda m: f"{m[1]}layer{int(m[2]) + 1}.0.downsample.", name
+    )
 
 
 def _is_plain(value: object) -> bool:
@@ -121,36 +155,10 @@ def _is_plain(value: object) -> bool:
     return strided and not value.is_nested
 
 
-def _flat(weights: Weights, path: Path) -> tuple[dict[str, Tensor], int]:
-    """Names with one flat block index instead of (stage, block), and the depth that they make."""
-    pattern = re.compile(r"^(?:layer(?P<from_1>\d+)|blocks\.(?P<from_0>\d+))\.(\d+)\.(.+)$")
-    placed: list[tuple[int, int, str, Tensor]] = []
-    flat: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        match = pattern.match(name)
-        if match is None:
-            flat[name] = tensor
-            continue
-        stage = int(match["from_0"]) if match["from_0"] else int(match["from_1"]) - 1
-        placed.append((stage, int(match[3]), match[4], tensor))
-    if any(stage < 0 or block > MAX_BLOCK for stage, block, *_ in placed):
-        raise CheckpointError(f"{path} claims blocks that no ResNet here has; {_ANEW}")
-    sizes = [1 + max((b for s, b, *_ in placed if s == stage), default=-1) for stage in range(3)]
-    if len(set(sizes)) != 1 or not sizes[0] or any(s >= STAGES for s, *_ in placed):
-        raise CheckpointError(
-            f"{path} has {sizes} blocks in its first stages; a CIFAR ResNet has the same number in "
-            f"each of three; {_ANEW}"
-        )
-    n = sizes[0]
-    for stage, block, rest, tensor in placed:
-        flat[f"blocks.{stage * n + block}.{rest}"] = tensor
-    return flat, 2 * STAGES * n + 2
-
-
 def _length(weights: Weights, name: str, path: Path) -> int:
     """Length of the first axis of a weight that decides on the architecture."""
     if name not in weights or weights[name].ndim == 0:
-        raise CheckpointError(f"{path} lacks {name}, or it is a single number; {_ANEW}")
+        raise CheckpointError(f"{path} lacks {name}, or it is a single number; {_TAKEN}")
     return weights[name].shape[0]
 
 
@@ -165,58 +173,67 @@ def _complete(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _resnet(weights: Weights, path: Path) -> ResNet:
-    flat, depth = _flat(weights, path)
-    width, classes = (_length(flat, name, path) for name in ("conv1.weight", "fc.weight"))
-    try:
-        network = ResNetArchitecture(depth=depth, width=width, num_classes=classes)
-    except ValidationError as error:
-        raise _beyond(error, path) from None
-    return fill(network.build, _complete(flat), path, _ANEW)  # type: ignore[return-value]
-
-
-def _torchvision(weights: Weights, path: Path) -> ResNet:
-    """A ResNet for ImageNet whose weights have torchvision's names."""
-    from pipeline.imagenet_resnet import from_torchvision, stages_of
-
-    sizes = stages_of(weights)
-    shallow, deep = IMAGENET_BASIC, IMAGENET_BOTTLENECK
-    known = deep if "layer1.0.conv3.weight" in weights else shallow
-    depth = next((depth for depth, stages in known.items() if stages == sizes), None)
-    if depth is None:
-        raise CheckpointError(
-            f"{path} has {list(sizes)} blocks in its stages, as no ResNet here has; take one of "
-            f"torchvision's ResNets with {', '.join(map(str, sorted(shallow | deep)))} layers"
-        )
-    width, classes = (_length(weights, name, path) for name in ("conv1.weight", "fc.weight"))
-    try:
-        network = ResNetArchitecture(family="imagenet", depth=depth, width=width, num_classes=classes)
-    except ValidationError as error:
-        raise _beyond(error, path) from None
-    named = _complete(from_torchvision(weights, sizes))
-    return fill(network.build, named, path, _ANEW)  # type: ignore[return-value]
+    shape, named = _trunk(weights, path)
+    classes = _length(weights, "fc.weight", path)
+    return _built(ResNetArchitecture, shape | {"num_classes": classes}, named, path)  # type: ignore[return-value]
 
 
 def _policy_net(weights: Weights, path: Path) -> PolicyNet:
     """The policy without its value head (`vnet`), which the authors never trained."""
-    trunk = {
+    of_features = {
         name.removeprefix("features."): tensor
         for name, tensor in weights.items()
         if name.startswith("features.") and not name.startswith("features.fc.")
     }
-    flat, depth = _flat(trunk, path)
-    num_blocks, _ = (_length(weights, name, path) for name in ("logit.weight", "logit.bias"))
-    flat |= {name.replace("logit", "fc"): weights[name] for name in ("logit.weight", "logit.bias")}
-    width = _length(weights, "features.conv1.weight", path)
+    needed = ("logit.weight", "logit.bias", "features.conv1.weight")
+    num_blocks, *_ = (_length(weights, name, path) for name in needed)
+    shape, named = _trunk(of_features, path)
+    named |= {name.replace("logit", "fc"): weights[name] for name in ("logit.weight", "logit.bias")}
+    shape |= {
+        "num_blocks": num_blocks,
+        "input_size": POLICY_INPUT if shape["family"] == "imagenet" else None,
+    }
+    named = {f"features.{name}": tensor for name, tensor in named.items()}
+    return _built(PolicyNetArchitecture, shape, named, path)  # type: ignore[return-value]
+
+
+def _trunk(weights: Weights, path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """Family, depth and width that the weights of a ResNet make, and the weights as ours are named."""
+    from pipeline.imagenet_resnet import from_torchvision, stages_of
+
+    sizes = stages_of(weights)
+    width = _length(weights, "conv1.weight", path)
+    family: Family = "imagenet" if weights["conv1.weight"].shape[2:] == (7, 7) else "cifar"
+    depth = _depth(family, sizes, bottlenecks="layer1.0.conv3.weight" in weights)
+    if depth is None:
+        raise CheckpointError(
+            f"{path} has {list(sizes)} blocks in its stages, as no ResNet here has: CIFAR's (3x3 stem) "
+            "have the same number in each of three, ImageNet's (7x7) are torchvision's ResNets "
+            f"with {', '.join(map(str, sorted(IMAGENET)))} layers"
+        )
+    shape: dict[str, object] = {"family": family, "depth": depth, "width": width}
+    return shape, _complete(from_torchvision(weights, sizes))
+
+
+def _depth(family: Family, sizes: tuple[int, ...], *, bottlenecks: bool) -> int | None:
+    """Of the network with so many blocks in each of four stages; None: there is none here."""
+    if family == "cifar":
+        equal = sizes == (sizes[0],) * STAGES + (0,)
+        return 2 * STAGES * sizes[0] + 2 if sizes[0] and equal else None
+    known = IMAGENET_BOTTLENECK if bottlenecks else IMAGENET_BASIC
+    return next((depth for depth, stages in known.items() if stages == sizes), None)
+
+
+def _built(
+    architecture: type[ResNetArchitecture | PolicyNetArchitecture],
+    shape: dict[str, object],
+    named: dict[str, Tensor],
+    path: Path,
+) -> nn.Module:
     try:
-        network = PolicyNetArchitecture(depth=depth, width=width, num_blocks=num_blocks, input_size=None)
-    except ValidationError as error:
-        raise _beyond(error, path) from None
-    named = {f"features.{name}": tensor for name, tensor in _complete(flat).items()}
-    return fill(network.build, named, path, _ANEW)  # type: ignore[return-value]
-
-
-def _beyond(error: ValidationError, path: Path) -> CheckpointError:
-    """The error for weights of a network that nobody can have meant."""
-    first = error.errors()[0]
-    what = f"{first['loc'][0]} {shown(first['input'])}: {first['msg']}"
-    return CheckpointError(f"{path} has weights of a network of {what}; {_ANEW}")
+        network = architecture.model_validate(shape)
+    except ValidationError as error:  # of a network that nobody can have meant
+        first = error.errors()[0]
+        what = f"{first['loc'][0]} {shown(first['input'])}: {first['msg']}"
+        raise CheckpointError(f"{path} has weights of a network of {what}; {_TAKEN}") from None
+    return fill(network.build, named, path, _TAKEN)

@@ -27,6 +27,7 @@ NO_FILE = "import/none"  # stands for "nothing is imported": DVC needs a path th
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 NonNegative = Annotated[float, Field(ge=0, le=1e9)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
+CountOrNone = Annotated[int, Field(ge=0, le=10**9)]
 Few = Annotated[int, Field(ge=1, le=10**5)]  # what takes time or memory for each
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Depth = Annotated[int, Field(ge=1, le=2000)]  # as checkpoints may have it
@@ -154,6 +155,7 @@ class Curriculum(Section):
     flips: Few
     soft_reward: bool
     alpha: Annotated[float, Field(gt=0.5, le=1)]
+    entropy: Literal["binary", "authors"]
     entropy_weight: NonNegative
     epochs_per_block: Positive
     epochs: Count
@@ -173,8 +175,8 @@ class Finetune(Section):
     entropy_weight: NonNegative
     entropy_schedule: Literal["constant", "linear"]
     diversity_weight: NonNegative
-    epochs: Count
-    hold_epochs: Annotated[int, Field(ge=0, le=10**9)]
+    epochs: CountOrNone
+    hold_epochs: CountOrNone
     policy_epochs: Count | None
     batch_size: Count
     policy_lr: Positive
@@ -187,6 +189,8 @@ class Finetune(Section):
 
     @model_validator(mode="after")
     def _policy_epochs(self) -> "Finetune":
+        if not self.epochs:  # nothing is trained: both networks are taken as they are
+            return self
         left = self.epochs - self.hold_epochs
         if left < 1:
             raise ValueError(

@@ -109,12 +109,22 @@ def entropy(logits: Tensor, learnt: Tensor | None = None) -> Tensor:
     """Entropy of the policy in nats, summed over its (learnt) blocks, [B, K] to [B].
 
     Both terms, -p log p - (1-p) log(1-p), for p = sigmoid(logits); from the logits, so that it and
-    its gradient stay finite when a decision saturates. The authors' code has only the first term,
-    which is largest at p = 1/e and so is no bonus for exploring but a pull towards dropping.
+    its gradient stay finite when a decision saturates.
     """
     keep_prob = torch.sigmoid(logits)
     each = keep_prob * F.softplus(-logits) + (1 - keep_prob) * F.softplus(logits)
     return (each if learnt is None else each * learnt).sum(dim=1)
+
+
+def authors_entropy(sampling_prob: Tensor) -> Tensor:
+    """What the authors' curriculum calls entropy: -p log p, summed over all K blocks, [B, K] to [B].
+
+    It differs from `entropy` in three ways: p is the bounded s' and not s; the term for dropping is
+    missing; and the sum includes the blocks that the curriculum still keeps. The largest value is at
+    p = 1/e, which is s = 0.28 under alpha = 0.8. So it rewards dropping where `entropy` rewards
+    exploring, and a block may be dropped as soon as it joins the curriculum.
+    """
+    return torch.special.entr(sampling_prob.clamp_min(1e-15)).sum(dim=1)
 
 
 def sameness(keep_prob: Tensor, mean_keep_prob: Tensor, learnt: Tensor | None = None) -> Tensor:

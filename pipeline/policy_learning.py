@@ -6,6 +6,7 @@ Shapes: B images of a batch, K blocks, N classes.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,9 @@ class PolicyRules:
     Attributes:
         gamma: penalty of a wrong prediction (Eq. 3).
         alpha: bound of the exploration, s' = alpha s + (1 - alpha)(1 - s).
-        entropy_weight: weight of the policy's entropy, summed over blocks, in the loss.
+        entropy: the bonus for exploration: `binary` (`policy_gradient.entropy`, over learnt blocks) or
+            `authors` (`policy_gradient.authors_entropy`, over all).
+        entropy_weight: weight of that entropy, summed over blocks, in the loss.
         entropy_epochs: in which the policy is learnt and that weight falls, to 1/epochs of it in the
             last; None: it stays.
         hold_epochs: in which the policy waits, and the ResNet learns under actions sampled from it.
@@ -47,6 +50,7 @@ class PolicyRules:
 
     gamma: float
     alpha: float
+    entropy: Literal["binary", "authors"] = "binary"
     entropy_weight: float
     entropy_epochs: int | None = None
     hold_epochs: int = 0
@@ -95,9 +99,10 @@ class PolicyLearning:
     - `reinmax`: by the mean of the slopes where the block runs and where it does not, for which dropped
       blocks are run forward too, with running statistics and without being learnt from: second order.
 
-    Frozen, the ResNet stays in evaluation mode: no weight and no batch-norm statistic moves, unlike in
-    the authors' code. In finetuning the sampled pass trains it, and a block's batch statistics are those
-    of the images that run it; the greedy pass always runs in evaluation mode and moves nothing.
+    Frozen, the ResNet stays in evaluation mode: no weight and no batch-norm statistic moves. In
+    finetuning the sampled pass trains it, and a block's batch statistics are those of the images that
+    run it. The greedy pass always runs in evaluation mode and moves nothing. (In the authors' finetuning
+    it runs in training mode and moves the statistics, as do images that drop the block.)
 
     So in finetuning R(u) is the reward of the network with batch statistics, R(u~) that of the network
     as it is deployed. A baseline may be anything that does not depend on the sampled actions, so what is
@@ -224,7 +229,10 @@ class PolicyLearning:
         decisions = self._decide(batch)
         policy_loss, metrics = self._estimate(batch, decisions)
         entropy = pg.entropy(decisions.logits, self.learnt).mean()
-        loss = policy_loss - self.entropy_weight * entropy
+        bonus = entropy
+        if self.rules.entropy == "authors":
+            bonus = pg.authors_entropy(decisions.sampling_prob).mean()
+        loss = policy_loss - self.entropy_weight * bonus
         if self.rules.diversity_weight:
             keep_prob = torch.sigmoid(decisions.logits)
             mean = distributed.mean_of_all(keep_prob, batch.share)

@@ -11,8 +11,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from pipeline.bootstrap import paired_difference
 from pipeline.families import num_blocks
+from pipeline.paired import Difference, paired_difference
+from pipeline.timing import claim, in_words
 
 Numbers = Mapping[str, Any]
 Outcomes = Mapping[str, NDArray[np.bool_]]
@@ -20,7 +21,7 @@ Published = tuple[str, float, float | None, float | None]  # name, accuracy, blo
 MACHINE = ("device", "processor", "threads")  # what makes times comparable
 LEARNING = ("curriculum", "finetune")  # what BlockDrop trains on top of a ResNet
 RULES = {"first": "FirstK", "random": "RandomK", "distribute": "DistributeK"}
-RESAMPLES = 10_000
+SAME_COST = 0.02  # costs that differ by less are equal
 ONE_DRAW = "RandomK is compared in one draw of its blocks; the table has the mean of several."
 
 # by data set and depth, of Wu et al. 2018; and, as what came after, of Verelst and Tuytelaars 2020
@@ -90,9 +91,10 @@ def rivals(results: Results) -> list[Rival]:
     for depth, numbers in results.baseline.get("sole", {}).items():
         blocks = num_blocks(results.params.get("resnet.family", "cifar"), int(depth))
         found.append(_rival(f"ResNet-{depth}", f"sole-{depth}", numbers, blocks))
+    tuned = "finetuned" if results.params.get("finetune.epochs", 1) else "not finetuned"
     for key, numbers in results.baseline.get("static", {}).items():
         rule, kept = key.rsplit("_", 1)
-        said = f"{RULES.get(rule, rule)}, {kept} blocks, finetuned"
+        said = f"{RULES.get(rule, rule)}, {kept} blocks, {tuned}"
         found.append(_rival(said, f"{rule}-{kept}", numbers, numbers["blocks"]))
     return found
 
@@ -103,27 +105,34 @@ def published(params: Numbers) -> Sequence[Published]:
 
 
 def verdict(results: Results, rival: Rival) -> str:
-    """BlockDrop beside a static network: accuracy by a paired bootstrap, cost, and who is ahead."""
-    own = results.evaluated
-    difference, low, high = paired_difference(
-        results.outcomes["blockdrop"], results.outcomes[rival.name],
-        resamples=RESAMPLES, seed=int(results.params["seed"]),
-    )  # fmt: skip
-    points = f"{100 * difference:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f})"
-    ratio = own["flops_mean"] / rival.flops
-    cost = f"at {100 * ratio:.0f} % of its FLOPs"
-    return f"- {rival.said}: BlockDrop has {points} {cost}: {_ahead(low, high, ratio)}."
+    """BlockDrop beside a static network: accuracy on the same images, cost, and who is ahead."""
+    difference = paired_difference(results.outcomes["blockdrop"], results.outcomes[rival.name])
+    ratio = results.evaluated["flops_mean"] / rival.flops
+    return (
+        f"- {rival.said}: BlockDrop has {_points(difference)} at {100 * ratio:.0f} % of its FLOPs: "
+        f"{_ahead(difference.sign, ratio)}."
+    )
 
 
-def _ahead(low: float, high: float, ratio: float) -> str:
-    """In words, what an interval of accuracy and a ratio of costs come to."""
-    cheaper = "cheaper" if ratio < 1 else "dearer"
-    if low > 0:
-        return "**ahead**, more accurate and cheaper" if ratio < 1 else "more accurate, but dearer"
-    if high < 0:
-        return "**behind**, less accurate and dearer" if ratio >= 1 else "cheaper, but less accurate"
-    same = "no difference in accuracy that these images can show"
-    return f"{same}, and {cheaper}: {'**ahead**' if ratio < 1 else '**behind**'}"
+def _points(difference: Difference) -> str:
+    """In points of accuracy, with the interval and the images that make it."""
+    mean, low, high = (100 * value for value in difference[:3])
+    return (
+        f"{mean:+.2f} points ({low:+.2f} to {high:+.2f}; right alone on {difference.only_first} images, "
+        f"the other on {difference.only_second})"
+    )
+
+
+def _ahead(sign: int, ratio: float) -> str:
+    """In words, what a difference of accuracies that can be told or not and a ratio of costs come to."""
+    cost = 0 if abs(ratio - 1) <= SAME_COST else 1 if ratio > 1 else -1
+    costs = {-1: "cheaper", 0: "as dear", 1: "dearer"}[cost]
+    if sign == 0:
+        return f"their accuracies can't be told apart, and it is {costs}"
+    accuracy = "more accurate" if sign > 0 else "less accurate"
+    if sign == cost:
+        return f"{accuracy}, but {costs}"
+    return f"**{'ahead' if sign > 0 else 'behind'}**, {accuracy} and {costs}"
 
 
 def timing(benchmark: Numbers, machine: Numbers) -> list[str]:
@@ -143,24 +152,36 @@ def timing(benchmark: Numbers, machine: Numbers) -> list[str]:
             "",
         ]
     lines += [*(f"- {beneficial(answer)}" for answer in benchmark["answers"]), ""]
-    lines += [
-        "Kept shares are of synthetic policies, which run the policy network as a call of its own: at "
-        "small batches that costs more than it does inside, so there the true share is higher.",
-        "",
-        "![Speed-up by batch size](speedups.png)",
-        "",
-    ]
+    if not benchmark["answers"]:
+        lines += ["Nothing could be timed, so nothing is claimed.", ""]
+    if any(row["kind"] == "blockdrop" for row in benchmark["times"]):
+        lines += ["![Speed-up by batch size](speedups.png)", ""]
     if benchmark["sweep"]:
-        lines += ["![Time by kept share of the blocks](break_evens.png)", ""]
-    lines += _table(
-        ("batch", "precision", "executor", "ms", "images per second", "times as fast",
-         "share of what FLOPs promise", "best static form", "ms"),
-        (_timing_row(answer) for answer in benchmark["answers"] if "executor" in answer),
-    )  # fmt: skip
+        lines += [
+            "Kept shares are of synthetic policies, which run the policy network as a call of its own: "
+            "at small batches that costs more than it does inside, so there the true share is higher.",
+            "",
+            "![Time by kept share of the blocks](break_evens.png)",
+            "",
+        ]
+    answered = [answer for answer in benchmark["answers"] if "executor" in answer]
+    if answered:
+        lines += _table(
+            ("batch", "precision", "executor", "ms", "images per second", "times as fast",
+             "share of what FLOPs promise, in that precision", "best static form", "ms"),
+            (_timing_row(answer) for answer in answered),
+        )  # fmt: skip
     if benchmark["left_out"]:
-        reasons = "; ".join(f"{what} ({why})" for what, why in benchmark["left_out"].items())
-        lines += ["", f"Left out here: {reasons}."]
+        lines += ["", f"Left out here: {_left_out(benchmark['left_out'])}."]
     return lines
+
+
+def _left_out(reasons: Mapping[str, str]) -> str:
+    """What was not timed, together where the reason is one."""
+    by_reason: dict[str, list[str]] = {}
+    for what, why in reasons.items():
+        by_reason.setdefault(why, []).append(what)
+    return "; ".join(f"{', '.join(those)} ({why})" for why, those in by_reason.items())
 
 
 def beneficial(answer: Numbers) -> str:
@@ -168,16 +189,16 @@ def beneficial(answer: Numbers) -> str:
     where = f"Batch {answer['batch']}, {answer['precision']}"
     if "executor" not in answer:
         return f"{where}: no executor gave what the reference gives, so nothing is claimed."
-    if not answer["reliable"]:
+    if not claim(answer):
         return f"{where}: too noisy here to say (nothing is claimed)."
-    ratio, low, high = (answer[k] for k in ("speedup", "speedup_low", "speedup_high"))
-    interval = f"{ratio:.2f} times as fast (95 % interval {low:.2f} to {high:.2f})"
-    if low > 1:
-        said = f"{where}: beneficial, {interval}"
-    elif high < 1:
-        said = f"{where}: **not** beneficial, {interval}"
+    if answer["speedup_low"] > 1:
+        said = f"{where}: beneficial, {in_words(answer)}"
+    elif answer["speedup_high"] < 1:
+        said = f"{where}: **not** beneficial, {in_words(answer)}"
     else:
-        said = f"{where}: no difference, {interval}"
+        said = f"{where}: no difference, {in_words(answer)}"
+    if answer["static_precision"] != answer["precision"]:
+        said += f" beside the full ResNet in {answer['static_precision']}"
     shares = [
         f"{100 * answer[f'break_even_{variant}']:.0f} % with {variant} different policies"
         for variant in ("few", "many")
@@ -198,10 +219,7 @@ def _top(results: Results) -> list[str]:
         *((r.said, r.accuracy, r.blocks, r.flops) for r in rivals(results)),
         *published(params),
     ]
-    difference, low, high = paired_difference(
-        results.outcomes["blockdrop"], results.outcomes["full"],
-        resamples=RESAMPLES, seed=int(params["seed"]),
-    )  # fmt: skip
+    difference = paired_difference(results.outcomes["blockdrop"], results.outcomes["full"])
     return [
         f"# BlockDrop on {params['data.source']}, ResNet-{params['resnet.depth']}, "
         f"gamma {params['gamma']:g}",
@@ -212,8 +230,9 @@ def _top(results: Results) -> list[str]:
         ),
         "",
         f"BlockDrop {_saves(own['flops_saved'])}, its policy network counted, at "
-        f"{100 * difference:+.2f} points of accuracy (95 % interval {100 * low:+.2f} to "
-        f"{100 * high:+.2f}, paired bootstrap over {len(results.outcomes['full'])} test images).",
+        f"{100 * difference.mean:+.2f} points of accuracy (95 % interval {100 * difference.low:+.2f} to "
+        f"{100 * difference.high:+.2f}, Newcombe's for pairs, "
+        f"{len(results.outcomes['full'])} test images).",
         "",
         "![Accuracy against FLOPs](trade_off.png)",
     ]
@@ -229,7 +248,9 @@ def _rivals_section(results: Results) -> list[str]:
     return [
         "## When is BlockDrop beneficial in comparison to a sole ResNet?",
         "",
-        "Each difference of accuracies is by a paired bootstrap over the test images (95 % interval). "
+        "Each difference of accuracies is on the same test images, with Newcombe's 95 % interval for "
+        "pairs; where fewer than ten images differ, McNemar's exact test has to agree with it. FLOPs "
+        f"within {100 * SAME_COST:.0f} % count as equal. "
         "The sole ResNets were trained by the same recipe as the full one; the static rules were "
         "finetuned as long as BlockDrop and pay no policy network.",
         "",
@@ -241,22 +262,17 @@ def _rivals_section(results: Results) -> list[str]:
 
 def _in_time(results: Results, found: Sequence[Rival]) -> list[str]:
     """In time: the sole ResNets that were trained and timed."""
-    trained = {rival.said for rival in found}
-    timed = [row for row in results.benchmark["times"] if row["contestant"] in trained]
-    lines = []
-    for answer in results.benchmark["answers"]:
-        if "executor" not in answer:
-            continue
-        cell = (answer["batch"], answer["precision"])
-        for row in timed:
-            if (row["batch"], row["precision"]) == cell:
-                ratio = row["milliseconds"] / answer["milliseconds"]
-                lines.append(
-                    f"- Batch {cell[0]}, {cell[1]}: BlockDrop takes {answer['milliseconds']:.2f} ms, "
-                    f"a full {row['contestant']} {row['milliseconds']:.2f} ms "
-                    f"({ratio:.2f} times BlockDrop's)."
-                )
-    return ["", "In time (medians of the benchmark below):", "", *lines] if lines else []
+    lines = [
+        f"- Batch {answer['batch']}, {answer['precision']}, beside a full {name}: {_faster(beside)}."
+        for answer in results.benchmark["answers"]
+        for name, beside in answer.get("sole", {}).items()
+        if name in {rival.said for rival in found}
+    ]
+    return ["", "In time, by the benchmark below:", "", *lines] if lines else []
+
+
+def _faster(beside: Numbers) -> str:
+    return f"BlockDrop is {in_words(beside)}" if claim(beside) else in_words(beside)
 
 
 def _looking(own: Numbers) -> list[str]:
@@ -366,16 +382,20 @@ def _network_row(
 
 def _timing_row(answer: Numbers) -> tuple[str, ...]:
     rate = 1000 * answer["batch"] / answer["milliseconds"]
-    claim = f"{answer['speedup']:.2f} ({answer['speedup_low']:.2f} to {answer['speedup_high']:.2f})"
+    low, high = f"{answer['speedup_low']:.2f}", f"{answer['speedup_high']:.2f}"
+    claimed = {"number": f"{answer['speedup']:.2f} ({low} to {high})", "": "too noisy"}
+    ideal, share = f"{answer['ideal']:.2f}", answer["share_of_ideal"]
+    if answer["reliable"] and share is not None:
+        ideal = f"{100 * share:.0f} % of {ideal}"
     return (
         str(answer["batch"]),
         answer["precision"],
         answer["executor"],
         f"{answer['milliseconds']:.2f}",
         f"{rate:,.0f}",
-        claim if answer["reliable"] else "too noisy",
-        f"{100 * answer['share_of_ideal']:.0f} % of {answer['ideal']:.2f}",
-        answer["best_static"],
+        claimed.get(claim(answer), f"{low} to {high}"),
+        ideal,
+        f"{answer['best_static']}, {answer['static_precision']}",
         f"{answer['static_milliseconds']:.2f}",
     )
 

@@ -4,7 +4,8 @@ Shapes: B images of a batch, K blocks.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MIN_ROUNDS = 5  # below, no interval means anything
-WIDEST_INTERVAL = 0.2  # of the speed-up itself: beyond, nothing is claimed
+WIDEST_INTERVAL = 0.2  # of the speed-up itself: beyond, no number is claimed
 RESAMPLES = 1000
+SLACK = 1.2  # how much longer than predicted a part may take before more of it is dropped
+TOO_SLOW = "too slow for benchmark.seconds"
+CALLS = 2  # of a contestant in a round: one that is not measured, and one that is
 
 Call = Callable[[int], object]  # takes the number of the round
 Times = NDArray[np.float64]  # seconds of each round
@@ -23,17 +27,43 @@ Row = dict[str, Any]
 
 
 class Clock:
-    """Gives every part of the benchmark its share of the time that is left."""
+    """How much of the time for all of the benchmark is spent, and what of the rest a part gets."""
 
-    def __init__(self, seconds: float, parts: int) -> None:
-        self.end = time.monotonic() + seconds
-        self.parts = parts
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.started = time.monotonic()
 
-    def next_share(self) -> float:
-        """Seconds for the next part."""
-        share = max(0.0, self.end - time.monotonic()) / max(1, self.parts)
-        self.parts -= 1
-        return share
+    @property
+    def spent(self) -> float:
+        """Seconds since the benchmark began."""
+        return time.monotonic() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds; never less than none."""
+        return max(0.0, self.seconds - self.spent)
+
+    def share(self, own: float, all_that_comes: float) -> float:
+        """Seconds for a part, by what it and all that comes, itself included, are predicted to take."""
+        return self.left * own / all_that_comes if all_that_comes else 0.0
+
+
+def too_slow(predicted: Mapping[str, float], seconds: float, stays: Collection[str]) -> list[str]:
+    """Who has to go so that the others' predicted seconds fit: the slowest first, nobody of `stays`."""
+    total, going = sum(predicted.values()), []
+    for name in sorted(predicted, key=lambda name: -predicted[name]):
+        if total <= seconds:
+            break
+        if name not in stays:
+            going.append(name)
+            total -= predicted[name]
+    return going
+
+
+def reason(error: Exception) -> str:
+    """Why a contestant can't run, in one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
@@ -51,35 +81,88 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1000
 
 
-def take_turns(
-    calls: Mapping[str, Call], *, rounds: int, seconds: float, device: torch.device, repeats: int = 1
-) -> dict[str, Times]:
-    """Seconds of each call in each round, all under the same conditions; of calls that do their work
-    `repeats` times, the seconds of one.
+@dataclass(frozen=True, kw_only=True)
+class Stopwatch:
+    """Measures contestants and leaves out who can't be measured.
 
-    Each measured call follows an unmeasured one of its own, which leaves caches warm and other
-    contestants' waiting threads asleep. The order rotates, so nobody always comes after the same rival.
+    Attributes:
+        leave_out: told the name of a contestant that fails or is dropped, and why.
+        tick: called whenever some time has passed.
     """
-    names = list(calls)
-    for name in names:
-        calls[name](0)
-        calls[name](1)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    end = time.monotonic() + seconds
-    for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            calls[name](number)
-            times[name].append(seconds_of(partial(calls[name], number), device))
-        if number + 1 >= MIN_ROUNDS and time.monotonic() > end:
-            break
-    return {name: np.array(found) / repeats for name, found in times.items()}
+
+    device: torch.device
+    leave_out: Callable[[str, str], None]
+    tick: Callable[[], None] = lambda: None
+
+    def warm_up(self, calls: Mapping[str, Call]) -> dict[str, float]:
+        """Seconds of a call of each, after one that compiles and allocates; without who fails."""
+        seconds = {}
+        for name, call in calls.items():
+            try:
+                call(0)
+                seconds[name] = seconds_of(partial(call, 1), self.device)
+            except Exception as error:
+                self.leave_out(name, reason(error))
+            self.tick()
+        return seconds
+
+    def take_turns(
+        self,
+        calls: Mapping[str, Call],
+        *,
+        predicted: Mapping[str, float],
+        rounds: int,
+        seconds: float,
+        stays: Collection[str],
+        repeats: int = 1,
+    ) -> dict[str, Times]:
+        """Seconds of each call in each round, all under the same conditions; of calls that do their
+        work `repeats` times, the seconds of one.
+
+        Each measured call follows an unmeasured one of its own, which leaves caches warm and other
+        contestants' waiting threads asleep. The order rotates, so nobody always comes after the same
+        rival. A round begins only if it is predicted to fit into `seconds`. If MIN_ROUNDS do not fit,
+        the slowest are dropped, but nobody of `stays`; these have MIN_ROUNDS in any case.
+
+        Args:
+            predicted: seconds of each call, by `warm_up`; later, what was measured counts.
+        """
+        names = [name for name in calls if name in predicted]
+        times: dict[str, list[float]] = {name: [] for name in names}
+        started = time.monotonic()
+        for number in range(rounds):
+            limit = SLACK * seconds if 0 < number < MIN_ROUNDS else seconds
+            left = limit - (time.monotonic() - started)
+            each = {n: CALLS * float(np.median(times[n] or predicted[n])) for n in times}
+            if number >= MIN_ROUNDS and sum(each.values()) > left:
+                break
+            needed = max(1, MIN_ROUNDS - number)
+            for name in too_slow({n: needed * each[n] for n in each}, left, stays):
+                self.leave_out(name, TOO_SLOW)
+                del times[name]
+            first = number % len(names) if names else 0
+            for name in names[first:] + names[:first]:
+                if name in times and not self._measure(calls[name], number, name, times[name]):
+                    del times[name]
+        return {name: np.array(found) / repeats for name, found in times.items()}
+
+    def _measure(self, call: Call, number: int, name: str, times: list[float]) -> bool:
+        """Add the seconds of a call, or leave the contestant out; whether that worked."""
+        try:
+            call(number)
+            times.append(seconds_of(partial(call, number), self.device))
+        except Exception as error:
+            self.leave_out(name, reason(error))
+            return False
+        finally:
+            self.tick()
+        return True
 
 
 def speedup(rival: Times, own: Times, *, seed: int = 0) -> Row:
     """How many times as fast `own` is, as a ratio of medians with a 95 % interval over rounds.
 
-    `reliable` is false when the rounds are too few or the interval too wide to claim anything.
+    `reliable` is false when the rounds are too few or the interval too wide to claim the number.
     """
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, len(own), (RESAMPLES, len(own)))  # the same rounds of both: they are pairs
@@ -94,49 +177,47 @@ def speedup(rival: Times, own: Times, *, seed: int = 0) -> Row:
     }
 
 
+def claim(row: Mapping[str, Any]) -> str:
+    """What may be said of a speed-up: `number`, only `faster` or `slower`, or, of noise, nothing."""
+    if row["reliable"]:
+        return "number"
+    if not row.get("agrees", True):
+        return ""
+    return "faster" if row["speedup_low"] > 1 else "slower" if row["speedup_high"] < 1 else ""
+
+
+def in_words(row: Mapping[str, Any]) -> str:
+    """The same as a phrase: `1.65 times as fast (95 % interval ...)`, or what a wide interval allows."""
+    low, high = row["speedup_low"], row["speedup_high"]
+    return {
+        "number": f"{row['speedup']:.2f} times as fast (95 % interval {low:.2f} to {high:.2f})",
+        "faster": f"faster, by between {low:.2f} and {high:.2f} times",
+        "slower": f"slower, by between {1 / high:.2f} and {1 / low:.2f} times",
+        "": "too noisy to compare",
+    }[claim(row)]
+
+
 def some_policies(
-    batch: int, num_blocks: int, *, kept_share: float, distinct: int | None, draw: torch.Generator
+    batch: int, num_blocks: int, *, kept: int, distinct: int | None, draw: torch.Generator
 ) -> Tensor:
-    """Random policies [B, K] bool, each of round(kept_share K) blocks; None: each image has its own."""
+    """Random policies [B, K] bool, each of `kept` blocks; None: each image has its own."""
     count = distinct or batch
     order = torch.rand(count, num_blocks, generator=draw).argsort(dim=1).argsort(dim=1)
-    policies = order < round(kept_share * num_blocks)
-    return policies[torch.arange(batch) % count]
+    return (order < kept)[torch.arange(batch) % count]
 
 
 def break_even(shares: Sequence[float], seconds: Sequence[float], rival: float) -> float | None:
     """Kept share at which a line through (shares, seconds) meets the rival's seconds.
 
     Below it BlockDrop is faster. 1 where it is always faster, 0 where it never is; None where more
-    blocks take no more time, so that the line says nothing.
+    blocks take no more time, or all shares are one, so that a line says nothing.
     """
+    if len(set(shares)) < 2:
+        return None
     slope, start = np.polyfit(shares, seconds, 1)
     if slope < 0.01 * np.mean(seconds):  # all blocks cost less than 1 % more than none
         return None
     return float(np.clip((rival - start) / slope, 0, 1))
-
-
-def millijoules(call: Callable[[], object], batch: int, device: torch.device) -> float | None:
-    """Energy of the GPU for each image, by NVML over half a second or more; None where it can't tell."""
-    if device.type != "cuda":
-        return None
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        # by its name: NVML counts boards that CUDA_VISIBLE_DEVICES hides, too
-        name = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        board = pynvml.nvmlDeviceGetHandleByUUID(name)
-        torch.cuda.synchronize(device)
-        started, before = time.monotonic(), pynvml.nvmlDeviceGetTotalEnergyConsumption(board)
-        calls = 0
-        while time.monotonic() - started < 0.5:
-            call()
-            torch.cuda.synchronize(device)
-            calls += 1
-        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(board) - before) / (calls * batch)
-    except Exception:  # no library, no right, an old board: then there is no such number
-        return None
 
 
 def statistics(times: Times, batch: int) -> Row:

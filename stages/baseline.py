@@ -26,6 +26,7 @@ from pipeline.static_policies import RULES, static_rule
 from pipeline.tensors import Images
 from pipeline.tracking.runs import stage_run
 from stages import common
+from stages.progress import Steps
 
 PRETRAIN_TIMES = common.METRICS / "times" / "pretrain.json"
 # of every image's blocks under the rule `random`, over which accuracies are means: 2 at least, for their
@@ -93,7 +94,13 @@ def with_every_block(kind: str, resnet: ResNet, test: Images, found: Predictions
 
 
 def ruled(
-    own: Checkpoint, rules: Iterable[tuple[str, int]], test: Images, noise: Tensor, *, finetuned: bool
+    own: Checkpoint,
+    rules: Iterable[tuple[str, int]],
+    test: Images,
+    noise: Tensor,
+    *,
+    finetuned: bool,
+    steps: Steps,
 ) -> list[Network]:
     """A checkpoint's ResNet under static rules, each with how many blocks it keeps.
 
@@ -108,7 +115,9 @@ def ruled(
         draws = noise if kind == "random" else noise[:1]  # the others are the same in every draw
         rule = static_rule(kind, kept, resnet.stages)
         drawn.append(torch.stack([rule(table) for table in draws]))
-    outcomes = right_under(resnet, test, torch.cat(drawn), normalisation=own.normalisation)
+    policies = torch.cat(drawn)
+    watched = steps.over(test, len(policies))
+    outcomes = right_under(resnet, watched, policies, normalisation=own.normalisation)
     found = []
     for (kind, kept), actions, right in zip(
         rules, drawn, outcomes.split([len(actions) for actions in drawn]), strict=True
@@ -129,17 +138,17 @@ def ruled(
     return found
 
 
-def trained_networks(params: Params, test: Images, noise: Tensor) -> list[Network]:
+def trained_networks(params: Params, test: Images, noise: Tensor, steps: Steps) -> list[Network]:
     """The sole ResNets, then the finetuned static ones: those that params.yaml names, no others."""
     networks = []
     for depth in params.sole.depths:
         own = checkpoint.load(common.SOLE / str(depth))
         resnet = own.need_resnet().to(test.device)
-        found = predict(resnet, test, normalisation=own.normalisation)
+        found = predict(resnet, steps.over(test), normalisation=own.normalisation)
         networks.append(with_every_block("sole", resnet, test, found))
     for rule, kept in product(params.static.rules, params.static.kept):
         own = checkpoint.load(common.STATIC / f"{rule}-{kept}")
-        networks += ruled(own, [(rule, kept)], test, noise, finetuned=True)
+        networks += ruled(own, [(rule, kept)], test, noise, finetuned=True, steps=steps)
     return networks
 
 
@@ -170,6 +179,14 @@ def flat(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
+def _passes(params: Params, resnet: ResNet, draws: int) -> int:
+    """How often all test images are classified: once for each policy."""
+    draws_of = {rule: draws if rule == "random" else 1 for rule in RULES}
+    finetuned = sum(draws_of[rule] for rule in params.static.rules) * len(params.static.kept)
+    plain = sum(draws_of.values()) * (resnet.num_blocks + 1)
+    return 1 + len(params.sole.depths) + finetuned + plain
+
+
 def write_tables(unfinetuned: list[Network], named: list[Network]) -> None:
     """plots/baseline: a row for each network, and a row for each image with who is right on it."""
     networks = [*named, *unfinetuned]
@@ -184,20 +201,22 @@ def write_tables(unfinetuned: list[Network], named: list[Network]) -> None:
 
 def main(params: Params) -> None:
     """Write metrics/baseline.json, plots/baseline, and what it took to train and to test."""
-    with stage_run("baseline", params.flat()) as mlflow_run:
+    with stage_run("baseline", params.flat()) as mlflow_run, Steps("baseline") as steps:
         device = choose_device()
         pretrained = checkpoint.load(common.PRETRAINED)
         resnet = pretrained.need_resnet().to(device)
         test = load_split(common.PREPARED, "test", device)
+        draws = random_draws(len(test))
+        steps.total(len(test) * _passes(params, resnet, draws))
         started = time.monotonic()
-        found = predict(resnet, test, normalisation=pretrained.normalisation)
+        found = predict(resnet, steps.over(test), normalisation=pretrained.normalisation)
         seconds = time.monotonic() - started
         full = with_every_block("full", resnet, test, found)
         draw = generator(params.seed, "baseline")
-        noise = torch.rand(random_draws(len(test)), len(test), resnet.num_blocks, generator=draw)
+        noise = torch.rand(draws, len(test), resnet.num_blocks, generator=draw)
         rules = product(RULES, range(resnet.num_blocks + 1))
-        unfinetuned = ruled(pretrained, rules, test, noise, finetuned=False)
-        trained = trained_networks(params, test, noise)
+        unfinetuned = ruled(pretrained, rules, test, noise, finetuned=False, steps=steps)
+        trained = trained_networks(params, test, noise, steps)
         metrics = metrics_of(full, float(found.losses.double().mean()), trained)
         times = {
             "train_seconds": common.read_json(PRETRAIN_TIMES)["seconds"],

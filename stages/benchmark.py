@@ -16,6 +16,7 @@ from pipeline.params import Params
 from pipeline.runtime import choose_device, describe_device, describe_machine
 from pipeline.tracking.runs import stage_run
 from stages import common
+from stages.progress import Steps
 
 OUT = common.PLOTS / "benchmark"
 TIMED = 2048  # test images, of a data set that is not in memory
@@ -30,7 +31,8 @@ def headline(answers: list[dict[str, Any]]) -> dict[str, float]:
         found[f"reliable_{where}"] = int(answer["reliable"])
         if answer["reliable"]:
             found[f"speedup_{where}"] = answer["speedup"]
-            found[f"share_of_ideal_{where}"] = answer["share_of_ideal"]
+            if answer["share_of_ideal"] is not None:
+                found[f"share_of_ideal_{where}"] = answer["share_of_ideal"]
     return found
 
 
@@ -50,8 +52,11 @@ def main(params: Params) -> None:
             cost=measure(resnet, policy_net, test.image_size),
             settings=Settings(**dict(params.benchmark)),
         )
-        with alone(LOCK, waiting="benchmark: waiting for another one on this machine to end"):
-            tables = benchmark.run(lambda line: print(f"benchmark: {line}", flush=True))
+        with (
+            alone(LOCK, waiting="benchmark: waiting for another one on this machine to end"),
+            Steps("benchmark", params.benchmark.seconds) as steps,
+        ):
+            tables = benchmark.run(lambda line: steps.say(f"benchmark: {line}"), steps.reach)
         machine = describe_machine(device)
         result = {
             "machine": machine,
@@ -63,14 +68,13 @@ def main(params: Params) -> None:
         common.write_json(OUT / "benchmark.json", result)
         common.write_json(common.METRICS / "benchmark.json", {"benchmark": metrics})
         title = f"ResNet-{resnet.depth}, {machine['device']}"
-        timing.speedups(OUT / "speedups.png", times=tables["times"], title=title)
+        if any(row["kind"] == "blockdrop" for row in tables["times"]):
+            timing.speedups(OUT / "speedups.png", times=tables["times"], title=title)
         if tables["sweep"]:
             timing.break_evens(OUT / "break_evens.png", sweep=tables["sweep"], title=title)
         mlflow_run.log_metrics({f"benchmark.{name}": value for name, value in metrics.items()})
         for file in sorted(OUT.iterdir()):
             mlflow_run.log_artifact(file)
-    for what, why in benchmark.left_out.items():
-        print(f"benchmark: without {what}: {why}")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def learner_of(params: Params, resnet: ResNet, normalisation: Normalisation) -> 
         rules=PolicyRules(
             gamma=section.gamma,
             alpha=section.alpha,
+            entropy=section.entropy,
             entropy_weight=section.entropy_weight,
             epochs_per_block=section.epochs_per_block,
             estimator=section.estimator,

@@ -21,11 +21,12 @@ from pipeline.runtime import choose_device, describe_device, generator
 from pipeline.tensors import Images
 from pipeline.tracking.runs import stage_run
 from stages import common
+from stages.progress import Steps
 
 OUT = common.PLOTS / "evaluate"
 
 
-def evaluate(params: Params) -> dict[str, float | None]:
+def evaluate(params: Params, steps: Steps) -> dict[str, float | None]:
     """The metrics, and the figures and tables beside them."""
     device = choose_device()
     print(f"evaluate: on {describe_device(device)}", flush=True)
@@ -36,17 +37,21 @@ def evaluate(params: Params) -> dict[str, float | None]:
     normalisation = tuned.normalisation
     test, validation = (load_split(common.PREPARED, name, device) for name in ("test", "validation"))
     cost = measure(resnet, policy_net, test.image_size)
+    passes = params.evaluate.shuffles + 4  # over the test images: decisions, three predictions, shuffles
+    steps.total(passes * len(test) + (params.evaluate.single_policies + 1) * len(validation))
 
     actions, seen = (
-        greedy_actions(torch.sigmoid(predict_policy(policy_net, s, normalisation=normalisation)))
+        greedy_actions(
+            torch.sigmoid(predict_policy(policy_net, steps.over(s), normalisation=normalisation))
+        )
         for s in (test, validation)
     )
-    found = predict(resnet, test, actions, normalisation=normalisation)
-    of_full = predict(full, test, normalisation=normalisation)
+    found = predict(resnet, steps.over(test), actions, normalisation=normalisation)
+    of_full = predict(full, steps.over(test), normalisation=normalisation)
     flops = cost.of(actions)
     shuffled = shuffled_accuracy(
         resnet,
-        test,
+        steps.over(test, params.evaluate.shuffles),
         actions,
         normalisation=normalisation,
         repeats=params.evaluate.shuffles,
@@ -56,10 +61,10 @@ def evaluate(params: Params) -> dict[str, float | None]:
         seen, cost, budget=float(flops.mean()), limit=params.evaluate.single_policies
     )
     single, single_validation = best_single_policy(
-        resnet, validation, candidates, normalisation=normalisation
+        resnet, steps.over(validation, len(candidates)), candidates, normalisation=normalisation
     )
     single_test = predict(
-        resnet, test, single.expand(len(test), -1), normalisation=normalisation
+        resnet, steps.over(test), single.expand(len(test), -1), normalisation=normalisation
     ).accuracy
     correlation, low, high = difficulty_spearman(
         of_full.losses,
@@ -181,8 +186,8 @@ def draw_learning_curves(num_blocks: int) -> None:
 
 def main(params: Params) -> None:
     """Write metrics/evaluate.json, plots/blocks.csv and the figures in plots/evaluate."""
-    with stage_run("evaluate", params.flat()) as mlflow_run:
-        metrics = evaluate(params)
+    with stage_run("evaluate", params.flat()) as mlflow_run, Steps("evaluate") as steps:
+        metrics = evaluate(params, steps)
         draw_learning_curves(int(metrics["num_blocks"] or 0))
         common.write_json(common.METRICS / "evaluate.json", metrics)
         mlflow_run.log_metrics(metrics)

@@ -2,13 +2,82 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
+from typing import Any, cast
 
+from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.processes import is_main
+from pipeline.tensors import Images
 from pipeline.training import Metrics
+
+BAR = "{desc} {percentage:3.0f}%|{bar}| {remaining} left"
+
+
+class Steps:
+    """How far a stage is that trains nothing: a bar on a terminal, elsewhere nothing.
+
+    Args:
+        total: what makes all of it, in any unit; it may be told later.
+    """
+
+    def __init__(self, name: str, total: float = 0) -> None:
+        self.all = total
+        self.bar = tqdm(
+            desc=name, total=total, disable=not _can_draw(), dynamic_ncols=True, bar_format=BAR
+        )
+
+    def __enter__(self) -> "Steps":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+
+    def total(self, amount: float) -> None:
+        """So much makes all of it."""
+        self.all = self.bar.total = amount
+        self.bar.refresh()
+
+    def step(self, amount: float = 1) -> None:
+        """So much more is done."""
+        self.bar.update(amount)
+
+    def reach(self, done: float) -> None:
+        """So much is done by now; more than all of it is shown as all."""
+        self.bar.update(min(done, self.all) - self.bar.n)
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self.bar.write(line)
+        sys.stdout.flush()
+
+    def over(self, split: Images, passes: int = 1) -> Images:
+        """The same images; each batch of them that is taken is a step for each of `passes` policies."""
+        return cast(Images, _Watched(split, lambda taken: self.step(taken * passes)))
+
+
+class _Watched:
+    """A split whose batches are counted as they are taken."""
+
+    def __init__(self, split: Images, taken: Callable[[int], None]) -> None:
+        self.split = split
+        self.taken = taken
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.split, name)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def in_order(self, size: int) -> Iterator[Tensor]:
+        """As the split's, counted when the work on a batch is done."""
+        for images in self.split.in_order(size):
+            yield images
+            self.taken(len(images))
 
 
 class Progress:

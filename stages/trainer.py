@@ -172,7 +172,8 @@ def train(
 ) -> None:
     """Run a training with a progress bar, MLflow, learning curves and resume points.
 
-    The last epoch is what is kept: to choose the best one would use the validation images twice.
+    The last epoch is what is kept: to choose the best one would use the validation images twice. With
+    0 epochs the networks are kept as they come, and the validation images are asked once.
 
     Args:
         inputs: folders that the result depends on, beside the parameters and the code.
@@ -194,6 +195,12 @@ def train(
     if main:
         require_writable(MODELS, METRICS, curve.parent)
     device = choose_device()
+    if not section.epochs:
+        if main:
+            final = learner.validate(load_split(PREPARED, "validation", device))
+            save(final)
+            record_untrained(stage, params, final, "0 epochs, the networks as they are", item=item)
+        return
     print(f"{name}: {section.epochs} epochs on {processes.describe(device)}", flush=True)
     if main:
         _warn_of_emulation(section, device)
@@ -286,14 +293,19 @@ COLUMNS = {
 
 
 def record_import(stage: str, params: Params, path: Path, *, item: str = "") -> None:
-    """The small files and the run of a stage that imports: there is no curve and no time."""
+    """The small files and the run of a stage that imports."""
+    record_untrained(stage, params, {"imported": 1}, f"imported {path}", item=item)
+
+
+def record_untrained(stage: str, params: Params, metrics: Metrics, what: str, *, item: str = "") -> None:
+    """The small files and the run of a stage that trains nothing: there is no curve and no time."""
     name, curve = _names(stage, item)
     with stage_run(name, params.flat()):
         write_csv(curve, [], columns=COLUMNS[stage])
         write_json(METRICS / "times" / f"{name}.json", {"seconds": None, "images_per_second": None})
         if not item:
-            write_json(METRICS / f"{stage}.json", {stage: {"imported": 1}})
-        print(f"{name}: imported {path}")
+            write_json(METRICS / f"{stage}.json", {stage: metrics})
+        print(f"{name}: {what}")
 
 
 def _names(stage: str, item: str) -> tuple[str, Path]:

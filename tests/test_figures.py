@@ -498,7 +498,7 @@ def test_front_is_drawn_through_the_means_that_are_not_beaten(tmp_path, drawn):
 def timed(contestant: str, batch: int, precision: str, speedup: float, *, reliable: bool = True) -> dict:
     return {
         "kind": "blockdrop", "contestant": contestant, "batch": batch, "precision": precision,
-        "speedup": speedup, "speedup_low": 0.9 * speedup, "speedup_high": 1.2 * speedup,
+        "speedup": speedup, "speedup_low": min(0.9, speedup), "speedup_high": max(1.2, speedup),
         "ideal": 2.5, "reliable": reliable,
     }  # fmt: skip
 
@@ -506,7 +506,8 @@ def timed(contestant: str, batch: int, precision: str, speedup: float, *, reliab
 def swept(batches: tuple[int, ...], precisions: tuple[str, ...]) -> list[dict]:
     return [
         {"batch": batch, "precision": precision, "variant": variant, "kept_share": share,
-         "milliseconds": batch * share, "static_milliseconds": 0.8 * batch}
+         "milliseconds": batch * share, "static_milliseconds": 0.8 * batch, "speedup": 0.8 / share,
+         "speedup_low": 0.9, "speedup_high": 1.6, "reliable": batch != 32}
         for batch in batches
         for precision in precisions
         for variant in ("few", "many")
@@ -536,9 +537,19 @@ def test_timing(tmp_path, drawn, executors, batches, precisions):
     timing.speedups(tmp_path / "times.png", times=times, title=TITLE)
     drawn.check(tmp_path / "times.png")
     assert set(executors) <= set(drawn.said().splitlines())
-    assert ("too noisy to claim" in drawn.said()) == (32 in batches)
+    assert ("no claim" in drawn.said()) == (32 in batches)
     timing.break_evens(tmp_path / "sweep.png", sweep=swept(batches, precisions), title=TITLE)
     drawn.check(tmp_path / "sweep.png")
+    assert ("too noisy to compare" in drawn.said()) == (32 in batches)
+
+
+def test_noisy_points_are_hollow(tmp_path, drawn):
+    rows = swept((1, 32), ("fp32",))
+    timing.break_evens(tmp_path / "figure.png", sweep=rows, title=TITLE)
+    quiet, noisy = drawn.figure.axes[:2]
+    assert not [line for line in quiet.lines if line.get_markerfacecolor() == "white"]
+    hollow = [line for line in noisy.lines if line.get_markerfacecolor() == "white"]
+    assert sorted(line.get_xdata()[0] for line in hollow) == [20, 20, 60, 60, 100, 100]
 
 
 def test_an_interval_may_leave_its_median_out(tmp_path, drawn):

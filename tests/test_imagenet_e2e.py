@@ -39,7 +39,7 @@ SMALL = {
     "curriculum": {"epochs": 5, "batch_size": 16},
     "finetune": {"epochs": 2, "batch_size": 16},
     "evaluate": {"shuffles": 2, "single_policies": 4, "bootstrap": 100},
-    "benchmark": {"batch_sizes": [1, 8], "rounds": 5, "seconds": 0.1, "sole_depths": [14]},
+    "benchmark": {"batch_sizes": [1, 8], "rounds": 5, "seconds": 60, "sole_depths": [14]},
     "sole": {"depths": [14]},
     "static": {"rules": ["distribute"], "kept": [5]},
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -236,11 +237,11 @@ def test_file_without_a_dict_is_named(path, content):
 @pytest.mark.parametrize("content", [{"weights": 1, "epoch": 2}, {}, {1: 2}, {"epoch": 2, 1: 2}])
 def test_file_without_known_keys_lists_those_that_it_has(path, content):
     message = refusal(write(path, content))
-    assert f"{path} holds none of state_dict, resnet, agent, net" in message
+    assert f"{path} holds none of resnet, state_dict, model, agent, net" in message
     assert all(repr(key) in message for key in content)
 
 
-@pytest.mark.parametrize("key", ["state_dict", "resnet", "agent", "net"])
+@pytest.mark.parametrize("key", ["state_dict", "resnet", "model", "agent", "net"])
 @pytest.mark.parametrize("value", [None, 3, [], {}, {"conv1.weight": 3}, {1: torch.zeros(1)}])
 def test_table_that_holds_no_weights_is_named(path, key, value):
     message = refusal(write(path, {key: value}))
@@ -272,7 +273,7 @@ def test_unknown_weight_is_named(path, resnet):
     weights = as_layers(resnet) | {"layer1.0.downsample.0.weight": torch.zeros(1)}
     message = refusal(write(path, {"state_dict": weights}))
     assert str(path) in message
-    assert "downsample.0.weight" in message
+    assert "unknown blocks.0.shortcut.0.weight" in message
 
 
 @pytest.mark.parametrize("left_out", ["layer3.", "layer2.1.", "layer"])
@@ -283,11 +284,23 @@ def test_stages_of_unequal_length_are_refused(path, resnet, left_out):
     assert "the same number in each of three" in message
 
 
-def test_name_that_claims_a_huge_network_is_refused_before_it_is_built(path, resnet):
-    last = {f"layer{stage}.9999999.conv1.weight": torch.zeros(1) for stage in (1, 2, 3)}
+@pytest.mark.parametrize("block", ["9999", "9999999", "9" * 5000])
+@pytest.mark.parametrize("stage", ["layer{}", "blocks.{}"])
+def test_name_that_claims_a_huge_network_is_refused_before_it_is_built(path, resnet, stage, block):
+    last = {f"{stage.format(n)}.{block}.conv1.weight": torch.zeros(1) for n in (1, 2, 3)}
     message = refusal(write(path, {"state_dict": as_layers(resnet) | last}))
     assert str(path) in message
-    assert "blocks" in message
+    assert re.search(r"depth 60002|blocks in its stages|unknown (layer|blocks)", message)
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize("twice", ["module.fc.bias", "blocks.0.0.conv1.weight"])
+def test_weight_that_is_there_under_two_names_is_refused(path, resnet, twice):
+    weights = as_layers(resnet)
+    weights |= {twice: weights["fc.bias" if "fc" in twice else "layer1.0.conv1.weight"].clone()}
+    assert f"{path}: state_dict has a weight under two names" in refusal(
+        write(path, {"state_dict": weights})
+    )
 
 
 def test_fourth_stage_is_refused(path, resnet):

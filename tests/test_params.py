@@ -576,3 +576,9 @@ def test_value_that_dvc_reads_otherwise_is_refused(path, before, after):
     path.write_text(DIGITS.replace(before, after, 1), encoding="utf-8")
     with pytest.raises(ParamsError, match=r"in line \d+ is read in two ways, by DVC as another"):
         load(path)
+
+
+def test_no_epoch_of_finetuning_asks_for_no_other_epochs(path):
+    changed = {"finetune.epochs": 0, "finetune.policy_epochs": 3, "finetune.hold_epochs": 0}
+    write(path, changed)
+    assert load(path).finetune.epochs == 0

@@ -157,3 +157,27 @@ def test_policy_statistics_count_policies_and_their_diversity():
     assert found["blocks_mean"] == 1.25
     assert found["blocks_std"] == pytest.approx(math.sqrt(0.1875))
     assert policy_statistics(actions[:2])["effective_policies"] == 1
+
+
+def test_the_authors_entropy_has_one_term_of_the_bounded_probabilities_over_all_blocks(logits):
+    """Their code's numbers in double precision: sum of -p log p over blocks, whatever is learnt."""
+    prob = sampling_prob(logits)
+    by_hand = sum(-p * math.log(p) for p in prob.tolist())
+    assert pg.authors_entropy(prob[None]).item() == pytest.approx(by_hand)
+    (slopes,) = torch.autograd.grad(pg.authors_entropy(prob[None]).sum(), logits)
+    keep_prob = torch.sigmoid(logits)
+    expected = -(prob.log() + 1) * (2 * ALPHA - 1) * keep_prob * (1 - keep_prob)
+    torch.testing.assert_close(slopes, expected)
+
+
+def test_the_authors_entropy_is_largest_where_a_block_would_be_dropped():
+    keep_prob = torch.linspace(0, 1, 1001)[:, None]
+    best = keep_prob[pg.authors_entropy(pg.bounded(keep_prob, ALPHA)).argmax()].item()
+    assert best == pytest.approx((1 / math.e - (1 - ALPHA)) / (2 * ALPHA - 1), abs=1e-3)
+    assert best < 0.5
+
+
+def test_the_authors_entropy_stays_finite_at_both_ends():
+    prob = torch.tensor([[0.0, 1.0]], requires_grad=True)
+    pg.authors_entropy(prob).sum().backward()
+    assert torch.isfinite(prob.grad).all()

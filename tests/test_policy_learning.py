@@ -260,6 +260,20 @@ def test_the_entropy_bonus_pushes_towards_one_half():
     assert ((bonus > 0) == (START > 0)).all()  # descent moves every logit towards 0
 
 
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_the_authors_bonus_reaches_blocks_that_are_not_learnt_yet(epoch):
+    """Their loss: minus beta times the sum over all K of -p log p, the mean over the batch."""
+    greedy = greedy_actions(torch.sigmoid(START)) | (torch.arange(K) < K - 1 - epoch)
+    bonus = gradient_of_step(
+        noise_that_samples(greedy), entropy="authors", entropy_weight=0.7, epoch=epoch
+    )
+    logits = START.clone().requires_grad_()
+    prob = pg.bounded(torch.sigmoid(logits), ALPHA)
+    loss = 0.7 * (prob * prob.log()).sum()
+    torch.testing.assert_close(bonus, torch.autograd.grad(loss, logits)[0])
+    assert (bonus[START > 0] > 0).all()  # descent moves what is kept towards dropping
+
+
 @pytest.mark.parametrize(("epoch", "left"), [(0, 1.0), (1, 0.75), (3, 0.25)])
 def test_the_entropy_bonus_falls_over_its_epochs(epoch, left):
     greedy = greedy_actions(torch.sigmoid(START))

@@ -13,7 +13,11 @@ ANSWER = {
     "batch": 32, "precision": "fp32", "executor": "native", "reliable": True, "speedup": 1.65,
     "speedup_low": 1.5, "speedup_high": 1.7, "ideal": 1.8, "share_of_ideal": 0.9, "milliseconds": 2.0,
     "static_milliseconds": 3.3, "best_static": "packed", "faster_than": "ResNet-20",
-    "break_even_many": 0.8,
+    "break_even_many": 0.8, "static_precision": "fp32",
+    "sole": {"ResNet-20": {"milliseconds": 2.5, "speedup": 1.25, "speedup_low": 1.2,
+                           "speedup_high": 1.3, "reliable": True},
+             "ResNet-14": {"milliseconds": 1.5, "speedup": 0.75, "speedup_low": 0.7,
+                           "speedup_high": 0.8, "reliable": True}},
 }  # fmt: skip
 
 
@@ -52,10 +56,7 @@ def results() -> Results:
         },
         benchmark={
             "machine": MACHINE, "answers": [ANSWER], "sweep": [], "left_out": {"graphed": "no CUDA"},
-            "times": [
-                {"contestant": "ResNet-20", "batch": 32, "precision": "fp32", "milliseconds": 2.5},
-                {"contestant": "ResNet-14", "batch": 32, "precision": "fp32", "milliseconds": 1.5},
-            ],
+            "times": [{"kind": "blockdrop"}],
         },
         machine=dict(MACHINE),
     )  # fmt: skip
@@ -73,6 +74,8 @@ def test_first_table_holds_every_network_and_the_papers(results):
     assert "| **BlockDrop** | 95.00 % | 7.50 | 6e+07 | 60.0 % |" in text
     assert "| ResNet-20 | 90.00 % | 9.00 | 5.9e+07 | 59.0 % |" in text
     assert "| FirstK, 7 blocks, finetuned | 95.00 % | 7.00 | 7e+07 | 70.0 % |" in text
+    untrained = report.page(changed(results, params={"finetune.epochs": 0}))
+    assert "| FirstK, 7 blocks, not finetuned |" in untrained
     assert "| BlockDrop in the paper, gamma 10 | 93.60 % | 16.93 | 1.81e+08 |" in text
     shallow = report.page(changed(results, params={"resnet.depth": 32}))
     assert "| ResNet-32 with DynConv (CVPR 2020) | 93.58 % |  | 1.11e+08 |" in shallow
@@ -88,23 +91,57 @@ def test_papers_numbers_stand_beside_its_own_network_alone(results):
     ("right", "flops", "words"),
     [
         (900, 7e7, "**ahead**, more accurate and cheaper"),
+        (900, 6.1e7, "**ahead**, more accurate and as dear"),
         (900, 5e7, "more accurate, but dearer"),
-        (990, 7e7, "cheaper, but less accurate"),
+        (990, 7e7, "less accurate, but cheaper"),
+        (990, 6.1e7, "**behind**, less accurate and as dear"),
         (990, 5e7, "**behind**, less accurate and dearer"),
-        (950, 7e7, "no difference in accuracy that these images can show, and cheaper: **ahead**"),
-        (950, 5e7, "no difference in accuracy that these images can show, and dearer: **behind**"),
+        (950, 7e7, "their accuracies can't be told apart, and it is cheaper"),
+        (946, 5.9e7, "their accuracies can't be told apart, and it is as dear"),  # 4 : 0 images
+        (950, 5e7, "their accuracies can't be told apart, and it is dearer"),
     ],
 )
 def test_verdict_says_who_is_ahead(results, right, flops, words):
     results = changed(results, outcomes={"sole-20": outcomes(right)})
     rival = report.Rival(said="X", name="sole-20", accuracy=right / 1000, blocks=9, flops=flops)
-    assert report.verdict(results, rival).endswith(f"{words}.")
+    verdict = report.verdict(results, rival)
+    assert verdict.endswith(f" FLOPs: {words}.")
 
 
 def test_sole_resnets_that_were_trained_are_compared_in_time(results):
     text = report.page(results)
-    assert "BlockDrop takes 2.00 ms, a full ResNet-20 2.50 ms (1.25 times BlockDrop's)" in text
+    assert "beside a full ResNet-20: BlockDrop is 1.25 times as fast (95 % interval 1.20 to" in text
     assert "ResNet-14" not in text
+
+
+def test_no_ratio_of_times_is_stated_for_noise(results):
+    noisy = {"milliseconds": 2.5, "speedup": 1.25, "speedup_low": 0.8, "speedup_high": 1.9,
+             "reliable": False}  # fmt: skip
+    answer = {**ANSWER, **noisy, "sole": {"ResNet-20": noisy}}
+    text = report.page(changed(results, benchmark={"answers": [answer]}))
+    assert "Batch 32, fp32, beside a full ResNet-20: too noisy to compare." in text
+    assert "1.25" not in text
+    assert "| too noisy | 1.80 | packed, fp32 |" in text
+    faster = {**noisy, "speedup_low": 1.1}
+    answer = {**ANSWER, **faster, "sole": {"ResNet-20": faster}}
+    text = report.page(changed(results, benchmark={"answers": [answer]}))
+    assert "beside a full ResNet-20: BlockDrop is faster, by between 1.10 and 1.90 times." in text
+    assert "| 1.10 to 1.90 | 1.80 | packed, fp32 |" in text
+    assert "1.25" not in text
+
+
+def test_nothing_timed_is_a_whole_page(results):
+    empty = {"answers": [], "times": [], "sweep": [], "left_out": {"bf16": "emulated"}}
+    text = report.page(changed(results, benchmark=empty))
+    assert "Nothing could be timed" in text
+    assert "speedups.png" not in text
+    assert "Left out here: bf16 (emulated)." in text
+
+
+def test_what_is_left_out_for_one_reason_stands_together(results):
+    reasons = {"a": "no CUDA", "b": "too slow", "c": "no CUDA"}
+    text = report.page(changed(results, benchmark={"left_out": reasons}))
+    assert "Left out here: a, c (no CUDA); b (too slow)." in text
 
 
 @pytest.mark.parametrize(
@@ -115,7 +152,11 @@ def test_sole_resnets_that_were_trained_are_compared_in_time(results):
              "ResNet-20."),
         ({"speedup": 0.9, "speedup_low": 0.8, "speedup_high": 0.95}, "**not** beneficial"),
         ({"speedup_low": 0.95}, "no difference"),
-        ({"reliable": False}, "too noisy here to say (nothing is claimed)"),
+        ({"reliable": False, "speedup_low": 0.9}, "too noisy here to say (nothing is claimed)"),
+        ({"reliable": False, "speedup_high": 2.6}, "faster, by between 1.50 and 2.60 times"),
+        ({"reliable": False, "speedup_low": 0.5, "speedup_high": 0.8},
+         "**not** beneficial, slower, by between 1.25 and 2.00 times"),
+        ({"static_precision": "bf16"}, "1.70) beside the full ResNet in bf16"),
     ],
 )  # fmt: skip
 def test_answer_of_the_benchmark_in_words(change, words):

@@ -453,7 +453,7 @@ def test_speed_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "sys.argv",
         ["speed", "--depth", "8", "--width", "8", "--kept", "0.5", "--batches", "32", "--rounds", "5",
-         "--executors", "gather,persistent", "--shares", "0,1", "--seconds", "0", "--out", str(out)],
+         "--executors", "gather,persistent", "--shares", "0,1", "--seconds", "60", "--out", str(out)],
     )  # fmt: skip
     monkeypatch.setenv("BLOCKDROP_DEVICE", "cpu")
     speed.main()

@@ -22,7 +22,9 @@ from pipeline import checkpoint
 from pipeline.errors import UserError
 from pipeline.params import Params
 from pipeline.resnet import ResNet
+from pipeline.tensors import Split
 from stages import curriculum, finetune, sole, static, trainer
+from stages.progress import Steps
 from stages.trainer import Progress
 
 SMALL = TINY | {"pretrain": {"epochs": 4, "batch_size": 16}, "finetune": {"epochs": 4, "batch_size": 16}}
@@ -195,6 +197,27 @@ def test_beside_a_terminal_a_log_file_gets_the_lines(terminal, capsys):
     with redirect_stderr(terminal), Progress("pretrain", epochs=4, steps=3, history=[]) as progress:
         progress.epoch_done(ROW, 9.0)
     assert capsys.readouterr().out.startswith("pretrain epoch 1/4: accuracy 0.9912")
+
+
+def test_a_stage_that_trains_nothing_has_a_bar_of_what_it_has_done(terminal):
+    images = Split(images=torch.zeros(10, 8, 8, 3).byte(), labels=torch.zeros(10).long())
+    with redirect_stderr(terminal), Steps("evaluate") as steps:
+        steps.total(40)
+        assert [len(part) for part in steps.over(images, 2).in_order(5)] == [5, 5]
+        assert steps.over(images).image_size == 8
+        assert steps.bar.n == 20
+        steps.reach(30)
+        assert steps.bar.n == 30
+        steps.reach(99)
+        assert steps.bar.n == 40
+    assert "100%" in terminal.getvalue()
+
+
+def test_without_a_terminal_such_a_stage_says_its_lines_alone(capsys):
+    with Steps("benchmark", 60.0) as steps:
+        steps.reach(30.0)
+        steps.say("benchmark: batch 1")
+    assert capsys.readouterr() == ("benchmark: batch 1\n", "")
 
 
 def test_a_terminal_that_does_not_say_its_width_gets_lines(terminal, capsys):

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import params as params_file
-from pipeline.bootstrap import paired_difference
 from pipeline.errors import UserError
 from pipeline.figures.trade_off import trade_off
 from pipeline.files import write_text
+from pipeline.paired import paired_difference
 from pipeline.params import Params
 from pipeline.report import PAPER
 from pipeline.resume import project_root
@@ -29,7 +29,6 @@ from tools.command import Parser, mendable
 
 FOLDER = project_root() / "results"
 ROWS = "rows"
-RESAMPLES = 10_000
 SPEEDUPS = (1, 32, 256)  # batch sizes whose speed-up the table shows
 TRAININGS = ("pretrain", "curriculum", "finetune")
 OURS = ("import/none", "pretrained/")  # of pretrain.checkpoint: trained here
@@ -100,9 +99,7 @@ def row_of(root: Path, preset: str) -> dict[str, Any]:
             line["kind"], f"{line['kind']}-{line['blocks']}"
         )
         if line["kind"] in ("full", "sole") or line["finetuned"] == "1":
-            difference = paired_difference(
-                outcomes["blockdrop"], outcomes[name], resamples=RESAMPLES, seed=params.seed
-            )
+            difference = paired_difference(outcomes["blockdrop"], outcomes[name])
             rivals.append(
                 {
                     "name": name,
@@ -111,7 +108,8 @@ def row_of(root: Path, preset: str) -> dict[str, Any]:
                     "kind": line["kind"],
                     "accuracy": float(line["accuracy"]),
                     "flops": float(line["flops"]),
-                    "blockdrop_minus_it": difference,
+                    "blockdrop_minus_it": difference[:3],
+                    "right_alone": [difference.only_first, difference.only_second],
                 }
             )
     seconds = {}
@@ -177,8 +175,9 @@ def table(rows: Mapping[str, Row]) -> str:
         "",
         "Written by `python -m tools.results table` from `rows/`, each of which holds all parameters,",
         "metrics, times, versions and hardware of one run. Test images are touched once a run. FLOPs:",
-        "2 per multiply-add, the policy network included. Differences: paired bootstrap over the test",
-        "images (95 %); they hold for these trained networks, not for other seeds. Faster: the time of",
+        "2 per multiply-add, the policy network included. Differences: Newcombe's 95 % interval for",
+        "pairs over the test images; * marks rows of before, by a paired bootstrap. They hold for these",
+        "trained networks, not for other seeds. Faster: the time of",
         "the best static form of the full network by BlockDrop's, fp32, on the machine below; none",
         "where it was not measured reliably.",
     ]
@@ -240,9 +239,10 @@ def _table(rows: Mapping[str, Row]) -> list[str]:
     for name, row in rows.items():
         for rival in row["rivals"]:
             mean, low, high = (100 * value for value in rival["blockdrop_minus_it"])
+            mark = "" if "right_alone" in rival else " *"
             lines.append(
                 f"| {name} | {rival['name']} | {100 * rival['accuracy']:.2f} % | "
-                f"{rival['flops']:.3g} | {mean:+.2f} ({low:+.2f} to {high:+.2f}) |"
+                f"{rival['flops']:.3g} | {mean:+.2f} ({low:+.2f} to {high:+.2f}){mark} |"
             )
     lines += ["", "How:", ""]
     for name, row in rows.items():

@@ -137,8 +137,6 @@ def main() -> None:
             f"{row['milliseconds_75']:.3f}), {row['images_per_second']:10,.0f} images/s, "
             f"{row['speedup']:.2f} of the best static{own}"
         )
-    for what, why in benchmark.left_out.items():
-        print(f"  without {what}: {why}")
     if args.out is not None:
         print(f"speed: {args.out}")
 

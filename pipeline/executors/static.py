@@ -4,6 +4,7 @@ Shapes: B images, N classes, H and W pixels.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -80,11 +81,13 @@ class WholeGraph:
         return logits
 
 
-def static_forms(networks: Networks, precision: str, *, with_compile: bool) -> dict[str, Classify]:
-    """Those that can run on this device, by name; an executor's own full form comes on top."""
-    forms = {"eager": eager(networks, precision), "packed": packed(networks, precision)}
+def static_forms(
+    networks: Networks, precision: str, *, with_compile: bool
+) -> dict[str, Callable[[], Classify]]:
+    """What makes each form for this device, by name; an executor's own full form comes on top."""
+    forms: dict[str, Callable[[Networks, str], Classify]] = {"eager": eager, "packed": packed}
     if with_compile:
-        forms["compiled"] = compiled(networks, precision)
+        forms["compiled"] = compiled
     if networks.device.type == "cuda":
-        forms["whole graph"] = WholeGraph(networks, precision)  # `graphed` is the executor's name
-    return forms
+        forms["whole graph"] = WholeGraph  # `graphed` is the executor's name
+    return {name: partial(make, networks, precision) for name, make in forms.items()}

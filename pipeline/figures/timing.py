@@ -20,6 +20,7 @@ from pipeline.figures.style import (
     headline,
     save,
 )
+from pipeline.timing import claim
 
 Row = Mapping[str, Any]
 
@@ -54,9 +55,8 @@ def speedups(path: Path, *, times: Sequence[Row], title: str) -> None:
         for i, name in enumerate(names)
     ]
     looks.append(Line2D([], [], color="black", linestyle="--", label="what FLOPs promise"))
-    if not all(row["reliable"] for row in rows):
-        looks.append(Line2D([], [], marker="o", linestyle="", color=GREY, label="too noisy to claim"))
-        looks[-1].set_markerfacecolor("white")
+    if not all(claim(row) for row in rows):
+        looks.append(_hollow("too noisy, or other results: no claim"))
     columns = len(looks) if len(looks) <= 5 else -(-len(looks) // 2)
     figure.legend(handles=looks, loc="outside lower center", ncols=columns)
     headline(figure, title)
@@ -64,19 +64,31 @@ def speedups(path: Path, *, times: Sequence[Row], title: str) -> None:
 
 
 def _draw_speedup(ax: Axes, rows: Sequence[Row], colour: str, marker: str) -> None:
-    """One executor with its intervals; hollow where the interval is too wide to claim anything."""
+    """One executor with its intervals; hollow where nothing is claimed."""
     batches, middle = [row["batch"] for row in rows], np.array([row["speedup"] for row in rows])
     low, high = (np.array([row[f"speedup_{end}"] for row in rows]) for end in ("low", "high"))
     reach = np.maximum([middle - low, high - middle], 0)  # an interval may leave its median out
     ax.errorbar(batches, middle, yerr=reach, color=colour, marker=marker, capsize=3)
-    noisy = [(row["batch"], row["speedup"]) for row in rows if not row["reliable"]]
-    if noisy:
-        x, y = zip(*noisy, strict=True)
+    _mark_noise(ax, [(row["batch"], row["speedup"]) for row in rows if not claim(row)], colour, marker)
+
+
+def _mark_noise(ax: Axes, points: Sequence[tuple[float, float]], colour: str, marker: str) -> None:
+    """Make these points hollow."""
+    for x, y in points:
         ax.plot(x, y, marker, markerfacecolor="white", markeredgecolor=colour, zorder=3)
+
+
+def _hollow(said: str) -> Line2D:
+    """What a hollow marker means, for a legend."""
+    line = Line2D([], [], marker="o", linestyle="", color=GREY, label=said)
+    line.set_markerfacecolor("white")
+    return line
 
 
 def break_evens(path: Path, *, sweep: Sequence[Row], title: str) -> None:
     """Time against the kept share of the blocks, for few and for many policies, by batch size.
+
+    Hollow where the time can't be told from the best static form's.
 
     Args:
         sweep: rows of the benchmark's table of that name.
@@ -94,6 +106,8 @@ def break_evens(path: Path, *, sweep: Sequence[Row], title: str) -> None:
             shares = [100 * row["kept_share"] for row in own]
             said = f"BlockDrop, {variant} policies"
             ax.plot(shares, [r["milliseconds"] for r in own], color=colour, marker=marker, label=said)
+            noisy = [(100 * r["kept_share"], r["milliseconds"]) for r in own if not claim(r)]
+            _mark_noise(ax, noisy, colour, marker)
         static = rows[0]["static_milliseconds"]
         ax.axhline(static, color=ORANGE, linestyle="--", label="best static form")
         ax.set(xlabel="blocks kept (%)", ylabel="ms a batch", xlim=(0, 105), ylim=(0, None))
@@ -101,6 +115,9 @@ def break_evens(path: Path, *, sweep: Sequence[Row], title: str) -> None:
         ax.grid()
     for ax in axes.flat[len(cells) :]:
         ax.set_axis_off()
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    looks = axes[0, 0].get_legend_handles_labels()[0]
+    if not all(claim(row) for row in sweep):
+        looks.append(_hollow("too noisy to compare"))
+    figure.legend(handles=looks, loc="outside lower center", ncols=4)
     headline(figure, title)
     save(figure, path)

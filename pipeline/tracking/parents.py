@@ -87,7 +87,8 @@ def describe(record: Record) -> str:
         lines.append(_row(said, metrics.get(accuracy), metrics.get(blocks), metrics.get(flops)))
     for prefix in sorted({k.rsplit(".", 1)[0] for k in metrics if k.startswith(("sole.", "static."))}):
         kind, name = prefix.split(".", 1)
-        said = f"ResNet-{name}" if kind == "sole" else f"{name.replace('_', ' ')} blocks, finetuned"
+        tuned = "not finetuned" if record.params.get("finetune.epochs") == "0" else "finetuned"
+        said = f"ResNet-{name}" if kind == "sole" else f"{name.replace('_', ' ')} blocks, {tuned}"
         found = [metrics.get(f"{prefix}.{what}") for what in ("accuracy", "blocks", "flops")]
         lines.append(_row(said, *found))
     if "flops_saved" in metrics:
