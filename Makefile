@@ -9,7 +9,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 # tests of one file share what takes long to make, so a worker gets whole files
-WORKERS := -n logical --maxprocesses 4 --dist loadfile
+WORKERS := -n logical --maxprocesses 4 --dist loadfile --max-worker-restart=0
 PORT := 5000
 HOST := 127.0.0.1
 # what users name goes to the tools as it is, by the environment: make (`value`) and shell ("$$NAME") do not read it
@@ -17,7 +17,7 @@ NAMED := FILE HOST IMAGES NAME PORT PYTHON STAGE
 $(foreach name,$(NAMED),$(eval override $(name) := $$(value $(name))))
 export $(NAMED)
 
-.PHONY: help setup repro benchmark test slow sweep chaos check sync ui front predict promote preset import lock
+.PHONY: help setup repro benchmark test test-avx2 slow sweep chaos check sync ui front predict promote preset import lock
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -41,6 +41,11 @@ benchmark: setup ## measure inference time anew, on this machine, and report it
 
 test: setup ## all tests but the slow ones
 	python -m pytest -m "not slow and not sweep" $(WORKERS)
+
+test-avx2: setup ## the tests of executors and trainings as on a CPU that has AVX2 alone
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m pytest -m "not e2e and not slow and not sweep" \
+		$(WORKERS) $(addprefix tests/test_,executors.py native_bf16.py imagenet_resnet.py training.py \
+		trainer.py policy_learning.py benchmark.py)
 
 slow: setup ## the tests on real CIFAR-10 (fetches it), and with servers
 	python -m pytest -m slow $(WORKERS)

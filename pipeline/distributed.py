@@ -125,27 +125,29 @@ def same_networks(modules: Iterable[nn.Module]) -> None:
 def synchronise(module: nn.Module) -> None:
     """Make batch norm in it `SyncedBatchNorm`, in place: optimisers keep the parameters they hold."""
     for part in module.modules():
-        if type(part) is nn.BatchNorm2d:
+        if isinstance(part, nn.BatchNorm2d):
             part.__class__ = SyncedBatchNorm
 
 
 class SyncedBatchNorm(nn.BatchNorm2d):
     """Batch norm which in training takes mean and variance over the rows of all processes.
 
-    All of them must come by here equally often, with or without rows.
+    All of them must come by here equally often, with or without rows. A single value of each channel in
+    all processes together is normalised by the running statistics, as `resnet.BatchNorm` does.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """[R, C, H, W], R from 0 on, to the same."""
         if not self.training:
             return super().forward(input)
-        out, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps)
         assert self.running_mean is not None  # ours all track them, with a momentum
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
+        running = self.running_mean.clone(), self.running_var.clone()
+        out, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps, *running)
         with torch.no_grad():
-            self.num_batches_tracked.add_(1)
+            self.num_batches_tracked.add_(count > 1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1).clamp_min(1)), self.momentum)
         return out
@@ -155,12 +157,13 @@ class _Normalise(torch.autograd.Function):
     """(x - mean) / sqrt(variance + eps) * weight + bias, over rows and pixels of all processes.
 
     Ioffe and Szegedy 2015; the variances of parts are put together as in Chan, Golub and LeVeque 1979,
-    which loses no digits where a mean is large.
+    which loses no digits where a mean is large. With one value alone they are the running ones, without
+    a branch, for which a step would wait.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, *running: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         channels = x.shape[1]
         own = weight.new_zeros(2 * channels + 1)  # mean, sum of squared differences from it, values
@@ -174,6 +177,10 @@ class _Normalise(torch.autograd.Function):
         count = counts.sum()
         mean = (counts * means).sum(dim=0) / count
         variance = (squares + counts * (means - mean).square()).sum(dim=0) / count
+        mean, variance = (
+            torch.where(count > 1, of_batch, kept)
+            for of_batch, kept in zip((mean, variance), running, strict=True)
+        )
         ctx.save_for_backward(x, weight, mean, variance, count)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, variance, count)
@@ -181,7 +188,7 @@ class _Normalise(torch.autograd.Function):
         return out, mean, variance, count
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance, count = ctx.saved_tensors
         shape = (1, -1, 1, 1)
         scale = (variance + ctx.eps).rsqrt()
@@ -191,6 +198,6 @@ class _Normalise(torch.autograd.Function):
         grad_weight = (grad * normalised).sum(dim=(0, 2, 3))
         sums = torch.stack([grad_bias, grad_weight])  # of this process; `add_gradients` adds these up
         distributed.all_reduce(sums)
-        of_mean, of_variance = (sums / count).view(2, *shape).unbind()
+        of_mean, of_variance = (sums / count * (count > 1)).view(2, *shape).unbind()
         grad_x = (grad - of_mean - normalised * of_variance) * (weight * scale).view(shape)
-        return grad_x.to(x.dtype), grad_weight, grad_bias, None
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None, None, None

@@ -43,3 +43,20 @@ def stage_sizes(family: Family, depth: int) -> tuple[int, ...]:
 def num_blocks(family: Family, depth: int) -> int:
     """K of a network of that depth."""
     return sum(stage_sizes(family, depth))
+
+
+def require_trainable(family: Family, depth: int, width: int) -> None:
+    """See that no shortcut has from 2 to 7 input channels: the family imagenet's are 1x1, stride 2.
+
+    On a CPU without AVX-512 oneDNN's backward pass of such a convolution writes past the end of its
+    memory (2 to 6 channels) or gives wrong gradients (7).
+
+    Raises:
+        ValueError: one has; the message names the least width.
+    """
+    least = {"cifar": 1, "imagenet": 2 if depth in IMAGENET_BOTTLENECK else 8}[family]
+    if width < least:
+        raise ValueError(
+            f"width {width} of depth {depth} of the family imagenet can't be trained on every CPU "
+            f"(oneDNN, 1x1 convolutions of stride 2); set it to {least} or more"
+        )

@@ -14,7 +14,7 @@ from torchvision.models.resnet import BasicBlock as TorchvisionBasic
 from torchvision.models.resnet import Bottleneck as TorchvisionBottleneck
 
 from pipeline.families import IMAGENET_BOTTLENECK, Family, stage_sizes
-from pipeline.resnet import Block, ResNet
+from pipeline.resnet import BatchNorm, Block, ResNet
 
 
 class _ImageNetBlock(Block):
@@ -37,7 +37,7 @@ class _ImageNetBlock(Block):
             self.shortcut = nn.Identity()
             return
         self.shortcut = nn.Sequential(
-            nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
+            nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), BatchNorm(channels)
         )
 
 
@@ -47,7 +47,7 @@ class BasicBlock(_ImageNetBlock, TorchvisionBasic):
     expansion = 1
 
     def __init__(self, in_channels: int, channels: int, *, stride: int) -> None:
-        super().__init__(in_channels, channels, stride)
+        super().__init__(in_channels, channels, stride, norm_layer=BatchNorm)
         self.project(in_channels, channels * self.expansion, stride)
 
     def convolutions(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
@@ -63,7 +63,7 @@ class Bottleneck(_ImageNetBlock, TorchvisionBottleneck):
     bn3: nn.BatchNorm2d
 
     def __init__(self, in_channels: int, channels: int, *, stride: int) -> None:
-        super().__init__(in_channels, channels, stride)
+        super().__init__(in_channels, channels, stride, norm_layer=BatchNorm)
         self.project(in_channels, channels * self.expansion, stride)
 
     def convolutions(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:

@@ -3,18 +3,21 @@
 Shapes: B images of a batch, M images of a split, K blocks, N classes, H and W pixels.
 """
 
+import errno
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.executors.base import Executor, Networks, Output, UnavailableError
+from pipeline.errors import UserError, explain_memory
+from pipeline.executors.base import Executor, Networks, Output
 from pipeline.executors.gather import Gather
 from pipeline.executors.graphed import Graphed
 from pipeline.executors.grouped import Grouped
@@ -25,6 +28,7 @@ from pipeline.policy_net import PolicyNet, average_down
 from pipeline.resnet import ResNet
 from pipeline.tensors import Images, Normalisation
 from pipeline.timing import seconds_of
+from pipeline.untrusted import cut
 
 R = TypeVar("R")
 
@@ -40,92 +44,173 @@ CHOICES: dict[str, str] = {}
 IMAGES_PER_POLICY = 16  # from which on images of one policy are run together, apart from the others
 
 
+class GatherOrGrouped(Gather, Grouped):
+    """`grouped` when the images of a batch share few policies, `gather` when they do not."""
+
+    name = "gather or grouped"
+
+    def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
+        distinct = len(torch.unique(actions, dim=0))
+        few = len(actions) >= IMAGES_PER_POLICY * distinct
+        return (Grouped if few else Gather)._classify(self, inputs, actions)
+
+
 class Auto(Executor):
     """The fastest executor for the device, the precision and each batch's policies.
 
-    On CPUs `native`; without it `grouped` when the images of a batch share few policies, `gather` when
-    they do not. On CUDA `graphed` and, where it proves itself, `persistent` race for each power of two
-    of images, on the first such batch of networks of these shapes (`CHOICES`), and not again when a
-    curriculum has learnt to drop more.
+    On CPUs `native`. On CUDA `graphed` and, where it proves itself, `persistent` race for each power of
+    two of images, on the first such batch of networks of these shapes (`CHOICES`), and not again when a
+    curriculum has learnt to drop more. Where none of these can run, `gather` or `grouped`, and where
+    they can't either, `masked`.
+
+    An executor that can't be made, or that fails at what another one then does, is left out from there
+    on, and a line says why.
     """
 
     name = "auto"
 
     def __init__(self, networks: Networks, *, precision: str = "fp32") -> None:
         super().__init__(networks, precision=precision)
-        on_cuda = self.device.type == "cuda"
-        self.contestants: list[Executor] = []
-        self.without = ""
-        if on_cuda:
-            self.contestants.append(Graphed(networks, precision=precision))
-        kind = Persistent if on_cuda else Native
-        try:
-            self.contestants.append(kind(networks, precision=precision))
-        except UnavailableError as error:
-            self.without = f" (no {kind.name}: {error})"
-        if not self.contestants:
-            self.gather = Gather(networks, precision=precision)
-            self.grouped = Grouped(networks, precision=precision)
+        fastest: list[type[Executor]] = [Graphed, Persistent] if self.device.type == "cuda" else [Native]
+        self.spare: list[type[Executor]] = [GatherOrGrouped, Masked]  # not made before they are needed
+        self.left_out: dict[str, str] = {}
+        self.contestants = self._made(fastest)
+        while not self.contestants:
+            self.contestants = self._made([self.spare.pop(0)])
 
     @property
     def description(self) -> str:
         """Which executors it comes down to here, and why not a faster one."""
-        names = [executor.name for executor in self.contestants] or [Grouped.name, Gather.name]
-        return " or ".join(names) + self.without
+        names = " or ".join(executor.name for executor in self.contestants)
+        return names + "".join(f" (no {name}: {reason})" for name, reason in self.left_out.items())
 
     def free(self) -> None:
         """That of all executors that it may come down to."""
         for executor in self.contestants:
             executor.free()
 
+    def _made(self, kinds: Sequence[type[Executor]]) -> list[Executor]:
+        """Those of the kinds that can be made; `masked` must."""
+        made: list[Executor] = []
+        for kind in kinds:
+            try:
+                made.append(kind(self.networks, precision=self.precision))
+            except Exception as error:
+                if kind is Masked:
+                    raise
+                self._leave_out(kind.name, error)
+        return made
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        """Go on without that executor, where the fault can be its own; raise the error where not."""
+        if not _may_be_its_own(error):
+            raise error
+        self.left_out[name] = cut((str(error).strip() or type(error).__name__).splitlines()[0])
+        _say(f"inference goes on without the executor {name}: {self.left_out[name]}")
+
     def _run(self, images: Tensor, actions: Tensor | None) -> Output:
-        if self.contestants:
-            sides = images.shape[1:3]
-            return self._fastest(len(images), sides, lambda executor: executor._run(images, actions))
-        return super()._run(images, actions)
+        sides = images.shape[1:3]
+        return self._by_the_best(len(images), sides, lambda executor: executor._run(images, actions))
 
     def _decide(self, inputs: Tensor) -> Tensor:
-        return self.gather._decide(inputs)
+        raise NotImplementedError("whoever runs the ResNet asks its own policy network")
 
     def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
-        if self.contestants:
-            sides = inputs.shape[2:]
-            return self._fastest(
-                len(inputs), sides, lambda executor: executor._classify(inputs, actions)
-            )
-        distinct = len(torch.unique(actions, dim=0))
-        executor = self.grouped if len(actions) >= IMAGES_PER_POLICY * distinct else self.gather
-        return executor._classify(inputs, actions)
+        return self._by_the_best(
+            len(inputs), inputs.shape[2:], lambda executor: executor._classify(inputs, actions)
+        )
 
     def _run_under(self, images: Tensor, policies: Tensor) -> Tensor:
-        if len(self.contestants) == 1:
-            return self.contestants[0]._run_under(images, policies)
-        return super()._run_under(images, policies)  # the race is for each
+        if len(self.contestants) > 1:
+            return super()._run_under(images, policies)  # the race is for each
+        return self._by_the_best(
+            len(images), images.shape[1:3], lambda executor: executor._run_under(images, policies)
+        )
 
     def _classify_under(self, inputs: Tensor, policies: Tensor) -> Tensor:
-        if len(self.contestants) == 1:
-            return self.contestants[0]._classify_under(inputs, policies)
-        return super()._classify_under(inputs, policies)
+        if len(self.contestants) > 1:
+            return super()._classify_under(inputs, policies)
+        return self._by_the_best(
+            len(inputs), inputs.shape[2:], lambda executor: executor._classify_under(inputs, policies)
+        )
 
-    def _fastest(self, batch: int, sides: Sequence[int], run: Callable[[Executor], R]) -> R:
-        """Run it by the executor that has won, or now wins, at batches of this size."""
-        if len(self.contestants) == 1:
-            return run(self.contestants[0])
-        those = {executor.name: executor for executor in self.contestants}
+    def _by_the_best(self, batch: int, sides: Sequence[int], run: Callable[[Executor], R]) -> R:
+        """Run it by the executor that has won, or now wins, at batches of this size.
+
+        Where it fails the others are tried. If one of them can, those that failed are left out. If none
+        can, what they were given is at fault, and nobody is left out.
+        """
+        failures: dict[Executor, Exception] = {}
+        for executor in self._in_turn(self._key(batch, sides), run, failures):
+            try:
+                result = run(executor)
+            except Exception as error:
+                if not _may_be_its_own(error):
+                    raise
+                failures[executor] = error
+            else:
+                self._go_on_with(executor, failures)
+                return result
+        raise next(iter(failures.values()))
+
+    def _key(self, batch: int, sides: Sequence[int]) -> str:
+        """Under what CHOICES has the winner."""
         what = f"{self.networks.shapes}, {self.precision}, {sides[0]} x {sides[1]} pixels"
-        key = f"{what}, under {1 << batch.bit_length()} images"
-        if CHOICES.get(key) not in those:
+        return f"{what}, under {1 << batch.bit_length()} images"
+
+    def _in_turn(
+        self, key: str, run: Callable[[Executor], R], failures: dict[Executor, Exception]
+    ) -> Iterator[Executor]:
+        """The winner of that key, then the other contestants, then the spare executors."""
+        those = {executor.name: executor for executor in self.contestants}
+        if len(those) > 1 and CHOICES.get(key) not in those:
             if key in CHOICES:
                 warnings.warn(f"{CHOICES[key]} can't run now, so others race for {key}", stacklevel=2)
-            CHOICES[key] = min(those, key=lambda name: self._seconds(partial(run, those[name])))
-        return run(those[CHOICES[key]])
+            seconds = {n: self._seconds(partial(run, e), e, failures) for n, e in those.items()}
+            CHOICES[key] = min(seconds, key=lambda name: seconds[name])
+        winner = CHOICES.get(key)
+        able = [executor for executor in self.contestants if executor not in failures]
+        yield from sorted(able, key=lambda executor: executor.name != winner)
+        for kind in self.spare:
+            yield from self._made([kind])
 
-    def _seconds(self, call: Callable[[], object]) -> float:
+    def _go_on_with(self, executor: Executor, failures: dict[Executor, Exception]) -> None:
+        """Leave out those that failed at what the executor could do."""
+        for failed, error in failures.items():
+            self._leave_out(failed.name, error)
+        if failures:
+            self.contestants = [one for one in self.contestants if one not in failures]
+        if executor not in self.contestants:
+            self.contestants.append(executor)
+            self.spare = self.spare[self.spare.index(type(executor)) + 1 :]
+
+    def _seconds(
+        self, call: Callable[[], object], executor: Executor, failures: dict[Executor, Exception]
+    ) -> float:
         try:
             call()  # compiles, captures, warms up
         except torch.OutOfMemoryError:
             return math.inf
+        except Exception as error:
+            if not _may_be_its_own(error):
+                raise
+            failures[executor] = error
+            return math.inf
         return min(seconds_of(call, self.device) for _ in range(3))
+
+
+def _may_be_its_own(error: Exception) -> bool:
+    """Whether an executor may have failed by a fault of its own, not for want of memory or disk."""
+    if isinstance(error, UserError):
+        return False
+    no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return not no_room and explain_memory(error) is None
+
+
+@cache
+def _say(line: str) -> None:
+    """Print a warning, but the same one once alone: an executor is made for every validation."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def make_executor(networks: Networks, *, name: str = "auto", precision: str = "fp32") -> Executor:

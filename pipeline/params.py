@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import UserError
-from pipeline.families import Family, num_blocks
+from pipeline.families import Family, num_blocks, require_trainable
 from pipeline.untrusted import cut, read_bytes, shown
 
 MAX_BYTES = 1 << 16  # presets have 5 KB; YAML is read at about 100 KB a second
@@ -106,6 +106,7 @@ class ResNetParams(Section):
     @model_validator(mode="after")
     def _depth(self) -> "ResNetParams":
         num_blocks(self.family, self.depth)
+        require_trainable(self.family, self.depth, self.width)
         return self
 
     @property
@@ -126,6 +127,7 @@ class PolicyNetParams(Section):
     @model_validator(mode="after")
     def _depth(self) -> "PolicyNetParams":
         num_blocks(self.family, self.depth)
+        require_trainable(self.family, self.depth, self.width)
         return self
 
 
@@ -319,6 +321,11 @@ class Params(Section):
                     num_blocks(self.resnet.family, other)
                 except ValueError as error:
                     raise ValueError(f"{key}: {error} (resnet.family {self.resnet.family})") from None
+        for other in self.sole.depths:  # trained; those of the benchmark are not
+            try:
+                require_trainable(self.resnet.family, other, self.resnet.width)
+            except ValueError as error:
+                raise ValueError(f"sole.depths: resnet.{error}, or name other depths") from None
         if depth in self.sole.depths:
             raise ValueError(
                 f"sole.depths {list(self.sole.depths)} names resnet.depth {depth}, which pretrain "

@@ -109,6 +109,20 @@ def _as_deployed(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
     return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm that normalises a single value of each channel by its running statistics.
+
+    One value has no variance, so PyTorch refuses to train on it. Here such a batch is no mistake: late
+    in a network a small image is one pixel, and a block may be kept by one image alone. That image is
+    run as it would be deployed. Its block learns from it, and the statistics stay as they are.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] to the same."""
+        alone = self.training and input.numel() == input.shape[1]
+        return _as_deployed(self, input) if alone else super().forward(input)
+
+
 class PoolPadShortcut(nn.Module):
     """The authors' shortcut where the shape changes: average pooling, then zero channels appended.
 
@@ -197,9 +211,9 @@ class BasicBlock(Block):
     def __init__(self, in_channels: int, channels: int, *, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm(channels)
         changes_shape = stride != 1 or in_channels != channels
         self.shortcut: nn.Module = (
             PoolPadShortcut(stride=stride, extra_channels=channels - in_channels)
@@ -232,7 +246,7 @@ class ResNet(nn.Module):
         self.depth = depth
         self.width = width
         self.conv1 = self._first_convolution()
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1: nn.BatchNorm2d = BatchNorm(width)
         self.pool: nn.Module = nn.Identity()  # between the stem's ReLU and the first block
         blocks, channels = self._make_blocks()
         self.blocks = nn.ModuleList(blocks)

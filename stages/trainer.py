@@ -1,5 +1,6 @@
 """What the training stages share: the loop's input and output, recipes, and importing instead."""
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -19,7 +20,7 @@ from pipeline.policy_net import PolicyNet
 from pipeline.prepared import load_classes
 from pipeline.resnet import ResNet
 from pipeline.resume import ResumePoint, digest_of_files, key_of, tidy
-from pipeline.runtime import choose_device, keep_freed_memory
+from pipeline.runtime import choose_device, computes_in_bf16, keep_freed_memory
 from pipeline.spared_cores import SparedCores
 from pipeline.tensors import AnyAugmentation, Augmentation, Normalisation, SeededCrop
 from pipeline.tracking.runs import stage_run
@@ -232,6 +233,8 @@ def train(
             record_untrained(stage, params, final, "0 epochs, the networks as they are", item=item)
         return
     print(f"{name}: {section.epochs} epochs on {processes.describe(device)}", flush=True)
+    if main:
+        _warn_of_emulation(section, device)
     splits = {split: load_split(PREPARED, split, device) for split in ("train", "validation")}
     steps = training.steps_per_epoch(len(splits["train"]), section.batch_size)
     key = _resume_key(stage, item, params, section, inputs)
@@ -289,6 +292,18 @@ def train(
             asked.leave()
         keeper.finish(curve)
     tidy(point.path.parent)
+
+
+def _warn_of_emulation(section: TrainingSection, device: torch.device) -> None:
+    """Say what bf16 costs where it is not computed but emulated; it trains all the same."""
+    if section.precision == "bf16" and not computes_in_bf16(device):
+        key = f"{type(section).__name__.lower()}.precision"
+        print(
+            f"warning: {key} is bf16, for which this {device.type.upper()} has no instructions: PyTorch "
+            f"emulates it, which takes several times as long as fp32; set {key} to fp32",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 # what dvc.yaml draws of each training: an imported one has no points, but its columns must be there

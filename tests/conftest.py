@@ -37,8 +37,16 @@ pytest_runtest_protocol = quiet.pytest_runtest_protocol
 NORMALISATION = Normalisation(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
+# seconds, in place of pyproject.toml's: for what takes minutes on a quiet machine
+LIMITS = {"sweep": 3600, "slow": 3600, "e2e": 1800}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that run DVC begin: they take minutes, for which several workers would wait at the end."""
+    for item in items:
+        limit = next((LIMITS[kind] for kind in LIMITS if item.get_closest_marker(kind)), None)
+        if limit:
+            item.add_marker(pytest.mark.timeout(limit))
     long = {item.path for item in items if item.get_closest_marker("e2e")}
     items.sort(key=lambda item: item.path not in long)
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 from conftest import NORMALISATION, make_split
+from torch import nn
 
 from pipeline import distributed, processes
 from pipeline.policy_learning import PolicyLearning, PolicyRules
 from pipeline.policy_net import PolicyNet
-from pipeline.resnet import ResNet
+from pipeline.resnet import BatchNorm, ResNet
 from pipeline.static_policies import static_rule
 from pipeline.tensors import Augmentation
 from pipeline.training import (
@@ -47,6 +48,25 @@ def classification(
         rule=rule,
         **options,
     )
+
+
+def one_value() -> dict:
+    """A step of batch norm on one value of each channel, which one process has."""
+    torch.manual_seed(0)
+    norm = BatchNorm(3)
+    nn.init.normal_(norm.running_mean)
+    nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    network = nn.Sequential(nn.Conv2d(2, 3, 1), norm)
+    image = torch.randn(1, 2, 1, 1)
+    distributed.same_networks([network])
+    out = network(image[distributed.own_rows(torch.arange(1))])
+    out.square().sum().backward()
+    distributed.add_gradients(network.parameters())
+    return {
+        "weights": network.state_dict(),
+        "gradients": [p.grad for p in network.parameters()],
+        "out": distributed.add_up({"out": out.detach().sum()}),
+    }
 
 
 def policy(
@@ -175,6 +195,7 @@ CASES: dict[str, Callable[[], dict]] = {
         batch_size=1,
         epochs=1,
     ),
+    "one value": one_value,
     "some blocks": lambda: trained(classification(rule=by_row), batch_size=4, epochs=1),
 }
 

@@ -7,7 +7,7 @@ import pytest
 from filelock import ReadWriteLock
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # to wait counts not as a test's time
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
     """While a test marked `alone` runs, the other workers of this session wait between their tests.
 

@@ -1,7 +1,13 @@
 """Every executor gives what `masked` gives, whatever the policies, the batch and the memory layout."""
 
+import os
+import platform
+import re
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,12 +15,15 @@ from conftest import NORMALISATION, trained
 from torch import nn
 
 from pipeline import inference
+from pipeline.errors import UserError
 from pipeline.executors import native, static
 from pipeline.executors.base import Networks, UnavailableError
-from pipeline.executors.gather import in_parts
+from pipeline.executors.gather import Gather, in_parts
+from pipeline.executors.grouped import Grouped
 from pipeline.executors.masked import Masked
+from pipeline.executors.native import Native
 from pipeline.executors.workers import map_torch, native_workers
-from pipeline.inference import EXECUTORS, Auto, make_executor
+from pipeline.inference import EXECUTORS, Auto, GatherOrGrouped, make_executor
 from pipeline.policy_net import PolicyNet
 from pipeline.resnet import ResNet
 
@@ -325,13 +334,14 @@ def test_auto_chooses_by_how_many_policies_there_are(monkeypatch):
         "pipeline.inference.Native.__init__",
         lambda *_, **__: (_ for _ in ()).throw(UnavailableError("off")),
     )
-    auto = make_executor(make_networks())
     ran = []
-    for name in ("gather", "grouped"):
-        part = getattr(auto, name)
+    for kind in (Gather, Grouped):
         monkeypatch.setattr(
-            part, "_classify", lambda i, a, n=name, real=part._classify: ran.append(n) or real(i, a)
+            kind,
+            "_classify",
+            lambda self, i, a, n=kind.name, real=kind._classify: ran.append(n) or real(self, i, a),
         )
+    auto = make_executor(make_networks())
     images = make_images(64)
     auto(images, POLICIES["two policies"](64, 6))
     auto(images, POLICIES["random"](64, 6))
@@ -441,6 +451,148 @@ def test_who_runs_out_of_memory_loses_the_race(no_choices):
     assert set(no_choices.values()) == {"gather"}
 
 
+def failing(error: Exception):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+MADE_OR_RUN = ["__init__", "_run"]
+
+
+@pytest.fixture
+def said(capsys):
+    """The lines on executors that were left out, since the last look; each is said once a process."""
+    inference._say.cache_clear()
+    return lambda: capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no such kernel"), TypeError("odd"), OSError(2, "gone")])
+@pytest.mark.parametrize("method", MADE_OR_RUN)
+@pytest.mark.parametrize("broken", [(Native,), (Native, GatherOrGrouped)])
+def test_auto_goes_on_without_executors_that_fail(broken, method, error, monkeypatch, said):
+    networks, images = make_networks(), make_images(6)
+    expected = Masked(networks)(images)
+    for kind in broken:
+        monkeypatch.setattr(kind, method, failing(error))
+    for _ in range(2):
+        auto = make_executor(networks)
+        found = auto(images)
+        assert torch.equal(found.actions, expected.actions)
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+        assert set(auto.left_out) == {kind.name for kind in broken}
+        assert str(error) in auto.description
+        rest = (GatherOrGrouped, Masked)[len(broken) - 1]
+        assert [type(one) for one in auto.contestants] == [rest]
+    lines = said()
+    assert len(lines) == len(broken)
+    assert all(
+        kind.name in line and str(error) in line for kind, line in zip(broken, lines, strict=True)
+    )
+
+
+@pytest.mark.parametrize("method", ["_run_under", "_classify_under", "_classify"])
+def test_auto_goes_on_whatever_it_is_asked(method, monkeypatch):
+    networks, images = make_networks(), make_images(6)
+    policies = several_policies("equal", 6, networks.num_blocks)
+    actions = policies[0] if method == "_classify" else policies
+    expected = Masked(networks)(images, actions).logits
+    monkeypatch.setattr(Native, method, failing(RuntimeError("broken")))
+    auto = make_executor(networks)
+    if method == "_run_under":
+        found = auto(images, actions).logits
+    else:
+        found = auto.classify(NORMALISATION(images), actions)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert "native" in auto.left_out
+
+
+def test_input_that_nobody_can_take_leaves_nobody_out(said):
+    auto = make_executor(make_networks())
+    able = auto.contestants
+    with pytest.raises(Exception, match=r"pixels, expected a square|size"):
+        auto(torch.zeros(2, 10, 10, 3, dtype=torch.uint8))
+    assert auto.contestants == able
+    auto(make_images(2))
+    assert not [line for line in said() if "expected a square" in line]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), OSError(28, "full"), UserError("no")],
+)
+@pytest.mark.parametrize("method", MADE_OR_RUN)
+def test_what_is_no_executors_fault_is_raised(method, error, monkeypatch):
+    monkeypatch.setattr(Native, method, failing(error))
+    with pytest.raises(type(error)):
+        make_executor(make_networks())(make_images(2))
+
+
+def test_who_fails_in_the_race_is_left_out(said, no_choices):
+    networks, images = make_networks(), make_images(4)
+    auto = make_executor(networks)
+    broken, sound = (make_executor(networks, name=name) for name in ("masked", "gather"))
+    expected = sound(images).logits
+    broken._run = failing(RuntimeError("broken"))
+    auto.contestants = [broken, sound]
+    torch.testing.assert_close(auto(images).logits, expected)
+    assert auto.contestants == [sound]
+    assert "without the executor masked: broken" in said()[-1]
+
+
+ON_AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+IN_BF16 = """
+import torch
+from test_executors import make_images, make_networks
+from pipeline.executors.base import UnavailableError
+from pipeline.inference import EXECUTORS, make_executor
+networks, images = make_networks(), make_images(5)
+actions = torch.rand(5, 6) < 0.5
+expected = make_executor(networks, name="masked")(images, actions).logits
+for name in ("auto", *EXECUTORS):
+    try:
+        found = make_executor(networks, name=name, precision="bf16")(images, actions).logits
+        assert (found - expected).abs().max() < 0.05 * expected.abs().max(), name
+        print(name, "ran")
+    except UnavailableError as error:
+        print(name, error)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="acts another x86 CPU")
+def test_bf16_runs_on_a_cpu_that_has_only_avx2(tmp_path):
+    here = Path(__file__).parent
+    environment = os.environ | ON_AVX2 | {
+        "PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "DVC_ROOT": str(tmp_path)
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", IN_BF16], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert [name for name, result in lines.items() if result == "ran"] == [
+        "auto", "masked", "gather", "grouped"
+    ]  # fmt: skip
+    assert re.search(r"no bf16 instructions \(AMX or AVX512_BF16\)|no C\+\+ compiler", lines["native"])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="acts another x86 CPU")
+def test_native_is_built_for_the_cpu_that_is_acted(monkeypatch, tmp_path):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    lanes = {}
+    for capability in ("", "avx2"):
+        native.library.cache_clear()
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        try:
+            lanes[capability] = native.library().lanes()
+        except UnavailableError as error:
+            pytest.skip(str(error))
+    native.library.cache_clear()
+    assert lanes["avx2"] == 8  # floats of a register
+    assert len(list((tmp_path / ".native").glob("*.so"))) == 2
+
+
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 15, 16, 17, 100, 257])
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_parts_cover_the_batch_once(count, workers):
@@ -453,8 +605,10 @@ def test_errors_of_workers_reach_the_caller():
     def fail(item):
         raise RuntimeError(f"item {item}")
 
+    threads = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="item 0"):
         map_torch(fail, [0, 1, 2], workers=2)
+    assert map_torch(lambda _: torch.get_num_threads(), [0], workers=1) == [threads]
     with pytest.raises(RuntimeError, match="item 1"):
         native_workers(2).run(lambda member: fail(member) if member else None, 2)
 

@@ -34,7 +34,7 @@ SMALL = {
     },
     "augmentation": {"crop_padding": 0, "flip": True},
     "resnet": {"family": "imagenet", "depth": 26, "width": 4},
-    "policy_net": {"family": "imagenet", "depth": 10, "width": 4, "input_size": 32},
+    "policy_net": {"family": "imagenet", "depth": 10, "width": 8, "input_size": 32},
     "pretrain": {"epochs": 2, "batch_size": 16},
     "curriculum": {"epochs": 5, "batch_size": 16},
     "finetune": {"epochs": 2, "batch_size": 16},

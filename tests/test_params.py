@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 from pydantic import ValidationError
+from torch import nn
 
+from pipeline.families import IMAGENET as IMAGENET_DEPTHS
+from pipeline.families import require_trainable
 from pipeline.params import ParamsError, load
+from pipeline.resnet import make_resnet
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
@@ -519,6 +523,47 @@ def test_padding_of_streamed_images_is_refused_with_the_remedy(path):
 def test_folder_of_streamed_images_is_no_parameter(path):
     message = refusal(path, STREAMED | {"data.folder": "photos"})
     assert "folder is for the source imagefolder alone" in message
+
+
+BASIC = {"policy_net.family": "imagenet", "policy_net.depth": 10}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (BASIC | {"policy_net.width": 4}, "policy_net: width 4 of depth 10 of the family imagenet"),
+        (BASIC | {"policy_net.width": 7}, "set it to 8 or more"),
+        (BASIC | {"policy_net.width": 1}, "set it to 8 or more"),
+        (STREAMED | {"resnet.depth": 34, "resnet.width": 6}, "resnet: width 6 of depth 34"),
+        (STREAMED | {"resnet.width": 1}, "set it to 2 or more"),
+        (STREAMED | {"resnet.width": 4, "sole.depths": [18]}, "sole.depths: resnet.width 4 of depth 18"),
+    ],
+)  # fmt: skip
+def test_width_whose_gradients_onednn_gets_wrong_is_refused(path, changes, words):
+    assert words in refusal(path, changes)
+
+
+def test_least_widths_are_taken(path):
+    write(path, STREAMED | {"resnet.width": 2})
+    assert load(path).resnet.width == 2
+    write(path, BASIC | {"policy_net.width": 8})
+    assert load(path).policy_net.width == 8
+
+
+@pytest.mark.parametrize("depth", IMAGENET_DEPTHS)
+@pytest.mark.parametrize("width", range(1, 10))
+def test_what_is_refused_is_what_has_such_a_convolution(depth, width):
+    resnet = make_resnet(family="imagenet", depth=depth, width=width, num_classes=2)
+    strided = [
+        part.in_channels
+        for part in resnet.modules()
+        if isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) and part.stride == (2, 2)
+    ]
+    if any(2 <= channels <= 7 for channels in strided):
+        with pytest.raises(ValueError, match="can't be trained on every CPU"):
+            require_trainable("imagenet", depth, width)
+    else:
+        require_trainable("imagenet", depth, width)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,22 @@ def pretrained(folder, params: Params) -> None:
     checkpoint.save(made, folder / "models/pretrain")
 
 
+@pytest.mark.parametrize("instructions", [True, False])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_training_in_emulated_bf16_says_what_it_costs(
+    precision, instructions, params, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(trainer, "computes_in_bf16", lambda device: instructions)
+    section = params.pretrain.model_copy(update={"precision": precision, "epochs": 1})
+    sole.main(params.model_copy(update={"pretrain": section}), depth=8)
+    assert (tmp_path / "models/sole/8/model.json").exists()
+    said = [line for line in capfd.readouterr().err.splitlines() if "pretrain.precision" in line]
+    assert len(said) == (precision == "bf16" and not instructions)
+    for line in said:
+        assert line.startswith("warning: pretrain.precision is bf16, for which this CPU has no")
+        assert line.endswith("set pretrain.precision to fp32")
+
+
 def test_an_item_of_a_matrix_writes_under_its_name_and_no_metrics_file(params, tmp_path):
     sole.main(params, depth=8)
     written = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}

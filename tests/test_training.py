@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import NORMALISATION, make_split
 
 from pipeline.policy_learning import PolicyLearning, PolicyRules
 from pipeline.policy_net import PolicyNet
-from pipeline.resnet import ResNet
+from pipeline.resnet import ResNet, make_resnet
 from pipeline.runtime import generator
 from pipeline.tensors import Augmentation, Split, batches
 from pipeline.training import (
@@ -83,7 +84,9 @@ def policy_learner(
     )  # fmt: skip
 
 
-def run(learner, train, validation, *, epochs, position=None, augmentation=PLAIN, steps=None):
+def run(
+    learner, train, validation, *, epochs, position=None, augmentation=PLAIN, steps=None, batch_size=16
+):
     """The results of the epochs, with a stop after so many steps where that is asked for."""
     results, position = [], position or Position()
     todo = fit(
@@ -91,7 +94,7 @@ def run(learner, train, validation, *, epochs, position=None, augmentation=PLAIN
         train=train,
         validation=validation,
         epochs=epochs,
-        batch_size=16,
+        batch_size=batch_size,
         schedule=cosine,
         augmentation=augmentation,
         normalisation=NORMALISATION,
@@ -576,3 +579,51 @@ def test_random_tables_depend_on_the_key_alone():
     assert torch.equal(first, torch.rand(4, generator=generator(0, "finetune", 3)))
     for other in ((1, "finetune", 3), (0, "curriculum", 3), (0, "finetune", 4)):
         assert not torch.equal(first, torch.rand(4, generator=generator(*other)))
+
+
+@pytest.mark.parametrize(("family", "size"), [("imagenet", 32), ("imagenet", 8), ("cifar", 8)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_one_image_alone_trains_every_network(family, size, batch):
+    """Where its last stages are one pixel too: the block learns, and its statistics stay."""
+    depth = {"imagenet": 18, "cifar": 14}[family]
+    torch.manual_seed(0)
+    resnet = make_resnet(family=family, depth=depth, width=8, num_classes=3)
+    policy_net = PolicyNet(num_blocks=resnet.num_blocks, depth=depth, width=8, family=family)
+    split = make_split(batch, size=size)
+    inputs = NORMALISATION(split.images)
+    last = resnet.flat_blocks()[-1]
+    before = {name: value.clone() for name, value in last.named_buffers()}
+    actions = torch.ones(batch, resnet.num_blocks, dtype=torch.bool)
+    actions[1:, -1] = False  # one image keeps it
+    resnet.train()
+    policy_net.train()
+    (resnet(inputs, actions).sum() + policy_net(inputs).sum()).backward()
+    gradients = [p.grad for network in (resnet, policy_net) for p in network.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    assert last.bn2.weight.grad.abs().sum() > 0
+    one_pixel = family == "imagenet"
+    same = [torch.equal(value, before[name]) for name, value in last.named_buffers()]
+    assert all(same) if one_pixel else not any(same)
+
+
+@pytest.mark.parametrize("estimator", ["self_critical", "straight_through", "reinmax"])
+def test_finetuning_of_small_images_of_the_family_imagenet(estimator):
+    torch.manual_seed(0)
+    resnet = make_resnet(family="imagenet", depth=10, width=8, num_classes=3)
+    policy_net = PolicyNet(num_blocks=4, depth=10, width=8, family="imagenet", initial_keep_prob=0.3)
+    learner = PolicyLearning(
+        resnet,
+        policy_net,
+        optimizer=make_optimizer(
+            "adam",
+            [{"params": [*resnet.parameters(), *policy_net.parameters()], "lr": 0.001}],
+            weight_decay=0.0,
+        ),
+        rules=PolicyRules(gamma=2.0, alpha=0.8, entropy_weight=0.1, estimator=estimator),
+        normalisation=NORMALISATION,
+        precision="fp32",
+        distillation=Distillation(resnet, share=0.0, normalisation=NORMALISATION, precision="fp32"),
+    )
+    train = make_split(21, size=16)
+    results = run(learner, train, make_split(6, size=16), epochs=2, batch_size=2)
+    assert all(math.isfinite(value) for value in results[-1].train.values())

@@ -37,6 +37,8 @@ PROJECT_MARK = ".dvc"  # in that root; a logged model, which ships this code, ha
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread"]
 # what compilers on x86 and others take, most specific first
 TUNING = [["-march=native", "-mprefer-vector-width=512"], ["-march=native"], ["-mcpu=native"], []]
+ACTED = {"avx2": [["-march=x86-64-v3"], []]}  # a CPU that this one is told to act
+CAPABILITY = "ATEN_CPU_CAPABILITY"  # the variable by which PyTorch's own kernels are told so
 
 
 class _Conv(ctypes.Structure):
@@ -77,7 +79,7 @@ def library(precision: str = "fp32") -> ctypes.CDLL:
     if compiler is None:
         raise UnavailableError("no C++ compiler (c++, g++ or clang++) is installed")
     source = SOURCES[precision]
-    machine = f"{source.name} {compiler} {FLAGS} {TUNING} {platform.machine()} {_cpu_flags()}"
+    machine = f"{source.name} {compiler} {FLAGS} {_tuning()} {platform.machine()} {_cpu_flags()}"
     key = hashlib.sha256(source.read_bytes() + SHARED.read_bytes() + machine.encode()).hexdigest()[:16]
     problem = ""
     for folder in _folders():
@@ -130,12 +132,17 @@ def _cpu_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
+def _tuning() -> list[list[str]]:
+    """Flags for the CPU that is here, or for the one that it acts."""
+    return ACTED.get(os.environ.get(CAPABILITY, ""), TUNING)
+
+
 def _build(compiler: str, source: Path, built: Path) -> None:
     built.parent.mkdir(parents=True, exist_ok=True)
     failure = ""
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         made = Path(folder) / "made.so"
-        for tuning in TUNING:
+        for tuning in _tuning():
             command = [compiler, *FLAGS, *tuning, str(source), "-o", str(made)]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -192,7 +199,10 @@ class _Bf16Kernel:
         self.library = library("bf16")
         self.depth = self.library.depth()
         if self.depth == 0:
-            raise UnavailableError("this CPU has no bf16 instructions, or the system bars them")
+            raise UnavailableError(
+                "this CPU has no bf16 instructions (AMX or AVX512_BF16), or the system or "
+                f"{CAPABILITY} bars them"
+            )
 
     def pack(self, weight: Tensor, bias: Tensor, stride: int) -> _PackedConv:
         """Weight [O, I, 3, 3] as [G * O / 16][ky][T * I / 2][16][2]."""

@@ -84,13 +84,16 @@ class OneDnnConv(PackedConv):
         )
 
 
-def _has_fused_onednn() -> bool:
-    """Whether these operators, which are PyTorch's own business, are there as we know them."""
+def _has_fused_onednn(dtype: torch.dtype) -> bool:
+    """Whether these operators, which are PyTorch's own business, are there as we know them.
+
+    An x86 CPU may have them in float32 alone: in bfloat16 oneDNN asks for AVX-512.
+    """
     try:
         with torch.no_grad():
-            OneDnnConv(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).eval(), torch.float32).relu(
-                torch.zeros(1, 3, 4, 4)
-            )
+            conv = OneDnnConv(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4).eval(), dtype)
+            images = torch.zeros(1, 4, 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            conv.add_relu_(conv.relu(conv(images)), images)
     except (AttributeError, RuntimeError, TypeError):
         return False
     return True
@@ -140,7 +143,7 @@ class PackedNetwork:
     """A ResNet, or the one inside a policy network, in evaluation mode."""
 
     def __init__(self, resnet: ResNet, dtype: torch.dtype) -> None:
-        fused = resnet.fc.weight.device.type == "cpu" and _has_fused_onednn()
+        fused = resnet.fc.weight.device.type == "cpu" and _has_fused_onednn(dtype)
         kind = OneDnnConv if fused else PackedConv
 
         def packed(block: Block) -> PackedBlock:

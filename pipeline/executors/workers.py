@@ -30,11 +30,12 @@ def map_torch(call: Callable[[T], R], items: Sequence[T], *, workers: int) -> li
         torch.set_num_threads(1)  # of this thread, and of those that start later
         ready.wait()
 
-    with ThreadPoolExecutor(workers, "executor", initializer=begin) as pool:
-        futures = [pool.submit(call, item) for item in items]
-        found = [future.result() for future in futures]
-    torch.set_num_threads(threads)
-    return found
+    try:
+        with ThreadPoolExecutor(workers, "executor", initializer=begin) as pool:
+            futures = [pool.submit(call, item) for item in items]
+            return [future.result() for future in futures]
+    finally:
+        torch.set_num_threads(threads)
 
 
 class NativeWorkers:
