@@ -34,6 +34,7 @@ repro: setup ## run the pipeline: whatever params.yaml, code or data changed
 	@python -m tools.mend
 	dvc repro
 	-@python -m tools.sync
+	@python -m tools.mend --check
 
 benchmark: setup ## measure inference time anew, on this machine, and report it
 	dvc repro --single-item --force benchmark report

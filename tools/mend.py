@@ -1,13 +1,25 @@
-"""Mend what a killed DVC leaves torn, before `make repro` runs it.
+"""Mend what DVC does not mend itself, before `make repro` runs it; afterwards see that nothing is lost.
 
 DVC 3.67 writes dvc.lock and its list of locks in place; killed in the middle of that it refuses to read
 them ever after. DVC finds again all that is in them: its run cache has the results of the stages.
+
+It takes every file of its cache for whole, since it has made them read-only: one whose bytes changed is
+restored as it is, and making the result anew does not replace it. And it ends with status 0 when what
+the stages wrote did not fit into the cache.
 """
 
 import json
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
+from dvc.exceptions import DvcException
+from dvc.output import Output
+from dvc.repo import Repo
+from dvc_data.hashfile.db import HashFileDB
+from dvc_objects.errors import ObjectFormatError
 
 from tools.command import Parser
 
@@ -50,13 +62,73 @@ def mend(folder: Path) -> list[Path]:
     return names
 
 
+def remove_damaged(repo: Repo) -> Iterator[str]:
+    """Remove from the cache what is not what its name, an MD5, says; the files' paths.
+
+    DVC remembers sizes and times, so only what was written to since is read again.
+    """
+    cache = repo.cache.local
+    for digest in cache.all():
+        try:
+            HashFileDB.check(cache, digest)  # the cache's own method trusts what is read-only
+        except ObjectFormatError:
+            yield os.path.relpath(cache.oid_to_path(digest))
+
+
+def lost(repo: Repo) -> list[Output]:
+    """What dvc.lock names and the cache lacks, of the stages that there are."""
+    return [out for out in repo.index.outs if out.use_cache and out.hash_info and out.changed_cache()]
+
+
+def put_back(out: Output) -> bool:
+    """Fill the cache from the work tree; False where that has something else."""
+    path = Path(out.fs_path)
+    for file in [path, *path.rglob("*")] if path.exists() else ():
+        if file.is_file():
+            file.touch()  # DVC took the digest from the cache, if it copied the file from there
+    if not out.exists or out.changed_checksum():
+        return False
+    out.commit()
+    return not out.changed_cache()
+
+
+def mend_cache() -> None:
+    """See that what is in DVC's cache is whole, and all there that the work tree has."""
+    with Repo() as repo, repo.lock:
+        for path in remove_damaged(repo):
+            print(f"{path} was damaged and is removed; DVC makes it anew when it is needed")
+        for out in lost(repo):
+            if put_back(out):
+                print(f"{out} was in no cache and is put back into it, from the work tree")
+
+
+def check_cache() -> None:
+    """End with status 1 when results are in no cache."""
+    with Repo() as repo:
+        names = [str(out) for out in lost(repo)]
+        if names:
+            raise SystemExit(
+                f"error: {', '.join(names)} could not be written to DVC's cache "
+                f"({os.path.relpath(repo.cache.local.path)}; DVC says why above); free some space, or give "
+                "this user access to it, and repeat: they are put there, and no stage runs for it"
+            )
+
+
 def main() -> None:
     """Mend the checkout that is the working folder."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="see that DVC has cached all results")
+    if parser.parse_args().check:
+        check_cache()
+        return
     require_plain(Path())
     for name in mend(Path()):
         print(f"{name} was torn by a DVC that was killed; it is now {name}.torn, and DVC makes it anew")
+    try:
+        mend_cache()
+    except (DvcException, OSError) as error:  # dvc repro says what else is wrong
+        print(f"DVC's cache was not looked at: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    Parser(description=__doc__).parse_args()
     main()
