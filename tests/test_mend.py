@@ -15,6 +15,7 @@ ROWS = '{"write": {}, "read": {}}'
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["mend"])
     (tmp_path / ".dvc/tmp").mkdir(parents=True)
     return tmp_path
 

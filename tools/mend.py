@@ -10,6 +10,7 @@ the stages wrote did not fit into the cache.
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ LOCK = Path("dvc.lock")
 READ_BY_DVC = (LOCK, Path("dvc.yaml"), Path("params.yaml"))
 LIST_OF_LOCKS = Path(".dvc/tmp/rwlock")
 CONFLICT = "<<<<<<<"
+OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
 def torn(folder: Path) -> list[Path]:
@@ -68,7 +70,7 @@ def remove_damaged(repo: Repo) -> Iterator[str]:
     DVC remembers sizes and times, so only what was written to since is read again.
     """
     cache = repo.cache.local
-    for digest in cache.all():
+    for digest in filter(OBJECT.fullmatch, cache.all()):  # others are being written by a DVC
         try:
             HashFileDB.check(cache, digest)  # the cache's own method trusts what is read-only
         except ObjectFormatError:
@@ -109,7 +111,7 @@ def check_cache() -> None:
         if names:
             raise SystemExit(
                 f"error: {', '.join(names)} could not be written to DVC's cache "
-                f"({os.path.relpath(repo.cache.local.path)}; DVC says why above); free some space, or give "
+                f"({os.path.relpath(repo.cache.local.path)}; DVC says why above); free space, or give "
                 "this user access to it, and repeat: they are put there, and no stage runs for it"
             )
 
