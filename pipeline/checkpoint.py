@@ -228,7 +228,7 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
     write_text(folder / SIDECAR, text)
 
 
-_ANEW = "copy both files of the checkpoint anew, or rerun the stage that made them"
+_ANEW = "copy both files of the checkpoint anew, or `make repro`, which mends what its stages made"
 
 
 def load(folder: Path) -> Checkpoint:

@@ -12,7 +12,7 @@ SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 DESCRIPTION = "dataset.json"
 MAX_DESCRIPTION = 16 << 20  # bytes
-REMEDY = "make it anew with `dvc repro -f prepare`"
+REMEDY = "`make repro` makes it anew, and takes a damaged copy out of DVC's cache"
 
 
 class _Record(BaseModel):

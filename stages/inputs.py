@@ -51,7 +51,7 @@ class FileState:
         """
         status = path.stat()
         digest = None
-        if read:
+        if read and path.is_file():  # a pipe would be waited for
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         return cls((status.st_size, status.st_mtime_ns, status.st_ino), digest)
@@ -153,6 +153,8 @@ class StageInputs:
     def remove_outs(self) -> None:
         """Leave no result where DVC would take it (`dvc commit`, `dvc exp save`)."""
         for path in self.outs:
+            if Path.cwd() not in path.absolute().parents:  # what dvc.yaml can't mean
+                raise ValueError(f"{self.stage} has the out {path}, which is not below the project")
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:

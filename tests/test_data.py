@@ -12,7 +12,7 @@ from pipeline.errors import DataError
 from pipeline.prepared import DESCRIPTION, SPLITS, load_classes
 
 CPU = torch.device("cpu")
-REMEDY = "make it anew with `dvc repro -f prepare`"
+REMEDY = "`make repro` makes it anew, and takes a damaged copy out of DVC's cache"
 
 
 def numbered(count: int) -> Arrays:

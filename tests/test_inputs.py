@@ -1,11 +1,12 @@
 """What DVC records is what ran: a stage whose parameters, code or inputs change meanwhile refuses."""
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
-from repository_copy import TINY, Copy, environment, make_copy, ran
+from repository_copy import ROOT, TINY, Copy, environment, make_copy, ran
 from test_concurrency import is_training, start, wait_for
 
 from stages import inputs
@@ -102,6 +103,29 @@ def test_a_matrix_stage_knows_its_own_outs(project):
     assert StageInputs.of("static", "first", "3").outs == (Path("models/static/first-3"),)
 
 
+@pytest.mark.parametrize(
+    ("command", "outs"),
+    [
+        ("check", {"data/params.ok"}),
+        ("prepare", {"data/prepared", "metrics/prepare.json"}),
+        ("sole 8", {"models/sole/8", "plots/sole/8.csv", "metrics/times/sole-8.json"}),
+        ("benchmark", {"plots/benchmark", "metrics/benchmark.json"}),
+        ("report", {"report", "plots/trade_off.csv"}),
+    ],
+)
+def test_the_projects_own_stages_know_their_outs(command, outs, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    began = StageInputs.of(*command.split())
+    assert {path.as_posix() for path in began.outs} == outs
+    assert list(began.changes()) == []
+
+
+def test_a_pipe_is_not_waited_for(project, monkeypatch):
+    os.mkfifo(project / "data/prepared/pipe")
+    begin(monkeypatch)
+    require_unchanged()
+
+
 def test_what_was_missing_and_is_missing_is_no_change(project, monkeypatch):
     (project / "import/none").unlink()
     begin(monkeypatch)
@@ -182,6 +206,16 @@ def test_code_edited_while_it_trains_is_not_recorded_and_a_comment_in_params_is_
     assert "pipeline/training.py was edited" in printed
     assert "params.yaml" not in printed.split("was changed while it ran")[1].split("Put it back")[0]
     assert "epoch 1/150" in copy.run("dvc", "repro", "pretrain")  # the new code's own training
+
+
+@pytest.mark.e2e
+def test_an_experiment_is_refused_likewise(copy):
+    run = start(copy, "dvc", "exp", "run", "-S", "pretrain.lr=0.7", "pretrain")
+    wait_for(lambda: is_training(copy, "pretrain"))
+    edit(copy.folder / "params.yaml", "lr: 0.7", "lr: 0.8")
+    printed, _ = run.communicate(timeout=300)
+    assert run.returncode != 0
+    assert "pretrain.lr was 0.7, is 0.8" in printed
 
 
 @pytest.mark.e2e

@@ -231,9 +231,7 @@ def test_folder_of_the_images_that_is_not_there_is_named(project):
 def test_one_changed_byte_of_a_manifest_is_noticed(project):
     file = project / "data/prepared/train_manifest.tsv"
     file.write_bytes(file.read_bytes().replace(b"china", b"chinb", 1))
-    with pytest.raises(
-        DataError, match=r"train_manifest.tsv.*not what dataset.json.*dvc repro -f prepare"
-    ):
+    with pytest.raises(DataError, match=r"train_manifest.tsv.*not what dataset.json.*make repro"):
         split(project)
 
 
