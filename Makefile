@@ -20,7 +20,7 @@ export $(NAMED)
 .PHONY: help setup repro benchmark test test-avx2 slow sweep chaos check sync ui front predict promote preset import lock
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
 setup: export PATH := $(OUTSIDE)
 setup: ## .venv from requirements.txt, where it is not so already (PYTHON=python3.12 takes that one)

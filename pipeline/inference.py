@@ -162,17 +162,23 @@ class Auto(Executor):
         self, key: str, run: Callable[[Executor], R], failures: dict[Executor, Exception]
     ) -> Iterator[Executor]:
         """The winner of that key, then the other contestants, then the spare executors."""
-        those = {executor.name: executor for executor in self.contestants}
-        if len(those) > 1 and CHOICES.get(key) not in those:
+        names = [executor.name for executor in self.contestants]
+        if len(names) > 1 and CHOICES.get(key) not in names:
             if key in CHOICES:
                 warnings.warn(f"{CHOICES[key]} can't run now, so others race for {key}", stacklevel=2)
-            seconds = {n: self._seconds(partial(run, e), e, failures) for n, e in those.items()}
-            CHOICES[key] = min(seconds, key=lambda name: seconds[name])
+            self._race(key, run, failures)
         winner = CHOICES.get(key)
         able = [executor for executor in self.contestants if executor not in failures]
         yield from sorted(able, key=lambda executor: executor.name != winner)
         for kind in self.spare:
             yield from self._made([kind])
+
+    def _race(self, key: str, run: Callable[[Executor], R], failures: dict[Executor, Exception]) -> None:
+        """Choose the fastest contestant that does not fail, if there is one."""
+        seconds = {e: self._seconds(partial(run, e), e, failures) for e in self.contestants}
+        able = [executor for executor in self.contestants if executor not in failures]
+        if able:
+            CHOICES[key] = min(able, key=lambda executor: seconds[executor]).name
 
     def _go_on_with(self, executor: Executor, failures: dict[Executor, Exception]) -> None:
         """Leave out those that failed at what the executor could do."""

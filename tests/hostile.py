@@ -31,7 +31,7 @@ def bounded(*, seconds: float = 20, megabytes: int = 300) -> Iterator[None]:
         raise AssertionError(f"took over {seconds} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)  # pytest-timeout's, of this test
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     if sys.platform == "linux":
         resource.setrlimit(
@@ -41,5 +41,5 @@ def bounded(*, seconds: float = 20, megabytes: int = 300) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, left)

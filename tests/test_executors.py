@@ -539,6 +539,19 @@ def test_who_fails_in_the_race_is_left_out(said, no_choices):
     torch.testing.assert_close(auto(images).logits, expected)
     assert auto.contestants == [sound]
     assert "without the executor masked: broken" in said()[-1]
+    assert list(no_choices.values()) == ["gather"]
+
+
+def test_when_all_fail_in_the_race_nobody_is_chosen(said, no_choices):
+    networks, images = make_networks(), make_images(4)
+    auto = contest(networks, "masked", "gather")
+    for executor in auto.contestants:
+        executor._run = failing(RuntimeError(f"broken {executor.name}"))
+    expected = Masked(networks)(images).logits
+    torch.testing.assert_close(auto(images).logits, expected, atol=1e-4, rtol=0)
+    assert [type(one) for one in auto.contestants] == [GatherOrGrouped]
+    assert [line.rsplit(": ", 1)[1] for line in said()] == ["broken masked", "broken gather"]
+    assert no_choices == {}
 
 
 ON_AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}

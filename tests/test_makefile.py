@@ -48,8 +48,9 @@ HOSTILE = [
 
 def project(folder: Path, *, requirements: str = "") -> Path:
     """A folder with the Makefile and what `make setup` needs, which takes seconds and no network."""
-    (folder / "tools").mkdir(parents=True)
-    for name in ("Makefile", "pyproject.toml", "tools/__init__.py", "tools/environment.py"):
+    packages = ("pipeline/__init__.py", "tools/__init__.py", "tools/environment.py")
+    for name in ("Makefile", "pyproject.toml", *packages):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, folder / name)
     (folder / "requirements.txt").write_text(requirements)
     return folder
@@ -331,3 +332,11 @@ def test_recipes_hold_no_name_that_users_give():
     for name in re.findall(r"\$\$(\w+)", recipes):
         assert name in names
         assert f'"$${name}"' in recipes or f'="$${name}"' in recipes
+
+
+def test_help_lists_every_target():
+    done = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = [line.split(" - ")[0] for line in done.stdout.splitlines()]
+    phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert phony
+    assert sorted(listed) == sorted(phony[1].split())
