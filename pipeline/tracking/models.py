@@ -235,10 +235,14 @@ def _upload(
             python_model=str(Path(__file__).with_name("served.py")),
             artifacts={ARTIFACT: str(folder)},
             code_paths=[str(Path(pipeline.__file__).parent)],
-            signature=_signature(example.shape[1]),
+            signature=_signature(),
             input_example=example,
             pip_requirements=_requirements(own),  # named: MLflow would run the model to find them
-            metadata={"classes": list(own.classes), "stage": own.stage},
+            metadata={
+                "classes": list(own.classes),
+                "stage": own.stage,
+                "images": f"[B, {example.shape[1]}, {example.shape[1]}, 3], whole numbers 0 to 255",
+            },
             mlflow_model=Model(
                 artifact_path=model.artifact_location,
                 run_id=run_id,
@@ -267,12 +271,13 @@ def _quietly() -> Iterator[None]:
         BAR.unset() if before is None else BAR.set(before)
 
 
-def _signature(size: int) -> "ModelSignature":
+def _signature() -> "ModelSignature":
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
     from mlflow.types.schema import Array
 
-    images = TensorSpec(np.dtype(np.uint8), (-1, size, size, 3))
+    # MLflow casts JSON to the type that is named here, 0.5 to 0 and true to 1; as objects all stays
+    images = TensorSpec(np.dtype(object), (-1,))
     columns: dict[str, DataType | Array] = {
         "class": DataType.string,
         "confidence": DataType.double,
