@@ -140,7 +140,7 @@ class Predictor:
             logits, actions = output.logits.double().cpu(), output.actions.bool().cpu().clone()
         if not logits.isfinite().all():
             raise PredictionError(
-                "the network answers with what is no number (NaN or infinite), so there is no class; its "
+                "the network answers with no number (NaN or infinite), so there is no class; its "
                 "training diverged or its weights are damaged: train it anew, or take another model"
             )
         probabilities = logits.softmax(dim=1).numpy()

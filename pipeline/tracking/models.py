@@ -402,7 +402,7 @@ def _register(client: "MlflowClient", model: "LoggedModel", name: str) -> str:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    for version in client.search_model_versions(f"name = '{name}'"):
+    for version in client.search_model_versions(_named(name)):
         if _is_of(version, model):
             return str(version.version)
     made = client.create_model_version(
@@ -416,6 +416,13 @@ def _register(client: "MlflowClient", model: "LoggedModel", name: str) -> str:
     links.append({"name": name, "version": made.version})
     client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(links)})
     return str(made.version)
+
+
+def _named(name: str) -> str:
+    """A filter for versions of a registered model; MLflow's filters know no escaped quotes."""
+    if "'" in name and '"' in name:
+        raise ModelError(f"{name}: MLflow finds no name with both kinds of quotes; take another one")
+    return f'name = "{name}"' if "'" in name else f"name = '{name}'"
 
 
 def _is_of(version: "ModelVersion", model: "LoggedModel") -> bool:

@@ -6,12 +6,14 @@ their way are completed too.
 
 import hashlib
 import json
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.html import as_code, as_markdown
 from pipeline.tracking import models
 from pipeline.tracking.records import MODEL, PREPARED, Curve, Record
 from pipeline.tracking.runs import (
@@ -88,7 +90,8 @@ def describe(record: Record) -> str:
     for prefix in sorted({k.rsplit(".", 1)[0] for k in metrics if k.startswith(("sole.", "static."))}):
         kind, name = prefix.split(".", 1)
         tuned = "not finetuned" if record.params.get("finetune.epochs") == "0" else "finetuned"
-        said = f"ResNet-{name}" if kind == "sole" else f"{name.replace('_', ' ')} blocks, {tuned}"
+        name = as_markdown(name.replace("_", " "))
+        said = f"ResNet-{name}" if kind == "sole" else f"{name} blocks, {tuned}"
         found = [metrics.get(f"{prefix}.{what}") for what in ("accuracy", "blocks", "flops")]
         lines.append(_row(said, *found))
     if "flops_saved" in metrics:
@@ -96,7 +99,8 @@ def describe(record: Record) -> str:
             "",
             f"{100 * metrics['flops_saved']:.1f} % of the FLOPs saved, policy network counted.",
         ]
-    lines += ["", f"`dvc exp apply {record.name}` brings it back." if record.revision else ""]
+    apply = as_code(f"dvc exp apply {shlex.quote(record.name)}")
+    lines += ["", f"{apply} brings it back." if record.revision else ""]
     return "\n".join(lines).strip()
 
 
@@ -117,12 +121,14 @@ def _retire_namesakes(client: "MlflowClient", experiment_id: str, record: Record
     """`dvc exp run -f` puts an experiment in the place of one of the same name; say so there."""
     if not record.revision:
         return
+    # the name is compared here: in MLflow's filters no quote can be escaped
     wanted = (
-        f"tags.`dvc.experiment` = '{record.name}' and tags.`dvc.baseline` = '{record.baseline}' "
-        f"and tags.`{TAG_ROLE}` = 'parent' and tags.`{TAG_KEY}` != '{record.key}'"
+        f"tags.`dvc.baseline` = '{record.baseline}' and tags.`{TAG_ROLE}` = 'parent' "
+        f"and tags.`{TAG_KEY}` != '{record.key}'"
     )
     for run in client.search_runs([experiment_id], filter_string=wanted):
-        if TAG_SUPERSEDED not in run.data.tags:
+        tags = run.data.tags
+        if tags.get("dvc.experiment") == record.name and TAG_SUPERSEDED not in tags:
             client.set_tag(run.info.run_id, TAG_SUPERSEDED, record.key)
             client.update_run(run.info.run_id, name=f"{record.name} (superseded)")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.untrusted import cut, printable
 
 VARIABLE = "BLOCKDROP_TRACKING"
 OFF, STRICT = "off", "strict"
@@ -66,7 +67,7 @@ def reason(error: BaseException, outer: BaseException | None = None) -> str:
         while (deeper := error.__cause__ or error.__context__) not in (None, outer):
             error = deeper
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    line = masked(lines[0])[:LONGEST_REASON]
+    line = cut(printable(masked(lines[0])), LONGEST_REASON)
     return f"{line}; set {' and '.join(CREDENTIALS)}" if "code 401" in line else line
 
 

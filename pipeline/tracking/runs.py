@@ -35,6 +35,7 @@ from pipeline.tracking.reach import (
     require_usable,
 )
 from pipeline.tracking.store import say_once, shown_uri, store, store_uri
+from pipeline.untrusted import printable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -136,7 +137,7 @@ class StageRun:
             self._files.append(path)
             self._flush_when_due()
         else:
-            print(f"{path} is not there, so it is not logged", file=sys.stderr)
+            print(f"{printable(path)} is not there, so it is not logged", file=sys.stderr)
 
     def attempt(self, action: Callable[[], None], *, seconds: float = 30.0) -> None:
         """Do something else with the store, as safely; nothing, while MLflow is away.
@@ -299,9 +300,13 @@ class StageRun:
             TAG_STAGE: self._stage,
             TAG_PROCESS: _this_process(),
         }
-        wanted = " and ".join(f"tags.`{tag}` = '{text}'" for tag, text in tags.items())
+        wanted = f"tags.`{TAG_PARENT}` = '{self.parent_id}' and tags.`{TAG_STAGE}` = '{self._stage}'"
         found = client.search_runs([self._experiment_id], wanted) if self._failures else []
-        begun = [run.info.run_id for run in found if run.info.start_time == self._began]
+        begun = [
+            run.info.run_id
+            for run in found
+            if run.info.start_time == self._began and tags.items() <= run.data.tags.items()
+        ]
         if begun:
             return str(begun[0])
         made = client.create_run(
