@@ -52,6 +52,10 @@ class ModelError(UserError):
     """A run, a model or a version is not to be had; the message says which and names the remedy."""
 
 
+class UnknownRunError(ModelError):
+    """No run has that id, and no experiment that name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Promotion:
     """What `promote` did.
@@ -355,7 +359,7 @@ def _find_run(client: "MlflowClient", experiment_id: str, wanted: str) -> str:
     if not found:
         known = sorted(set(names.values()))
         near = difflib.get_close_matches(wanted, known) or known[:5]
-        raise ModelError(
+        raise UnknownRunError(
             f"no run has the id and no experiment the name {wanted!r}; "
             + (f"there are {', '.join(near)}" if near else "`make repro` or `make sync` makes some")
         )

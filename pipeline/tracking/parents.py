@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 TAG_FINGERPRINT = "blockdrop.fingerprint"
 TAG_LOGGED = "blockdrop.logged"  # digest of what was logged, by kind, so that it is logged once
 TAG_REVISION = "dvc.revision"  # the DVC experiment's commit, once all of it is logged
+TAG_NAME = "dvc.experiment"  # the name that DVC gives it
 TAG_SUPERSEDED = "blockdrop.superseded"
 TAG_NOTE = "mlflow.note.content"
 
@@ -77,6 +78,19 @@ def find(client: "MlflowClient", experiment_id: str, record: Record) -> str | No
     wanted = f"tags.`{TAG_FINGERPRINT}` = '{record.fingerprint}' and tags.`{TAG_ROLE}` = 'parent'"
     found = client.search_runs([experiment_id], filter_string=wanted, max_results=1)
     return str(found[0].info.run_id) if found else None
+
+
+def logged(client: "MlflowClient", experiment_id: str, revision: str) -> "Run | None":
+    """The finished run that has all of an experiment's commit."""
+    wanted = f"tags.`{TAG_REVISION}` = '{revision}' and attributes.status = 'FINISHED'"
+    found = client.search_runs([experiment_id], filter_string=wanted, max_results=1)
+    return found[0] if found else None
+
+
+def rename(client: "MlflowClient", run: "Run", record: Record) -> None:
+    """Let a run be found under the name that its experiment has now; `complete` does the rest."""
+    client.set_tag(run.info.run_id, TAG_KEY, record.key)
+    client.update_run(run.info.run_id, name=record.name)
 
 
 def describe(record: Record) -> str:
@@ -128,7 +142,7 @@ def _retire_namesakes(client: "MlflowClient", experiment_id: str, record: Record
     )
     for run in client.search_runs([experiment_id], filter_string=wanted):
         tags = run.data.tags
-        if tags.get("dvc.experiment") == record.name and TAG_SUPERSEDED not in tags:
+        if tags.get(TAG_NAME) == record.name and TAG_SUPERSEDED not in tags:
             client.set_tag(run.info.run_id, TAG_SUPERSEDED, record.key)
             client.update_run(run.info.run_id, name=f"{record.name} (superseded)")
 
@@ -233,7 +247,7 @@ def _set_tags(client: "MlflowClient", run: "Run", record: Record) -> None:
         **{f"dvc.md5.{path}": md5 for path, md5 in record.models.items()},
     }
     if record.revision:
-        tags["dvc.experiment"] = record.name
+        tags[TAG_NAME] = record.name
     if record.revision and record.is_whole():  # else the next sync has something to add
         tags[TAG_REVISION] = record.revision
     for tag, text in tags.items():

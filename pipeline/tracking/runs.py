@@ -22,6 +22,7 @@ import psutil
 import yaml
 
 from pipeline import params as parameters
+from pipeline.errors import UserError
 from pipeline.tracking.reach import (
     OFF,
     SQLITE,
@@ -212,6 +213,8 @@ class StageRun:
     def _failed(self, error: Exception, outer: BaseException | None) -> None:
         self._failures += 1
         if self._mode == STRICT:
+            if isinstance(error, UserError):  # with a remedy of its own
+                raise TrackingError(f"{error}; or unset BLOCKDROP_TRACKING, which is strict") from None
             remedy = "free or mend the file" if shown_uri().startswith(SQLITE) else "start the server"
             raise TrackingError(
                 f"MLflow at {shown_uri()} can't be reached ({reason(error, outer)}) and "
@@ -411,12 +414,20 @@ def make_parent(
         "dvc.baseline": baseline,
         "mlflow.source.name": "dvc.yaml",
         "mlflow.source.type": "LOCAL",
-        "mlflow.user": getpass.getuser(),
+        "mlflow.user": _user(),
     }
     own = {tag: text for tag, text in (own | dict(tags)).items() if text}
     run = client.create_run(experiment_id, tags=own, run_name=name)
     _log_params(client, run, params)
     return str(run.info.run_id)
+
+
+def _user() -> str:
+    """The user's name; the number where it has none, as in many containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def origin_tags() -> dict[str, str]:
@@ -446,9 +457,14 @@ def end_orphans(client: "MlflowClient", experiment_id: str) -> list[str]:
 
 
 def git(*words: str) -> str:
-    """What Git says; nothing where it can't."""
+    """What Git says; nothing where it can't.
+
+    Also in a folder of another user (a container's mount), from which this very code is run: only to be
+    asked for names and differences.
+    """
     try:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=30)
+        command = ["git", "-c", "safe.directory=*", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
