@@ -142,11 +142,9 @@ def compare_page(experiment: str, run_ids: Sequence[str]) -> str:
 
 def _experiment(client: "MlflowClient") -> str:
     name, number = (os.environ.get(f"MLFLOW_EXPERIMENT_{what}") for what in ("NAME", "ID"))
-    if number and not name:
-        found = client.get_experiment(number)
-    else:
-        name = name or EXPERIMENT
-        found = client.get_experiment_by_name(name)
+    by_number = client.get_experiment(number) if number and not name else None
+    name = name or EXPERIMENT
+    found = by_number or client.get_experiment_by_name(name)
     if found is not None:
         _require_active(found)
         _bring_along(str(found.artifact_location))
@@ -165,8 +163,8 @@ def _require_active(experiment: "Experiment") -> None:
         number = experiment.experiment_id
         raise UserError(
             f"the experiment {experiment.name!r} was deleted in MLflow; "
-            f"`MLFLOW_TRACKING_URI={shown_uri()} mlflow experiments restore --experiment-id {number}` brings it back, and "
-            "MLFLOW_EXPERIMENT_NAME names another one"
+            f"`MLFLOW_TRACKING_URI={shown_uri()} mlflow experiments restore --experiment-id {number}` "
+            "brings it back, and MLFLOW_EXPERIMENT_NAME names another one"
         )
 
 
