@@ -2,6 +2,8 @@
 
 import errno
 
+from pipeline.untrusted import printable
+
 REMEDIES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
@@ -21,7 +23,13 @@ REMEDIES = {
 
 
 class UserError(ValueError):
-    """The message names the key or file, what is wrong with it, and the remedy."""
+    """The message names the key or file, what is wrong with it, and the remedy.
+
+    Each argument is a line of it, with whatever names of files or values it holds made printable.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, self.args))
 
 
 class DataError(UserError):
@@ -33,7 +41,7 @@ def explain(error: OSError) -> str | None:
     remedy = REMEDIES.get(error.errno or 0)
     if remedy is None:
         return None
-    return f"{error.filename or 'a file'}: {error.strerror}; {remedy}, and repeat"
+    return f"{printable(error.filename or 'a file')}: {error.strerror}; {remedy}, and repeat"
 
 
 def explain_memory(error: BaseException) -> str | None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
+from pipeline.untrusted import printable
+
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.55 system-ui, sans-serif; color: #1c1e21; max-width: 62rem; margin: 2rem auto;
@@ -41,6 +43,24 @@ def page(markdown: str, pictures: Path) -> str:
         f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}"
         "</body>\n</html>\n"
     )
+
+
+def as_markdown(text: str) -> str:
+    """Markdown that shows this very text."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", printable(text))
+
+
+def as_code(text: str) -> str:
+    """Markdown that shows this very text as code in a line; backticks in it do not end it."""
+    fence = fence_of(text, shortest=1)
+    padding = " " if "`" in text else ""
+    return f"{fence}{padding}{printable(text)}{padding}{fence}"
+
+
+def fence_of(text: str, *, shortest: int = 3) -> str:
+    """Backticks that begin and end code: more than stand together within it."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    return "`" * max(shortest, longest + 1)
 
 
 def _inside(path: Path) -> str:

@@ -424,7 +424,7 @@ def load(path: Path | str = "params.yaml") -> Params:
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
     except yaml.YAMLError as error:
-        raise ParamsError(f"{path} is no valid YAML: {error}; mend it there") from None
+        raise ParamsError(*f"{path} is no valid YAML: {error}; mend it there".split("\n")) from None
     except (ValueError, RecursionError) as error:  # ours, or a date or number that can't be
         raise ParamsError(f"{path}: {cut(error)}; mend it there, or {_ANEW}") from None
     except Exception as error:  # PyYAML raises what a tag on another kind of value happens to break
@@ -438,8 +438,8 @@ def load(path: Path | str = "params.yaml") -> Params:
         problems = [cut(explain(item)) for item in error.errors()[:MAX_PROBLEMS]]
         if error.error_count() > MAX_PROBLEMS:
             problems.append(f"and {error.error_count() - MAX_PROBLEMS} more; {_ANEW}")
-        listing = "\n".join(f"  - {problem}" for problem in problems)
-        raise ParamsError(f"{path} can't be used, and nothing was run:\n{listing}") from None
+        listing = [f"  - {problem}" for problem in problems]
+        raise ParamsError(f"{path} can't be used, and nothing was run:", *listing) from None
 
 
 _ANEW = "`make preset NAME=digits` writes one"

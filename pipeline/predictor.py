@@ -17,6 +17,7 @@ from pipeline.cost import measure
 from pipeline.errors import UserError
 from pipeline.executors.base import Networks
 from pipeline.inference import evaluation_batch, make_executor
+from pipeline.untrusted import cut
 
 
 class PredictionError(UserError):
@@ -125,7 +126,7 @@ class Predictor:
         if dtype != "uint8" or len(shape) != 4 or shape[1:] != (side, side, 3):
             raise PredictionError(
                 f"images are {dtype} {shape}, expected uint8 [B, {side}, {side}, 3], colours 0 to "
-                f"255; scale them to {side} x {side} pixels first, as pipeline.sources.read_image does"
+                f"255; {_remedy(dtype, shape, side)}"
             )
         if isinstance(images, Tensor):
             return images.to(self._execute.device)
@@ -137,6 +138,11 @@ class Predictor:
             output = self._execute(images)
             # an executor may use the memory of its outputs again
             logits, actions = output.logits.double().cpu(), output.actions.bool().cpu().clone()
+        if not logits.isfinite().all():
+            raise PredictionError(
+                "the network answers with no number (NaN or infinite), so there is no class; its "
+                "training diverged or its weights are damaged: train it anew, or take another model"
+            )
         probabilities = logits.softmax(dim=1).numpy()
         flops = self.cost.of(actions).tolist()
         return [
@@ -149,6 +155,61 @@ class Predictor:
             )
             for row, kept, cost in zip(probabilities, actions.numpy(), flops, strict=True)
         ]
+
+
+def as_colours(images: NDArray[Any]) -> NDArray[np.uint8]:
+    """The same numbers as uint8, which JSON does not have; nothing is rounded, cut or converted.
+
+    Integers 0 to 255 are taken, and floats where they are whole (255.0). An image of floats whose
+    largest is 1.0 is not: it may be one in 0 to 1 that is black and white.
+
+    Args:
+        images: [B, ...]; of dtype object where they come from JSON, so that a bool or a text shows.
+
+    Raises:
+        PredictionError: there is no image, or a number is none of these.
+    """
+    if images.size == 0:
+        raise PredictionError(f"there is no image in {images.shape}; send one at least")
+    kinds = set(map(type, images.flat)) if images.dtype.kind == "O" else {images.dtype.type}
+    if list in kinds:
+        raise PredictionError("images differ in size, or their rows do; scale them to one size first")
+    if others := [kind for kind in kinds if not _is_number(kind)]:
+        raise PredictionError(f"colours are of type {others[0].__name__}; {_COLOURS}")
+    with np.errstate(invalid="ignore"):  # of NaN and infinity, which are refused
+        wrong = ~((images >= 0) & (images <= 255) & (images % 1 == 0)).astype(bool)
+    if wrong.any():
+        raise PredictionError(f"a colour is {cut(images[wrong][0])}; {_COLOURS}")
+    if any(issubclass(kind, float | np.floating) for kind in kinds):
+        largest = images.reshape(len(images), -1).max(axis=1)
+        if (largest == 1).any():
+            raise PredictionError(f"the largest colour of an image is 1.0; {_COLOURS}")
+    return images.astype(np.uint8)
+
+
+_COLOURS = (
+    "they are whole numbers 0 to 255: multiply images in 0 to 1 by 255 and round them, and do not "
+    "normalise them, the model does it"
+)
+
+
+def _is_number(kind: type) -> bool:
+    return kind is not bool and issubclass(kind, int | float | np.integer | np.floating)
+
+
+def _remedy(dtype: str, shape: tuple[int, ...], side: int) -> str:
+    """How images [B, S, S, 3] of uint8 are had from what was given instead."""
+    if len(shape) == 4 and shape[1] == 3 and shape[3] != 3:
+        return "put the channels last: images.transpose(0, 2, 3, 1)"
+    if len(shape) == 3 and shape[2] == 3:
+        return "one image is a batch too: images[None]"
+    if len(shape) == 4 and shape[3] == 4:
+        return "leave out alpha: images[..., :3]"
+    if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
+        return "grey images need their channel three times: images.reshape(B, S, S, 1).repeat(3, axis=3)"
+    if len(shape) == 4 and shape[1:] == (side, side, 3):
+        return f"{dtype} is not cast, since 0 to 1 would be black: give whole numbers 0 to 255 as uint8"
+    return f"scale them to {side} x {side} pixels first, as pipeline.sources.read_image does"
 
 
 def image_size_of(checkpoint: Checkpoint, told: int | None = None) -> int:

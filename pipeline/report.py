@@ -12,6 +12,7 @@ import yaml
 from numpy.typing import NDArray
 
 from pipeline.families import num_blocks
+from pipeline.html import as_markdown, fence_of
 from pipeline.paired import Difference, paired_difference
 from pipeline.timing import claim, in_words
 
@@ -172,7 +173,7 @@ def timing(benchmark: Numbers, machine: Numbers) -> list[str]:
             (_timing_row(answer) for answer in answered),
         )  # fmt: skip
     if benchmark["left_out"]:
-        lines += ["", f"Left out here: {_left_out(benchmark['left_out'])}."]
+        lines += ["", f"Left out here: {as_markdown(_left_out(benchmark['left_out']))}."]
     return lines
 
 
@@ -355,15 +356,17 @@ def _saved_per_image(answer: Numbers) -> float:
 
 
 def _reproduction(params: Numbers) -> list[str]:
+    text = yaml.safe_dump(dict(params), default_flow_style=None, sort_keys=False, width=100)
+    fence = fence_of(text)
     return [
         "## How to reproduce it",
         "",
         "`make repro` with these parameters (`params.yaml`); the commit is on the experiment's run in "
         "MLflow (`make ui`), and `dvc exp show` lists what was run beside it.",
         "",
-        "```yaml",
-        *yaml.safe_dump(dict(params), default_flow_style=None, sort_keys=False, width=100).splitlines(),
-        "```",
+        f"{fence}yaml",
+        *text.splitlines(),
+        fence,
     ]
 
 

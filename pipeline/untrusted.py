@@ -69,6 +69,12 @@ def cut(text: object, length: int = LONGEST) -> str:
     return whole if len(whole) <= length else f"{whole[:length]}..."
 
 
+def printable(text: object) -> str:
+    """A text in one line that a terminal shows and does not obey: escaped as Python escapes it."""
+    whole = str(text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in whole)
+
+
 def _size(count: int) -> str:
     units = ((30, "GB"), (20, "MB"), (10, "KB"))
     return next((f"{count >> bits} {unit}" for bits, unit in units if count >> bits), f"{count} bytes")

@@ -83,3 +83,22 @@ def test_folders_that_can_not_be_written_are_seen_at_once(tmp_path):
     with pytest.raises(OSError, match="file") as raised:
         common.require_writable(tmp_path / "models", tmp_path / "file" / "plots")
     assert "in the place of a folder" in explain(raised.value)
+
+
+HOSTILE = "a\x1b]0;b\x07\nerror: forged\u202e\x9b"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UserError(f"{HOSTILE}: is bad"), OSError(errno.ENOSPC, "No space left on device", HOSTILE)],
+)
+def test_name_of_a_file_forges_no_error_and_steers_no_terminal(error, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_stage(monkeypatch, error)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable()
+    assert r"a\x1b]0;b\x07\nerror: forged" in line
+
+
+def test_error_may_have_several_lines_of_its_own():
+    assert str(UserError("a\n", "b")) == "a\\n\nb"

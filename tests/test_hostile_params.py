@@ -131,7 +131,7 @@ def test_tag_that_its_value_does_not_fit_is_refused(path, tag):
 
 
 def test_merged_sections_are_refused(path):
-    assert "<< in line 110 takes keys over" in refusal(
+    assert "<< in line 111 takes keys over" in refusal(
         path, DIGITS + "more: &m {a: 1}\nothers:\n  <<: *m\n"
     )
 
@@ -198,3 +198,12 @@ def test_number_that_no_machine_can_serve_names_its_bound(path, key, value):
     message = refusal(path, yaml.safe_dump(content))
     assert f"  - {key}: is " in message
     assert "should be less than" in message or "should be greater than" in message
+
+
+@pytest.mark.parametrize(
+    "text", ['"a\\nerror: forged\\e[31m": 1', '"a\\e[31m": {"b\\nerror: c": 1}', "a: [\n"]
+)
+def test_every_line_of_a_refusal_is_ours(path, text):
+    lines = refusal(path, f"{DIGITS}{text}\n").splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert not any(line.startswith("error") for line in lines)

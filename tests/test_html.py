@@ -1,6 +1,7 @@
 """A page that needs nothing else."""
 
 import base64
+from html import escape
 
 import pytest
 
@@ -42,3 +43,14 @@ def test_text_stays_text_and_the_title_is_the_heading(pictures):
 def test_missing_picture_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         html.page(MARKDOWN, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a`b``c", "*a* _b_ <b> [c](d) | # ~~e~~ &amp; !", "\\", "`", "it's"])
+def test_text_is_shown_as_it_is(text):
+    render = html.MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"]).render
+    shown = escape(text, quote=False)
+    for markdown in (html.as_markdown(text), html.as_code(text)):
+        assert shown in render(f"x {markdown} y").replace("&quot;", '"')
+    fence = html.fence_of(text)
+    assert render(f"{fence}\n{text}\n{fence}\n") == f"<pre><code>{shown}\n</code></pre>\n"
+    assert f"<td>{shown}</td>" in render(f"| a |\n|---|\n| {html.as_markdown(text)} |\n")

@@ -705,7 +705,7 @@ def test_sync_that_lost_the_server_logs_no_point_twice(server, client, tmp_path,
 def test_ui_listens_on_this_machine_alone_unless_told_otherwise(server, monkeypatch):
     commands = []
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:hidden@host/db")
-    monkeypatch.setattr(ui, "sync", lambda root: "")
+    monkeypatch.setattr(ui, "sync", lambda root: sync.Outcome(run_id="", failed=()))
     monkeypatch.setattr(ui.overview, "say", lambda *_, **__: None)
     monkeypatch.setattr(ui.subprocess, "run", lambda command, **_: commands.append(command))
     for own in ([], ["--host", "0.0.0.0"]):

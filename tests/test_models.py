@@ -21,6 +21,7 @@ import pytest
 from conftest import NORMALISATION, TRACKING_VARIABLES, enter_project, make_split, small_pair
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
+from mlflow.pyfunc import scoring_server
 from PIL import Image
 from test_architecture import closure
 
@@ -241,12 +242,90 @@ def test_loaded_model_answers_as_the_predictor_does(client, start, folder, image
         loaded = mlflow.pyfunc.load_model(f"models:/{model_id}")
     expected = [one.record() for one in Predictor(checkpoint.load(folder))(images)]
     assert loaded.predict(images).to_dict(orient="records") == expected
-    assert loaded.metadata.signature.inputs.inputs[0].shape == (-1, SIZE, SIZE, 3)
+    assert loaded.metadata.metadata["images"] == f"[B, {SIZE}, {SIZE}, 3], whole numbers 0 to 255"
     assert loaded.metadata.signature.outputs.input_names() == list(expected[0])
     assert loaded.metadata.metadata["classes"] == ["cat", "dog", "hält"]
     example = loaded.input_example
     assert np.array_equal(example, images[:2])
     assert loaded.predict(example).to_dict(orient="records") == expected[:2]
+
+
+@pytest.fixture(scope="module")
+def server_of(home):
+    """What `mlflow models serve` does with JSON, without the server: status and answer."""
+    with pytest.MonkeyPatch.context() as patch:
+        enter_project(home, patch)
+        checkpoint.save(networks(), home / "served")
+        with store() as (client, experiment_id):
+            run_id = client.create_run(experiment_id, run_name="served").info.run_id
+        model_id = log_model(run_id, home / "served")
+        with monkeypatched_uri(client):
+            loaded = mlflow.pyfunc.load_model(f"models:/{model_id}")
+    schema = loaded.metadata.get_input_schema()
+
+    def answer(values: object, key: str = "inputs") -> tuple[int, str]:
+        text = json.dumps({key: values})
+        try:
+            given = scoring_server.invocations(text, "application/json", loaded, schema)
+        except mlflow.exceptions.MlflowException as error:
+            return error.get_http_status_code(), error.message.rpartition("Error: ")[2]
+        return given.status, json.loads(given.response)["predictions"]
+
+    return answer
+
+
+WHOLE = "they are whole numbers 0 to 255: multiply images in 0 to 1 by 255"
+
+
+def with_one(images: np.ndarray, value: object) -> list:
+    changed = images.tolist()
+    changed[0][0][0][0] = value
+    return changed
+
+
+@pytest.mark.parametrize("key", ["inputs", "instances"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: (x / 255).tolist(), f"; {WHOLE}"),  # which was answered as black
+        (lambda x: (x / 127.5 - 1).tolist(), f"; {WHOLE}"),
+        (lambda x: (x > 99).astype(float).tolist(), f"the largest colour of an image is 1.0; {WHOLE}"),
+        (lambda x: (x > 99).tolist(), f"colours are of type bool; {WHOLE}"),
+        (lambda x: x.astype(str).tolist(), f"colours are of type str; {WHOLE}"),
+        (lambda x: with_one(x, True), f"colours are of type bool; {WHOLE}"),
+        (lambda x: with_one(x, "7"), f"colours are of type str; {WHOLE}"),
+        (lambda x: with_one(x, None), f"colours are of type NoneType; {WHOLE}"),
+        (lambda x: with_one(x, 7.5), f"a colour is 7.5; {WHOLE}"),
+        (lambda x: with_one(x, 256), f"a colour is 256; {WHOLE}"),
+        (lambda x: with_one(x, -1), f"a colour is -1; {WHOLE}"),
+        (lambda x: with_one(x, 10**30), f"a colour is {10**30}; {WHOLE}"),
+        (lambda x: with_one(x, float("nan")), f"a colour is nan; {WHOLE}"),
+        (lambda x: with_one(x, float("inf")), f"a colour is inf; {WHOLE}"),
+        (lambda x: with_one(x, [1, 2]), "images differ in size"),
+        (lambda x: [x[0].tolist(), x[0, :4].tolist()], "images differ in size"),
+        (lambda x: [], ""),  # in MLflow's words
+        (lambda x: [[]], "there is no image in (1, 0)"),
+        (lambda x: x[:, :4].tolist(), "scale them to 8 x 8 pixels first"),
+        (lambda x: x.transpose(0, 3, 1, 2).tolist(), "put the channels last: images.transpose"),
+        (lambda x: x[0].tolist(), "one image is a batch too: images[None]"),
+        (lambda x: x[..., 0].tolist(), "grey images need their channel three times"),
+        (lambda x: x[..., :1].tolist(), "grey images need their channel three times"),
+        (lambda x: x[..., [0, 1, 2, 2]].tolist(), "leave out alpha: images[..., :3]"),
+        (lambda x: 7, ""),
+        (lambda x: "a", ""),
+        (lambda x: {"a": 1}, ""),
+    ],
+)
+def test_server_casts_nothing(server_of, images, change, said, key):
+    status, answer = server_of(change(images), key)
+    assert status == 400
+    assert said in answer
+
+
+@pytest.mark.parametrize("form", [int, float])
+def test_server_takes_whole_numbers_however_json_writes_them(server_of, home, images, form):
+    expected = [one.record() for one in Predictor(checkpoint.load(home / "served"))(images)]
+    assert server_of(images.astype(form).tolist()) == (200, expected)
 
 
 def monkeypatched_uri(client: MlflowClient):

@@ -1,5 +1,6 @@
 """The parent run of an experiment holds all of it, once, however often it is completed."""
 
+import shlex
 from pathlib import Path
 
 import experiment_files
@@ -9,10 +10,12 @@ import pytest
 from conftest import enter_project
 from mlflow import MlflowClient
 
-from pipeline.tracking import overview, parents, records
+from pipeline import html
+from pipeline.tracking import models, overview, parents, records
 from pipeline.tracking.runs import stage_run
 from pipeline.tracking.store import store
-from tools import screenshots
+from pipeline.untrusted import printable
+from tools import promote, screenshots, sync
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +223,116 @@ def test_one_experiment_of_each_setting_is_compared():
 
 def test_no_links_to_what_is_not_there(client):
     assert list(overview.links("1", [], "nothing", address="http://here:1")) == ["all runs"]
+
+
+# names that are anything
+
+NAMES = [
+    "it's", 'a"b', "a'b\"c", "a`b", "[/v2]", "x static.rules=[first, distribute]", "a|b", "100%",
+    "<b>", "\x1b[31mred", "a\nerror: forged", "$(id)", "\\",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_experiment_of_any_name_is_logged_shown_and_followed(client, tmp_path, capsys, name):
+    baseline = f"{NAMES.index(name)}"
+    old = parents.complete(record_of(tmp_path, name, baseline=baseline), finish=True)
+    new = parents.complete(
+        record_of(tmp_path, name, baseline=baseline, gamma=5, revision="r2"), finish=True
+    )
+    assert client.get_run(old).data.tags["blockdrop.superseded"]
+    run = client.get_run(new)
+    assert run.info.run_name == name
+    command = f"dvc exp apply {shlex.quote(name)}"
+    assert html.as_code(command) in run.data.tags["mlflow.note.content"]
+    overview.say(new)
+    said = capsys.readouterr().out
+    assert printable(name) in said
+    assert all(line.isprintable() for line in said.splitlines())
+
+
+def references_of(tmp_path, monkeypatch, names: dict[str, str]) -> None:
+    """Let DVC know experiments of these names, and of these commits."""
+
+    def read(reference, root):
+        if reference.revision == "broken":
+            raise KeyError("md5")
+        return record_of(tmp_path, reference.name, revision=reference.revision, baseline=str(tmp_path))
+
+    known = [sync.Reference(name=n, baseline=str(tmp_path), revision=r) for n, r in names.items()]
+    monkeypatch.setattr(sync, "references", lambda root: known)
+    monkeypatch.setattr(sync, "read", read)
+
+
+def test_bad_experiment_stops_no_other_and_is_named(client, tmp_path, monkeypatch, capsys):
+    first, last = f"{tmp_path.name}'1", f"{tmp_path.name}'2"
+    references_of(tmp_path, monkeypatch, {first: "1", "bad\x1b": "broken", last: "2"})
+    monkeypatch.setattr("sys.argv", ["sync"])
+    with pytest.raises(SystemExit, match=r"^error: bad\\x1b: not logged, for the reasons above"):
+        sync.main()
+    assert "bad\\x1b: not logged, 'md5'" in capsys.readouterr().err
+    for name in (first, last):
+        (run,) = [run for run in all_runs(client) if run.info.run_name == name]
+        assert run.info.status == "FINISHED"
+
+
+def test_store_that_goes_away_stops_the_sync(tmp_path, monkeypatch):
+    references_of(tmp_path, monkeypatch, {"a": "broken", "b": "broken"})
+    calls = []
+
+    def away():
+        calls.append(1)
+        raise OSError("away")
+
+    def lose(*_):
+        monkeypatch.setattr(sync, "store", away)
+        raise OSError("away")
+
+    monkeypatch.setattr(sync, "read", lose)
+    with pytest.raises(OSError, match="away"):
+        sync.sync(tmp_path)
+    assert calls == [1]
+
+
+def all_runs(client):
+    with store() as (_, experiment_id):
+        return client.search_runs([experiment_id])
+
+
+def test_renamed_experiment_is_followed(client, tmp_path, monkeypatch, capsys):
+    before, after = f"{tmp_path.name}-old", f"{tmp_path.name}-new'"
+    references_of(tmp_path, monkeypatch, {before: f"{tmp_path}"})
+    sync.sync(tmp_path)
+    count = len(all_runs(client))
+    references_of(tmp_path, monkeypatch, {after: f"{tmp_path}"})
+    for _ in range(2):
+        sync.sync(tmp_path)
+    assert capsys.readouterr().out.count(f"{after}: renamed, it was {before}") == 1
+    assert len(all_runs(client)) == count
+    (run,) = [run for run in all_runs(client) if run.info.run_name == after]
+    assert run.data.tags["dvc.experiment"] == after
+    assert f"{tmp_path.name}-new" in run.data.tags["mlflow.note.content"]
+    references_of(tmp_path, monkeypatch, {after: f"{tmp_path}", "twin": f"{tmp_path}"})
+    sync.sync(tmp_path)
+    assert "twin" not in {run.info.run_name for run in all_runs(client)}
+
+
+def test_promote_follows_a_new_name(tmp_path, monkeypatch):
+    references_of(tmp_path, monkeypatch, {f"{tmp_path.name}-a": f"{tmp_path}"})
+    sync.sync(tmp_path)
+    references_of(tmp_path, monkeypatch, {f"{tmp_path.name}-b": f"{tmp_path}"})
+    made = promote.promote_newest(f"{tmp_path.name}-b", registered_name="it's mine")
+    assert (made.run_name, made.version) == (f"{tmp_path.name}-b", 1)
+    assert promote.promote_newest(made.run_id, registered_name="it's mine").version == 1
+    with pytest.raises(models.ModelError, match="no experiment the name 'c'"):
+        promote.promote_newest("c")
+    with pytest.raises(models.ModelError, match="both kinds of quotes"):
+        promote.promote_newest(made.run_id, registered_name='it\'s "mine"')
+
+
+def test_project_without_git_says_so(tmp_path):
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").touch()
+    said = r"^error: DVC can't list .*not a git repository.*`git init` makes one"
+    with pytest.raises(SystemExit, match=said), sync.usable_store():
+        sync.sync(tmp_path)

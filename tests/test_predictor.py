@@ -115,23 +115,44 @@ def test_record_is_plain_json(networks, images):
 
 
 @pytest.mark.parametrize(
-    ("change", "shown"),
+    ("change", "shown", "remedy"),
     [
-        (lambda images: images[:, :8, :8], "uint8 (20, 8, 8, 3)"),
-        (lambda images: images[:, :8], "uint8 (20, 8, 16, 3)"),
-        (lambda images: images[0], "uint8 (16, 16, 3)"),
-        (lambda images: images[..., :1], "uint8 (20, 16, 16, 1)"),
-        (lambda images: images / 255, "float32 (20, 16, 16, 3)"),
-        (lambda images: images.numpy().astype(np.int64), "int64 (20, 16, 16, 3)"),
-        (lambda images: images.numpy().astype(object), "object (20, 16, 16, 3)"),
+        (lambda images: images[:, :8, :8], "uint8 (20, 8, 8, 3)", "scale them to 16 x 16 pixels"),
+        (lambda images: images[:, :8], "uint8 (20, 8, 16, 3)", "scale them to 16 x 16 pixels"),
+        (lambda images: images[0], "uint8 (16, 16, 3)", "images[None]"),
+        (lambda images: images[..., 0], "uint8 (20, 16, 16)", "three times"),
+        (lambda images: images[..., :1], "uint8 (20, 16, 16, 1)", "three times"),
+        (lambda images: images.permute(0, 3, 1, 2), "uint8 (20, 3, 16, 16)", "channels last"),
+        (lambda images: images / 255, "float32 (20, 16, 16, 3)", "float32 is not cast"),
+        (lambda images: images > 99, "bool (20, 16, 16, 3)", "bool is not cast"),
+        (lambda images: images.numpy().astype(int), "int64 (20, 16, 16, 3)", "int64 is not cast"),
+        (lambda images: images.numpy().astype(str), "<U3 (20, 16, 16, 3)", "<U3 is not cast"),
+        (lambda images: images.numpy().astype(object), "object (20, 16, 16, 3)", "object is not cast"),
     ],
 )
-def test_other_images_are_refused_with_what_is_expected(networks, images, change, shown):
+def test_other_images_are_refused_with_what_is_expected(networks, images, change, shown, remedy):
     with pytest.raises(PredictionError) as caught:
         Predictor(networks)(change(images))
     message = str(caught.value)
     assert f"images are {shown}, expected uint8 [B, 16, 16, 3]" in message
-    assert "scale them to 16 x 16 pixels" in message
+    assert remedy in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_answer_that_is_no_number_is_refused(networks, images, monkeypatch, value):
+    predict = Predictor(networks)
+    execute = predict._execute
+
+    def overflowing(images):
+        output = execute(images)
+        logits = output.logits.clone()
+        logits[-1, 0] = value
+        return replace(output, logits=logits)
+
+    overflowing.device = execute.device
+    monkeypatch.setattr(predict, "_execute", overflowing)
+    with pytest.raises(PredictionError, match=r"no number \(NaN or infinite\).*train it anew"):
+        predict(images)
 
 
 def test_policy_network_alone_is_refused(networks):

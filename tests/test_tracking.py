@@ -560,3 +560,100 @@ def test_without_dvc_the_name_says_what_differs_from_the_commit(root, tmp_path, 
     assert experiment_name(same | {"gamma": "5"}).endswith(" gamma=5")
     changed = experiment_name({"gamma": "5", "a.b": "0", "a.c": "0", "a.d": "0"})
     assert changed.endswith(" gamma=5 a.b=0 a.c=0 and 1 more")
+
+
+# what users set
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("./mlruns", "MLFLOW_TRACKING_URI is ./mlruns, and MLflow keeps no runs in folders"),
+        ("file:///x/mlruns", "is file:///x/mlruns, and MLflow keeps no runs in folders"),
+        ("/x/mlruns", "is /x/mlruns, and MLflow keeps no runs in folders"),
+        ("127.0.0.1:9", "is 127.0.0.1:9, without its protocol; write http://127.0.0.1:9"),
+        ("databricks", "`pip install databricks-sdk`"),
+        ("postgresql://u:geheim@127.0.0.1:1/x", "install the database's driver into .venv"),
+        (" http://127.0.0.1:9 ", "Connection refused; start the server"),
+        ("HTTP://127.0.0.1:9", "Connection refused; start the server"),
+    ],
+)
+@pytest.mark.usefixtures("root")
+def test_store_that_is_named_oddly_has_its_remedy(params, monkeypatch, capsys, uri, said):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with stage_run("check", params):
+        pass
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert len(line) < 320
+    assert "geheim" not in line
+
+
+def test_address_is_taken_in_any_case_and_with_blanks(root, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", " HTTP://Host:5000 ")
+    assert store_uri() == "http://Host:5000"
+
+
+def test_empty_name_of_the_experiment_is_none(client, params, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "")
+    with stage_run("check", params) as run:
+        pass
+    number = client.get_run(run.run_id).info.experiment_id
+    assert client.get_experiment(number).name == "blockdrop"
+
+
+def test_number_of_the_experiment_counts_as_it_does_in_mlflow(client, params, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "0")
+    with stage_run("check", params) as run:
+        pass
+    assert client.get_run(run.run_id).info.experiment_id == "0"
+
+
+def test_deleted_experiment_is_said_with_what_restores_it(client, params, root, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "gone")
+    number = client.create_experiment("gone")
+    client.delete_experiment(number)
+    with stage_run("check", params) as run:
+        pass
+    said = capsys.readouterr().err
+    uri = f"sqlite:///{root}/mlflow.db"
+    assert "MLflow can't be used (the experiment 'gone' was deleted in MLflow" in said
+    assert f"MLFLOW_TRACKING_URI={uri} mlflow experiments restore --experiment-id {number}" in said
+    assert run.run_id == ""
+    client.restore_experiment(number)
+    with stage_run("check", params) as run:
+        pass
+    assert run.run_id
+
+
+def test_user_without_a_name_has_a_number(client, params, monkeypatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    with stage_run("check", params) as run:
+        pass
+    assert client.get_run(run.parent_id).data.tags["mlflow.user"] == str(os.getuid())
+
+
+def test_lock_is_open_to_all_users(root, params):
+    (root / ".dvc/tmp/mlflow.lock").unlink(missing_ok=True)
+    before = os.umask(0o077)
+    try:
+        with stage_run("check", params):
+            pass
+    finally:
+        os.umask(before)
+    assert (root / ".dvc/tmp/mlflow.lock").stat().st_mode & 0o777 == 0o666
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="takes root to give a folder to another user")
+def test_folder_of_another_user_has_its_commit_all_the_same(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q", "-b", "trunk"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    for path in (tmp_path, tmp_path / ".git"):
+        os.chown(path, 65534, 65534)
+    refused = subprocess.run(["git", "status"], capture_output=True, text=True)
+    assert "dubious ownership" in refused.stderr
+    assert experiment_name({}).startswith("trunk-")

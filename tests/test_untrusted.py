@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.untrusted import LONGEST, cut, open_regular, read_bytes, read_json, shown
+from pipeline.untrusted import LONGEST, cut, open_regular, printable, read_bytes, read_json, shown
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,18 @@ def test_odd_json_is_a_value_error(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"."):
         read_json(path, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("hält /ok 7", "hält /ok 7"),
+        ("a\x1b[31m", "a\\x1b[31m"),
+        ("a\nerror: b", "a\\nerror: b"),
+        ("a\u2028\x9b\u202e", "a\\u2028\\x9b\\u202e"),
+        ("\udcff", "\\udcff"),
+    ],
+)
+def test_text_is_printed_in_a_line_that_a_terminal_does_not_obey(text, shown):
+    assert printable(text) == shown
+    assert printable(shown) == shown

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from pipeline.errors import UserError, explain
+from pipeline.untrusted import printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,7 +18,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with the message."""
-        self.exit(2, f"error: {' '.join(message.split())}; `--help` says what there is\n")
+        self.exit(2, f"error: {printable(' '.join(message.split()))}; `--help` says what there is\n")
 
 
 @contextmanager
@@ -30,6 +31,8 @@ def mendable() -> Iterator[None]:
     except subprocess.CalledProcessError as error:
         said = (error.stderr or "").strip().splitlines() or ["see above"]
         command = " ".join(map(str, error.cmd))
-        raise SystemExit(f"error: `{command}` failed ({said[-1]}); mend that, and repeat") from None
+        raise SystemExit(
+            f"error: `{command}` failed ({printable(said[-1])}); mend that, and repeat"
+        ) from None
     except OSError as error:
         raise SystemExit(f"error: {explain(error) or error}") from None

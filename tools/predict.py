@@ -24,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.predictor import Prediction, Predictor
 from pipeline.runtime import choose_device
 from pipeline.sources import read_image
+from pipeline.untrusted import printable
 from tools.command import Parser
 
 MODEL = "models/finetune"
@@ -122,8 +123,8 @@ def strip(kept: NDArray[np.bool_]) -> str:
 def cells(path: Path, prediction: Prediction) -> tuple[str, ...]:
     """A row of the table, in the order of COLUMNS."""
     return (
-        str(path),
-        prediction.name,
+        printable(path),
+        printable(prediction.name),
         f"{100 * prediction.confidence:.1f} %",
         strip(prediction.kept_blocks),
         f"{prediction.blocks}/{len(prediction.kept_blocks)}",

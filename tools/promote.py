@@ -7,8 +7,11 @@ knowing its version: `models:/blockdrop@champion`.
 import sys
 
 from pipeline.errors import UserError
-from pipeline.tracking.models import ALIAS, NAME, Promotion, promote
+from pipeline.resume import project_root
+from pipeline.tracking.models import ALIAS, NAME, Promotion, UnknownRunError, promote
+from pipeline.tracking.reach import reason
 from pipeline.tracking.store import shown_uri
+from pipeline.untrusted import printable
 from tools.command import Parser
 
 
@@ -20,11 +23,33 @@ def describe(made: Promotion) -> str:
         before = "the same"
     else:
         before = f"version {made.previous} (models:/{made.name}/{made.previous})"
+    run = printable(made.run_name)
     return (
-        f"{made.alias} of {made.name}: version {made.version} (run {made.run_name}, {made.model_id})\n"
+        f"{made.alias} of {made.name}: version {made.version} (run {run}, {made.model_id})\n"
         f"before: {before}\n"
         f"python -m tools.predict IMAGE --model {made.uri}"
     )
+
+
+def promote_newest(run: str, **names: str) -> Promotion:
+    """The same as `promote`, also of what DVC knows and MLflow does not yet, or by another name.
+
+    Raises:
+        ModelError: as `promote`.
+    """
+    try:
+        return promote(run, **names)
+    except UnknownRunError:
+        from tools.sync import references, sync  # slow to import, and seldom needed
+
+        try:
+            known = {reference.name for reference in references(project_root())}
+        except UserError:
+            known = set()
+        if run not in known:
+            raise
+        sync(project_root())
+        return promote(run, **names)
 
 
 def main() -> None:
@@ -35,12 +60,15 @@ def main() -> None:
     parser.add_argument("--alias", default=ALIAS, help=f"({ALIAS})")
     arguments = parser.parse_args()
     try:
-        made = promote(arguments.run, registered_name=arguments.registered_name, alias=arguments.alias)
+        made = promote_newest(
+            arguments.run, registered_name=arguments.registered_name, alias=arguments.alias
+        )
     except UserError as error:
         sys.exit(f"error: {error}")
     except Exception as error:  # whatever the store's library raises
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        sys.exit(f"error: {shown_uri()} can't be used ({first}); start it, or set MLFLOW_TRACKING_URI")
+        sys.exit(
+            f"error: {shown_uri()} can't be used ({reason(error)}); start it, or set MLFLOW_TRACKING_URI"
+        )
     print(describe(made))
 
 

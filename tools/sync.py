@@ -6,7 +6,7 @@ Run it as often as you like: what is there is not logged again.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,10 @@ from pipeline.locks import alone
 from pipeline.resume import project_root
 from pipeline.tracking import overview, parents, records
 from pipeline.tracking.reach import patience, quietly, reason
-from pipeline.tracking.records import Record, RecordError
+from pipeline.tracking.records import Record, RecordError, UnfinishedError
 from pipeline.tracking.runs import TAG_KEY, baseline_commit, end_orphans
 from pipeline.tracking.store import is_off, shown_uri, store
+from pipeline.untrusted import printable
 from tools.command import Parser
 
 LOCK = Path(".dvc/tmp/blockdrop-sync.lock")
@@ -38,10 +39,28 @@ class Reference:
     revision: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The run of the work tree's own result (empty without one), and the experiments that failed."""
+
+    run_id: str
+    failed: tuple[str, ...]
+
+
 def references(root: Path) -> list[Reference]:
-    """Every experiment that DVC knows here, of all commits."""
-    with Repo(str(root)) as repo:
-        listed = repo.experiments.ls(all_commits=True)
+    """Every experiment that DVC knows here, of all commits.
+
+    Raises:
+        UserError: it can't say, where there is no Git repository for example.
+    """
+    try:
+        with Repo(str(root)) as repo:
+            listed = repo.experiments.ls(all_commits=True)
+    except DvcException as error:
+        remedy = "`git init` makes one" if not (root / ".git").exists() else "`dvc exp list -A` shows it"
+        raise UserError(
+            f"DVC can't list the experiments ({error}), so none is logged; {remedy}"
+        ) from None
     return [
         Reference(name=name, baseline=baseline, revision=revision)
         for baseline, found in listed.items()
@@ -62,24 +81,33 @@ def read(reference: Reference, root: Path) -> Record:
     )
 
 
-def missing(root: Path) -> Iterator[Record]:
-    """Experiments that MLflow has not all of; those that can't be read are said and passed over."""
+def log(reference: Reference, root: Path, names: Container[str]) -> None:
+    """Log what MLflow lacks of an experiment, under the name that it has now.
+
+    Args:
+        names: of all experiments that have its commit.
+
+    Raises:
+        RecordError: its files can't be used.
+        DvcException: DVC can't read it.
+    """
+    name = printable(reference.name)
     with store() as (client, experiment_id):
-        pass
-    for reference in references(root):
-        wanted = (
-            f"tags.`{parents.TAG_REVISION}` = '{reference.revision}' and attributes.status = 'FINISHED'"
-        )
-        if client.search_runs([experiment_id], filter_string=wanted, max_results=1):
-            continue
-        try:
-            record = read(reference, root)
-        except (RecordError, DvcException) as error:
-            print(f"{reference.name}: not logged, {error}")
-            continue
-        if not record.is_whole():
-            print(f"{reference.name}: its files are in no cache here; `dvc fetch` may bring them")
-        yield record
+        logged = parents.logged(client, experiment_id, reference.revision)
+    former = logged and logged.data.tags.get(parents.TAG_NAME)
+    if logged and (former == reference.name or former in names):  # else `dvc exp rename` was there
+        return
+    try:
+        record = read(reference, root)
+    except UnfinishedError as error:
+        print(f"{name}: not logged, {error}")
+        return
+    if logged:
+        parents.rename(client, logged, record)
+    if not record.is_whole():
+        print(f"{name}: its files are in no cache here; `dvc fetch` may bring them")
+    parents.complete(record, finish=True)
+    print(f"{name}: " + (f"renamed, it was {printable(former)}" if logged else "logged"))
 
 
 def work_tree(root: Path) -> str | None:
@@ -87,7 +115,7 @@ def work_tree(root: Path) -> str | None:
     try:
         files = records.work_tree(str(root))
         record = records.read(files, name="", baseline=baseline_commit())
-    except RecordError as error:
+    except RecordError as error:  # dvc.lock may be under way, of a merge say
         print(f"work tree: not logged, {error}")
         return None
     with store() as (client, experiment_id):
@@ -97,16 +125,39 @@ def work_tree(root: Path) -> str | None:
     return parents.complete(record, finish=True)
 
 
-def sync(root: Path) -> str | None:
-    """Complete every experiment's parent run; the id of the work tree's."""
+def sync(root: Path) -> Outcome:
+    """Complete every experiment's parent run, whatever becomes of the others.
+
+    Raises:
+        UserError: DVC can't say which experiments there are.
+        Exception: the store can't be used.
+    """
+    failed = []
     with alone(root / LOCK, waiting="sync: waiting for another one to end"):
         with store() as (client, experiment_id):
             for run_id in end_orphans(client, experiment_id):
                 print(f"run {run_id} was left by a process that died; it is ended as KILLED")
-        for record in missing(root):
-            parents.complete(record, finish=True)
-            print(f"{record.name}: logged")
-        return work_tree(root)
+        known = references(root)
+        for reference in known:
+            names = {other.name for other in known if other.revision == reference.revision}
+            try:
+                log(reference, root, names)
+            except Exception as error:  # of any kind: its files may be anybody's
+                failed.append(_passed_over(reference.name, error))
+        run_id = None
+        try:
+            run_id = work_tree(root)
+        except Exception as error:  # likewise
+            failed.append(_passed_over("work tree", error))
+        return Outcome(run_id=run_id or "", failed=tuple(failed))
+
+
+def _passed_over(name: str, error: Exception) -> str:
+    """Say why an experiment is not logged, unless it is the store that can't be used; its name."""
+    with store():  # which raises then
+        pass
+    print(f"{printable(name)}: not logged, {reason(error)}", file=sys.stderr)
+    return name
 
 
 @contextmanager
@@ -115,6 +166,8 @@ def usable_store() -> Iterator[None]:
     try:
         with patience(PATIENCE, retries=1), quietly():
             yield
+    except UserError as error:
+        sys.exit(f"error: {error}")
     except Exception as error:  # whatever its library raises; what is to be logged lies in files
         message = f"error: {shown_uri()} can't be used ({reason(error)}); start it, then `make sync`"
         print(message, file=sys.stderr)
@@ -131,7 +184,11 @@ def main() -> None:
         print("BLOCKDROP_TRACKING=off: nothing is logged")
         return
     with usable_store():
-        overview.say(sync(project_root()) or "")
+        outcome = sync(project_root())
+        overview.say(outcome.run_id)
+    if outcome.failed:
+        names = ", ".join(map(printable, outcome.failed))
+        sys.exit(f"error: {names}: not logged, for the reasons above; all others are")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main() -> None:
     if not served_elsewhere:
         require_free(arguments.host, arguments.port)
     with usable_store():
-        own = sync(project_root()) or ""
+        own = sync(project_root()).run_id
         address = None if served_elsewhere else f"http://{arguments.host}:{arguments.port}"
         overview.say(own, address=address)
     if served_elsewhere:

@@ -52,6 +52,10 @@ class ModelError(UserError):
     """A run, a model or a version is not to be had; the message says which and names the remedy."""
 
 
+class UnknownRunError(ModelError):
+    """No run has that id, and no experiment that name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Promotion:
     """What `promote` did.
@@ -235,10 +239,14 @@ def _upload(
             python_model=str(Path(__file__).with_name("served.py")),
             artifacts={ARTIFACT: str(folder)},
             code_paths=[str(Path(pipeline.__file__).parent)],
-            signature=_signature(example.shape[1]),
+            signature=_signature(),
             input_example=example,
             pip_requirements=_requirements(own),  # named: MLflow would run the model to find them
-            metadata={"classes": list(own.classes), "stage": own.stage},
+            metadata={
+                "classes": list(own.classes),
+                "stage": own.stage,
+                "images": f"[B, {example.shape[1]}, {example.shape[1]}, 3], whole numbers 0 to 255",
+            },
             mlflow_model=Model(
                 artifact_path=model.artifact_location,
                 run_id=run_id,
@@ -267,12 +275,13 @@ def _quietly() -> Iterator[None]:
         BAR.unset() if before is None else BAR.set(before)
 
 
-def _signature(size: int) -> "ModelSignature":
+def _signature() -> "ModelSignature":
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
     from mlflow.types.schema import Array
 
-    images = TensorSpec(np.dtype(np.uint8), (-1, size, size, 3))
+    # MLflow casts JSON to the type that is named here, 0.5 to 0 and true to 1; as objects all stays
+    images = TensorSpec(np.dtype(object), (-1,))
     columns: dict[str, DataType | Array] = {
         "class": DataType.string,
         "confidence": DataType.double,
@@ -350,7 +359,7 @@ def _find_run(client: "MlflowClient", experiment_id: str, wanted: str) -> str:
     if not found:
         known = sorted(set(names.values()))
         near = difflib.get_close_matches(wanted, known) or known[:5]
-        raise ModelError(
+        raise UnknownRunError(
             f"no run has the id and no experiment the name {wanted!r}; "
             + (f"there are {', '.join(near)}" if near else "`make repro` or `make sync` makes some")
         )
@@ -397,7 +406,7 @@ def _register(client: "MlflowClient", model: "LoggedModel", name: str) -> str:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    for version in client.search_model_versions(f"name = '{name}'"):
+    for version in client.search_model_versions(_named(name)):
         if _is_of(version, model):
             return str(version.version)
     made = client.create_model_version(
@@ -411,6 +420,13 @@ def _register(client: "MlflowClient", model: "LoggedModel", name: str) -> str:
     links.append({"name": name, "version": made.version})
     client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(links)})
     return str(made.version)
+
+
+def _named(name: str) -> str:
+    """A filter for versions of a registered model; MLflow's filters know no escaped quotes."""
+    if "'" in name and '"' in name:
+        raise ModelError(f"{name}: MLflow finds no name with both kinds of quotes; take another one")
+    return f'name = "{name}"' if "'" in name else f"name = '{name}'"
 
 
 def _is_of(version: "ModelVersion", model: "LoggedModel") -> bool:

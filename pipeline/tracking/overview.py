@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.tracking.parents import TAG_SUPERSEDED
 from pipeline.tracking.runs import TAG_ROLE
 from pipeline.tracking.store import compare_page, run_page, runs_page, store, store_uri, ui_address
+from pipeline.untrusted import printable
 
 SWEPT = {"gamma", "curriculum.gamma", "seed"}  # experiments that differ in these alone are compared
 LINE = 120  # characters, where there is no terminal
@@ -130,6 +132,6 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
         # where a line is too short for all, names are folded, and no number is cut
         shown.add_column(title, justify="right" if index else "left", no_wrap=index > 0)
     for row in rows[1:]:
-        shown.add_row(*row)
+        shown.add_row(*(Text(printable(cell)) for cell in row))  # a name is no markup, whatever it holds
     width = None if sys.stdout.isatty() else LINE  # a file or a pipe has no width of its own
     Console(width=width, highlight=False).print(shown)

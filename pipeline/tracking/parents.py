@@ -6,12 +6,14 @@ their way are completed too.
 
 import hashlib
 import json
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.html import as_code, as_markdown
 from pipeline.tracking import models
 from pipeline.tracking.records import MODEL, PREPARED, Curve, Record
 from pipeline.tracking.runs import (
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 TAG_FINGERPRINT = "blockdrop.fingerprint"
 TAG_LOGGED = "blockdrop.logged"  # digest of what was logged, by kind, so that it is logged once
 TAG_REVISION = "dvc.revision"  # the DVC experiment's commit, once all of it is logged
+TAG_NAME = "dvc.experiment"  # the name that DVC gives it
 TAG_SUPERSEDED = "blockdrop.superseded"
 TAG_NOTE = "mlflow.note.content"
 
@@ -77,6 +80,19 @@ def find(client: "MlflowClient", experiment_id: str, record: Record) -> str | No
     return str(found[0].info.run_id) if found else None
 
 
+def logged(client: "MlflowClient", experiment_id: str, revision: str) -> "Run | None":
+    """The finished run that has all of an experiment's commit."""
+    wanted = f"tags.`{TAG_REVISION}` = '{revision}' and attributes.status = 'FINISHED'"
+    found = client.search_runs([experiment_id], filter_string=wanted, max_results=1)
+    return found[0] if found else None
+
+
+def rename(client: "MlflowClient", run: "Run", record: Record) -> None:
+    """Let a run be found under the name that its experiment has now; `complete` does the rest."""
+    client.set_tag(run.info.run_id, TAG_KEY, record.key)
+    client.update_run(run.info.run_id, name=record.name)
+
+
 def describe(record: Record) -> str:
     """The run's description: what it gave, in Markdown."""
     metrics = record.metrics
@@ -88,7 +104,8 @@ def describe(record: Record) -> str:
     for prefix in sorted({k.rsplit(".", 1)[0] for k in metrics if k.startswith(("sole.", "static."))}):
         kind, name = prefix.split(".", 1)
         tuned = "not finetuned" if record.params.get("finetune.epochs") == "0" else "finetuned"
-        said = f"ResNet-{name}" if kind == "sole" else f"{name.replace('_', ' ')} blocks, {tuned}"
+        name = as_markdown(name.replace("_", " "))
+        said = f"ResNet-{name}" if kind == "sole" else f"{name} blocks, {tuned}"
         found = [metrics.get(f"{prefix}.{what}") for what in ("accuracy", "blocks", "flops")]
         lines.append(_row(said, *found))
     if "flops_saved" in metrics:
@@ -96,7 +113,8 @@ def describe(record: Record) -> str:
             "",
             f"{100 * metrics['flops_saved']:.1f} % of the FLOPs saved, policy network counted.",
         ]
-    lines += ["", f"`dvc exp apply {record.name}` brings it back." if record.revision else ""]
+    apply = as_code(f"dvc exp apply {shlex.quote(record.name)}")
+    lines += ["", f"{apply} brings it back." if record.revision else ""]
     return "\n".join(lines).strip()
 
 
@@ -117,12 +135,14 @@ def _retire_namesakes(client: "MlflowClient", experiment_id: str, record: Record
     """`dvc exp run -f` puts an experiment in the place of one of the same name; say so there."""
     if not record.revision:
         return
+    # the name is compared here: in MLflow's filters no quote can be escaped
     wanted = (
-        f"tags.`dvc.experiment` = '{record.name}' and tags.`dvc.baseline` = '{record.baseline}' "
-        f"and tags.`{TAG_ROLE}` = 'parent' and tags.`{TAG_KEY}` != '{record.key}'"
+        f"tags.`dvc.baseline` = '{record.baseline}' and tags.`{TAG_ROLE}` = 'parent' "
+        f"and tags.`{TAG_KEY}` != '{record.key}'"
     )
     for run in client.search_runs([experiment_id], filter_string=wanted):
-        if TAG_SUPERSEDED not in run.data.tags:
+        tags = run.data.tags
+        if tags.get(TAG_NAME) == record.name and TAG_SUPERSEDED not in tags:
             client.set_tag(run.info.run_id, TAG_SUPERSEDED, record.key)
             client.update_run(run.info.run_id, name=f"{record.name} (superseded)")
 
@@ -227,7 +247,7 @@ def _set_tags(client: "MlflowClient", run: "Run", record: Record) -> None:
         **{f"dvc.md5.{path}": md5 for path, md5 in record.models.items()},
     }
     if record.revision:
-        tags["dvc.experiment"] = record.name
+        tags[TAG_NAME] = record.name
     if record.revision and record.is_whole():  # else the next sync has something to add
         tags[TAG_REVISION] = record.revision
     for tag, text in tags.items():

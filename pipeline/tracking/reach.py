@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.untrusted import cut, printable
 
 VARIABLE = "BLOCKDROP_TRACKING"
 OFF, STRICT = "off", "strict"
@@ -22,7 +23,17 @@ SQLITE = "sqlite:///"
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")  # MLflow's own variables
 # signs of long stories by urllib3 and SQLAlchemy, whose end says what happened
 WORDY = ("Max retries exceeded", "https://sqlalche.me")
-LONGEST_REASON = 300  # characters: some servers answer with a page
+LONG_REASON = 160  # characters, of which the first sentence is enough
+LONGEST_REASON = 300  # some servers answer with a page
+REMEDIES = {  # by what a reason holds
+    "code 401": f"set {' and '.join(CREDENTIALS)}",
+    "Connection refused": "start the server that MLFLOW_TRACKING_URI names, or unset it",
+    "Name or service not known": "mend the server's name in MLFLOW_TRACKING_URI, or unset it",
+    "No module named": "install the database's driver into .venv, or name another store by "
+    "MLFLOW_TRACKING_URI",
+    "Databricks": "`pip install databricks-sdk` and log in, or name another store by "
+    "MLFLOW_TRACKING_URI",
+}
 SQLITE_PATIENCE = 5.0  # seconds for a file that another process has locked
 USERINFO = re.compile(r"://(?:([^\s:/@]+):)?\S*@")
 SECRETS = re.compile(r"([?&][\w-]*(?:password|passwd|pwd|secret|token)[\w-]*=)[^&\s]+", re.IGNORECASE)
@@ -66,8 +77,10 @@ def reason(error: BaseException, outer: BaseException | None = None) -> str:
         while (deeper := error.__cause__ or error.__context__) not in (None, outer):
             error = deeper
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    line = masked(lines[0])[:LONGEST_REASON]
-    return f"{line}; set {' and '.join(CREDENTIALS)}" if "code 401" in line else line
+    whole = printable(masked(lines[0]))
+    line = cut(whole if len(whole) <= LONG_REASON else whole.split(". ")[0], LONGEST_REASON)
+    remedy = next((words for sign, words in REMEDIES.items() if sign in line), None)
+    return f"{line}; {remedy}" if remedy else line
 
 
 @contextmanager
@@ -113,6 +126,23 @@ def quietly() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def require_store(uri: str) -> None:
+    """See that a URI names a kind of store that MLflow has.
+
+    Raises:
+        UserError: it is a folder, or a server without its protocol.
+    """
+    if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):  # MLflow's own variable
+        return
+    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri):
+        raise UserError(f"MLFLOW_TRACKING_URI is {uri}, without its protocol; write http://{uri}")
+    if uri.startswith("file:") or ("://" not in uri and not uri.startswith(("databricks", "uc"))):
+        raise UserError(
+            f"MLFLOW_TRACKING_URI is {masked(uri)}, and MLflow keeps no runs in folders any more; write "
+            "sqlite:///mlflow.db or a server's http://HOST:PORT, or unset it"
+        )
 
 
 def require_usable(uri: str, *, seconds: float | None = None) -> None:

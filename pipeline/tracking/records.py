@@ -22,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from pipeline import params as parameters
+from pipeline.errors import UserError
 from pipeline.tracking.runs import as_texts, experiment_key, experiment_name
 
 PARAMS, LOCK = "params.yaml", "dvc.lock"
@@ -36,8 +37,12 @@ CLOCKED = (
 Curve = list[tuple[int, float]]
 
 
-class RecordError(ValueError):
+class RecordError(UserError):
     """The files are no finished experiment; the message says why."""
+
+
+class UnfinishedError(RecordError):
+    """They are whole, but its pipeline has not come to its end with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +144,7 @@ def read(
         for out in stage.get("outs", [])
     }
     if f"{METRICS}/evaluate.json" not in outs:
-        raise RecordError("its pipeline has not come to its end")
+        raise UnfinishedError("its pipeline has not come to its end")
     _require_unchanged(values, stages)
     params = as_texts(dict(parameters.flatten(values)))
     return Record(
@@ -161,7 +166,7 @@ def _require_unchanged(values: Mapping[str, Any], stages: Mapping[str, Any]) -> 
         then = (locked.get("params") or {}).get(PARAMS) or {}
         for key, value in parameters.flatten(then):
             if key in now and as_texts({key: now[key]}) != as_texts({key: value}):
-                raise RecordError(f"params.yaml was changed since: {key} was {value} in {stage}")
+                raise UnfinishedError(f"params.yaml was changed since: {key} was {value} in {stage}")
 
 
 def _metrics(files: AbstractFileSystem) -> dict[str, float]:
@@ -216,7 +221,7 @@ def _trainings(values: Mapping[str, Any]) -> dict[str, str]:
 def _yaml(files: AbstractFileSystem, path: str) -> dict[str, Any]:
     content = _read(files, path)
     if content is None:
-        raise RecordError(f"it has no {path}")
+        raise UnfinishedError(f"it has no {path}")
     try:
         found = yaml.load(content.decode(), parameters.Loader)
     except (yaml.YAMLError, ValueError) as error:

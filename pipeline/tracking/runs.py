@@ -22,6 +22,7 @@ import psutil
 import yaml
 
 from pipeline import params as parameters
+from pipeline.errors import UserError
 from pipeline.tracking.reach import (
     OFF,
     SQLITE,
@@ -35,6 +36,7 @@ from pipeline.tracking.reach import (
     require_usable,
 )
 from pipeline.tracking.store import say_once, shown_uri, store, store_uri
+from pipeline.untrusted import printable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -136,7 +138,7 @@ class StageRun:
             self._files.append(path)
             self._flush_when_due()
         else:
-            print(f"{path} is not there, so it is not logged", file=sys.stderr)
+            print(f"{printable(path)} is not there, so it is not logged", file=sys.stderr)
 
     def attempt(self, action: Callable[[], None], *, seconds: float = 30.0) -> None:
         """Do something else with the store, as safely; nothing, while MLflow is away.
@@ -211,6 +213,8 @@ class StageRun:
     def _failed(self, error: Exception, outer: BaseException | None) -> None:
         self._failures += 1
         if self._mode == STRICT:
+            if isinstance(error, UserError):  # with a remedy of its own
+                raise TrackingError(f"{error}; or unset BLOCKDROP_TRACKING, which is strict") from None
             remedy = "free or mend the file" if shown_uri().startswith(SQLITE) else "start the server"
             raise TrackingError(
                 f"MLflow at {shown_uri()} can't be reached ({reason(error, outer)}) and "
@@ -299,9 +303,13 @@ class StageRun:
             TAG_STAGE: self._stage,
             TAG_PROCESS: _this_process(),
         }
-        wanted = " and ".join(f"tags.`{tag}` = '{text}'" for tag, text in tags.items())
+        wanted = f"tags.`{TAG_PARENT}` = '{self.parent_id}' and tags.`{TAG_STAGE}` = '{self._stage}'"
         found = client.search_runs([self._experiment_id], wanted) if self._failures else []
-        begun = [run.info.run_id for run in found if run.info.start_time == self._began]
+        begun = [
+            run.info.run_id
+            for run in found
+            if run.info.start_time == self._began and tags.items() <= run.data.tags.items()
+        ]
         if begun:
             return str(begun[0])
         made = client.create_run(
@@ -406,12 +414,20 @@ def make_parent(
         "dvc.baseline": baseline,
         "mlflow.source.name": "dvc.yaml",
         "mlflow.source.type": "LOCAL",
-        "mlflow.user": getpass.getuser(),
+        "mlflow.user": _user(),
     }
     own = {tag: text for tag, text in (own | dict(tags)).items() if text}
     run = client.create_run(experiment_id, tags=own, run_name=name)
     _log_params(client, run, params)
     return str(run.info.run_id)
+
+
+def _user() -> str:
+    """The user's name; the number where it has none, as in many containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def origin_tags() -> dict[str, str]:
@@ -441,9 +457,14 @@ def end_orphans(client: "MlflowClient", experiment_id: str) -> list[str]:
 
 
 def git(*words: str) -> str:
-    """What Git says; nothing where it can't."""
+    """What Git says; nothing where it can't.
+
+    Also in a folder of another user (a container's mount), from which this very code is run: only to be
+    asked for names and differences.
+    """
     try:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=30)
+        command = ["git", "-c", "safe.directory=*", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,7 +1,8 @@
 """What MLflow runs to serve a logged model ("models from code"): a checkpoint folder and this package.
 
 It is a file beside the model then, not a module of the checkout: it needs no params.yaml, DVC or git.
-Images go in as one uint8 array [B, H, W, 3], in JSON {"inputs": [...]}; a row an image comes out.
+Images go in as one array [B, H, W, 3] of whole numbers 0 to 255, in JSON {"inputs": [...]}; a row an
+image comes out. Nothing is cast: `as_colours` says what is taken.
 """
 
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 ARTIFACT = "checkpoint"
@@ -37,12 +39,24 @@ class Served(PythonModel):
         model_input: np.ndarray,
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
-        """Classify images [B, H, W, 3] uint8; one row for each.
+        """Classify images [B, H, W, 3]; one row for each.
 
         Raises:
-            PredictionError: they have another size or type.
+            MlflowException: they can't be classified; the server answers 400 with these words.
         """
-        return pd.DataFrame([prediction.record() for prediction in self.predictor(model_input)])
+        from pipeline.predictor import PredictionError, as_colours
+
+        if not isinstance(model_input, np.ndarray):
+            raise _refusal(f"images are one array, not {type(model_input).__name__}")
+        try:
+            predictions = self.predictor(as_colours(model_input))
+        except PredictionError as error:
+            raise _refusal(str(error)) from None
+        return pd.DataFrame([prediction.record() for prediction in predictions])
+
+
+def _refusal(words: str) -> MlflowException:
+    return MlflowException.invalid_parameter_value(f'{words} (in JSON: {{"inputs": [B, H, W, 3]}})')
 
 
 mlflow.models.set_model(Served())

@@ -17,10 +17,11 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from pipeline.errors import UserError
 from pipeline.resume import PROJECT_MARK, project_root
-from pipeline.tracking.reach import OFF, masked, mode, reason, require_usable
+from pipeline.tracking.reach import OFF, masked, mode, reason, require_store, require_usable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
 EXPERIMENT = "blockdrop"
 DATABASE = "mlflow.db"
@@ -54,7 +55,8 @@ def store_uri() -> str:
     from sqlalchemy.engine import URL, make_url
     from sqlalchemy.exc import ArgumentError
 
-    told = os.environ.get("MLFLOW_TRACKING_URI")
+    scheme, mark, rest = os.environ.get("MLFLOW_TRACKING_URI", "").strip().partition("://")
+    told = scheme.lower() + mark + rest if mark else scheme
     if told and not told.startswith("sqlite"):
         return told
     try:
@@ -84,7 +86,9 @@ def store(*, patience: float | None = None) -> "Iterator[tuple[MlflowClient, str
 
     folder = project_root() / ".dvc" / "tmp"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "mlflow.lock", timeout=LOCK_PATIENCE if patience is None else patience):
+    timeout = LOCK_PATIENCE if patience is None else patience
+    with FileLock(folder / "mlflow.lock", timeout=timeout, mode=0o666):  # as in locks.py: for all users
+        require_store(store_uri())
         require_usable(store_uri(), seconds=patience)
         _require_place_without_percent()
         client = MlflowClient(tracking_uri=store_uri())
@@ -99,8 +103,9 @@ def experiment_id() -> str:
 
 def say_once(error: Exception, outer: BaseException | None = None) -> None:
     """One line on a store that can't be used; `outer` as in `reason`."""
+    what = "be used" if isinstance(error, UserError) else "be reached"
     print(
-        f"MLflow can't be reached ({reason(error, outer)}); going on without it, metrics are in "
+        f"MLflow can't {what} ({reason(error, outer)}); going on without it, metrics are in "
         "metrics/ and plots/; `make sync` logs later what it misses",
         file=sys.stderr,
     )
@@ -136,14 +141,31 @@ def compare_page(experiment: str, run_ids: Sequence[str]) -> str:
 
 
 def _experiment(client: "MlflowClient") -> str:
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-    found = client.get_experiment_by_name(name)
+    name, number = (os.environ.get(f"MLFLOW_EXPERIMENT_{what}") for what in ("NAME", "ID"))
+    by_number = client.get_experiment(number) if number and not name else None
+    name = name or EXPERIMENT
+    found = by_number or client.get_experiment_by_name(name)
     if found is not None:
+        _require_active(found)
         _bring_along(str(found.artifact_location))
         return str(found.experiment_id)
-    remote = os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http")
-    location = None if remote else (project_root() / ARTIFACTS).as_uri()
+    location = None if store_uri().startswith("http") else (project_root() / ARTIFACTS).as_uri()
     return str(client.create_experiment(name, artifact_location=location))
+
+
+def _require_active(experiment: "Experiment") -> None:
+    """See that runs can be logged to it.
+
+    Raises:
+        UserError: it was deleted.
+    """
+    if experiment.lifecycle_stage != "active":
+        number = experiment.experiment_id
+        raise UserError(
+            f"the experiment {experiment.name!r} was deleted in MLflow; "
+            f"`MLFLOW_TRACKING_URI={shown_uri()} mlflow experiments restore --experiment-id {number}` "
+            "brings it back, and MLFLOW_EXPERIMENT_NAME names another one"
+        )
 
 
 def _require_place_without_percent() -> None:
