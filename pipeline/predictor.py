@@ -167,8 +167,10 @@ def as_colours(images: NDArray[Any]) -> NDArray[np.uint8]:
         images: [B, ...]; of dtype object where they come from JSON, so that a bool or a text shows.
 
     Raises:
-        PredictionError: there is no image, or a number is none of these.
+        PredictionError: there is no batch or no image, or a number is none of these.
     """
+    if images.ndim == 0:
+        raise PredictionError(f"a single number is no batch of images; {_COLOURS}")
     if images.size == 0:
         raise PredictionError(f"there is no image in {images.shape}; send one at least")
     kinds = set(map(type, images.flat)) if images.dtype.kind == "O" else {images.dtype.type}

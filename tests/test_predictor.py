@@ -17,7 +17,7 @@ from pipeline.cost import measure
 from pipeline.executors import native
 from pipeline.executors.base import Networks, UnavailableError
 from pipeline.executors.masked import Masked
-from pipeline.predictor import PredictionError, Predictor, image_size_of
+from pipeline.predictor import PredictionError, Predictor, as_colours, image_size_of
 
 SIZE = 16
 CLASSES = ("cat", "dog", "hält")
@@ -227,3 +227,10 @@ def test_shipped_code_does_without_a_home(shipped, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
     assert Path(native.library()._name).parent.name.startswith("blockdrop-")
+
+
+@pytest.mark.parametrize("number", [5, 5.0])
+@pytest.mark.parametrize("dtype", [object, None])
+def test_single_number_is_refused(number, dtype):
+    with pytest.raises(PredictionError, match="a single number is no batch of images"):
+        as_colours(np.array(number, dtype=dtype))

@@ -17,7 +17,7 @@ from sqlalchemy.engine import make_url
 
 from pipeline import checkpoint
 from pipeline.tracking import models, runs, store
-from pipeline.tracking.runs import as_texts, end_orphans, experiment_name, stage_run
+from pipeline.tracking.runs import as_texts, end_orphans, experiment_name, origin_tags, stage_run
 from pipeline.tracking.store import store_uri
 
 ROOT = Path(__file__).parents[1]
@@ -647,7 +647,8 @@ def test_lock_is_open_to_all_users(root, params):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="takes root to give a folder to another user")
-def test_folder_of_another_user_has_its_commit_all_the_same(root, tmp_path, monkeypatch):
+def test_folder_of_another_user_has_its_commit_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q", "-b", "trunk"], check=True)
@@ -657,3 +658,24 @@ def test_folder_of_another_user_has_its_commit_all_the_same(root, tmp_path, monk
     refused = subprocess.run(["git", "status"], capture_output=True, text=True)
     assert "dubious ownership" in refused.stderr
     assert experiment_name({}).startswith("trunk-")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="takes root to give a folder to another user")
+def test_repository_of_another_user_around_the_project_runs_no_command(tmp_path, monkeypatch):
+    project, command, trace = (tmp_path / name for name in ("project", "command", "trace"))
+    project.mkdir()
+    command.write_text(f"#!/bin/sh\ntouch {trace}\n")
+    command.chmod(0o755)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / "file").touch()
+    subprocess.run(["git", "-C", tmp_path, "add", "file"], check=True)
+    subprocess.run(["git", "-C", tmp_path, "config", "core.fsmonitor", command], check=True)
+    subprocess.run(["git", "-C", tmp_path, "status"], check=True, capture_output=True)
+    assert trace.exists()  # its owner's Git does run it
+    trace.unlink()
+    for path in (tmp_path, tmp_path / ".git"):
+        os.chown(path, 65534, 65534)
+    monkeypatch.setenv("DVC_ROOT", str(project))
+    monkeypatch.chdir(project)
+    origin_tags()
+    assert not trace.exists()

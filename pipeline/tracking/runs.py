@@ -23,6 +23,7 @@ import yaml
 
 from pipeline import params as parameters
 from pipeline.errors import UserError
+from pipeline.resume import project_root
 from pipeline.tracking.reach import (
     OFF,
     SQLITE,
@@ -459,11 +460,11 @@ def end_orphans(client: "MlflowClient", experiment_id: str) -> list[str]:
 def git(*words: str) -> str:
     """What Git says; nothing where it can't.
 
-    Also in a folder of another user (a container's mount), from which this very code is run: only to be
-    asked for names and differences.
+    Also where the project is another user's folder (a container's mount): its code runs anyway. A
+    repository around the project stays refused, since Git would run the commands that its settings name.
     """
     try:
-        command = ["git", "-c", "safe.directory=*", *words]
+        command = ["git", "-c", f"safe.directory={project_root().resolve()}", *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return ""
