@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from repository_copy import make_copy, ran
+from repository_copy import environment, make_copy, ran
 
 from pipeline import checkpoint, legacy, sources
 from pipeline.errors import DataError
@@ -98,13 +100,17 @@ print("SCORE", predict(own.need_resnet(), test, normalisation=own.normalisation)
 """
 
 
+def bring_archive(folder: Path) -> None:
+    archive = next((ROOT / "data/raw").glob("*.t*gz"))
+    (folder / "data/raw").mkdir(parents=True)
+    shutil.copyfile(archive, folder / "data/raw" / archive.name)
+
+
 def test_preset_and_import_score_what_was_measured(cifar10, tmp_path):
     if not WEIGHTS.exists():
         pytest.skip(f"{WEIGHTS.name} is not here; name it by BLOCKDROP_LEGACY")
     copy = make_copy(tmp_path, changes={})
-    archive = next((ROOT / "data/raw").glob("*.t*gz"))
-    (tmp_path / "data/raw").mkdir(parents=True)
-    shutil.copyfile(archive, tmp_path / "data/raw" / archive.name)
+    bring_archive(tmp_path)
     shutil.copyfile(ROOT / "presets/digits.yaml", tmp_path / "params.yaml")
     copy.run(sys.executable, "-m", "tools.preset", "cifar10_resnet32")
     copy.run(sys.executable, "-m", "tools.import_checkpoint", str(WEIGHTS), "pretrain")
@@ -136,3 +142,22 @@ def test_pretrained_networks_score_what_their_row_of_results_says(cifar10):
     expected = {r["name"]: r["accuracy"] for r in row["rivals"]}
     expected["blockdrop"] = row["evaluate"]["accuracy"]
     assert accuracies == pytest.approx(expected, abs=0.0003)
+
+
+@pytest.mark.alone
+def test_the_demo_runs_through_on_a_cpu_with_avx2_alone_and_claims_nothing_in_bf16(cifar10, tmp_path):
+    copy = make_copy(tmp_path, changes={})
+    bring_archive(tmp_path)
+    copy.run(sys.executable, "-m", "tools.preset", "cifar10_demo")
+    kept = {name: text for name, text in environment().items() if name != "OMP_NUM_THREADS"}
+    begun = time.monotonic()
+    done = subprocess.run(
+        ["dvc", "repro"], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=kept | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    )  # fmt: skip
+    seconds = time.monotonic() - begun
+    assert done.returncode == 0, done.stdout
+    answers = json.loads((tmp_path / "plots/benchmark/benchmark.json").read_text())["answers"]
+    assert {answer["precision"] for answer in answers} == {"fp32"}
+    assert "bf16" in (tmp_path / "report/report.md").read_text()  # left out, and said
+    assert seconds < 360
