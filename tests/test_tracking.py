@@ -423,12 +423,12 @@ def test_mlflow_that_is_installed_under_a_percent_sign_says_what_helps(
     root, params, monkeypatch, capsys
 ):
     """With a project its .venv may lie in such a folder, and Alembic's settings take no % in a path."""
-    monkeypatch.setattr("mlflow.__file__", "/home/50%/.venv/mlflow/__init__.py")
+    monkeypatch.setattr("mlflow.__file__", "/srv/50%/.venv/mlflow/__init__.py")
     with stage_run("pretrain", params):
         ran = True
     assert ran
     said = capsys.readouterr().err
-    assert "MLflow opens no database from /home/50%/.venv/mlflow, as there is a % in it" in said
+    assert "MLflow opens no database from /srv/50%/.venv/mlflow, as there is a % in it" in said
     assert "give the folder another name" in said
 
 
