@@ -240,7 +240,7 @@ def test_what_is_missing_is_an_error_with_a_remedy(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     (tmp_path / "presets").symlink_to(ROOT / "presets")
     monkeypatch.setattr(sys, "argv", ["ablation", "finetune"])
-    with pytest.raises(SystemExit, match=r"error: data/prepared.*can't be read.*dvc repro"):
+    with pytest.raises(SystemExit, match=r"error: data/prepared.*can't be read.*make repro"):
         ablation.main()
     monkeypatch.setattr(sys, "argv", ["ablation", "finetune", "--preset", "foo"])
     with pytest.raises(SystemExit, match=r"error: --preset foo: .* no such preset; choose .*digits"):
