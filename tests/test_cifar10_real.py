@@ -150,14 +150,19 @@ def test_the_demo_runs_through_on_a_cpu_with_avx2_alone_and_claims_nothing_in_bf
     bring_archive(tmp_path)
     copy.run(sys.executable, "-m", "tools.preset", "cifar10_demo")
     kept = {name: text for name, text in environment().items() if name != "OMP_NUM_THREADS"}
-    begun = time.monotonic()
-    done = subprocess.run(
-        ["dvc", "repro"], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=kept | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
-    )  # fmt: skip
-    seconds = time.monotonic() - begun
-    assert done.returncode == 0, done.stdout
+
+    def repro(*stages: str) -> float:
+        begun = time.monotonic()
+        done = subprocess.run(
+            ["dvc", "repro", *stages], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=kept | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        return time.monotonic() - begun
+
+    repro("evaluate", "baseline")
+    assert repro() < 2 * 60  # benchmark.seconds, and for DVC, imports, and the report as much again
     answers = json.loads((tmp_path / "plots/benchmark/benchmark.json").read_text())["answers"]
     assert {answer["precision"] for answer in answers} == {"fp32"}
-    assert "bf16" in (tmp_path / "report/report.md").read_text()  # left out, and said
-    assert seconds < 360
+    assert "emulate" in (tmp_path / "report/report.md").read_text()  # bf16 is left out, which is said
