@@ -82,38 +82,55 @@ def lost(repo: Repo) -> list[Output]:
     return [out for out in repo.index.outs if out.use_cache and out.hash_info and out.changed_cache()]
 
 
-def put_back(out: Output) -> bool:
-    """Fill the cache from the work tree; False where that has something else."""
+def in_work_tree(out: Output) -> bool:
+    """Whether the work tree has what dvc.lock names; its digest is taken anew."""
     path = Path(out.fs_path)
     for file in [path, *path.rglob("*")] if path.exists() else ():
         if file.is_file():
             file.touch()  # DVC took the digest from the cache, if it copied the file from there
-    if not out.exists or out.changed_checksum():
-        return False
-    out.commit()
+    return out.exists and not out.changed_checksum()
+
+
+def put_back(out: Output) -> bool:
+    """Fill the cache from the work tree; False where it can't be written."""
+    try:
+        out.commit()
+    except OSError as error:
+        print(f"{out}: {error}", file=sys.stderr)
     return not out.changed_cache()
 
 
+def refuse(repo: Repo, outs: list[Output]) -> None:
+    """End with status 1 if there are results that the cache did not take."""
+    if outs:
+        raise SystemExit(
+            f"error: {', '.join(map(str, outs))} could not be written to DVC's cache "
+            f"({os.path.relpath(repo.cache.local.path)}; DVC says why above); free space, or give "
+            "this user access to it, and repeat: they are put there, and no stage runs for it"
+        )
+
+
 def mend_cache() -> None:
-    """See that what is in DVC's cache is whole, and all there that the work tree has."""
+    """See that what is in DVC's cache is whole, and all there that the work tree has.
+
+    Where it can't be filled nothing may run: DVC would remove the results, and make them anew.
+    """
     with Repo() as repo, repo.lock:
         for path in remove_damaged(repo):
             print(f"{path} was damaged and is removed; DVC makes it anew when it is needed")
-        for out in lost(repo):
+        refused = []
+        for out in filter(in_work_tree, lost(repo)):
             if put_back(out):
                 print(f"{out} was in no cache and is put back into it, from the work tree")
+            else:
+                refused.append(out)
+        refuse(repo, refused)
 
 
 def check_cache() -> None:
-    """End with status 1 when results are in no cache."""
+    """See that all results are in the cache."""
     with Repo() as repo:
-        names = [str(out) for out in lost(repo)]
-        if names:
-            raise SystemExit(
-                f"error: {', '.join(names)} could not be written to DVC's cache "
-                f"({os.path.relpath(repo.cache.local.path)}; DVC says why above); free space, or give "
-                "this user access to it, and repeat: they are put there, and no stage runs for it"
-            )
+        refuse(repo, lost(repo))
 
 
 def main() -> None:
