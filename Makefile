@@ -31,10 +31,10 @@ setup: ## .venv from requirements.txt, where it is not so already (PYTHON=python
 		"$$PYTHON" -m tools.environment; }
 
 repro: setup ## run the pipeline: whatever params.yaml, code or data changed
-	@python -m tools.mend
+	@python -m tools.repair_dvc
 	dvc repro
 	-@python -m tools.sync
-	@python -m tools.mend --check
+	@python -m tools.repair_dvc --check
 
 benchmark: setup ## measure inference time anew, on this machine, and report it
 	dvc repro --single-item --force benchmark report
@@ -45,8 +45,8 @@ test: setup ## all tests but the slow ones
 
 test-avx2: setup ## the tests of executors and trainings as on a CPU that has AVX2 alone
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m pytest -m "not e2e and not slow and not sweep" \
-		$(WORKERS) $(addprefix tests/test_,executors.py native_bf16.py imagenet_resnet.py training.py \
-		trainer.py policy_learning.py benchmark.py)
+		$(WORKERS) tests/inference tests/training/test_loop.py tests/models/test_resnet_imagenet.py \
+		tests/policy/test_learner.py tests/stages/test_training_stages.py tests/benchmark/test_runner.py
 
 slow: setup ## the tests on real CIFAR-10 (fetches it), and with servers
 	python -m pytest -m slow $(WORKERS)
@@ -55,7 +55,7 @@ sweep: setup ## the tests of whole sweeps and queues, with four workers, and of 
 	python -m pytest -m sweep
 
 chaos: setup ## kill trainings 50 times at random moments, fill disks, kill the server: nothing is lost (10 minutes)
-	python -m tools.chaos
+	PYTHONPATH=tests python -m chaos
 
 check: setup ## lint, format, types and the fast tests
 	ruff check .

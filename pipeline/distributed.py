@@ -30,23 +30,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from pipeline.processes import Place, place
+from pipeline.infra.processes import RankInfo, rank_info
 
 T = TypeVar("T")
 
 
-def here() -> Place:
+def here() -> RankInfo:
     """Which of the processes that know each other this is; the only one where none do."""
-    return place() if distributed.is_initialized() else Place()
+    return rank_info() if distributed.is_initialized() else RankInfo()
 
 
-def own_rows(rows: Tensor) -> Tensor:
+def shard_rows(rows: Tensor) -> Tensor:
     """The share of a batch's rows that is this process's: as even as can be, maybe none."""
     own = here()
     return rows if own.size == 1 else torch.tensor_split(rows, own.size)[own.rank]
 
 
-def largest(numbers: Sequence[int]) -> list[int]:
+def all_reduce_max(numbers: Sequence[int]) -> list[int]:
     """Of each number the largest that any process has. All processes wait for each other here."""
     if here().size == 1:
         return list(numbers)
@@ -55,7 +55,7 @@ def largest(numbers: Sequence[int]) -> list[int]:
     return found.tolist()
 
 
-def from_main(make: Callable[[], T]) -> T:
+def broadcast_from_rank0(make: Callable[[], T]) -> T:
     """What `make` gives in process 0, for all; it is called there alone."""
     own = here()
     if own.size == 1:
@@ -65,7 +65,7 @@ def from_main(make: Callable[[], T]) -> T:
     return found[0]
 
 
-def add_up(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+def all_reduce_sum(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """Scalars of one device, each the sum of those of all processes."""
     if here().size == 1 or not sums:
         return sums
@@ -74,7 +74,7 @@ def add_up(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(sums, together.unbind(), strict=True))
 
 
-def mean_of_all(rows: Tensor, share: float) -> Tensor:
+def all_reduce_mean(rows: Tensor, share: float) -> Tensor:
     """Mean over the rows of all processes, [R, K] to [K]; without gradients.
 
     Args:
@@ -86,7 +86,7 @@ def mean_of_all(rows: Tensor, share: float) -> Tensor:
     return own
 
 
-def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Give every process the sum of all processes' gradients.
 
     A parameter that has a gradient nowhere stays without one, so that the optimiser passes it by, as in
@@ -95,7 +95,7 @@ def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if here().size == 1:
         return
     every = list(parameters)
-    learnt = largest([int(p.grad is not None) for p in every])
+    learnt = all_reduce_max([int(p.grad is not None) for p in every])
     moved = [p for p, somewhere in zip(every, learnt, strict=True) if somewhere]
     if not moved:
         return
@@ -107,12 +107,12 @@ def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = gradient.copy_(piece.view(gradient.shape))
 
 
-def ran_anywhere(ran: Sequence[bool]) -> list[bool]:
+def any_rank_ran(ran: Sequence[bool]) -> list[bool]:
     """Of each block whether an image of any process runs it."""
-    return [bool(somewhere) for somewhere in largest([int(one) for one in ran])]
+    return [bool(somewhere) for somewhere in all_reduce_max([int(one) for one in ran])]
 
 
-def same_networks(modules: Iterable[nn.Module]) -> None:
+def broadcast_modules(modules: Iterable[nn.Module]) -> None:
     """Give all processes the weights and buffers of process 0, and batch norm that knows of all."""
     if here().size == 1:
         return

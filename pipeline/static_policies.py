@@ -11,7 +11,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from pipeline.resnet import STAGES
+from pipeline.models.resnet import STAGES
 
 StaticRule = Callable[[Tensor], Tensor]  # noise [B, K] to actions [B, K] bool
 

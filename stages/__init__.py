@@ -2,9 +2,9 @@
 
 import os
 
-from pipeline.interruption import starter_of
-from stages import inputs  # noqa: F401  (before the code that it looks at is imported)
+from pipeline.infra.signals import dvc_pid
+from stages.support import inputs  # noqa: F401  (before the code that it looks at is imported)
 
 # who started this process, before slow imports give it time to die
 PARENT = os.getppid()
-STARTER = starter_of(PARENT)
+STARTER = dvc_pid(PARENT)

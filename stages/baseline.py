@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import checkpoint
-from pipeline.checkpoint import Checkpoint
-from pipeline.cost import measure
-from pipeline.data import load_split
-from pipeline.inference import Predictions, accuracies_of, predict, right_under
-from pipeline.params import Params
-from pipeline.resnet import ResNet
-from pipeline.runtime import choose_device, describe_device, generator
+from pipeline.config import Params
+from pipeline.data.dataset import load_split
+from pipeline.data.split import ImageSplit
+from pipeline.device import choose_device, describe_device, generator
+from pipeline.flops import measure
+from pipeline.inference.predict import Predictions, accuracies_of, correct_under, predict
+from pipeline.models import checkpoint
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.resnet import ResNet
 from pipeline.static_policies import RULES, static_rule
-from pipeline.tensors import Images
 from pipeline.tracking.runs import stage_run
-from stages import common
-from stages.progress import Steps
+from stages.support import common
+from stages.support.progress import Steps
 
 PRETRAIN_TIMES = common.METRICS / "times" / "pretrain.json"
 # of every image's blocks under the rule `random`, over which accuracies are means: 2 at least, for their
@@ -79,7 +79,7 @@ def random_draws(images: int) -> int:
     return min(MOST_DRAWS, max(2, PREDICTIONS // images))
 
 
-def with_every_block(kind: str, resnet: ResNet, test: Images, found: Predictions) -> Network:
+def with_every_block(kind: str, resnet: ResNet, test: ImageSplit, found: Predictions) -> Network:
     """A ResNet all of whose blocks run."""
     return Network(
         kind=kind,
@@ -96,7 +96,7 @@ def with_every_block(kind: str, resnet: ResNet, test: Images, found: Predictions
 def ruled(
     own: Checkpoint,
     rules: Iterable[tuple[str, int]],
-    test: Images,
+    test: ImageSplit,
     noise: Tensor,
     *,
     finetuned: bool,
@@ -117,7 +117,7 @@ def ruled(
         drawn.append(torch.stack([rule(table) for table in draws]))
     policies = torch.cat(drawn)
     watched = steps.over(test, len(policies))
-    outcomes = right_under(resnet, watched, policies, normalisation=own.normalisation)
+    outcomes = correct_under(resnet, watched, policies, normalisation=own.normalisation)
     found = []
     for (kind, kept), actions, right in zip(
         rules, drawn, outcomes.split([len(actions) for actions in drawn]), strict=True
@@ -138,7 +138,7 @@ def ruled(
     return found
 
 
-def trained_networks(params: Params, test: Images, noise: Tensor, steps: Steps) -> list[Network]:
+def trained_networks(params: Params, test: ImageSplit, noise: Tensor, steps: Steps) -> list[Network]:
     """The sole ResNets, then the finetuned static ones: those that params.yaml names, no others."""
     networks = []
     for depth in params.sole.depths:
@@ -146,7 +146,7 @@ def trained_networks(params: Params, test: Images, noise: Tensor, steps: Steps) 
         resnet = own.need_resnet().to(test.device)
         found = predict(resnet, steps.over(test), normalisation=own.normalisation)
         networks.append(with_every_block("sole", resnet, test, found))
-    for rule, kept in product(params.static.rules, params.static.kept):
+    for rule, kept in product(params.static.rules, params.static.num_kept):
         own = checkpoint.load(common.STATIC / f"{rule}-{kept}")
         networks += ruled(own, [(rule, kept)], test, noise, finetuned=True, steps=steps)
     return networks
@@ -182,7 +182,7 @@ def flat(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 def _passes(params: Params, resnet: ResNet, draws: int) -> int:
     """How often all test images are classified: once for each policy."""
     draws_of = {rule: draws if rule == "random" else 1 for rule in RULES}
-    finetuned = sum(draws_of[rule] for rule in params.static.rules) * len(params.static.kept)
+    finetuned = sum(draws_of[rule] for rule in params.static.rules) * len(params.static.num_kept)
     plain = sum(draws_of.values()) * (resnet.num_blocks + 1)
     return 1 + len(params.sole.depths) + finetuned + plain
 

@@ -5,18 +5,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint
-from pipeline.benchmark import Benchmark, Settings
-from pipeline.cost import measure
-from pipeline.data import load_split
-from pipeline.executors.base import Networks
-from pipeline.figures import timing
-from pipeline.locks import alone
-from pipeline.params import Params
-from pipeline.runtime import choose_device, describe_device, describe_machine
+from pipeline.benchmark import figures
+from pipeline.benchmark.runner import Benchmark, Settings
+from pipeline.config import Params
+from pipeline.data.dataset import load_split
+from pipeline.device import choose_device, describe_device, describe_machine
+from pipeline.flops import measure
+from pipeline.inference.base import Networks
+from pipeline.infra.locks import exclusive
+from pipeline.models import checkpoint
 from pipeline.tracking.runs import stage_run
-from stages import common
-from stages.progress import Steps
+from stages.support import common
+from stages.support.progress import Steps
 
 OUT = common.PLOTS / "benchmark"
 TIMED = 2048  # test images, of a data set that is not in memory
@@ -53,7 +53,7 @@ def main(params: Params) -> None:
             settings=Settings(**dict(params.benchmark)),
         )
         with (
-            alone(LOCK, waiting="benchmark: waiting for another one on this machine to end"),
+            exclusive(LOCK, waiting="benchmark: waiting for another one on this machine to end"),
             Steps("benchmark", params.benchmark.seconds) as steps,
         ):
             tables = benchmark.run(lambda line: steps.say(f"benchmark: {line}"), steps.reach)
@@ -69,9 +69,9 @@ def main(params: Params) -> None:
         common.write_json(common.METRICS / "benchmark.json", {"benchmark": metrics})
         title = f"ResNet-{resnet.depth}, {machine['device']}"
         if any(row["kind"] == "blockdrop" for row in tables["times"]):
-            timing.speedups(OUT / "speedups.png", times=tables["times"], title=title)
+            figures.speedups(OUT / "speedups.png", times=tables["times"], title=title)
         if tables["sweep"]:
-            timing.break_evens(OUT / "break_evens.png", sweep=tables["sweep"], title=title)
+            figures.break_evens(OUT / "break_evens.png", sweep=tables["sweep"], title=title)
         mlflow_run.log_metrics({f"benchmark.{name}": value for name, value in metrics.items()})
         for file in sorted(OUT.iterdir()):
             mlflow_run.log_artifact(file)

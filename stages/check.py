@@ -6,11 +6,11 @@ unseen. This stage depends on the file, and its out never changes, so it makes n
 
 from pathlib import Path
 
-from pipeline.errors import UserError, explain
-from pipeline.files import write_text
-from pipeline.params import load
-from pipeline.tracking.reach import mode
-from stages.inputs import require_unchanged
+from pipeline.config import load
+from pipeline.infra.atomic_io import write_text
+from pipeline.infra.errors import UserError, explain
+from pipeline.tracking.connection import mode
+from stages.support.inputs import require_unchanged
 
 OUT = Path("data/params.ok")
 

@@ -4,40 +4,43 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pipeline import checkpoint, cost, legacy
-from pipeline.checkpoint import Checkpoint
-from pipeline.params import Params
-from pipeline.policy_learning import PolicyLearning, PolicyRules
-from pipeline.policy_net import PolicyNet
-from pipeline.processes import is_main
-from pipeline.resnet import ResNet
-from pipeline.runtime import choose_device, seed_everything
-from pipeline.tensors import Normalisation
-from pipeline.training import Metrics, make_optimizer
-from stages import common, trainer
+from pipeline import flops
+from pipeline.config import Params
+from pipeline.data.transforms import Normalisation
+from pipeline.device import choose_device, seed_everything
+from pipeline.infra.processes import is_main
+from pipeline.models import checkpoint
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.policy_net import PolicyNet
+from pipeline.models.resnet import ResNet
+from pipeline.policy.learner import PolicyLearner, PolicyObjective
+from pipeline.training import legacy_checkpoints
+from pipeline.training.loop import Metrics
+from pipeline.training.optim import make_optimizer
+from stages.support import common, training
 
 
 def import_policy_net(path: Path, pretrained: Checkpoint, params: Params) -> PolicyNet:
     """The policy network of our own or the authors' checkpoint, when it fits the ResNet."""
     if path.is_dir():
         own = checkpoint.load(path)
-        trainer.require_same(
+        training.require_same(
             path, "input normalisation", own.normalisation, pretrained.normalisation,
             "import a policy that was trained with this ResNet",
         )  # fmt: skip
-        trainer.require_same_image_size(path, own, params)
+        training.require_same_image_size(path, own, params)
         policy_net = own.need_policy_net()
     else:
-        policy_net = legacy.load(path).need_policy_net(path)
-    trainer.require_same(
+        policy_net = legacy_checkpoints.load(path).need_policy_net(path)
+    training.require_same(
         path, "number of blocks", policy_net.num_blocks, pretrained.need_resnet().num_blocks,
         "import a policy for this ResNet, or set resnet.depth to the policy's",
     )  # fmt: skip
-    trainer.require_same_policy_net(path, policy_net, params)
+    training.require_same_policy_net(path, policy_net, params)
     return policy_net
 
 
-def learner_of(params: Params, resnet: ResNet, normalisation: Normalisation) -> PolicyLearning:
+def learner_of(params: Params, resnet: ResNet, normalisation: Normalisation) -> PolicyLearner:
     """A fresh policy network on the ResNet's device, and how params.yaml has it learnt."""
     section = params.curriculum
     policy_net = PolicyNet(
@@ -48,7 +51,7 @@ def learner_of(params: Params, resnet: ResNet, normalisation: Normalisation) -> 
         family=params.policy_net.family,
         initial_keep_prob=params.policy_net.initial_keep_prob,
     ).to(next(resnet.parameters()).device)
-    return PolicyLearning(
+    return PolicyLearner(
         resnet,
         policy_net,
         optimizer=make_optimizer(
@@ -56,16 +59,16 @@ def learner_of(params: Params, resnet: ResNet, normalisation: Normalisation) -> 
             [{"params": list(policy_net.parameters()), "lr": section.lr}],
             weight_decay=section.weight_decay,
         ),
-        rules=PolicyRules(
+        rules=PolicyObjective(
             gamma=section.gamma,
             alpha=section.alpha,
             entropy=section.entropy,
-            entropy_weight=section.entropy_weight,
+            entropy_coef=section.entropy_coef,
             epochs_per_block=section.epochs_per_block,
             estimator=section.estimator,
-            flips=section.flips,
+            num_flips=section.num_flips,
             soft_reward=section.soft_reward,
-            block_shares=cost.rewarded_shares(resnet, params.data.image_size, params.block_cost),
+            block_shares=flops.rewarded_shares(resnet, params.data.image_size, params.block_cost),
         ),
         normalisation=normalisation,
         precision=section.precision,
@@ -83,18 +86,18 @@ def main(params: Params) -> None:
         )
         checkpoint.save(made, common.POLICY)
 
-    path = trainer.imported(params.curriculum)
+    path = training.imported(params.checkpoints.curriculum)
     if path is not None:
         found = import_policy_net(path, pretrained, params)
         if is_main():
             save(found, {})
-            trainer.record_import("curriculum", params, path)
+            training.record_import("curriculum", params, path)
         return
     resnet = pretrained.need_resnet().to(choose_device())
     seed_everything(params.seed, "curriculum")
     learner = learner_of(params, resnet, pretrained.normalisation)
     inputs = [common.PREPARED, common.PRETRAINED]
-    trainer.train(
+    training.train(
         "curriculum", learner, params, params.curriculum, inputs, partial(save, learner.policy_net)
     )
 

@@ -4,24 +4,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import checkpoint
-from pipeline.cost import measure
-from pipeline.data import load_split
-from pipeline.evaluation import (
+from pipeline.config import Params
+from pipeline.data.dataset import load_split
+from pipeline.data.split import ImageSplit
+from pipeline.device import choose_device, describe_device, generator
+from pipeline.evaluation import learning_curves, policy_figures
+from pipeline.evaluation.metrics import (
     best_single_policy,
     difficulty_spearman,
     shuffled_accuracy,
     single_policy_candidates,
 )
-from pipeline.figures import curves, policies
-from pipeline.inference import Predictions, predict, predict_policy
-from pipeline.params import Params
-from pipeline.policies import greedy_actions, policy_statistics
-from pipeline.runtime import choose_device, describe_device, generator
-from pipeline.tensors import Images
+from pipeline.flops import measure
+from pipeline.inference.predict import Predictions, predict, predict_policy
+from pipeline.models import checkpoint
+from pipeline.models.policies import greedy_actions, policy_statistics
 from pipeline.tracking.runs import stage_run
-from stages import common
-from stages.progress import Steps
+from stages.support import common
+from stages.support.progress import Steps
 
 OUT = common.PLOTS / "evaluate"
 
@@ -89,7 +89,7 @@ def evaluate(params: Params, steps: Steps) -> dict[str, float | None]:
     kept = actions.double().mean(dim=0).tolist()
     common.write_csv(
         common.PLOTS / "blocks.csv",
-        [{"block": index + 1, "kept_share": share} for index, share in enumerate(kept)],
+        [{"block": index + 1, "keep_ratio": share} for index, share in enumerate(kept)],
     )
     return {
         "accuracy": found.accuracy,
@@ -113,7 +113,7 @@ def evaluate(params: Params, steps: Steps) -> dict[str, float | None]:
 def draw(
     *,
     title: str,
-    test: Images,
+    test: ImageSplit,
     actions: Tensor,
     found: Predictions,
     of_full: Predictions,
@@ -123,7 +123,7 @@ def draw(
     """The figures of the test images: which blocks run for which classes and which images."""
     images, labels = test.pictures(), test.labels.cpu().numpy()
     taken = actions.numpy().astype(np.bool_)
-    policies.policy_overview(
+    policy_figures.policy_overview(
         OUT / "policy.png",
         actions=taken,
         labels=labels,
@@ -132,7 +132,7 @@ def draw(
         classes=classes,
         title=title,
     )
-    policies.policies_by_class(
+    policy_figures.policies_by_class(
         OUT / "policies_by_class.png",
         images=images,
         labels=labels,
@@ -141,7 +141,7 @@ def draw(
         classes=classes,
         title=title,
     )
-    policies.easy_and_hard(
+    policy_figures.easy_and_hard(
         OUT / "easy_and_hard.png",
         images=images,
         labels=labels,
@@ -153,7 +153,7 @@ def draw(
     )
 
 
-def write_images(test: Images, actions: Tensor, found: Predictions, of_full: Predictions) -> None:
+def write_images(test: ImageSplit, actions: Tensor, found: Predictions, of_full: Predictions) -> None:
     """A row for each test image: what it is, what it was taken for, and which blocks it ran."""
     rows = zip(test.labels.tolist(), found.classes.tolist(), found.correct.tolist(), actions.tolist(),
                of_full.correct.tolist(), of_full.losses.tolist(), strict=True)  # fmt: skip
@@ -179,7 +179,7 @@ def draw_learning_curves(num_blocks: int) -> None:
     for stage in ("curriculum", "finetune"):
         rows = common.read_csv(common.PLOTS / f"{stage}.csv")
         tables.append([{name: float(text) for name, text in row.items()} for row in rows])
-    curves.learning_curves(
+    learning_curves.learning_curves(
         OUT / "learning_curves.png", curriculum=tables[0], finetune=tables[1], num_blocks=num_blocks
     )
 

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-from pipeline import class_folders, sources, streaming
-from pipeline.class_folders import Tree
-from pipeline.data import IMAGES, Dataset, save
-from pipeline.params import Data, Params
-from pipeline.prepared import SplitName
-from pipeline.resume import project_root
+from pipeline.config import Data, Params
+from pipeline.data import streaming
+from pipeline.data.dataset import IMAGES, Dataset, save
+from pipeline.data.metadata import SplitName
+from pipeline.infra.resume import project_root
+from pipeline.sources import cifar, class_folders, digits, image_folder
+from pipeline.sources.class_folders import Tree
 from pipeline.tracking.runs import stage_run
-from stages.common import METRICS, PREPARED, require_seen, run, write_json
+from stages.support.common import METRICS, PREPARED, require_seen, run, write_json
 
 RAW = project_root() / "data/raw"  # archives, kept between runs and out of DVC and Git
 
@@ -17,17 +18,17 @@ RAW = project_root() / "data/raw"  # archives, kept between runs and out of DVC 
 def read(data: Data) -> Dataset:
     """The data set that params.yaml names, when it has fixed classes."""
     if data.source == "cifar10":
-        return sources.cifar10(RAW)
+        return cifar.cifar10(RAW)
     if data.source == "cifar100":
-        return sources.cifar100(RAW)
-    return sources.digits(image_size=data.image_size, shares=shares_of(data), seed=data.split_seed)
+        return cifar.cifar100(RAW)
+    return digits.digits(image_size=data.image_size, shares=shares_of(data), seed=data.split_seed)
 
 
 def shares_of(data: Data) -> dict[SplitName, float]:
     """The shares of the splits that are drawn."""
     named: dict[SplitName, float | None] = {
-        "validation": data.validation_share,
-        "test": data.test_share,
+        "validation": data.validation_fraction,
+        "test": data.test_fraction,
     }
     return {name: share for name, share in named.items() if share is not None}
 
@@ -37,7 +38,7 @@ def write(data: Data) -> dict[str, int]:
     shares, seed = shares_of(data), data.split_seed
     if data.source == "imagefolder_stream":
         tree = class_folders.scan(project_root() / IMAGES)
-        listings = sources.imagefolder_stream(tree, shares=shares, seed=seed)
+        listings = image_folder.imagefolder_stream(tree, shares=shares, seed=seed)
         streaming.save(listings, PREPARED, classes=tree.classes, image_size=data.image_size)
         counts = {f"{name}_images": len(split.paths) for name, split in listings.items()}
         return {**counts, "classes": len(tree.classes), "passed_over": _told(tree)}
@@ -45,7 +46,7 @@ def write(data: Data) -> dict[str, int]:
     if data.source == "imagefolder":
         tree = class_folders.scan(Path(data.folder))
         require_seen(tree.folder, [path for images in tree.splits.values() for path, _ in images])
-        dataset = sources.imagefolder(tree, image_size=data.image_size, shares=shares, seed=seed)
+        dataset = image_folder.imagefolder(tree, image_size=data.image_size, shares=shares, seed=seed)
         more = {"passed_over": _told(tree)}
     else:
         dataset = read(data)

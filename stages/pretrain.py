@@ -2,14 +2,15 @@
 
 from functools import partial
 
-from pipeline import checkpoint
-from pipeline.params import Params
-from pipeline.prepared import load_classes
-from pipeline.processes import is_main
-from pipeline.resnet import ResNet, make_resnet
-from pipeline.runtime import choose_device, seed_everything
-from pipeline.training import Metrics
-from stages import common, trainer
+from pipeline.config import Params
+from pipeline.data.metadata import load_classes
+from pipeline.device import choose_device, seed_everything
+from pipeline.infra.processes import is_main
+from pipeline.models import checkpoint
+from pipeline.models.build import make_resnet
+from pipeline.models.resnet import ResNet
+from pipeline.training.loop import Metrics
+from stages.support import common, training
 
 
 def main(params: Params) -> None:
@@ -17,15 +18,15 @@ def main(params: Params) -> None:
     classes = load_classes(common.PREPARED)
 
     def save(resnet: ResNet, metrics: Metrics) -> None:
-        made = trainer.full_network("pretrain", resnet, params, metrics)
+        made = training.full_network("pretrain", resnet, params, metrics)
         checkpoint.save(made, common.PRETRAINED)
 
-    path = trainer.imported(params.pretrain)
+    path = training.imported(params.checkpoints.pretrain)
     if path is not None:
-        found = trainer.import_resnet(path, params, classes, depth=params.resnet.depth)
+        found = training.import_resnet(path, params, classes, depth=params.resnet.depth)
         if is_main():
             save(found, {})
-            trainer.record_import("pretrain", params, path)
+            training.record_import("pretrain", params, path)
         return
     seed_everything(params.seed, "pretrain")
     resnet = make_resnet(
@@ -34,9 +35,9 @@ def main(params: Params) -> None:
         width=params.resnet.width,
         num_classes=len(classes),
     ).to(choose_device())
-    learner = trainer.pretraining(resnet, params)
+    learner = training.pretraining(resnet, params)
     section = params.pretrain
-    trainer.train("pretrain", learner, params, section, [common.PREPARED], partial(save, resnet))
+    training.train("pretrain", learner, params, section, [common.PREPARED], partial(save, resnet))
 
 
 if __name__ == "__main__":

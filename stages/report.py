@@ -4,14 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import html, report
-from pipeline.figures.trade_off import trade_off
-from pipeline.params import Params
-from pipeline.report import Results
-from pipeline.runtime import choose_device, describe_machine
-from pipeline.tracking import overview, parents, records
+from pipeline.config import Params
+from pipeline.device import choose_device, describe_machine
+from pipeline.report import html, markdown
+from pipeline.report.markdown import Results
+from pipeline.report.trade_off import trade_off
+from pipeline.tracking import dvc_results, experiment_runs, overview
 from pipeline.tracking.runs import StageRun, baseline_commit, stage_run
-from stages import common
+from stages.support import common
 
 OUT = Path("report")
 EVALUATED, BASELINES = common.PLOTS / "evaluate", common.PLOTS / "baseline"
@@ -22,7 +22,9 @@ def read(params: Params) -> Results:
     """What the stages wrote; of folders that hold more, only what params.yaml names."""
     trainings = ["pretrain", "curriculum", "finetune"]
     trainings += [f"sole-{depth}" for depth in params.sole.depths]
-    trainings += [f"static-{rule}-{kept}" for rule in params.static.rules for kept in params.static.kept]
+    trainings += [
+        f"static-{rule}-{kept}" for rule in params.static.rules for kept in params.static.num_kept
+    ]
     times = {name: common.read_json(common.METRICS / "times" / f"{name}.json") for name in trainings}
     own = common.read_csv(EVALUATED / "images.csv")
     others = common.read_csv(BASELINES / "images.csv")
@@ -53,7 +55,7 @@ def draw(results: Results) -> None:
     baselines = [_as_numbers(row) for row in common.read_csv(BASELINES / "curves.csv")]
     published = [
         {"accuracy": accuracy, "flops": flops, "label": name}
-        for name, accuracy, _, flops in report.published(results.params)
+        for name, accuracy, _, flops in markdown.published(results.params)
         if flops is not None
     ]
     trade_off(
@@ -72,13 +74,13 @@ def log(run: StageRun) -> None:
     """Complete the experiment's parent run, with what came from the cache too: its code never ran."""
 
     def complete() -> None:
-        files = records.work_tree()
+        files = dvc_results.work_tree()
         try:
-            record = records.read(files, name="", baseline=baseline_commit(), running="report")
-        except records.RecordError as error:
+            record = dvc_results.read(files, name="", baseline=baseline_commit(), running="report")
+        except dvc_results.RecordError as error:
             print(f"report: not logged, {error}")
             return
-        parents.complete(record, finish=False)
+        experiment_runs.complete(record, finish=False)
         overview.say(run.parent_id)
 
     if run.parent_id:
@@ -91,7 +93,7 @@ def main(params: Params) -> None:
         OUT.mkdir(exist_ok=True)
         results = read(params)
         draw(results)
-        text = report.page(results)
+        text = markdown.page(results)
         (OUT / "report.md").write_text(text, encoding="utf-8")
         (OUT / "report.html").write_text(html.page(text, OUT), encoding="utf-8")
         log(mlflow_run)

@@ -1,21 +1,22 @@
 """sole: a ResNet of another depth with every block, by pretrain's recipe: `python -m stages.sole DEPTH`.
 
 What a smaller network of the same cost can do. It is trained also when pretrain imports, unless
-sole.checkpoint names a folder that has it.
+checkpoints.sole names a folder that has it.
 """
 
 import argparse
 from functools import partial
 
-from pipeline import checkpoint
-from pipeline.errors import UserError
-from pipeline.params import Params
-from pipeline.prepared import load_classes
-from pipeline.processes import is_main
-from pipeline.resnet import ResNet, make_resnet
-from pipeline.runtime import choose_device, seed_everything
-from pipeline.training import Metrics
-from stages import common, trainer
+from pipeline.config import Params
+from pipeline.data.metadata import load_classes
+from pipeline.device import choose_device, seed_everything
+from pipeline.infra.errors import UserError
+from pipeline.infra.processes import is_main
+from pipeline.models import checkpoint
+from pipeline.models.build import make_resnet
+from pipeline.models.resnet import ResNet
+from pipeline.training.loop import Metrics
+from stages.support import common, training
 
 
 def main(params: Params, *, depth: int) -> None:
@@ -29,15 +30,15 @@ def main(params: Params, *, depth: int) -> None:
     classes = load_classes(common.PREPARED)
 
     def save(resnet: ResNet, metrics: Metrics) -> None:
-        made = trainer.full_network("sole", resnet, params, metrics)
+        made = training.full_network("sole", resnet, params, metrics)
         checkpoint.save(made, common.SOLE / str(depth))
 
-    folder = trainer.imported(params.sole)
+    folder = training.imported(params.checkpoints.sole)
     if folder is not None:
-        found = trainer.import_resnet(folder / str(depth), params, classes, depth=depth)
+        found = training.import_resnet(folder / str(depth), params, classes, depth=depth)
         if is_main():
             save(found, {})
-            trainer.record_import("sole", params, folder / str(depth), item=str(depth))
+            training.record_import("sole", params, folder / str(depth), item=str(depth))
         return
     seed_everything(params.seed, "sole", depth)
     resnet = make_resnet(
@@ -47,10 +48,10 @@ def main(params: Params, *, depth: int) -> None:
         num_classes=len(classes),
     ).to(choose_device())
 
-    learner = trainer.pretraining(resnet, params)
+    learner = training.pretraining(resnet, params)
     section = params.pretrain
     inputs = [common.PREPARED]
-    trainer.train("sole", learner, params, section, inputs, partial(save, resnet), item=str(depth))
+    training.train("sole", learner, params, section, inputs, partial(save, resnet), item=str(depth))
 
 
 if __name__ == "__main__":

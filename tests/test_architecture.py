@@ -1,4 +1,4 @@
-"""The house holds: imports point one way, and dvc.yaml lists what each stage's result depends on."""
+"""The house holds: rooms with imports one way, and dvc.yaml lists what each stage's result depends on."""
 
 import ast
 import graphlib
@@ -6,66 +6,48 @@ from pathlib import Path
 
 import pytest
 import yaml
+from imports import closure, imports_of
 
 ROOT = Path(__file__).parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-
-# What no result depends on: values stand in params.yaml alone (no schema field has a default), logging
-# and showing change nothing, a resumed training gives the bytes of an uninterrupted one (test_training),
-# and several processes or threads give what one gives, but for float noise (test_distributed).
-NEUTRAL = {
-    f"pipeline/{name}.py"
-    for name in ("params", "resume", "locks", "errors", "files", "untrusted", "pickles", "interruption")
-}
-NEUTRAL |= {"pipeline/processes.py", "pipeline/spared_cores.py"}
-NEUTRAL |= {f"stages/{name}.py" for name in ("inputs", "keeping", "launch", "progress")}
-NEUTRAL |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline/tracking").glob("*.py")}
-MATHEMATICS = {
-    "resnet", "policy_net", "policy_gradient", "policies", "curriculum", "cost", "tensors",
-    "inference", "evaluation", "training", "policy_learning", "static_policies", "timing", "benchmark",
-}  # fmt: skip
-INPUT_OUTPUT = {
-    "params", "data", "prepared", "sources", "checkpoint", "legacy", "tracking", "resume", "figures",
-}  # fmt: skip
+CODE = ("pipeline/", "stages/")
+MAX_ROOMS = 24
+MAX_LINES_OF_THE_MAP = 200
 
 
-def imports_of(path: Path) -> set[str]:
-    """Files of this repository that a file imports directly, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            file = name.replace(".", "/") + ".py"
-            if (ROOT / file).exists():
-                found.add(file)
-        if isinstance(node, ast.Constant) and str(node.value).endswith((".cpp", ".hpp")):
-            found.add(path.with_name(node.value).relative_to(ROOT).as_posix())  # compiled when it runs
-    return found
+def files_in(*names: str) -> set[str]:
+    """Files of packages and modules, as paths from the root; not the empty __init__.py."""
+    paths = [ROOT / name for name in names]
+    files = [f for path in paths for f in (path.rglob("*") if path.is_dir() else [path])]
+    kinds = (".py", ".cpp", ".hpp")
+    return {
+        file.relative_to(ROOT).as_posix()
+        for file in files
+        if file.suffix in kinds and file.name != "__init__.py"
+    }
 
 
-def closure(file: str, *, beyond: frozenset[str] = frozenset()) -> set[str]:
-    """All that a file imports, directly or not; imports of `beyond` count only if others need them."""
-    seen, todo = set(), {file}
-    while todo:
-        seen |= todo
-        opened = [f for f in todo - beyond if f.endswith(".py")]
-        todo = set().union(*(imports_of(ROOT / f) for f in opened)) - seen
-    return seen
+# What no result depends on: values stand in params.yaml alone (no field of the schema has a default),
+# logging and showing change nothing, a resumed training gives the bytes of an uninterrupted one
+# (training/test_loop.py), and several processes or threads give what one gives, but for float noise
+# (test_distributed.py).
+NEUTRAL = files_in("pipeline/config.py", "pipeline/infra", "pipeline/tracking", "stages/support")
+NEUTRAL -= {"stages/support/common.py", "stages/support/training.py"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_stage_lists_the_code_it_depends_on(stage):
-    listed = {d for d in STAGES[stage]["deps"] if d.endswith((".py", ".cpp", ".hpp"))}
-    needed = closure(f"stages/{stage}.py", beyond=frozenset(NEUTRAL))
-    if stage != "check":  # whose result does depend on the schema
-        needed -= NEUTRAL
-    else:
-        needed -= NEUTRAL - {"pipeline/params.py"}
-    assert listed == needed
+def test_a_stage_imports_every_module_of_what_it_lists_and_nothing_else(stage):
+    listed = files_in(*(name for name in STAGES[stage]["deps"] if name.startswith(CODE)))
+    neutral = NEUTRAL - (
+        {"pipeline/config.py"} if stage == "check" else set()
+    )  # the schema is its result
+    imported = closure(f"stages/{stage}.py", beyond=frozenset(neutral)) - neutral
+    imported = {name for name in imported if not name.endswith("__init__.py")}
+    assert listed == imported
+
+
+def test_the_map_fits_on_a_few_screens():
+    assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= MAX_LINES_OF_THE_MAP
 
 
 @pytest.mark.parametrize("stage", [name for name, body in STAGES.items() if "matrix" in body])
@@ -76,22 +58,14 @@ def test_stage_of_a_matrix_names_all_its_keys_wherever_it_writes(stage):
         assert all(key in text for key in keys), text
 
 
-def test_sole_and_static_depend_on_the_fields_of_the_recipe_that_they_follow():
-    """Not on the whole section: importing for pretrain or a policy's learning rate changes nothing."""
-    from pipeline.params import Finetune, Pretrain
-
-    recipe = {f"pretrain.{name}" for name in Pretrain.model_fields} - {"pretrain.checkpoint"}
-    assert {p for p in STAGES["sole"]["params"] if p.startswith("pretrain")} == recipe
-    of_policy = {
-        "checkpoint", "estimator", "alpha", "entropy_weight", "entropy_schedule", "diversity_weight",
-        "hold_epochs", "policy_epochs", "policy_lr",
-    }  # fmt: skip
-    recipe = {f"finetune.{name}" for name in Finetune.model_fields.keys() - of_policy}
-    assert {p for p in STAGES["static"]["params"] if p.startswith("finetune")} == recipe
+def test_sole_follows_the_whole_recipe_of_pretrain_and_static_that_of_finetune():
+    """And neither a policy's: its learning rate makes no static network stale."""
+    assert {p for p in STAGES["sole"]["params"] if p.startswith("pretrain")} == {"pretrain"}
+    assert {p for p in STAGES["static"]["params"] if p.startswith("finetune")} == {"finetune"}
 
 
 def test_imported_trainings_have_the_columns_that_are_drawn():
-    from stages.trainer import COLUMNS
+    from stages.support.training import COLUMNS
 
     for plot in yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"]:
         for body in plot.values() if isinstance(plot, dict) else ():
@@ -102,37 +76,73 @@ def test_imported_trainings_have_the_columns_that_are_drawn():
 
 
 def test_no_parameter_has_a_default():
-    from pipeline.params import Params, Section
+    from pipeline.config import Params, Section
 
     for section in [Params, *Section.__subclasses__()]:
         assert all(field.is_required() for field in section.model_fields.values()), section
 
 
-@pytest.mark.parametrize("module", sorted(MATHEMATICS))
-def test_mathematics_does_no_io(module):
-    reached = {Path(f).parts[1].removesuffix(".py") for f in closure(f"pipeline/{module}.py")}
-    assert not reached & INPUT_OUTPUT
+def room_of(file: str) -> str:
+    """The package of a file, or a module that is a room by itself."""
+    path = Path(file)
+    return (
+        path.with_suffix("").as_posix()
+        if path.parent.as_posix() == "pipeline"
+        else path.parent.as_posix()
+    )
 
 
-def test_imports_make_no_circle():
-    files = [f for folder in ("pipeline", "stages", "tools") for f in (ROOT / folder).rglob("*.py")]
-    imports = {file.relative_to(ROOT).as_posix(): imports_of(file) for file in files}
-    imports["pipeline/resnet.py"].remove("pipeline/imagenet_resnet.py")  # made when it is asked for
+def room_imports() -> dict[str, set[str]]:
+    """For each room of pipeline, stages, tools and research the rooms that it imports."""
+    rooms: dict[str, set[str]] = {}
+    for file in files_in("pipeline", "stages", "tools", "research"):
+        if file.endswith(".py"):
+            imported = {room_of(f) for f in imports_of(ROOT / file) if not f.endswith("__init__.py")}
+            rooms.setdefault(room_of(file), set()).update(imported - {room_of(file)})
+    return rooms
+
+
+def test_rooms_are_few_and_make_no_circle():
+    rooms = room_imports()
+    graphlib.TopologicalSorter(rooms).prepare()  # raises CycleError
+    assert len(rooms) <= MAX_ROOMS, sorted(rooms)
+
+
+def test_modules_make_no_circle():
+    files = {f for f in files_in("pipeline", "stages", "tools", "research") if f.endswith(".py")}
+    imports = {file: imports_of(ROOT / file) for file in files}
     graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
 
 
-def test_library_does_not_import_stages():
-    for file in (ROOT / "pipeline").rglob("*.py"):
-        assert not any(f.startswith("stages/") for f in imports_of(file)), file
+def test_the_library_imports_no_stage_and_no_stage_a_tool():
+    floors = ("pipeline", "stages", "tools", "research")
+    for room, imported in room_imports().items():
+        floor = floors.index(room.split("/")[0])
+        assert all(floors.index(other.split("/")[0]) <= floor for other in imported), room
 
 
-@pytest.mark.parametrize("name", ["mlflow", "dvc"])
-def test_one_folder_knows_mlflow_and_none_dvc(name):
-    allowed = {"mlflow": {"pipeline/tracking"}, "dvc": set()}[name]
-    for file in [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").glob("*.py")]:
-        for node in ast.walk(ast.parse(file.read_text())):
+@pytest.mark.parametrize(
+    "room", ["models", "policy", "training", "inference", "evaluation", "benchmark"]
+)
+def test_the_mathematics_reads_and_writes_no_data_set(room):
+    allowed = {"pipeline/data/split.py", "pipeline/data/transforms.py"}
+    for file in files_in(f"pipeline/{room}"):
+        imported = closure(file) if file.endswith(".py") else set()
+        assert (
+            not {f for f in imported if f.startswith(("pipeline/data/", "pipeline/sources/"))} - allowed
+        )
+        assert not {f for f in imported if f.startswith("pipeline/tracking/")}
+
+
+@pytest.mark.parametrize(
+    ("name", "rooms"), [("mlflow", {"pipeline/tracking", "pipeline/serving"}), ("dvc", set())]
+)
+def test_two_rooms_know_mlflow_and_none_dvc(name, rooms):
+    for file in files_in("pipeline", "stages"):
+        if not file.endswith(".py") or room_of(file) in rooms:
+            continue
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
-            folder = file.parent.relative_to(ROOT).as_posix()
-            assert folder in allowed or not any(n.split(".")[0] == name for n in names), file
+            assert not any(n.split(".")[0] == name for n in names), file

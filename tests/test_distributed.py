@@ -15,16 +15,18 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import enter_project
+from builders import enter_project
 from in_processes import CASES
 from repository_copy import ROOT, TINY, make_workplace
 
-from pipeline import distributed, processes
-from pipeline.errors import UserError
-from pipeline.params import Params
-from pipeline.processes import PLACE, VARIABLE
+from pipeline import distributed
+from pipeline.config import Params
+from pipeline.infra import processes
+from pipeline.infra.errors import UserError
+from pipeline.infra.processes import PLACE, VARIABLE
 from pipeline.tracking.store import store
-from stages import common, launch, sole, trainer
+from stages import sole
+from stages.support import common, launcher, training
 
 
 @contextmanager
@@ -47,7 +49,7 @@ def by_two(tmp_path_factory) -> list[dict[str, dict]]:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("BLOCKDROP_DEVICE", "cpu")
-        assert launch.run(2) == 0
+        assert launcher.run(2) == 0
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -127,12 +129,12 @@ def test_more_processes_than_devices_are_refused(alone):
     alone.setattr(torch.cuda, "is_available", lambda: True)
     alone.setattr(torch.cuda, "device_count", lambda: 2)
     alone.setenv(VARIABLE, "2")
-    assert processes.asked_for() == 2
+    assert processes.requested_world_size(torch.device("cuda")) == 2
     alone.setenv(VARIABLE, "3")
     with pytest.raises(
         UserError, match=rf"{VARIABLE} is 3, but there are 2 CUDA devices; use one .*=cpu"
     ):
-        processes.asked_for()
+        processes.requested_world_size(torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_place_that_no_launcher_gives_is_refused(told, words, alone):
     for name, text in told.items():
         alone.setenv(name, text)
     with pytest.raises(UserError, match=words) as raised:
-        processes.place()
+        processes.rank_info()
     assert "torchrun" in str(raised.value)
 
 
@@ -165,16 +167,16 @@ def test_stage_that_trains_nothing_takes_no_processes(alone, capsys):
 
 
 def test_process_with_another_training_is_refused(monkeypatch):
-    trainer._require_same_training("finetune", "abc")
-    monkeypatch.setattr(distributed, "from_main", lambda make: "def")  # what process 0 has
+    training._require_same_training("finetune", "abc")
+    monkeypatch.setattr(distributed, "broadcast_from_rank0", lambda make: "def")  # what process 0 has
     with pytest.raises(UserError, match=r"finetune: .* other parameters, data, .*; give every machine"):
-        trainer._require_same_training("finetune", "abc")
+        training._require_same_training("finetune", "abc")
 
 
 def launched(alone, code: str) -> int:
     """The status of two processes that run this."""
     alone.setattr(sys, "orig_argv", ["python", "-c", f"import os, signal, sys, time\n{code}"])
-    return launch.run(2)
+    return launcher.run(2)
 
 
 @pytest.mark.parametrize(
@@ -195,8 +197,8 @@ def test_status_of_several_processes_is_that_of_the_first_that_failed(code, stat
 
 
 def test_process_that_is_left_alone_by_a_failed_one_is_ended(alone):
-    alone.setattr(launch, "ALONE_SECONDS", 0.2)
-    alone.setattr(launch, "END_SECONDS", 0.2)
+    alone.setattr(launcher, "ALONE_SECONDS", 0.2)
+    alone.setattr(launcher, "END_SECONDS", 0.2)
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     assert launched(alone, f"if os.environ['RANK'] == '1': sys.exit(5)\n{deaf}") == 5
 

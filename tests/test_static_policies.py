@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
-from conftest import NORMALISATION, trained
+from builders import NORMALISATION, trained
 
-from pipeline.resnet import STAGES, ResNet
-from pipeline.runtime import generator
+from pipeline.device import generator
+from pipeline.models.resnet import STAGES, ResNet
 from pipeline.static_policies import RULES, static_rule
-from pipeline.training import Batch, Classification, make_optimizer
+from pipeline.training.classification import Classification
+from pipeline.training.loop import Batch
+from pipeline.training.optim import make_optimizer
 
 
 def noise_of(count: int, blocks: int, seed: int = 0) -> torch.Tensor:

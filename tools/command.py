@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from pipeline.errors import UserError, explain
-from pipeline.untrusted import printable
+from pipeline.infra.errors import UserError, explain
+from pipeline.infra.safe_io import printable
 
 
 class Parser(argparse.ArgumentParser):

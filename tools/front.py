@@ -9,11 +9,11 @@ import io
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.families import num_blocks
-from pipeline.figures.trade_off import front
-from pipeline.files import write_text
-from pipeline.resume import project_root
+from pipeline.architectures import num_blocks
+from pipeline.infra.atomic_io import write_text
+from pipeline.infra.errors import UserError
+from pipeline.infra.resume import project_root
+from pipeline.report.trade_off import front
 from pipeline.tracking.overview import Experiment, experiments, siblings
 from tools.command import Parser, mendable
 from tools.sync import sync, usable_store

@@ -13,12 +13,14 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from pipeline import checkpoint, legacy, params
-from pipeline.errors import UserError
-from pipeline.files import write_atomically, write_text
-from pipeline.params import NO_FILE, ResNetParams
-from pipeline.sources import patience
-from pipeline.untrusted import cut
+from pipeline import config
+from pipeline.config import NO_FILE, ResNetParams
+from pipeline.infra.atomic_io import write_atomically, write_text
+from pipeline.infra.errors import UserError
+from pipeline.infra.safe_io import truncate
+from pipeline.models import checkpoint
+from pipeline.sources.cifar import patience
+from pipeline.training import legacy_checkpoints
 from tools.command import Parser
 
 IMPORT = Path("import")
@@ -42,7 +44,7 @@ def check(path: Path, stage: str) -> None:
         if stage != "pretrain":
             own.need_policy_net()
     else:
-        theirs = legacy.load(path)
+        theirs = legacy_checkpoints.load(path)
         if stage != "curriculum":
             theirs.need_resnet(path)
         if stage != "pretrain":
@@ -103,7 +105,7 @@ def download(name: str, wanted: ResNetParams) -> Path:
         ) from None
     if name not in urls:
         known = " or ".join(urls)
-        raise UserError(f"resnet{wanted.depth} has no weights {cut(name)}; choose {known}")
+        raise UserError(f"resnet{wanted.depth} has no weights {truncate(name)}; choose {known}")
     path = IMPORT / urls[name].rsplit("/", 1)[1]
     print(f"downloading {urls[name]} ...", flush=True)
     try:
@@ -112,7 +114,7 @@ def download(name: str, wanted: ResNetParams) -> Path:
             download_url_to_file(urls[name], str(path), hash_prefix=prefix, progress=sys.stderr.isatty())
     except (OSError, RuntimeError) as error:  # urllib's are OSErrors
         raise UserError(
-            f"{urls[name]} can't be fetched ({cut(error)}); fetch it on another machine and import the "
+            f"{urls[name]} can't be fetched ({truncate(error)}); fetch it on another machine and import the "
             f"file: `make import FILE={path.name} STAGE=pretrain`"
         ) from None
     return path
@@ -124,12 +126,12 @@ def used_by_others(stage: str) -> set[Path]:
     Raises:
         UserError: params.yaml can't be used.
     """
-    found = params.load(PARAMS)
-    return {Path(getattr(found, s).checkpoint) for s in STAGES if s != stage}
+    found = config.load(PARAMS)
+    return {Path(getattr(found.checkpoints, s)) for s in STAGES if s != stage}
 
 
 def name_in_params(stage: str, path: Path) -> list[str]:
-    """Set STAGE.checkpoint in params.yaml, comments kept; returns all that import.
+    """Set checkpoints.STAGE in params.yaml, comments kept; returns all that import.
 
     A finetuned pair holds both networks, so the stages before it take them from the same file unless
     they have one of their own: otherwise they would train networks that nobody uses.
@@ -143,9 +145,9 @@ def name_in_params(stage: str, path: Path) -> list[str]:
     content = yaml.load(PARAMS)
     named = [stage]
     if stage == "finetune":
-        named += [s for s in STAGES[:2] if content[s]["checkpoint"] == NO_FILE]
+        named += [s for s in STAGES[:2] if content["checkpoints"][s] == NO_FILE]
     for name in named:
-        content[name]["checkpoint"] = path.as_posix()
+        content["checkpoints"][name] = path.as_posix()
     text = io.StringIO()
     yaml.dump(content, text)
     write_text(PARAMS, text.getvalue())
@@ -169,7 +171,7 @@ def main() -> None:
             arguments.stage
         )  # first, as a params.yaml that can't be used is found at once
         if named_weights:
-            path = download(str(path).removeprefix(TORCHVISION), params.load(PARAMS).resnet)
+            path = download(str(path).removeprefix(TORCHVISION), config.load(PARAMS).resnet)
         check(path, arguments.stage)
         target = bring_in(path, others)
         subprocess.run(["dvc", "add", "--quiet", str(target)], check=True)
@@ -184,7 +186,7 @@ def main() -> None:
             f"error: {error.filename}: {error.strerror}; mend that and repeat (params.yaml is as it was)"
         )
     for stage in named:
-        print(f"{stage}.checkpoint in params.yaml is now {target}")
+        print(f"checkpoints.{stage} in params.yaml is now {target}")
     print("run `make repro`")
 
 

@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import checkpoint
-from pipeline.errors import UserError
-from pipeline.predictor import Prediction, Predictor
-from pipeline.runtime import choose_device
-from pipeline.sources import read_image
-from pipeline.untrusted import printable
+from pipeline.device import choose_device
+from pipeline.infra.errors import UserError
+from pipeline.infra.safe_io import printable
+from pipeline.models import checkpoint
+from pipeline.serving.predictor import Prediction, Predictor
+from pipeline.sources.image_folder import read_image
 from tools.command import Parser
 
 MODEL = "models/finetune"
@@ -42,7 +42,7 @@ def folder_of(model: str) -> Iterator[Path]:
         UserError: there is no such folder, or no such model in MLflow.
     """
     if model.startswith(REGISTRY):
-        from pipeline.tracking.models import fetched  # slow to import, and needed for this alone
+        from pipeline.tracking.registry import fetched  # slow to import, and needed for this alone
 
         with fetched(model) as folder:
             yield folder

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from pipeline.errors import UserError
-from pipeline.files import write_atomically
-from pipeline.params import load
+from pipeline.config import load
+from pipeline.infra.atomic_io import write_atomically
+from pipeline.infra.errors import UserError
 from tools.command import Parser
 
 PRESETS = Path("presets")

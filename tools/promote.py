@@ -6,12 +6,12 @@ knowing its version: `models:/blockdrop@champion`.
 
 import sys
 
-from pipeline.errors import UserError
-from pipeline.resume import project_root
-from pipeline.tracking.models import ALIAS, NAME, Promotion, UnknownRunError, promote
-from pipeline.tracking.reach import reason
+from pipeline.infra.errors import UserError
+from pipeline.infra.resume import project_root
+from pipeline.infra.safe_io import printable
+from pipeline.tracking.connection import reason
+from pipeline.tracking.registry import ALIAS, NAME, Promotion, UnknownRunError, promote
 from pipeline.tracking.store import shown_uri
-from pipeline.untrusted import printable
 from tools.command import Parser
 
 

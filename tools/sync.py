@@ -15,15 +15,15 @@ from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from pipeline.errors import UserError
-from pipeline.locks import alone
-from pipeline.resume import project_root
-from pipeline.tracking import overview, parents, records
-from pipeline.tracking.reach import patience, quietly, reason
-from pipeline.tracking.records import Record, RecordError, UnfinishedError
+from pipeline.infra.errors import UserError
+from pipeline.infra.locks import exclusive
+from pipeline.infra.resume import project_root
+from pipeline.infra.safe_io import printable
+from pipeline.tracking import dvc_results, experiment_runs, overview
+from pipeline.tracking.connection import http_timeout, reason, silence_mlflow
+from pipeline.tracking.dvc_results import Record, RecordError, UnfinishedError
 from pipeline.tracking.runs import TAG_KEY, baseline_commit, end_orphans
 from pipeline.tracking.store import is_off, shown_uri, store
-from pipeline.untrusted import printable
 from tools.command import Parser
 
 LOCK = Path(".dvc/tmp/blockdrop-sync.lock")
@@ -76,7 +76,7 @@ def read(reference: Reference, root: Path) -> Record:
         DvcException: DVC can't read it.
     """
     files = DVCFileSystem(str(root), rev=reference.revision)
-    return records.read(
+    return dvc_results.read(
         files, name=reference.name, baseline=reference.baseline, revision=reference.revision
     )
 
@@ -93,8 +93,8 @@ def log(reference: Reference, root: Path, names: Container[str]) -> None:
     """
     name = printable(reference.name)
     with store() as (client, experiment_id):
-        logged = parents.logged(client, experiment_id, reference.revision)
-    former = logged and logged.data.tags.get(parents.TAG_NAME)
+        logged = experiment_runs.logged(client, experiment_id, reference.revision)
+    former = logged and logged.data.tags.get(experiment_runs.TAG_NAME)
     if logged and (former == reference.name or former in names):  # else `dvc exp rename` was there
         return
     try:
@@ -103,26 +103,26 @@ def log(reference: Reference, root: Path, names: Container[str]) -> None:
         print(f"{name}: not logged, {error}")
         return
     if logged:
-        parents.rename(client, logged, record)
+        experiment_runs.rename(client, logged, record)
     if not record.is_whole():
         print(f"{name}: its files are in no cache here; `dvc fetch` may bring them")
-    parents.complete(record, finish=True)
+    experiment_runs.complete(record, finish=True)
     print(f"{name}: " + (f"renamed, it was {printable(former)}" if logged else "logged"))
 
 
 def work_tree(root: Path) -> str | None:
     """The run of the work tree's own result, completed when it is no experiment's; None without one."""
     try:
-        files = records.work_tree(str(root))
-        record = records.read(files, name="", baseline=baseline_commit())
+        files = dvc_results.work_tree(str(root))
+        record = dvc_results.read(files, name="", baseline=baseline_commit())
     except RecordError as error:  # dvc.lock may be under way, of a merge say
         print(f"work tree: not logged, {error}")
         return None
     with store() as (client, experiment_id):
-        found = parents.find(client, experiment_id, record)
+        found = experiment_runs.find(client, experiment_id, record)
         if found is not None and client.get_run(found).data.tags.get(TAG_KEY) != record.key:
             return found  # an experiment was applied, or a result was committed: the same one
-    return parents.complete(record, finish=True)
+    return experiment_runs.complete(record, finish=True)
 
 
 def sync(root: Path) -> Outcome:
@@ -133,7 +133,7 @@ def sync(root: Path) -> Outcome:
         Exception: the store can't be used.
     """
     failed = []
-    with alone(root / LOCK, waiting="sync: waiting for another one to end"):
+    with exclusive(root / LOCK, waiting="sync: waiting for another one to end"):
         with store() as (client, experiment_id):
             for run_id in end_orphans(client, experiment_id):
                 print(f"run {run_id} was left by a process that died; it is ended as KILLED")
@@ -164,7 +164,7 @@ def _passed_over(name: str, error: Exception) -> str:
 def usable_store() -> Iterator[None]:
     """End in one line, not in a traceback, when the store can't be used."""
     try:
-        with patience(PATIENCE, retries=1), quietly():
+        with http_timeout(PATIENCE, retries=1), silence_mlflow():
             yield
     except UserError as error:
         sys.exit(f"error: {error}")

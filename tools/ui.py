@@ -5,8 +5,8 @@ import os
 import socket
 import subprocess
 
-from pipeline.errors import UserError
-from pipeline.resume import project_root
+from pipeline.infra.errors import UserError
+from pipeline.infra.resume import project_root
 from pipeline.tracking import overview
 from pipeline.tracking.store import HOST, PORT, store_uri
 from tools.command import Parser, mendable

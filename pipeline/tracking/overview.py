@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.tracking.parents import TAG_SUPERSEDED
+from pipeline.infra.safe_io import printable
+from pipeline.tracking.experiment_runs import TAG_SUPERSEDED
 from pipeline.tracking.runs import TAG_ROLE
 from pipeline.tracking.store import compare_page, run_page, runs_page, store, store_uri, ui_address
-from pipeline.untrusted import printable
 
 SWEPT = {"gamma", "curriculum.gamma", "seed"}  # experiments that differ in these alone are compared
 LINE = 120  # characters, where there is no terminal

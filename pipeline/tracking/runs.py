@@ -21,23 +21,23 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml
 
-from pipeline import params as parameters
-from pipeline.errors import UserError
-from pipeline.resume import project_root
-from pipeline.tracking.reach import (
+from pipeline import config as parameters
+from pipeline.infra.errors import UserError
+from pipeline.infra.resume import project_root
+from pipeline.infra.safe_io import printable
+from pipeline.tracking.connection import (
     OFF,
     SQLITE,
     STRICT,
     Bounded,
     TrackingError,
+    http_timeout,
     mode,
-    patience,
-    quietly,
     reason,
     require_usable,
+    silence_mlflow,
 )
 from pipeline.tracking.store import say_once, shown_uri, store, store_uri
-from pipeline.untrusted import printable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -199,7 +199,7 @@ class StageRun:
     def _attempt(self, action: Callable[[], None], seconds: float, *, always: bool = False) -> bool:
         began, outer = time.monotonic(), sys.exception()
         try:
-            with patience(seconds, always=always), quietly():
+            with http_timeout(seconds, always=always), silence_mlflow():
                 if self._client is not None:  # else store() does it, when other processes are done
                     require_usable(store_uri(), seconds=seconds)
                 action()

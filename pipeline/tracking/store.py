@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from pipeline.errors import UserError
-from pipeline.resume import PROJECT_MARK, project_root
-from pipeline.tracking.reach import OFF, masked, mode, reason, require_store, require_usable
+from pipeline.infra.errors import UserError
+from pipeline.infra.resume import PROJECT_MARK, project_root
+from pipeline.tracking.connection import OFF, masked, mode, reason, require_store, require_usable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

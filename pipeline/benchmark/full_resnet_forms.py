@@ -1,0 +1,93 @@
+"""Honest peers: the full ResNet, every block on every image, in each form that might be the fastest.
+
+Shapes: B images, N classes, H and W pixels.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pipeline.data.transforms import scaled
+from pipeline.device import autocast
+from pipeline.inference.base import Networks
+from pipeline.inference.cuda_graphs import Captures, Replay
+from pipeline.inference.fused import FusedNetwork
+
+Classify = Callable[[Tensor], Tensor]  # images [B, H, W, 3] uint8 to logits [B, N]
+
+
+def eager(networks: Networks, precision: str) -> Classify:
+    """The module as one writes it: PyTorch, channels_last, evaluation mode."""
+    networks.resnet.eval()
+    scale, shift = networks.normalisation.scale_and_shift(networks.device)  # not to be compiled
+
+    @torch.no_grad()
+    def run(images: Tensor) -> Tensor:
+        with autocast(networks.device, precision):
+            return networks.resnet(scaled(images, scale, shift)).float()
+
+    return run
+
+
+def packed(networks: Networks, precision: str) -> Classify:
+    """Batch norm folded, convolutions fused with ReLUs, one batch over all cores."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    network = FusedNetwork(networks.resnet, dtype)
+
+    @torch.no_grad()
+    def run(images: Tensor) -> Tensor:
+        inputs = networks.normalisation(images).to(dtype)
+        return network.forward(inputs.contiguous(memory_format=torch.channels_last))
+
+    return run
+
+
+def compiled(networks: Networks, precision: str) -> Classify:
+    """The eager form by torch.compile in its slowest-to-compile mode, for one batch size at a time."""
+    return torch.compile(eager(networks, precision), mode="max-autotune", dynamic=False)
+
+
+class WholeGraph:
+    """The packed form as a CUDA graph for each batch size: no launch costs.
+
+    What it gives holds until its next call.
+    """
+
+    def __init__(self, networks: Networks, precision: str) -> None:
+        self.run = packed(networks, precision)
+        self.free()
+
+    def free(self) -> None:
+        """Drop the graphs and their buffers."""
+        self.graphs: dict[int, tuple[Replay, Tensor, Tensor]] = {}
+        self.capture = Captures()
+
+    def _captured(self, images: Tensor) -> tuple[Replay, Tensor, Tensor]:
+        """A graph for as many images, where it reads them and where it leaves logits."""
+        held = images.clone()
+        given: list[Tensor] = []
+        replay = self.capture(lambda: given.append(self.run(held)))
+        return replay, held, given[-1]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits [B, N] of images [B, H, W, 3] uint8."""
+        if len(images) not in self.graphs:
+            self.graphs[len(images)] = self._captured(images)
+        replay, held, logits = self.graphs[len(images)]
+        held.copy_(images)
+        replay()
+        return logits
+
+
+def static_forms(
+    networks: Networks, precision: str, *, with_compile: bool
+) -> dict[str, Callable[[], Classify]]:
+    """What makes each form for this device, by name; an executor's own full form comes on top."""
+    forms: dict[str, Callable[[Networks, str], Classify]] = {"eager": eager, "packed": packed}
+    if with_compile:
+        forms["compiled"] = compiled
+    if networks.device.type == "cuda":
+        forms["whole graph"] = WholeGraph  # `cuda_graphs` is the executor's name
+    return {name: partial(make, networks, precision) for name, make in forms.items()}

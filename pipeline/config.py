@@ -1,0 +1,512 @@
+"""params.yaml as frozen, validated objects. The only reader of that file.
+
+No field has a default: every value stands in params.yaml, where DVC tracks it. So this module says
+which values are allowed and never what a result is, and no stage needs to rerun when it changes.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.architectures import Family, num_blocks, require_trainable
+from pipeline.infra.errors import UserError
+from pipeline.infra.safe_io import read_bytes, short_repr, truncate
+
+MAX_BYTES = 1 << 16  # presets have 5 KB; YAML is read at about 100 KB a second
+MAX_PROBLEMS = 20  # lines of a message
+NO_FILE = "import/none"  # stands for "nothing is imported": DVC needs a path that exists
+
+# The upper ends are far from all that serves anybody: beyond them numbers leave float32 or int64, and
+# networks and tables the memory, with an error that names no key.
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+NonNegative = Annotated[float, Field(ge=0, le=1e9)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountOrNone = Annotated[int, Field(ge=0, le=10**9)]
+Few = Annotated[int, Field(ge=1, le=10**5)]  # what takes time or memory for each
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Depth = Annotated[int, Field(ge=1, le=2000)]  # as checkpoints may have it
+Width = Annotated[int, Field(ge=1, le=4096)]
+PathText = Annotated[str, Field(min_length=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+# the shortcut pools 2x2 twice where the strided convolution rounds up: they agree on multiples of 4
+Side = Annotated[int, Field(ge=8, le=512, multiple_of=4)]
+Mean = Annotated[float, Field(ge=-10, le=10)]  # a share of full brightness, and so is the next
+Deviation = Annotated[float, Field(ge=1e-3, le=1e3)]
+Schedule = Literal["constant", "cosine", "step"]
+Precision = Literal["fp32", "bf16"]
+Optimizer = Literal["sgd", "adam"]
+RuleName = Literal["first", "random", "distribute"]
+ExecutorName = Literal["masked", "gather", "grouped", "cuda_graphs", "native", "triton"]
+
+
+class ParamsError(UserError):
+    """params.yaml can't be used; the message names every key, its value and the remedy."""
+
+
+class Section(BaseModel):
+    """Exact types, no unknown keys, no changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """What `prepare` writes."""
+
+    source: Literal["digits", "cifar10", "cifar100", "imagefolder", "imagefolder_stream"]
+    folder: PathText
+    image_size: Side
+    validation_fraction: Share | None
+    test_fraction: Share | None
+    split_seed: Seed
+
+    @model_validator(mode="after")
+    def _fits_the_source(self) -> "Data":
+        cifar = self.source in ("cifar10", "cifar100")
+        if cifar and (self.validation_fraction is not None or self.test_fraction is not None):
+            raise ValueError(
+                "CIFAR's splits are fixed (validation: the last 5,000 training images in file order); "
+                "set validation_fraction and test_fraction to null"
+            )
+        if cifar and self.image_size != 32:
+            raise ValueError(f"CIFAR images are 32 pixels wide; set image_size {self.image_size} to 32")
+        if self.source == "digits" and (self.validation_fraction is None or self.test_fraction is None):
+            raise ValueError(
+                "digits has no splits of its own; set validation_fraction and test_fraction"
+            )
+        if (self.validation_fraction or 0) + (self.test_fraction or 0) > 0.8:
+            raise ValueError(
+                "validation_fraction + test_fraction leave under 20 % to train on; lower them"
+            )
+        if (self.source == "imagefolder") != (self.folder != NO_FILE):
+            raise ValueError(
+                f"folder is for the source imagefolder alone: there it is the path of the images, with "
+                f"any other source it is {NO_FILE}; it is {self.folder!r} with source {self.source}"
+            )
+        return self
+
+
+class AugmentationParams(Section):
+    """Random changes to training images, the same in every training stage."""
+
+    crop_padding: Annotated[int, Field(ge=0, le=64)]
+    flip: bool
+
+
+class ResNetParams(Section):
+    """The network whose blocks are dropped, and how its input is normalised."""
+
+    family: Family
+    depth: Depth
+    width: Width
+    mean: Annotated[tuple[Mean, Mean, Mean], Field(strict=False)]
+    std: Annotated[tuple[Deviation, Deviation, Deviation], Field(strict=False)]
+
+    @model_validator(mode="after")
+    def _depth(self) -> "ResNetParams":
+        num_blocks(self.family, self.depth)
+        require_trainable(self.family, self.depth, self.width)
+        return self
+
+    @property
+    def num_blocks(self) -> int:
+        """K: 3n for depth 6n+2 of the family cifar."""
+        return num_blocks(self.family, self.depth)
+
+
+class PolicyNetParams(Section):
+    """The network that looks at the image and decides."""
+
+    family: Family
+    depth: Depth
+    width: Width
+    input_size: Side | None
+    initial_keep_prob: Share
+
+    @model_validator(mode="after")
+    def _depth(self) -> "PolicyNetParams":
+        num_blocks(self.family, self.depth)
+        require_trainable(self.family, self.depth, self.width)
+        return self
+
+
+class Pretrain(Section):
+    """Training the ResNet with every block."""
+
+    epochs: Count
+    batch_size: Count
+    optimizer: Optimizer
+    lr: Positive
+    weight_decay: NonNegative
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)]
+    schedule: Schedule
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    precision: Precision
+
+
+class Curriculum(Section):
+    """Learning the policy with a frozen ResNet."""
+
+    gamma: NonNegative
+    estimator: Literal["self_critical", "local_expectation"]
+    num_flips: Few
+    soft_reward: bool
+    alpha: Annotated[float, Field(gt=0.5, le=1)]
+    entropy: Literal["binary", "authors"]
+    entropy_coef: NonNegative
+    epochs_per_block: Positive
+    epochs: Count
+    batch_size: Count
+    lr: Positive
+    weight_decay: NonNegative
+    schedule: Schedule
+    precision: Precision
+
+
+class Finetune(Section):
+    """Joint finetuning: what it does with the ResNet. Its gamma is the top-level one."""
+
+    epochs: CountOrNone
+    batch_size: Count
+    optimizer: Optimizer
+    lr: Positive
+    distillation: Annotated[float, Field(ge=0, le=1)]
+    weight_decay: NonNegative
+    schedule: Schedule
+    precision: Precision
+
+
+class FinetunePolicy(Section):
+    """Joint finetuning: how the policy learns. `static`, which has no policy, reads nothing of it."""
+
+    estimator: Literal["self_critical", "straight_through", "reinmax"]
+    lr: Positive
+    alpha: Annotated[float, Field(gt=0.5, le=1)]
+    entropy_coef: NonNegative
+    entropy_schedule: Literal["constant", "linear"]
+    marginal_entropy_coef: NonNegative
+    frozen_epochs: CountOrNone
+    train_epochs: Count | None
+
+
+class Checkpoints(Section):
+    """Checkpoints to take instead of training, or NO_FILE; of `sole` and `static` folders of several."""
+
+    pretrain: PathText
+    curriculum: PathText
+    finetune: PathText
+    sole: PathText
+    static: PathText
+
+
+class Evaluate(Section):
+    """How thoroughly the result is questioned."""
+
+    shuffles: Few
+    single_policies: Few
+    bootstrap: Annotated[int, Field(ge=100, le=10**6)]
+
+
+class Benchmark(Section):
+    """What is timed, and for how long."""
+
+    batch_sizes: Annotated[tuple[Few, ...], Field(strict=False)]
+    precisions: Annotated[tuple[Precision, ...], Field(strict=False)]
+    executors: Annotated[tuple[ExecutorName, ...], Field(strict=False)]
+    keep_ratios: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(strict=False)]
+    distinct_policies: Few
+    sole_depths: Annotated[tuple[Depth, ...], Field(strict=False)]
+    rounds: Annotated[int, Field(ge=5, le=10**5)]
+    seconds: Positive
+    with_compile: bool
+
+    @model_validator(mode="after")
+    def _lists(self) -> "Benchmark":
+        for name in ("batch_sizes", "precisions", "executors", "keep_ratios", "sole_depths"):
+            _check_list(name, getattr(self, name), may_be_empty=name == "sole_depths")
+        if len(self.keep_ratios) < 2:
+            raise ValueError(f"keep_ratios {list(self.keep_ratios)} is one point; a line takes two")
+        return self
+
+
+class Sole(Section):
+    """ResNets of other depths, every block of which runs, by pretrain's recipe."""
+
+    depths: Annotated[tuple[Depth, ...], Field(strict=False)]
+
+    @model_validator(mode="after")
+    def _lists(self) -> "Sole":
+        _check_list("depths", self.depths)
+        return self
+
+
+class Static(Section):
+    """Rules that drop blocks without looking at the image, finetuned as `finetune` finetunes."""
+
+    rules: Annotated[tuple[RuleName, ...], Field(strict=False)]
+    num_kept: Annotated[tuple[Count, ...], Field(strict=False)]
+
+    @model_validator(mode="after")
+    def _lists(self) -> "Static":
+        _check_list("rules", self.rules)
+        _check_list("num_kept", self.num_kept)
+        return self
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    gamma: NonNegative
+    block_cost: Literal["equal", "flops"]
+    seed: Seed
+    data: Data
+    augmentation: AugmentationParams
+    resnet: ResNetParams
+    policy_net: PolicyNetParams
+    checkpoints: Checkpoints
+    pretrain: Pretrain
+    curriculum: Curriculum
+    finetune: Finetune
+    finetune_policy: FinetunePolicy
+    evaluate: Evaluate
+    benchmark: Benchmark
+    sole: Sole
+    static: Static
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "Params":
+        size = self.policy_net.input_size
+        if size is not None and size > self.data.image_size:
+            raise ValueError(
+                f"policy_net.input_size {size} is more than data.image_size {self.data.image_size}; "
+                "lower it, or null for the image's own size"
+            )
+        if self.augmentation.crop_padding >= self.data.image_size:
+            raise ValueError(
+                f"augmentation.crop_padding {self.augmentation.crop_padding} is as large as the image "
+                f"(data.image_size {self.data.image_size}); lower it"
+            )
+        needed = (self.resnet.num_blocks - 1) * self.curriculum.epochs_per_block + 1
+        if self.curriculum.epochs < needed and self.checkpoints.curriculum == NO_FILE:
+            raise ValueError(
+                f"curriculum.epochs {self.curriculum.epochs} end before the first of the "
+                f"{self.resnet.num_blocks} blocks is learnt; with epochs_per_block "
+                f"{self.curriculum.epochs_per_block} it takes {math.ceil(needed)} epochs or more"
+            )
+        self._check_policy_epochs()
+        self._check_rivals()
+        streamed = self.data.source == "imagefolder_stream"
+        if streamed and self.augmentation.crop_padding:
+            raise ValueError(
+                f"augmentation.crop_padding {self.augmentation.crop_padding} is for images of one size; "
+                "with data.source imagefolder_stream, whose crops are of random area, set it to 0"
+            )
+        return self
+
+    def _check_policy_epochs(self) -> None:
+        epochs, policy = self.finetune.epochs, self.finetune_policy
+        if not epochs:  # nothing is trained: both networks are taken as they are
+            return
+        left = epochs - policy.frozen_epochs
+        if left < 1:
+            raise ValueError(
+                f"finetune_policy.frozen_epochs {policy.frozen_epochs} leave none of finetune.epochs "
+                f"{epochs} for the policy; lower them, 0 for none"
+            )
+        if policy.train_epochs is not None and policy.train_epochs > left:
+            after = f" after frozen_epochs {policy.frozen_epochs}" if policy.frozen_epochs else ""
+            raise ValueError(
+                f"finetune_policy.train_epochs {policy.train_epochs} are more than finetune.epochs "
+                f"{epochs}{after}; lower them, or null for all epochs"
+            )
+
+    def _check_rivals(self) -> None:
+        depth, blocks = self.resnet.depth, self.resnet.num_blocks
+        of_others = {
+            "benchmark.sole_depths": self.benchmark.sole_depths,
+            "sole.depths": self.sole.depths,
+        }
+        for key, depths in of_others.items():
+            for other in depths:
+                try:
+                    num_blocks(self.resnet.family, other)
+                except ValueError as error:
+                    raise ValueError(f"{key}: {error} (resnet.family {self.resnet.family})") from None
+        for other in self.sole.depths:  # trained; those of the benchmark are not
+            try:
+                require_trainable(self.resnet.family, other, self.resnet.width)
+            except ValueError as error:
+                raise ValueError(f"sole.depths: resnet.{error}, or name other depths") from None
+        if depth in self.sole.depths:
+            raise ValueError(
+                f"sole.depths {list(self.sole.depths)} names resnet.depth {depth}, which pretrain "
+                "trains already; name other depths"
+            )
+        if max(self.static.num_kept) >= blocks:
+            raise ValueError(
+                f"static.num_kept {list(self.static.num_kept)} leaves nothing to drop of the {blocks} blocks of "
+                f"resnet.depth {depth}; name numbers from 1 to {blocks - 1}"
+            )
+
+    def flat(self) -> dict[str, Any]:
+        """Every value under its dotted key, as params.yaml has it (for logging)."""
+        return dict(flatten(self.model_dump()))
+
+
+def _check_list(name: str, values: Sequence[object], *, may_be_empty: bool = False) -> None:
+    if not values and not may_be_empty:  # DVC makes no stage of an empty list, and misses its files
+        raise ValueError(f"{name} is empty; name one at least")
+    if len(set(values)) < len(values):
+        raise ValueError(f"{name} {list(values)} names something twice; once is enough")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested sections under its dotted key."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+class Loader(yaml.SafeLoader):
+    """YAML as DVC reads it: 1e-05 is a number (`dvc exp run -S` writes it so), and no key twice."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+READ_OTHERWISE = re.compile(r"[-+]?0\d+|.+:.+|yes|no|on|off", re.IGNORECASE)
+
+
+def _as_dvc_reads_it(loader: Loader, node: yaml.ScalarNode) -> Any:
+    """A number or truth value, unless YAML 1.1 (PyYAML) and 1.2 (DVC) differ in it: 010 is 8 or 10."""
+    text = loader.construct_scalar(node)
+    if READ_OTHERWISE.fullmatch(text):
+        raise ParamsError(
+            f"{short_repr(text)} in line {node.start_mark.line + 1} is read in two ways, by DVC as another "
+            "value; write a number in decimal digits without zeros in front, or true or false"
+        )
+    kind = node.tag.rsplit(":", 1)[1]
+    return getattr(Loader, f"construct_yaml_{kind}")(loader, node)
+
+
+for _kind in ("int", "float", "bool"):
+    Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _as_dvc_reads_it)
+
+
+def _mapping_without_repeats(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            line = key_node.start_mark.line + 1
+            raise ParamsError(f"<< in line {line} takes keys over from elsewhere; write them out there")
+        key = loader.construct_object(key_node)
+        if not isinstance(key, str):
+            line = key_node.start_mark.line + 1
+            raise ParamsError(f"{short_repr(key)} in line {line} is no name of a parameter; remove it")
+        if key in seen:
+            line = key_node.start_mark.line + 1
+            raise ParamsError(
+                f"{short_repr(key)} stands twice (again in line {line}); keep one of the two"
+            )
+        seen.add(key)
+    return loader.construct_mapping(node)
+
+
+Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
+
+
+def load(path: Path | str = "params.yaml") -> Params:
+    """Read and check the whole file.
+
+    Raises:
+        ParamsError: it is missing, is no YAML mapping, or holds a key or value that can't be used.
+    """
+    path = Path(path)
+    try:
+        content = yaml.load(read_bytes(path, MAX_BYTES).decode(), Loader)
+    except FileNotFoundError:
+        raise ParamsError(f"{path} is missing; `make preset NAME=digits` writes one") from None
+    except OSError as error:
+        raise ParamsError(f"{path} can't be read ({error.strerror}); {_ANEW}") from None
+    except UnicodeDecodeError as error:
+        raise ParamsError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise ParamsError(*f"{path} is no valid YAML: {error}; mend it there".split("\n")) from None
+    except (ValueError, RecursionError) as error:  # ours, or a date or number that can't be
+        raise ParamsError(f"{path}: {truncate(error)}; mend it there, or {_ANEW}") from None
+    except Exception as error:  # PyYAML raises what a tag on another kind of value happens to break
+        said = f"a value is not what its tag says ({truncate(repr(error))})"
+        raise ParamsError(f"{path}: {said}; mend it there, or {_ANEW}") from None
+    if not isinstance(content, dict):
+        raise ParamsError(f"{path} holds {type(content).__name__}, not keys with values; {_ANEW}")
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        problems = [truncate(explain(item)) for item in error.errors()[:MAX_PROBLEMS]]
+        if error.error_count() > MAX_PROBLEMS:
+            problems.append(f"and {error.error_count() - MAX_PROBLEMS} more; {_ANEW}")
+        listing = [f"  - {problem}" for problem in problems]
+        raise ParamsError(f"{path} can't be used, and nothing was run:", *listing) from None
+
+
+_ANEW = "`make preset NAME=digits` writes one"
+
+
+def explain(error: Any) -> str:
+    """One line for one problem: key, value, what is wrong, what to do."""
+    parts = [str(part) for part in error["loc"] if part in _known_names() or isinstance(part, str)]
+    key = ".".join(parts)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(parts[-1], _siblings(parts[:-1]), n=1)
+        hint = f"did you mean {'.'.join([*parts[:-1], near[0]])}?" if near else "remove it"
+        return f"{key}: no such key; {hint}"
+    if isinstance(error["input"], int) and error["input"].bit_length() > 1000:
+        return f"{key}: is {short_repr(error['input'])}; lower it"
+    if error["type"] == "missing" and isinstance(error["loc"][-1], int):
+        return (
+            f"{key}: is {short_repr(list(error['input']))}, but it takes 3 numbers, one for each channel"
+        )
+    if error["type"] == "missing":
+        return f"{key}: missing; add it (presets/digits.yaml has every key with a comment)"
+    if error["type"] == "value_error":
+        own = error["msg"].removeprefix("Value error, ")
+        return f"{key}: {own}" if key else own
+    if error["type"] == "model_type":
+        return (
+            f"{key}: is {short_repr(error['input'])}, but it is a section: give it its keys and values"
+        )
+    message = error["msg"][0].lower() + error["msg"][1:]
+    value = error["input"] if not isinstance(error["input"], dict) else "a section"
+    advice = " (a number in quotes is a text; write it without)" if _quoted_number(value) else ""
+    return f"{key}: is {short_repr(value)}, but {message.replace('input ', 'it ')}{advice}"
+
+
+def _quoted_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(value, str)
+
+
+def _known_names() -> set[str]:
+    return set(Params.model_fields)
+
+
+def _siblings(parents: list[str]) -> list[str]:
+    """The keys that may stand beside an unknown one."""
+    model: Any = Params
+    for parent in parents:
+        model = model.model_fields[parent].annotation
+    return list(model.model_fields)

@@ -1,0 +1,82 @@
+"""What a prepared folder says of itself: `dataset.json`, written last, read by all later stages."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.infra.errors import DataError
+from pipeline.infra.safe_io import read_json, truncate
+
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+DESCRIPTION = "dataset.json"
+MAX_DESCRIPTION = 16 << 20  # bytes
+REMEDY = "`make repro` makes it anew, and takes a damaged copy out of DVC's cache"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class SplitRecord(_Record):
+    """A split whose images are in the folder, as arrays."""
+
+    images: int
+    images_sha256: str
+    labels_sha256: str
+
+
+class ListedRecord(_Record):
+    """A split of which the folder has a list."""
+
+    images: int
+    manifest_sha256: str
+
+
+class Description(_Record):
+    """dataset.json. Splits that are listed and not copied have an image size, as arrays have theirs."""
+
+    source: str
+    classes: Annotated[tuple[str, ...], Field(strict=False, min_length=2)]
+    image_size: Annotated[int, Field(ge=8, le=512, multiple_of=4)] | None = None
+    splits: dict[SplitName, SplitRecord | ListedRecord]
+
+    @model_validator(mode="after")
+    def _all_of_them(self) -> Self:
+        if set(self.splits) != set(SPLITS):
+            raise ValueError(f"the splits are {sorted(self.splits)}")
+        listed = {isinstance(record, ListedRecord) for record in self.splits.values()}
+        if listed != {self.image_size is not None}:
+            raise ValueError("some splits are listed and some are not, or the image size is missing")
+        return self
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _a_list(cls, value: object) -> object:
+        if not isinstance(value, list):
+            raise ValueError("the classes are no list")
+        return value
+
+
+def load_classes(folder: Path) -> tuple[str, ...]:
+    """The names of the classes of a prepared folder."""
+    return read_description(folder).classes
+
+
+def read_description(folder: Path) -> Description:
+    """What `dataset.json` of a prepared folder says.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    path = folder / DESCRIPTION
+    try:
+        return Description.model_validate(read_json(path, MAX_DESCRIPTION))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = truncate(".".join(map(str, first["loc"])), 80)
+        raise DataError(f"{path}: {where}: {truncate(first['msg'])}; {REMEDY}") from None
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else truncate(error)
+        raise DataError(f"{path} can't be read ({said}); {REMEDY}") from None

@@ -1,1 +1,0 @@
-"""Figures for papers and READMEs, one module for each kind of question."""

@@ -1,0 +1,187 @@
+"""A ResNet ready for inference: batch norm folded, weights packed, convolutions fused with ReLUs.
+
+Folding: w' = w gamma / sqrt(var + eps), b' = beta - mean gamma / sqrt(var + eps) for each output
+channel, by PyTorch's own `fuse_conv_bn_weights`.
+Shapes: B images, C channels, H and W pixels, N classes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from pipeline.models.policy_net import PolicyNet, average_down
+from pipeline.models.resnet import Block, ResNet
+
+
+def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight [O, I, H, W] and bias [O], fp32, of a convolution that includes its batch norm."""
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+    )
+    return weight.detach(), bias.detach()
+
+
+class PackedConv:
+    """A convolution with its batch norm inside, and perhaps the ReLU after it."""
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> None:
+        weight, bias = fold(conv, bn)
+        self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+        self.bias = bias.to(dtype)
+        self.stride = conv.stride[0]
+        self.padding = int(conv.padding[0])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The convolution of x alone, channels_last."""
+        return self._convolution(x)
+
+    def _convolution(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, stride=self.stride, padding=self.padding)
+
+    def relu(self, x: Tensor) -> Tensor:
+        """The convolution of x and its ReLU, channels_last."""
+        return F.relu_(self._convolution(x))
+
+    def add_relu_(self, x: Tensor, out: Tensor) -> Tensor:
+        """In place: relu(out + conv(x)), written to `out`."""
+        return out.add_(self._convolution(x)).relu_()
+
+
+class OneDnnConv(PackedConv):
+    """The same on CPUs by oneDNN's fused kernels, which torch.compile uses as well."""
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> None:
+        super().__init__(conv, bn, dtype)
+        self.geometry = (
+            [self.padding, self.padding],
+            [self.stride, self.stride],
+            [1, 1],
+            1,
+        )  # padding, stride, dilation, groups
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry)
+
+    def _convolution(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self.weight, self.bias, *self.geometry, "none", [], ""
+        )
+
+    def relu(self, x: Tensor) -> Tensor:
+        """The convolution of x and its ReLU, channels_last."""
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self.weight, self.bias, *self.geometry, "relu", [], ""
+        )
+
+    def add_relu_(self, x: Tensor, out: Tensor) -> Tensor:
+        """In place: relu(out + conv(x)), written to `out`."""
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            out, x, self.weight, self.bias, *self.geometry, "add", None, "relu", [], ""
+        )
+
+
+def _has_fused_onednn(dtype: torch.dtype) -> bool:
+    """Whether these operators, which are PyTorch's own business, are there as we know them.
+
+    An x86 CPU may have them in float32 alone: in bfloat16 oneDNN asks for AVX-512.
+    """
+    try:
+        with torch.no_grad():
+            conv = OneDnnConv(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4).eval(), dtype)
+            images = torch.zeros(1, 4, 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            conv.add_relu_(conv.relu(conv(images)), images)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+class PackedStem:
+    """The first convolution and the pooling after it, if there is one."""
+
+    def __init__(self, conv: PackedConv, pool: nn.Module) -> None:
+        self.conv = conv
+        self.pool = pool
+
+    def relu(self, x: Tensor) -> Tensor:
+        """Images x [B, 3, H, W] as the first block takes them, channels_last."""
+        x = self.conv.relu(x)
+        if isinstance(self.pool, nn.Identity):
+            return x
+        return self.pool(x).contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class FusedBlock:
+    """The residual's convolutions and the shortcut, which is None where the shape stays."""
+
+    inner: tuple[PackedConv, ...]
+    last: PackedConv
+    shortcut: Callable[[Tensor], Tensor] | None
+
+    def skip(self, x: Tensor) -> Tensor:
+        """What a dropped block gives: the shortcut alone."""
+        if self.shortcut is None:
+            return x
+        return self.shortcut(x).contiguous(memory_format=torch.channels_last)
+
+    def keep(self, x: Tensor, skipped: Tensor) -> Tensor:
+        """What a kept block gives, for `skipped` = skip(x), which stays as it is."""
+        return self.keep_(x, skipped.clone())
+
+    def keep_(self, x: Tensor, skipped: Tensor) -> Tensor:
+        """What a kept block gives, written into `skipped` = skip(x)."""
+        for conv in self.inner:
+            x = conv.relu(x)
+        return self.last.add_relu_(x, skipped)
+
+
+class FusedNetwork:
+    """A ResNet, or the one inside a policy network, in evaluation mode."""
+
+    def __init__(self, resnet: ResNet, dtype: torch.dtype) -> None:
+        fused = resnet.fc.weight.device.type == "cpu" and _has_fused_onednn(dtype)
+        kind = OneDnnConv if fused else PackedConv
+
+        def packed(block: Block) -> FusedBlock:
+            *inner, last = (kind(conv, bn, dtype) for conv, bn in block.convolutions())
+            shortcut: Callable[[Tensor], Tensor] | None = block.shortcut
+            if isinstance(shortcut, nn.Identity):
+                shortcut = None
+            elif isinstance(shortcut, nn.Sequential):  # a convolution and its batch norm
+                conv, bn = shortcut
+                assert isinstance(conv, nn.Conv2d)
+                assert isinstance(bn, nn.BatchNorm2d)
+                shortcut = kind(conv, bn, dtype)
+            return FusedBlock(inner=tuple(inner), last=last, shortcut=shortcut)
+
+        self.stem = PackedStem(kind(resnet.conv1, resnet.bn1, dtype), resnet.pool)
+        self.blocks = [packed(block) for block in resnet.flat_blocks()]
+        self.fc_weight = resnet.fc.weight.detach().to(dtype)
+        self.fc_bias = resnet.fc.bias.detach().to(dtype)
+
+    def head(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to logits [B, N] float32."""
+        return F.linear(x.mean(dim=(2, 3)), self.fc_weight, self.fc_bias).float()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits [B, N] float32 of inputs [B, 3, H, W] with every block."""
+        x = self.stem.relu(inputs)
+        for block in self.blocks:
+            x = block.keep_(x, block.skip(x))
+        return self.head(x)
+
+
+class FusedPolicyNet:
+    """A policy network in evaluation mode."""
+
+    def __init__(self, policy_net: PolicyNet, dtype: torch.dtype) -> None:
+        self.input_size = policy_net.input_size
+        self.features = FusedNetwork(policy_net.features, dtype)
+
+    def actions(self, inputs: Tensor) -> Tensor:
+        """Greedy actions [B, K] bool: a probability of at least 0.5 is a logit of at least 0."""
+        return self.features.forward(average_down(inputs, self.input_size)) >= 0

@@ -1,0 +1,371 @@
+"""The CPU executors in C++ (native.cpp, native_bf16.cpp): an image at a time, only the blocks it keeps.
+
+It is compiled where it runs, once, with the compiler that is there; without one it is unavailable.
+Shapes: B images, K blocks, N classes, O output channels, I input channels, T taps of a kernel row,
+G neighbouring outputs computed together.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.inference.base import Executor, Networks, Output, UnavailableError
+from pipeline.inference.fused import fold
+from pipeline.inference.threads import native_workers
+from pipeline.models.resnet import ResNet
+
+FOLDER = Path(__file__).parent
+SHARED = FOLDER / "native_common.hpp"
+SOURCES = {"fp32": FOLDER / "native.cpp", "bf16": FOLDER / "native_bf16.cpp"}
+BUILDS = ".native"  # folder in the project's root
+PROJECT_MARK = ".dvc"  # in that root; a logged model, which ships this code, has none
+FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread"]
+# what compilers on x86 and others take, most specific first
+TUNING = [["-march=native", "-mprefer-vector-width=512"], ["-march=native"], ["-mcpu=native"], []]
+ACTED = {"avx2": [["-march=x86-64-v3"], []]}  # a CPU that this one is told to act
+CAPABILITY = "ATEN_CPU_CAPABILITY"  # the variable by which PyTorch's own kernels are told so
+
+
+class _Conv(ctypes.Structure):
+    _fields_ = [
+        ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("in_channels", ctypes.c_int32),
+        ("out_channels", ctypes.c_int32), ("stride", ctypes.c_int32), ("block", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+class _Network(ctypes.Structure):
+    _fields_ = [
+        ("convs", ctypes.POINTER(_Conv)), ("fc_weight", ctypes.c_void_p), ("fc_bias", ctypes.c_void_p),
+        ("num_blocks", ctypes.c_int32), ("outputs", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+class _Job(ctypes.Structure):
+    _fields_ = [
+        ("resnet", ctypes.POINTER(_Network)), ("policy_net", ctypes.POINTER(_Network)),
+        ("images", ctypes.c_void_p), ("inputs", ctypes.c_void_p), ("scale", ctypes.c_void_p),
+        ("shift", ctypes.c_void_p), ("actions", ctypes.c_void_p), ("logits", ctypes.c_void_p),
+        ("batch", ctypes.c_int64), ("policies", ctypes.c_int32), ("height", ctypes.c_int32),
+        ("width", ctypes.c_int32), ("policy_size", ctypes.c_int32), ("teams", ctypes.c_int32),
+        ("team_size", ctypes.c_int32), ("next_image", ctypes.c_void_p), ("barriers", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+@cache
+def library(precision: str = "fp32") -> ctypes.CDLL:
+    """The compiled source for a precision, from where it is kept or anew.
+
+    Raises:
+        UnavailableError: no C++ compiler, or it fails.
+    """
+    compiler = (
+        os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    )
+    if compiler is None:
+        raise UnavailableError("no C++ compiler (c++, g++ or clang++) is installed")
+    source = SOURCES[precision]
+    machine = f"{source.name} {compiler} {FLAGS} {_tuning()} {platform.machine()} {_cpu_flags()}"
+    key = hashlib.sha256(source.read_bytes() + SHARED.read_bytes() + machine.encode()).hexdigest()[:16]
+    problem = ""
+    for folder in _folders():
+        built = folder / f"{key}.so"
+        try:
+            if not built.exists():
+                _build(compiler, source, built)
+            return _declared(ctypes.CDLL(str(built)))
+        except OSError as error:  # a folder that can't be written, or from which nothing may be loaded
+            problem = f"{folder} can't hold the compiled {source.name}: {error}"
+    raise UnavailableError(problem)
+
+
+def _folders() -> Iterator[Path]:
+    """Where to keep what is compiled, best first: in the project's root.
+
+    A logged model is no project, and its folder must stay as it was logged: then in the user's cache,
+    or, where there is none to write to (in a container, say), for this process alone.
+    """
+    told = os.environ.get("DVC_ROOT")
+    root = Path(told) if told else FOLDER.parents[1]
+    if told or (root / PROJECT_MARK).is_dir():
+        yield root / BUILDS
+        return
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockdrop"
+    yield Path(_of_this_process().name)
+
+
+@cache
+def _of_this_process() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="blockdrop-")  # removed when Python exits
+
+
+def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    """With the types of its functions."""
+    found.make_space.restype = ctypes.c_void_p
+    found.make_space.argtypes = [ctypes.POINTER(_Job)]
+    found.free_space.argtypes = [ctypes.c_void_p]
+    found.run.argtypes = [ctypes.POINTER(_Job), ctypes.POINTER(ctypes.c_void_p), ctypes.c_int32]
+    return found
+
+
+def _cpu_flags() -> str:
+    """What tells machines apart that share a folder: the same code may not run on both."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _tuning() -> list[list[str]]:
+    """Flags for the CPU that is here, or for the one that it acts."""
+    return ACTED.get(os.environ.get(CAPABILITY, ""), TUNING)
+
+
+def _build(compiler: str, source: Path, built: Path) -> None:
+    built.parent.mkdir(parents=True, exist_ok=True)
+    failure = ""
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        made = Path(folder) / "made.so"
+        for tuning in _tuning():
+            command = [compiler, *FLAGS, *tuning, str(source), "-o", str(made)]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise UnavailableError(f"{compiler} does not run: {error}") from None
+            if done.returncode == 0:
+                made.replace(built)  # whole or not at all, whoever else builds it
+                return
+            failure = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"
+    raise UnavailableError(f"{compiler} does not compile {source.name}: {failure}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PackedConv:
+    """As a kernel wants it: its weights, a bias for each of its columns, and what _Conv says of it."""
+
+    weight: Tensor
+    bias: Tensor
+    in_channels: int
+    out_channels: int
+    block: int
+
+
+class _Fp32Kernel:
+    """How native.cpp wants weights."""
+
+    def __init__(self) -> None:
+        self.library = library("fp32")
+        self.lanes = self.library.lanes()
+
+    def pack(self, weight: Tensor, bias: Tensor, stride: int) -> _PackedConv:
+        """Weight [O, I, 3, 3] as [O / block][ky, kx, I][block]."""
+        del stride  # it makes no difference here
+        out_channels, in_channels = weight.shape[:2]
+        block = next(width for width in (2 * self.lanes, self.lanes, 4) if out_channels % width == 0)
+        packed = weight.view(out_channels // block, block, in_channels, 3, 3).permute(0, 3, 4, 2, 1)
+        return _PackedConv(
+            weight=packed.contiguous(),
+            bias=bias.contiguous(),
+            in_channels=in_channels,
+            out_channels=out_channels,
+            block=block,
+        )
+
+
+class _Bf16Kernel:
+    """How native_bf16.cpp wants weights. Channels are padded with zeros, which stay zeros."""
+
+    COLUMNS = 16  # output channels of one product
+    IMAGE_CHANNELS = 8
+    LINE = 32  # inputs in a cache line
+
+    def __init__(self) -> None:
+        self.library = library("bf16")
+        self.depth = self.library.depth()
+        if self.depth == 0:
+            raise UnavailableError(
+                "this CPU has no bf16 instructions (AMX or AVX512_BF16), or the system or "
+                f"{CAPABILITY} bars them"
+            )
+
+    def pack(self, weight: Tensor, bias: Tensor, stride: int) -> _PackedConv:
+        """Weight [O, I, 3, 3] as [G * O / 16][ky][T * I / 2][16][2]."""
+        out_channels, in_channels = weight.shape[:2]
+        outputs = _round_up(out_channels, self.COLUMNS)
+        inputs = self.IMAGE_CHANNELS if in_channels == 3 else _round_up(in_channels, self.COLUMNS)
+        group = 1 if self.depth < self.LINE or stride * inputs % self.LINE == 0 else 2
+        taps = stride * (group - 1) + 3
+        run = _round_up(taps * inputs, self.depth)
+        matrix = torch.zeros(3, taps, inputs, group, outputs)
+        for member in range(group):
+            seen = slice(stride * member, stride * member + 3)
+            matrix[:, seen, :in_channels, member, :out_channels] = weight.permute(2, 3, 1, 0)
+        rows = F.pad(matrix.flatten(3).flatten(1, 2), (0, 0, 0, run - taps * inputs))
+        packed = rows.view(3, run // 2, 2, -1, self.COLUMNS).permute(3, 0, 1, 4, 2)
+        return _PackedConv(
+            weight=packed.to(torch.bfloat16).contiguous(),
+            bias=F.pad(bias, (0, outputs - out_channels)).repeat(group),
+            in_channels=inputs,
+            out_channels=outputs,
+            block=group,
+        )
+
+
+def _round_up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+class _PackedNetwork:
+    """A network's weights as a kernel wants them; keeps alive what the structure points to."""
+
+    def __init__(self, resnet: ResNet, kernel: _Fp32Kernel | _Bf16Kernel) -> None:
+        if resnet.family != "cifar":
+            raise UnavailableError("it knows the blocks of CIFAR's ResNets alone, not ImageNet's")
+        pairs = [(resnet.conv1, resnet.bn1)]
+        for block in resnet.flat_blocks():
+            pairs += block.convolutions()
+        self.kept: list[Tensor] = []
+        convs = []
+        for conv, bn in pairs:
+            if conv.out_channels % 4 != 0:
+                raise UnavailableError(f"{conv.out_channels} channels are no multiple of 4")
+            stride = conv.stride[0]
+            packed = kernel.pack(*fold(conv, bn), stride)
+            convs.append(
+                _Conv(
+                    weight=self._keep(packed.weight),
+                    bias=self._keep(packed.bias),
+                    in_channels=packed.in_channels,
+                    out_channels=packed.out_channels,
+                    stride=stride,
+                    block=packed.block,
+                )
+            )
+        self.convs = (_Conv * len(convs))(*convs)
+        fc_weight = resnet.fc.weight.detach().float()
+        padding = convs[-1].out_channels - fc_weight.shape[1]
+        self.structure = _Network(
+            convs=self.convs,
+            fc_weight=self._keep(F.pad(fc_weight, (0, padding)).contiguous()),
+            fc_bias=self._keep(resnet.fc.bias.detach().float()),
+            num_blocks=resnet.num_blocks,
+            outputs=resnet.num_classes,
+        )
+
+    def _keep(self, tensor: Tensor) -> int:
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+
+class Native(Executor):
+    """On CPU cores: as fast at batch 1 as at 1024, and at any mix of policies.
+
+    Raises:
+        UnavailableError: another device, channels that are no multiple of 4, no compiler, or bf16 on a
+            CPU that has neither AMX nor AVX512_BF16.
+    """
+
+    name = "native"
+
+    def __init__(self, networks: Networks, *, precision: str = "fp32") -> None:
+        super().__init__(networks, precision=precision)
+        if self.device.type != "cpu":
+            raise UnavailableError(f"it runs on CPUs, not on {self.device.type}")
+        kernel = _Fp32Kernel() if precision == "fp32" else _Bf16Kernel()
+        self.library = kernel.library
+        self.resnet = _PackedNetwork(networks.resnet, kernel)
+        self.policy_net = (
+            None if networks.policy_net is None else _PackedNetwork(networks.policy_net.features, kernel)
+        )
+        self.workers = native_workers(torch.get_num_threads())
+        self.spaces: dict[tuple[int | bool | None, ...], list[int]] = {}
+        self.scale, self.shift = networks.normalisation.scale_and_shift()
+
+    def _run(self, images: Tensor, actions: Tensor | None) -> Output:
+        images = images.contiguous()
+        return self._job(images.shape[:3], actions, images=images.data_ptr())
+
+    def _run_under(self, images: Tensor, policies: Tensor) -> Tensor:
+        return self._run(images, policies.transpose(0, 1)).logits.transpose(0, 1)
+
+    def _decide(self, inputs: Tensor) -> Tensor:
+        raise NotImplementedError("the policy network runs inside of _run")
+
+    def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
+        rows = inputs.float().permute(0, 2, 3, 1).contiguous()
+        return self._job(rows.shape[:3], actions, inputs=rows.data_ptr()).logits
+
+    def _classify_under(self, inputs: Tensor, policies: Tensor) -> Tensor:
+        return self._classify(inputs, policies.transpose(0, 1)).transpose(0, 1)
+
+    def _spaces(self, job: _Job, key: tuple[int | bool | None, ...], teams: int) -> ctypes.Array[Any]:
+        """Memory for the activations of an image for each team, kept from call to call."""
+        kept = self.spaces.setdefault(key, [])
+        while len(kept) < teams:
+            kept.append(self.library.make_space(job))
+            weakref.finalize(self, self.library.free_space, kept[-1])
+        return (ctypes.c_void_p * teams)(*kept[:teams])
+
+    def _job(
+        self,
+        shape: torch.Size,
+        actions: Tensor | None,
+        *,
+        images: int | None = None,
+        inputs: int | None = None,
+    ) -> Output:
+        """Actions [B, K], or [B, V, K] for V policies an image, and logits [B, N] or [B, V, N]."""
+        batch, height, width = shape
+        if height != width or height % 4:  # C++ would write past the end of its memory
+            raise ValueError(f"images have {height} x {width} pixels, expected a square, side 4n")
+        policy_net = self.policy_net if actions is None else None
+        taken = (
+            torch.empty(batch, self.networks.num_blocks, dtype=torch.bool)
+            if actions is None
+            else actions.contiguous()
+        )
+        logits = torch.empty(*taken.shape[:-1], self.networks.resnet.num_classes)
+        policies = taken[0, ..., 0].numel()
+        teams = min(batch, self.workers.count)
+        team_size = self.workers.count // teams
+        next_image = ctypes.c_int64(0)
+        barriers = (ctypes.c_int32 * (2 * teams))()
+        size = self.networks.policy_net.input_size if self.networks.policy_net is not None else None
+        job = _Job(
+            resnet=ctypes.pointer(self.resnet.structure),
+            policy_net=None if policy_net is None else ctypes.pointer(policy_net.structure),
+            images=images,
+            inputs=inputs,
+            scale=self.scale.data_ptr(),
+            shift=self.shift.data_ptr(),
+            actions=taken.data_ptr(),
+            logits=logits.data_ptr(),
+            batch=batch,
+            policies=policies,
+            height=height,
+            width=width,
+            policy_size=size or height,
+            teams=teams,
+            team_size=team_size,
+            next_image=ctypes.addressof(next_image),
+            barriers=ctypes.addressof(barriers),
+        )
+        spaces = self._spaces(job, (height, width, size, policy_net is None, policies), teams)
+        self.workers.run(lambda worker: self.library.run(job, spaces, worker), teams * team_size)
+        return Output(logits=logits, actions=taken)

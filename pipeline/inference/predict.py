@@ -1,0 +1,113 @@
+"""Dynamic inference: the choice of an executor, and predictions for a whole split.
+
+Shapes: B images of a batch, M images of a split, K blocks, N classes, H and W pixels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.data.split import ImageSplit
+from pipeline.data.transforms import Normalisation
+from pipeline.inference.auto import make_executor
+from pipeline.inference.base import Networks
+from pipeline.models.policy_net import PolicyNet, average_down
+from pipeline.models.resnet import ResNet
+
+EVALUATION_BATCH = 500  # bounds memory; results do not depend on it
+EVALUATION_PIXELS = 500 * 96**2  # of a batch: larger images come in smaller ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """Per image, on the CPU.
+
+    Attributes:
+        classes: [M] int64, the predicted class.
+        losses: [M] float32, cross-entropy in nats.
+        correct: [M] bool.
+    """
+
+    classes: Tensor
+    losses: Tensor
+    correct: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right predictions."""
+        return float(self.correct.double().mean())
+
+
+def predict(
+    resnet: ResNet,
+    split: ImageSplit,
+    actions: Tensor | None = None,
+    *,
+    normalisation: Normalisation,
+    precision: str = "fp32",
+) -> Predictions:
+    """Classify a split in evaluation mode under actions [M, K] (None: every block runs)."""
+    networks = Networks(resnet=resnet, policy_net=None, normalisation=normalisation)
+    execute = make_executor(networks, precision=precision)
+    logits = torch.cat(
+        [
+            execute(images, None if actions is None else actions[part]).logits
+            for part, images in _in_parts(split)
+        ]
+    )
+    losses = F.cross_entropy(logits, split.labels, reduction="none")
+    classes = logits.argmax(dim=1)
+    correct = classes == split.labels
+    return Predictions(classes=classes.cpu(), losses=losses.cpu(), correct=correct.cpu())
+
+
+def correct_under(
+    resnet: ResNet, split: ImageSplit, policies: Tensor, *, normalisation: Normalisation
+) -> Tensor:
+    """Whether each image of a split is classified rightly under each of V policies [V, M, K].
+
+    Returns:
+        [V, M] bool, on the CPU.
+    """
+    execute = make_executor(Networks(resnet=resnet, policy_net=None, normalisation=normalisation))
+    parts = []
+    for part, images in _in_parts(split):
+        logits = execute(images, policies[:, part]).logits
+        parts.append((logits.argmax(dim=2) == split.labels[part]).cpu())
+    return torch.cat(parts, dim=1)
+
+
+def accuracies_of(right: Tensor) -> list[float]:
+    """The share of each row of [V, M] bool that is right."""
+    return [float(row.double().mean()) for row in right]
+
+
+@torch.no_grad()
+def predict_policy(
+    policy_net: PolicyNet, split: ImageSplit, *, normalisation: Normalisation, precision: str = "fp32"
+) -> Tensor:
+    """Logits [M, K] of the keep probabilities, on the CPU."""
+    # what decides is a ResNet too, all of whose blocks run
+    networks = Networks(resnet=policy_net.features, policy_net=None, normalisation=normalisation)
+    execute = make_executor(networks, precision=precision)
+    logits = []
+    for _, images in _in_parts(split):
+        inputs = average_down(normalisation(images), policy_net.input_size)
+        every = torch.ones(len(inputs), networks.num_blocks, dtype=torch.bool, device=inputs.device)
+        logits.append(execute.classify(inputs, every))
+    return torch.cat(logits).cpu()
+
+
+def evaluation_batch(image_size: int) -> int:
+    """How many images of that side are evaluated at a time."""
+    return max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // image_size**2))
+
+
+def _in_parts(split: ImageSplit) -> Iterator[tuple[slice, Tensor]]:
+    """All images a batch at a time, each batch with its place."""
+    size = evaluation_batch(split.image_size)
+    starts = range(0, len(split), size)
+    return zip((slice(s, s + size) for s in starts), split.in_order(size), strict=True)

@@ -1,0 +1,389 @@
+"""Checkpoints: a folder with the weights (safetensors) and a readable JSON sidecar, loaded strictly."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pipeline.architectures import Family, num_blocks
+from pipeline.data.transforms import Normalisation
+from pipeline.infra.atomic_io import write_atomically, write_text
+from pipeline.infra.errors import UserError
+from pipeline.infra.safe_io import open_regular, read_json, short_repr, truncate
+from pipeline.models.build import make_resnet
+from pipeline.models.policy_net import PolicyNet
+from pipeline.models.resnet import ResNet
+
+WEIGHTS = "model.safetensors"
+SIDECAR = "model.json"
+FORMAT: Literal[1] = 1
+MAX_BYTES = 2 << 30  # refuse to read more: the largest network here has under 1 GB of weights
+MAX_SIDECAR = 16 << 20
+
+
+class CheckpointError(UserError):
+    """A checkpoint can't be used; the message names the file, what is wrong and the remedy."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _in_utf8(name: str) -> str:
+    name.encode()  # raises a ValueError for half a character, which JSON can hold and no report
+    return name
+
+
+# what params.yaml allows
+Mean = Annotated[float, Field(ge=-10, le=10)]
+Deviation = Annotated[float, Field(ge=1e-3, le=1e3)]
+ClassName = Annotated[str, AfterValidator(_in_utf8)]
+Side = Annotated[int, Field(ge=8, le=512, multiple_of=4)]
+Depth = Annotated[int, Field(le=2000)]
+
+
+class _Architecture(_Strict):
+    """What rebuilds a network. The family came later: files without it hold CIFAR's."""
+
+    family: Family = "cifar"
+    depth: Depth
+
+    @field_validator("depth")
+    @classmethod
+    def _of_its_family(cls, depth: int, info: ValidationInfo) -> int:
+        num_blocks(info.data.get("family", "cifar"), depth)
+        return depth
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Networks for CIFAR are written as before there was another family."""
+        written: dict[str, Any] = handler(self)
+        if self.family == "cifar":
+            del written["family"]
+        return written
+
+
+class ResNetArchitecture(_Architecture):
+    """What rebuilds the ResNet."""
+
+    width: Annotated[int, Field(ge=1, le=4096)]
+    num_classes: Annotated[int, Field(ge=2, le=100_000)]
+
+    def build(self) -> ResNet:
+        """A ResNet with fresh weights."""
+        return make_resnet(
+            family=self.family, depth=self.depth, width=self.width, num_classes=self.num_classes
+        )
+
+
+class PolicyNetArchitecture(_Architecture):
+    """What rebuilds the policy network."""
+
+    width: Annotated[int, Field(ge=1, le=4096)]
+    input_size: Side | None
+    num_blocks: Annotated[int, Field(ge=1, le=1000)]
+
+    def build(self) -> PolicyNet:
+        """A policy network with fresh weights."""
+        return PolicyNet(
+            num_blocks=self.num_blocks,
+            depth=self.depth,
+            width=self.width,
+            input_size=self.input_size,
+            family=self.family,
+        )
+
+
+class NormalisationRecord(_Strict):
+    """How images are normalised before the networks see them."""
+
+    mean: Annotated[tuple[Mean, Mean, Mean], Field(strict=False)]
+    std: Annotated[tuple[Deviation, Deviation, Deviation], Field(strict=False)]
+
+
+class Sidecar(_Strict):
+    """model.json. It holds no time and no path, so that equal trainings give equal files.
+
+    `image_size` came later: files without it are read as well.
+    """
+
+    format: Literal[1]
+    stage: str
+    resnet: ResNetArchitecture | None
+    policy_net: PolicyNetArchitecture | None
+    normalisation: NormalisationRecord
+    image_size: Side | None = None
+    classes: Annotated[tuple[ClassName, ...], Field(strict=False)]
+    metrics: dict[str, float | None]
+    weights_sha256: str
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "Sidecar":
+        if self.resnet is not None and self.resnet.num_classes != len(self.classes):
+            raise ValueError(
+                f"resnet.num_classes is {self.resnet.num_classes}, classes has {len(self.classes)} names"
+            )
+        if self.resnet is not None and self.policy_net is not None:
+            blocks = num_blocks(self.resnet.family, self.resnet.depth)
+            if self.policy_net.num_blocks != blocks:
+                raise ValueError(
+                    f"policy_net.num_blocks is {self.policy_net.num_blocks}, the ResNet has {blocks}"
+                )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Networks with what is needed to use them; a network that is not in it is None.
+
+    `path` is where it was read from, None for one that is still to be written. `image_size` is the side
+    in pixels of the images that it was trained on, None where an older file does not say it.
+    """
+
+    stage: str
+    path: Path | None = None
+    resnet: ResNet | None
+    policy_net: PolicyNet | None
+    normalisation: Normalisation
+    image_size: int | None
+    classes: tuple[str, ...]
+    metrics: Mapping[str, float | None]
+
+    def need_resnet(self) -> ResNet:
+        """The ResNet, or CheckpointError when there is none."""
+        if self.resnet is None:
+            raise CheckpointError(f"{self.path} holds no ResNet; import it for curriculum")
+        return self.resnet
+
+    def need_policy_net(self) -> PolicyNet:
+        """The policy network, or CheckpointError when there is none."""
+        if self.policy_net is None:
+            raise CheckpointError(f"{self.path} holds no policy network; import it for pretrain")
+        return self.policy_net
+
+
+def save(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write weights and sidecar; equal checkpoints give equal bytes.
+
+    The sidecar comes last and holds the digest of the weights, so a folder in which only one of the two
+    is new is refused by `load`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for prefix in ("resnet", "policy_net"):
+        network: nn.Module | None = getattr(checkpoint, prefix)
+        if network is not None:
+            for name, tensor in network.state_dict().items():
+                tensors[f"{prefix}.{name}"] = tensor.detach().cpu().contiguous()
+    weights = save_safetensors(tensors)
+    resnet, policy_net = checkpoint.resnet, checkpoint.policy_net
+    sidecar = Sidecar(
+        format=FORMAT,
+        stage=checkpoint.stage,
+        resnet=None
+        if resnet is None
+        else ResNetArchitecture(
+            family=resnet.family,
+            depth=resnet.depth,
+            width=resnet.width,
+            num_classes=resnet.num_classes,
+        ),
+        policy_net=None
+        if policy_net is None
+        else PolicyNetArchitecture(
+            family=policy_net.features.family,
+            depth=policy_net.features.depth,
+            width=policy_net.features.width,
+            input_size=policy_net.input_size,
+            num_blocks=policy_net.num_blocks,
+        ),
+        normalisation=NormalisationRecord(
+            mean=checkpoint.normalisation.mean, std=checkpoint.normalisation.std
+        ),
+        image_size=checkpoint.image_size,
+        classes=checkpoint.classes,
+        metrics=dict(checkpoint.metrics),
+        weights_sha256=hashlib.sha256(weights).hexdigest(),
+    )
+    text = json.dumps(sidecar.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+    write_atomically(folder / WEIGHTS, weights)
+    write_text(folder / SIDECAR, text)
+
+
+_ANEW = "copy both files of the checkpoint anew, or `make repro`, which mends what its stages made"
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint folder, strictly.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or does not fit the other.
+    """
+    sidecar = _read_sidecar(folder / SIDECAR)
+    path = folder / WEIGHTS
+    content = _read_weights(path, sidecar.weights_sha256)
+    try:
+        tensors = load_safetensors(content)
+    except Exception as error:  # types and shapes that PyTorch lacks raise what they happen to break
+        raise CheckpointError(
+            f"{path} is no valid safetensors file ({truncate(error)}); {_ANEW}"
+        ) from None
+    known = tuple(f"{prefix}." for prefix in ("resnet", "policy_net") if getattr(sidecar, prefix))
+    strays = sorted(name for name in tensors if not name.startswith(known))
+    if strays:
+        raise CheckpointError(
+            f"{path} holds weights of no network of {SIDECAR}: {_some(strays)}; {_ANEW}"
+        )
+    networks: dict[str, nn.Module | None] = {}
+    for prefix, architecture in (("resnet", sidecar.resnet), ("policy_net", sidecar.policy_net)):
+        networks[prefix] = None
+        if architecture is not None:
+            own = {
+                name.removeprefix(f"{prefix}."): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(f"{prefix}.")
+            }
+            networks[prefix] = fill(architecture.build, own, path)
+    record = sidecar.normalisation
+    return Checkpoint(
+        stage=sidecar.stage,
+        path=folder,
+        resnet=networks["resnet"],  # type: ignore[arg-type]
+        policy_net=networks["policy_net"],  # type: ignore[arg-type]
+        normalisation=Normalisation(mean=record.mean, std=record.std),
+        image_size=sidecar.image_size,
+        classes=sidecar.classes,
+        metrics=sidecar.metrics,
+    )
+
+
+def other_content(path: Path) -> str | None:
+    """What a download left in the file's place, by its first bytes, and the remedy; None: neither."""
+    with open_regular(path) as file:
+        start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer in place of the file; run `git lfs pull` where it came from"
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head")):
+        return (
+            "an HTML or XML page in place of the file, such as a login, a warning or an error; download "
+            "it anew, by a browser if need be"
+        )
+    return None
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Networks are built without drawing weights, which on `meta` would import PyTorch's compiler."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def fill(
+    build: Callable[[], nn.Module], weights: Mapping[str, Tensor], path: Path, remedy: str = _ANEW
+) -> nn.Module:
+    """A network with these weights.
+
+    Raises:
+        CheckpointError: they don't fit it.
+    """
+    with torch.device("meta"), _Uninitialised():  # first without memory: what is claimed may be false
+        require_fit(build(), weights, path, remedy)
+    network = build()
+    network.load_state_dict(weights)
+    return network
+
+
+def require_fit(
+    network: nn.Module, weights: Mapping[str, Tensor], path: Path, remedy: str = _ANEW
+) -> None:
+    """All of the network's weights, no others, of the right shapes and types, finite, no variance
+    below 0.
+
+    Raises:
+        CheckpointError: anything else.
+    """
+    own = network.state_dict()
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or unknown:
+        raise CheckpointError(
+            f"{path} does not hold the weights of its {type(network).__name__}: "
+            f"missing {_some(missing)}, unknown {_some(unknown)}; {remedy}"
+        )
+    for name, tensor in weights.items():
+        if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
+            raise CheckpointError(
+                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"expected {own[name].dtype} {tuple(own[name].shape)}; {remedy}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: {name} holds NaN or infinite numbers; {remedy}")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise CheckpointError(f"{path}: {name} holds variances below 0; {remedy}")
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return "none"
+    return ", ".join(truncate(name, 80) for name in names[:3]) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
+
+
+def _read_weights(path: Path, sha256: str) -> bytes:
+    """All of the file, once its digest is the right one: what a false file says takes no memory."""
+    try:
+        with open_regular(path, MAX_BYTES) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
+                file.seek(0)
+                return file.read()
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read ({error.strerror}); {_ANEW}") from None
+    if (other := other_content(path)) is not None:
+        raise CheckpointError(f"{path} is {other}")
+    raise CheckpointError(
+        f"{path} is damaged or of another checkpoint: its SHA-256 is not the one in {SIDECAR}; {_ANEW}"
+    )
+
+
+def _read_sidecar(path: Path) -> Sidecar:
+    try:
+        content = read_json(path, MAX_SIDECAR)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} can't be read ({error.strerror}); a checkpoint is a folder with "
+            f"{WEIGHTS} and {SIDECAR}; copy both"
+        ) from None
+    except ValueError as error:
+        if (other := other_content(path)) is not None:
+            raise CheckpointError(f"{path} is {other}") from None
+        raise CheckpointError(f"{path} is no valid JSON ({truncate(error)}); {_ANEW}") from None
+    try:
+        return Sidecar.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = truncate(".".join(str(part) for part in first["loc"]), 80)
+        value = "" if isinstance(first["input"], dict) else f"is {short_repr(first['input'])}: "
+        raise CheckpointError(f"{path}: {where}: {value}{truncate(first['msg'])}; {_ANEW}") from None

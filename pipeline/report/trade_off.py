@@ -1,0 +1,255 @@
+"""Accuracy against cost: BlockDrop, rules that keep the same blocks for all, and shallower ResNets."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
+from numpy.typing import ArrayLike, NDArray
+
+from pipeline.plotting import BLUE, DPI, GREEN, GREY, INK, ORANGE, PINK, WIDTH, headline, save
+
+Row = Mapping[str, Any]
+RULES = (  # static ones: name, what it keeps, colour, marker
+    ("first", "the first blocks", BLUE, "v"),
+    ("random", "random blocks", PINK, "o"),
+    ("distribute", "evenly spread blocks", GREEN, "D"),
+)
+POWERS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
+SIDES = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
+DISTANCES = (5, 8, 12, 16, 22, 30, 40)
+PLACES = [(distance, *side) for distance in DISTANCES for side in SIDES]  # of labels, in points
+Label = tuple[float, float, str]  # what is said of a point, in units of the axes
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which points (cost, value) no other one beats, by rising cost.
+
+    One point beats another if it costs no more and is worth no less, and is better in one of the two;
+    of equal points the first is on the front.
+    """
+    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
+    front: list[int] = []
+    for i in order:
+        if not front or points[i][1] > points[front[-1]][1]:
+            front.append(i)
+    return front
+
+
+def mean_by_blocks(rows: Sequence[Row]) -> list[dict[str, float]]:
+    """FLOPs, accuracy and its standard deviation by rising number of blocks.
+
+    Means where several rows have the same number; the deviation is 0 where a row has none.
+    """
+    found = []
+    for blocks in sorted({row["blocks"] for row in rows}):
+        own = [row for row in rows if row["blocks"] == blocks]
+        names = ("flops", "accuracy", "accuracy_std")
+        means = {name: float(np.mean([row.get(name, 0.0) for row in own])) for name in names}
+        found.append({"blocks": blocks, **means})
+    return found
+
+
+def trade_off(
+    path: Path,
+    *,
+    baselines: Sequence[Row],
+    blockdrop: Sequence[Row],
+    title: str,
+    paper: Sequence[Row] = (),
+) -> None:
+    """Accuracy against FLOPs per image: does looking at the image beat every static network?
+
+    Args:
+        baselines: {kind, depth, blocks, finetuned, flops, accuracy}; kind is full, sole, first, random
+            or distribute. Rows of one kind, number of blocks and finetuning are drawn as their mean;
+            a band where some have accuracy_std, of several draws.
+        blockdrop: {accuracy, flops, gamma, label}, one or several.
+        paper: {accuracy, flops, label}: published numbers.
+    """
+    figure, ax = plt.subplots(figsize=(WIDTH, 5.2), layout="constrained")
+    unit, prefix = _unit([*baselines, *blockdrop, *paper])
+    static = [row for row in baselines if row["kind"] in ("full", "sole")]
+    labels = _draw_resnets(ax, static, unit)
+    labels += _draw_stars(ax, blockdrop, unit, "BlockDrop", ORANGE, INK)
+    labels += _draw_stars(ax, paper, unit, "published", "white", ORANGE)
+    plain = [row for row in baselines if not row["finetuned"]]
+    tuned = [row for row in baselines if row["finetuned"]]
+    _draw_rules(ax, plain, unit, tuned=False)
+    _draw_rules(ax, tuned, unit, tuned=True)
+    _frame(ax, [*static, *tuned, *blockdrop, *paper], unit, prefix)
+    headline(figure, title)
+    _finish(figure, ax, labels)
+    save(figure, path)
+
+
+def front(path: Path, *, experiments: Sequence[Row], baselines: Sequence[Row], title: str) -> None:
+    """What gamma buys: every experiment, the mean of each gamma, and which of them are not beaten.
+
+    Args:
+        experiments: {name, gamma, seed, accuracy, flops, blocks}.
+        baselines: as for `trade_off`; the full ResNet and sole ones are drawn.
+    """
+    figure, ax = plt.subplots(figsize=(WIDTH, 4.8), layout="constrained")
+    unit, prefix = _unit([*experiments, *baselines])
+    static = [row for row in baselines if row["kind"] in ("full", "sole")]
+    labels = _draw_resnets(ax, static, unit)
+    means = []
+    gammas = sorted({row["gamma"] for row in experiments})
+    for place, gamma in enumerate(gammas):
+        x, y = _columns([row for row in experiments if row["gamma"] == gamma], unit)
+        colour = plt.get_cmap("cividis")(0.9 * place / max(1, len(gammas) - 1))
+        if len(x) > 1:
+            _draw_seeds(ax, x, y, colour)
+        means.append((float(x.mean()), float(y.mean())))
+        ax.plot(*means[-1], "o", color=colour, markersize=9, markeredgecolor=INK, zorder=4)
+        labels.append((*means[-1], f"gamma {gamma:g}"))
+    of_means = len(experiments) > len(gammas)
+    said = "BlockDrop, mean of its seeds" if of_means else "BlockDrop"
+    ax.plot([], [], "o", color=GREY, markersize=9, markeredgecolor=INK, label=said)
+    if of_means:
+        _draw_seeds(ax, [], [], GREY, "one seed")
+    _draw_front(ax, means)
+    _frame(ax, [*experiments, *static], unit, prefix)
+    headline(figure, title)
+    _finish(figure, ax, labels)
+    save(figure, path)
+
+
+def _unit(rows: Sequence[Row]) -> tuple[float, str]:
+    """The power of 1000 in which all FLOPs are written, and its prefix."""
+    most = max(row["flops"] for row in rows)
+    return next((power, prefix) for power, prefix in POWERS if most >= power or power == 1)
+
+
+def _columns(rows: Sequence[Row], unit: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """FLOPs in units, and accuracies in percent."""
+    return (
+        np.array([row["flops"] / unit for row in rows]),
+        np.array([100 * row["accuracy"] for row in rows]),
+    )
+
+
+def _draw_resnets(ax: Axes, rows: Sequence[Row], unit: float) -> list[Label]:
+    """The full ResNet joined with those of other depths that were trained for themselves; labels."""
+    rows = sorted(rows, key=lambda row: row["flops"])
+    if not rows:
+        return []
+    x, y = _columns(rows, unit)
+    ax.plot(x, y, color=INK, marker="s", label="ResNets with every block")
+    return [(*place, f"ResNet-{row['depth']}") for row, *place in zip(rows, x, y, strict=True)]
+
+
+def _draw_stars(
+    ax: Axes, rows: Sequence[Row], unit: float, legend: str, face: str, edge: str
+) -> list[Label]:
+    """Large stars; their labels."""
+    if not rows:
+        return []
+    x, y = _columns(rows, unit)
+    stars = ax.scatter(x, y, s=230, marker="*", zorder=5, label=legend)
+    stars.set(facecolor=face, edgecolor=edge, linewidth=0.9)
+    return [(*place, str(row["label"])) for row, *place in zip(rows, x, y, strict=True)]
+
+
+def _draw_rules(ax: Axes, rows: Sequence[Row], unit: float, *, tuned: bool) -> None:
+    """Static rules: filled markers where the ResNet was finetuned under them, thin curves otherwise."""
+    for kind, said, colour, marker in RULES:
+        own = mean_by_blocks([row for row in rows if row["kind"] == kind])
+        if own and tuned:
+            points = ax.scatter(*_columns(own, unit), s=42, color=colour, marker=marker, zorder=3)
+            points.set(label=f"{said}, finetuned", edgecolor=INK, linewidth=0.6)
+        elif own:
+            x, y = _columns(own, unit)
+            std = np.array([100 * row["accuracy_std"] for row in own])
+            (line,) = ax.plot(x, y, color=colour, linewidth=1, linestyle="--")
+            line.set_label(f"{said}, not finetuned")
+            if std.any():
+                ax.fill_between(x, y - std, y + std, color=colour, alpha=0.15, linewidth=0)
+                line.set_label(f"{said}, not finetuned (± std)")
+
+
+def _draw_seeds(ax: Axes, x: ArrayLike, y: ArrayLike, colour: Any, legend: str | None = None) -> None:
+    ax.scatter(x, y, s=18, color=colour, edgecolor=INK, linewidth=0.3, zorder=3, label=legend)
+
+
+def _draw_front(ax: Axes, points: Sequence[tuple[float, float]]) -> None:
+    """Steps: what accuracy the points give for at most so many FLOPs."""
+    x, y = np.array([points[i] for i in pareto_front(points)]).reshape(-1, 2).T
+    if len(x) > 1:
+        label = "Pareto front"
+        ax.plot(np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1], color=ORANGE, linewidth=1.2, label=label)
+
+
+def _frame(ax: Axes, rows: Sequence[Row], unit: float, prefix: str) -> None:
+    """Axes that show these rows; others may leave below. Above, the share of the full FLOPs."""
+    accuracies = [100 * row["accuracy"] for row in rows]
+    low, high = min(accuracies), max(accuracies)
+    margin = 0.12 * max(high - low, 2.0)
+    ax.set_ylim(low - margin, high + 1.3 * margin)
+    ax.set_xlim(0, 1.06 * ax.dataLim.x1)
+    ax.set(xlabel=f"{prefix}FLOPs per image (2 per multiply-add)", ylabel="test accuracy (%)")
+    ax.grid()
+    full = [row["flops"] for row in rows if row.get("kind") == "full"]
+    if full:
+        percent = 100 * unit / full[0]
+        both_ways = (lambda x: np.multiply(x, percent), lambda x: np.divide(x, percent))
+        top = ax.secondary_xaxis("top", functions=both_ways)
+        top.set_xlabel("% of the full ResNet's FLOPs")
+
+
+def _finish(figure: plt.Figure, ax: Axes, labels: Sequence[Label]) -> None:
+    """The legend, and the labels beside their points where nothing is in the way."""
+    handles, _ = ax.get_legend_handles_labels()
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(len(handles), 4) if len(handles) < 5 else 3,
+    )
+    figure.draw_without_rendering()  # from here on it is known where everything is
+    drawn, boxes = _drawn(ax), list[Bbox]()
+    for x, y, said in labels:
+        text = ax.annotate(
+            said, (x, y), (0, 0), textcoords="offset points", size=8.5, color=INK, zorder=6
+        )
+        text.set_in_layout(False)
+        text.set_path_effects([withStroke(linewidth=2, foreground="white")])
+
+        def cost(place: tuple[float, int, int], text: Annotation = text) -> float:
+            box = _move(text, *place)
+            outside = ax.bbox.count_contains(box.corners()) < 4
+            hidden = box.count_contains(drawn) + 100 * box.count_overlaps(boxes) + 1000 * outside
+            return hidden + place[0]  # far from its point, a label may be taken for another's
+
+        boxes.append(_move(text, *min(PLACES, key=cost)))
+
+
+def _move(text: Annotation, distance: float, right: int, up: int) -> Bbox:
+    """Write a label at some points from what it names; where that is, in pixels."""
+    text.set(position=(distance * right, distance * up))
+    text.set(ha=("right", "center", "left")[right + 1], va=("top", "center", "bottom")[up + 1])
+    return text.get_window_extent().padded(2)
+
+
+def _drawn(ax: Axes) -> NDArray[np.float64]:
+    """Pixels [P, 2] where lines and markers are."""
+    found = [np.zeros((0, 2))]
+    circle = np.exp(2j * np.pi * np.arange(24) / 24) * DPI / 72 / 2
+    rim = np.stack([circle.real, circle.imag], axis=1)  # of a marker of one point
+    for line in ax.lines:
+        points = ax.transData.transform(line.get_xydata())
+        steps = np.linspace(0, 1, 50)[:, None]
+        found += [a + steps * (b - a) for a, b in itertools.pairwise(points)]
+        if line.get_marker() != "None":
+            found += [point + rim * line.get_markersize() for point in points]
+    for markers in (m for m in ax.collections if isinstance(m, PathCollection)):
+        points = ax.transData.transform(markers.get_offsets())
+        found += [point + rim * np.sqrt(markers.get_sizes()[0]) for point in points]
+    return np.concatenate(found)

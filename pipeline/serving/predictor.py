@@ -1,0 +1,239 @@
+"""From a checkpoint and images to answers: which class, how sure, by which blocks, at what cost.
+
+Shapes: B images, K blocks, N classes, H and W pixels.
+"""
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.flops import measure
+from pipeline.inference.auto import make_executor
+from pipeline.inference.base import Networks
+from pipeline.inference.predict import evaluation_batch
+from pipeline.infra.errors import UserError
+from pipeline.infra.safe_io import truncate
+from pipeline.models.checkpoint import Checkpoint, CheckpointError
+
+
+class PredictionError(UserError):
+    """Images can't be classified by this checkpoint; the message says why and names the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the networks say of one image, and what it took.
+
+    Attributes:
+        name: the likeliest class.
+        probabilities: [N] float64, in the order of the checkpoint's classes.
+        kept_blocks: [K] bool, the blocks that ran.
+        flops: of this image, 2 per multiply-add, the policy network included.
+        flops_saved: share of the full ResNet's; negative if the policy network costs more than it saves.
+    """
+
+    name: str
+    probabilities: NDArray[np.float64]
+    kept_blocks: NDArray[np.bool_]
+    flops: float
+    flops_saved: float
+
+    @property
+    def confidence(self) -> float:
+        """Probability of the likeliest class."""
+        return float(self.probabilities.max())
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks ran."""
+        return int(self.kept_blocks.sum())
+
+    def record(self) -> dict[str, Any]:
+        """Plain values under the names that JSON lines and the served model use."""
+        return {
+            "class": self.name,
+            "confidence": self.confidence,
+            "probabilities": self.probabilities.tolist(),
+            "kept_blocks": self.kept_blocks.tolist(),
+            "blocks": self.blocks,
+            "flops": self.flops,
+            "flops_saved": self.flops_saved,
+        }
+
+
+class Predictor:
+    """Classifies images with a trained pair, or with a ResNet alone, every block of which then runs.
+
+    Threads may share it: calls take turns, because executors keep memory from call to call.
+
+    Args:
+        checkpoint: with a ResNet; its networks are moved to `device`.
+        image_size: side in pixels, for a checkpoint that does not say it.
+        device: where to run; None: where the weights are.
+
+    Raises:
+        CheckpointError: it holds no ResNet.
+        PredictionError: nobody says the image size, or two say different ones.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        image_size: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        resnet, policy_net = checkpoint.resnet, checkpoint.policy_net
+        if resnet is None:
+            raise CheckpointError(
+                f"{checkpoint.path} holds no ResNet, which says the class; take models/finetune (both "
+                "networks) or models/pretrain, or copy a checkpoint that holds one"
+            )
+        self.classes = checkpoint.classes
+        self.image_size = image_size_of(checkpoint, image_size)
+        self.cost = measure(resnet, policy_net, self.image_size)
+        for network in (resnet, policy_net):
+            if network is not None and device is not None:
+                network.to(device)
+        self._execute = make_executor(
+            Networks(resnet=resnet, policy_net=policy_net, normalisation=checkpoint.normalisation)
+        )
+        self._turn = threading.Lock()
+
+    @property
+    def num_blocks(self) -> int:
+        """K."""
+        return len(self.cost.blocks)
+
+    def __call__(self, images: NDArray[np.uint8] | Tensor) -> list[Prediction]:
+        """One answer for each of the images [B, H, W, 3] uint8; B may be 0 or as large as memory holds.
+
+        Raises:
+            PredictionError: they have another size or type.
+        """
+        found: list[Prediction] = []
+        for part in self._checked(images).split(evaluation_batch(self.image_size)):
+            found += self._predict(part)
+        return found
+
+    def _checked(self, images: NDArray[np.uint8] | Tensor) -> Tensor:
+        side = self.image_size
+        dtype, shape = str(images.dtype).removeprefix("torch."), tuple(images.shape)
+        if dtype != "uint8" or len(shape) != 4 or shape[1:] != (side, side, 3):
+            raise PredictionError(
+                f"images are {dtype} {shape}, expected uint8 [B, {side}, {side}, 3], colours 0 to "
+                f"255; {_remedy(dtype, shape, side)}"
+            )
+        if isinstance(images, Tensor):
+            return images.to(self._execute.device)
+        own = np.require(images, requirements=["C", "W"])  # what torch takes without a warning
+        return torch.from_numpy(own).to(self._execute.device)
+
+    def _predict(self, images: Tensor) -> list[Prediction]:
+        with self._turn:
+            output = self._execute(images)
+            # an executor may use the memory of its outputs again
+            logits, actions = output.logits.double().cpu(), output.actions.bool().cpu().clone()
+        if not logits.isfinite().all():
+            raise PredictionError(
+                "the network answers with no number (NaN or infinite), so there is no class; its "
+                "training diverged or its weights are damaged: train it anew, or take another model"
+            )
+        probabilities = logits.softmax(dim=1).numpy()
+        flops = self.cost.of(actions).tolist()
+        return [
+            Prediction(
+                name=self.classes[int(row.argmax())],
+                probabilities=row,
+                kept_blocks=kept,
+                flops=cost,
+                flops_saved=1 - cost / self.cost.full,
+            )
+            for row, kept, cost in zip(probabilities, actions.numpy(), flops, strict=True)
+        ]
+
+
+def as_colours(images: NDArray[Any]) -> NDArray[np.uint8]:
+    """The same numbers as uint8, which JSON does not have; nothing is rounded, cut or converted.
+
+    Integers 0 to 255 are taken, and floats where they are whole (255.0). An image of floats whose
+    largest is 1.0 is not: it may be one in 0 to 1 that is black and white.
+
+    Args:
+        images: [B, ...]; of dtype object where they come from JSON, so that a bool or a text shows.
+
+    Raises:
+        PredictionError: there is no batch or no image, or a number is none of these.
+    """
+    if images.ndim == 0:
+        raise PredictionError(f"a single number is no batch of images; {_COLOURS}")
+    if images.size == 0:
+        raise PredictionError(f"there is no image in {images.shape}; send one at least")
+    kinds = set(map(type, images.flat)) if images.dtype.kind == "O" else {images.dtype.type}
+    if list in kinds:
+        raise PredictionError("images differ in size, or their rows do; scale them to one size first")
+    if others := [kind for kind in kinds if not _is_number(kind)]:
+        raise PredictionError(f"colours are of type {others[0].__name__}; {_COLOURS}")
+    with np.errstate(invalid="ignore"):  # of NaN and infinity, which are refused
+        wrong = ~((images >= 0) & (images <= 255) & (images % 1 == 0)).astype(bool)
+    if wrong.any():
+        raise PredictionError(f"a colour is {truncate(images[wrong][0])}; {_COLOURS}")
+    if any(issubclass(kind, float | np.floating) for kind in kinds):
+        largest = images.reshape(len(images), -1).max(axis=1)
+        if (largest == 1).any():
+            raise PredictionError(f"the largest colour of an image is 1.0; {_COLOURS}")
+    return images.astype(np.uint8)
+
+
+_COLOURS = (
+    "they are whole numbers 0 to 255: multiply images in 0 to 1 by 255 and round them, and do not "
+    "normalise them, the model does it"
+)
+
+
+def _is_number(kind: type) -> bool:
+    return kind is not bool and issubclass(kind, int | float | np.integer | np.floating)
+
+
+def _remedy(dtype: str, shape: tuple[int, ...], side: int) -> str:
+    """How images [B, S, S, 3] of uint8 are had from what was given instead."""
+    if len(shape) == 4 and shape[1] == 3 and shape[3] != 3:
+        return "put the channels last: images.transpose(0, 2, 3, 1)"
+    if len(shape) == 3 and shape[2] == 3:
+        return "one image is a batch too: images[None]"
+    if len(shape) == 4 and shape[3] == 4:
+        return "leave out alpha: images[..., :3]"
+    if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
+        return "grey images need their channel three times: images.reshape(B, S, S, 1).repeat(3, axis=3)"
+    if len(shape) == 4 and shape[1:] == (side, side, 3):
+        return f"{dtype} is not cast, since 0 to 1 would be black: give whole numbers 0 to 255 as uint8"
+    return f"scale them to {side} x {side} pixels first, as pipeline.sources.read_image does"
+
+
+def image_size_of(checkpoint: Checkpoint, told: int | None = None) -> int:
+    """Side in pixels of the images that a checkpoint takes; `told` is for one that does not say it.
+
+    Raises:
+        PredictionError: nobody says it, the two differ, or it is no multiple of 4 from 8 to 512.
+    """
+    known = checkpoint.image_size
+    if known is None and told is None:
+        raise PredictionError(
+            f"{checkpoint.path} is older and does not say for which image size it was trained; name it "
+            "(data.image_size of its params.yaml, `--image-size` of tools.predict)"
+        )
+    if known is not None and told not in (None, known):
+        raise PredictionError(
+            f"{checkpoint.path} was trained on images of {known} x {known} pixels, not {told}; leave "
+            "the size out"
+        )
+    size = known or told
+    assert size is not None
+    if not 8 <= size <= 512 or size % 4:
+        raise PredictionError(f"image size {size} is no multiple of 4 from 8 to 512; name one that is")
+    return size

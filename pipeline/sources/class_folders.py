@@ -1,0 +1,267 @@
+"""Folders of images: which are splits and classes, what is read of them and what is passed over."""
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.data.image_io import IMAGE_SUFFIXES
+from pipeline.data.metadata import SPLITS, SplitName
+from pipeline.infra.errors import DataError
+from pipeline.infra.safe_io import short_repr, truncate
+
+SPLIT_NAMES: dict[str, SplitName] = {  # of folders, in any case
+    "train": "train", "training": "train",
+    "validation": "validation", "val": "validation", "valid": "validation", "dev": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+OF_TOOLS = frozenset({"__macosx", "thumbs.db", "desktop.ini", "@eadir"})  # as are names with a dot first
+NO_LETTERS = ("Cc", "Cs", "Zl", "Zp")  # controls, half characters, separators of lines and paragraphs
+
+Labelled = list[tuple[Path, int]]  # images, each with the index of its class
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tree:
+    """What is to be read of a folder.
+
+    Attributes:
+        folder: where it all lies.
+        classes: their names, sorted.
+        splits: the images of each split that has a folder; without such folders all are train.
+        passed_over: files and links to folders that are not read, as paths below `folder`.
+    """
+
+    folder: Path
+    classes: tuple[str, ...]
+    splits: dict[SplitName, Labelled]
+    passed_over: tuple[str, ...]
+
+    def missing(self, shares: dict[SplitName, float]) -> dict[SplitName, float]:
+        """The shares of the splits that have no folder, which are to be drawn from train.
+
+        Raises:
+            DataError: a split has neither a folder nor a share, or both.
+        """
+        problems = []
+        for split in (name for name in SPLITS if name != "train"):
+            key = f"data.{split}_share"
+            if split in self.splits and split in shares:
+                problems.append(
+                    f"{self.folder} has a folder of {split} images and {key} is {shares[split]}; set it "
+                    "to null (or take the folder away, to draw them from train)"
+                )
+            if split not in self.splits and split not in shares:
+                problems.append(f"{self.folder} has no {split}/ and {key} is null; set one")
+        if problems:
+            raise DataError("\n".join(problems))
+        return shares
+
+
+def scan(folder: Path) -> Tree:
+    """List the images of `folder/CLASS/...`, or of `folder/train/CLASS/...` and other splits' folders.
+
+    Folders of splits are those that SPLIT_NAMES has and that hold folders themselves. What systems and
+    tools put beside images is passed over without a word.
+
+    Raises:
+        DataError: it can't be said what the classes are, one has no images, or a folder can't be listed.
+    """
+    if not os.path.isdir(folder):  # noqa: PTH112 (it also answers for a name that no file can have)
+        raise DataError(
+            f"{truncate(folder)} is no folder; set data.folder to one with class folders in it"
+        )
+    places = _split_folders(folder)
+    first = places.get("train", folder)
+    classes = tuple(sorted(_class_folders(first)))
+    passed_over: list[Path] = []
+    if places:
+        passed_over += _loose_files(folder) + _beside_splits(folder, places, classes)
+    _require_several(first, classes)
+    splits: dict[SplitName, Labelled] = {}
+    for split, place in (places or {"train": folder}).items():
+        splits[split], others = _images_of(place, classes)
+        passed_over += _loose_files(place) + others
+    names = sorted(path.relative_to(folder).as_posix() for path in passed_over)
+    return Tree(folder=folder, classes=classes, splits=splits, passed_over=tuple(names))
+
+
+def account(passed_over: Sequence[str]) -> str:
+    """How many files were passed over, by the ends of their names, with a few of these names."""
+    ends = Counter(Path(name).suffix.lower() or "no ending" for name in passed_over)
+    most = [f"{count} {short_repr(end)[1:-1]}" for end, count in ends.most_common(5)]
+    most += ["others"] if len(ends) > 5 else []
+    few = [short_repr(name) for name in passed_over[:3]] + (["..."] if len(passed_over) > 3 else [])
+    return f"{len(passed_over):,} files are not read: {', '.join(most)} ({', '.join(few)})"
+
+
+def _split_folders(folder: Path) -> dict[SplitName, Path]:
+    """The folders of splits, train first; none where the classes lie in `folder` itself."""
+    places: dict[SplitName, Path] = {}
+    for path in _folders(folder):
+        split = SPLIT_NAMES.get(path.name.casefold())
+        if split is None or not _folders(path):  # with images alone in it, it is a class of that name
+            continue
+        if split in places:
+            both = f"{places[split].name}/ and {path.name}/"
+            raise DataError(f"{folder} has {both}, which are both {split}; keep one of them")
+        places[split] = path
+    if places and "train" not in places:
+        raise DataError(
+            f"{folder} has {', '.join(p.name for p in places.values())} but no train; add it"
+        )
+    return dict(sorted(places.items(), key=lambda item: item[0] != "train"))
+
+
+def _beside_splits(folder: Path, places: dict[SplitName, Path], classes: Sequence[str]) -> list[Path]:
+    """The files in folders beside those of splits.
+
+    Raises:
+        DataError: such a folder is a split by its name or by the classes in it.
+    """
+    files: list[Path] = []
+    for path in sorted(set(_folders(folder)) - set(places.values())):
+        if path.name.casefold() in SPLIT_NAMES:
+            raise DataError(
+                f"{path} has no class folders in it, so its images have no labels; sort them into "
+                "folders of classes, or take it away"
+            )
+        if {inner.name for inner in _folders(path)} & set(classes):
+            raise DataError(
+                f"{path} has folders of the same classes as {places['train'].name}/; rename it to "
+                "validation or test if it is that, else take it away"
+            )
+        images, others = _walk(path)
+        files += images + others
+    return files
+
+
+def _class_folders(folder: Path) -> set[str]:
+    """The names of the folders in it.
+
+    Raises:
+        DataError: it can't be listed, or one has a name that can't be a class.
+    """
+    names: dict[str, str] = {}
+    for path in _folders(folder):
+        if any(unicodedata.category(letter) in NO_LETTERS for letter in path.name):
+            raise DataError(
+                f"{str(path)!r} is no name for a class, which reports show; rename it in UTF-8"
+            )
+        if folder.resolve().is_relative_to(path.resolve()):
+            raise DataError(f"{path} links to a folder that it is in; remove the link")
+        twin = names.setdefault(unicodedata.normalize("NFC", path.name), path.name)
+        if twin != path.name:
+            raise DataError(
+                f"{folder} has two folders that are {path.name} to a reader, {twin!a} and "
+                f"{path.name!a}; merge them, or rename one"
+            )
+    return set(names.values())
+
+
+def _require_several(folder: Path, classes: Sequence[str]) -> None:
+    if len(classes) >= 2:
+        return
+    inner = [path.name for name in classes for path in _folders(folder / name)]
+    deeper = ""
+    if inner:
+        deeper = (
+            f"; the classes seem to lie one folder deeper ({_some(inner)}): name "
+            f"{folder / classes[0]} instead"
+        )
+    raise DataError(f"{folder} has {len(classes)} class folders; it takes two or more{deeper}")
+
+
+def _images_of(folder: Path, classes: Sequence[str]) -> tuple[Labelled, list[Path]]:
+    """The images of all classes, class by class, each with its label, and the other files."""
+    there = _class_folders(folder)
+    if there != set(classes):
+        odd = sorted(there.symmetric_difference(classes))
+        names = ", ".join(n if unicodedata.is_normalized("NFC", n) else ascii(n) for n in odd)
+        raise DataError(f"{folder} and train differ in their classes: {names}; add or remove these")
+    images: Labelled = []
+    passed_over: list[Path] = []
+    folders_in: list[set[str]] = []  # of each class, those that hold images; "" for the class itself
+    for label, name in enumerate(classes):
+        own, others = _walk(folder / name)
+        if not own:
+            raise DataError(
+                f"{folder / name} holds no image; add some or remove the folder (images end in "
+                f"{', '.join(sorted(IMAGE_SUFFIXES))}{_but(others, folder)})"
+            )
+        below = (path.relative_to(folder / name).parts for path in own)
+        folders_in.append({parts[0] if len(parts) > 1 else "" for parts in below})
+        images += [(path, label) for path in own]
+        passed_over += others
+    _refuse_same_folders(folder, classes, set.intersection(*folders_in) - {""}, folders_in)
+    return images, passed_over
+
+
+def _but(others: Sequence[Path], folder: Path) -> str:
+    names = [path.relative_to(folder).as_posix() for path in others]
+    return f"; {account(names)}; save them in another format" if names else ""
+
+
+def _refuse_same_folders(
+    folder: Path, classes: Sequence[str], common: set[str], folders_in: Iterable[set[str]]
+) -> None:
+    """One folder in all of them may be a habit (`CLASS/images/`); several are the classes, or splits."""
+    if len(common) < 2 or any("" in inner for inner in folders_in):
+        return
+    raise DataError(
+        f"all of {_some(classes)} in {folder} hold the same folders, {_some(sorted(common))}; if the "
+        f"former are splits, name them {', '.join(sorted(set(SPLIT_NAMES.values())))}, else put each "
+        "class's images into its folder itself"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _is_of_a_tool(name: str) -> bool:
+    return name.startswith(".") or name.casefold() in OF_TOOLS
+
+
+def _entries(folder: Path) -> list["os.DirEntry[str]"]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not _is_of_a_tool(entry.name)]
+    except OSError as error:
+        raise DataError(f"{folder} can't be listed ({error.strerror}); {_LET_IN}") from None
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(folder / entry.name for entry in _entries(folder) if entry.is_dir())
+
+
+def _loose_files(folder: Path) -> list[Path]:
+    return [folder / entry.name for entry in _entries(folder) if not entry.is_dir()]
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """All that is named as an image, in folders below too, and the other files; both sorted.
+
+    A broken link is among the images: reading it says so, and none is lost in silence. Links to folders
+    are not followed, and are among the others.
+
+    Raises:
+        DataError: a folder can't be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} can't be listed ({error.strerror}); {_LET_IN}") from None
+
+    images: list[Path] = []
+    others: list[Path] = []
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not _is_of_a_tool(name)]
+        others += [path for name in folders if (path := Path(place, name)).is_symlink()]
+        for path in (Path(place, name) for name in files if not _is_of_a_tool(name)):
+            (images if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
+    return sorted(images), sorted(others)
+
+
+_LET_IN = "let this user read it, or take it away"

@@ -1,0 +1,265 @@
+"""The parent run of an experiment, completed from its record: the run that people compare.
+
+Idempotent: what is there already is not logged again. Runs of trainings under it that lost MLflow on
+their way are completed too.
+"""
+
+import hashlib
+import json
+import shlex
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.report.html import as_code, as_markdown
+from pipeline.tracking import registry
+from pipeline.tracking.dvc_results import MODEL, PREPARED, Curve, Record
+from pipeline.tracking.runs import (
+    TAG_KEY,
+    TAG_PARENT,
+    TAG_ROLE,
+    TAG_STAGE,
+    as_metrics,
+    find_parent,
+    make_parent,
+    origin_tags,
+)
+from pipeline.tracking.store import store
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+TAG_FINGERPRINT = "blockdrop.fingerprint"
+TAG_LOGGED = "blockdrop.logged"  # digest of what was logged, by kind, so that it is logged once
+TAG_REVISION = "dvc.revision"  # the DVC experiment's commit, once all of it is logged
+TAG_NAME = "dvc.experiment"  # the name that DVC gives it
+TAG_SUPERSEDED = "blockdrop.superseded"
+TAG_NOTE = "mlflow.note.content"
+
+
+def complete(record: Record, *, finish: bool) -> str:
+    """Make the parent run of an experiment, or log what it lacks; its id.
+
+    Args:
+        finish: end it as FINISHED; not from inside a stage, which ends it itself.
+    """
+    with store() as (client, experiment_id):
+        run_id = make_parent(
+            client,
+            experiment_id,
+            name=record.name,
+            baseline=record.baseline,
+            params=record.params,
+            tags=_origin(record),
+        )
+        _retire_namesakes(client, experiment_id, record)
+    run = client.get_run(run_id)
+    _log_metrics(client, run, record)
+    _log_dataset(client, run, record)
+    _log_artifacts(client, run, record)
+    _log_model(client, run, record)
+    _set_tags(client, run, record)
+    if finish:
+        for child in _newest_of_trainings(client, run, record):
+            _complete_training(client, child, record)
+        if run.info.status != "FINISHED":
+            client.set_terminated(run_id, "FINISHED")
+    return run_id
+
+
+def find(client: "MlflowClient", experiment_id: str, record: Record) -> str | None:
+    """The id of the run that stands for the record's result already, under whatever name."""
+    own = find_parent(client, experiment_id, record.key)
+    if own is not None:
+        return own
+    wanted = f"tags.`{TAG_FINGERPRINT}` = '{record.fingerprint}' and tags.`{TAG_ROLE}` = 'parent'"
+    found = client.search_runs([experiment_id], filter_string=wanted, max_results=1)
+    return str(found[0].info.run_id) if found else None
+
+
+def logged(client: "MlflowClient", experiment_id: str, revision: str) -> "Run | None":
+    """The finished run that has all of an experiment's commit."""
+    wanted = f"tags.`{TAG_REVISION}` = '{revision}' and attributes.status = 'FINISHED'"
+    found = client.search_runs([experiment_id], filter_string=wanted, max_results=1)
+    return found[0] if found else None
+
+
+def rename(client: "MlflowClient", run: "Run", record: Record) -> None:
+    """Let a run be found under the name that its experiment has now; `complete` does the rest."""
+    client.set_tag(run.info.run_id, TAG_KEY, record.key)
+    client.update_run(run.info.run_id, name=record.name)
+
+
+def describe(record: Record) -> str:
+    """The run's description: what it gave, in Markdown."""
+    metrics = record.metrics
+    rows = [("every block", "full_accuracy", "num_blocks", "full_flops")]
+    rows += [("**BlockDrop**", "accuracy", "blocks_mean", "flops_mean")]
+    lines = ["| network | accuracy | blocks | FLOPs |", "|---|---|---|---|"]
+    for said, accuracy, blocks, flops in rows:
+        lines.append(_row(said, metrics.get(accuracy), metrics.get(blocks), metrics.get(flops)))
+    for prefix in sorted({k.rsplit(".", 1)[0] for k in metrics if k.startswith(("sole.", "static."))}):
+        kind, name = prefix.split(".", 1)
+        tuned = "not finetuned" if record.params.get("finetune.epochs") == "0" else "finetuned"
+        name = as_markdown(name.replace("_", " "))
+        said = f"ResNet-{name}" if kind == "sole" else f"{name} blocks, {tuned}"
+        found = [metrics.get(f"{prefix}.{what}") for what in ("accuracy", "blocks", "flops")]
+        lines.append(_row(said, *found))
+    if "flops_saved" in metrics:
+        lines += [
+            "",
+            f"{100 * metrics['flops_saved']:.1f} % of the FLOPs saved, policy network counted.",
+        ]
+    apply = as_code(f"dvc exp apply {shlex.quote(record.name)}")
+    lines += ["", f"{apply} brings it back." if record.revision else ""]
+    return "\n".join(lines).strip()
+
+
+def _row(said: str, accuracy: float | None, blocks: float | None, flops: float | None) -> str:
+    share = "" if accuracy is None else f"{100 * accuracy:.2f} %"
+    kept, cost = "" if blocks is None else f"{blocks:.2f}", "" if flops is None else f"{flops:.3g}"
+    return f"| {said} | {share} | {kept} | {cost} |"
+
+
+def _origin(record: Record) -> dict[str, str]:
+    """Where an experiment that was not run here came from."""
+    if not record.revision:
+        return origin_tags()
+    return {"git.commit": record.baseline, "mlflow.source.git.commit": record.baseline}
+
+
+def _retire_namesakes(client: "MlflowClient", experiment_id: str, record: Record) -> None:
+    """`dvc exp run -f` puts an experiment in the place of one of the same name; say so there."""
+    if not record.revision:
+        return
+    # the name is compared here: in MLflow's filters no quote can be escaped
+    wanted = (
+        f"tags.`dvc.baseline` = '{record.baseline}' and tags.`{TAG_ROLE}` = 'parent' "
+        f"and tags.`{TAG_KEY}` != '{record.key}'"
+    )
+    for run in client.search_runs([experiment_id], filter_string=wanted):
+        tags = run.data.tags
+        if tags.get(TAG_NAME) == record.name and TAG_SUPERSEDED not in tags:
+            client.set_tag(run.info.run_id, TAG_SUPERSEDED, record.key)
+            client.update_run(run.info.run_id, name=f"{record.name} (superseded)")
+
+
+def _log_metrics(client: "MlflowClient", run: "Run", record: Record) -> None:
+    changed = {k: v for k, v in record.metrics.items() if run.data.metrics.get(k) != v}
+    metrics = as_metrics(changed)
+    with _once(client, run, "curves", json.dumps(record.curves)) as wanted:
+        if wanted:
+            metrics += _lacking(client, run, record.curves)
+        client.log_batch(run.info.run_id, metrics=metrics)
+
+
+def _lacking(client: "MlflowClient", run: "Run", curves: Mapping[str, Curve]) -> "list[Metric]":
+    """The points that the run has not got: an attempt before may have logged some of them."""
+    metrics = []
+    for name, points in curves.items():
+        known = _points(client, run, name) if name in run.data.metrics else set()
+        for step, value in points:
+            metrics += [] if (step, value) in known else as_metrics({name: value}, step)
+    return metrics
+
+
+def _points(client: "MlflowClient", run: "Run", name: str) -> set[tuple[int, float]]:
+    return {(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)}
+
+
+def _newest_of_trainings(client: "MlflowClient", run: "Run", record: Record) -> "list[Run]":
+    """For each training under the experiment its newest run, unless that is going on."""
+    wanted = f"tags.`{TAG_PARENT}` = '{run.info.run_id}'"
+    order = ["attributes.start_time ASC"]
+    found = client.search_runs([run.info.experiment_id], wanted, order_by=order)
+    newest = {child.data.tags.get(TAG_STAGE): child for child in found}
+    trainings = sorted({name.split("/")[0] for name in record.curves} & set(newest))
+    return [newest[name] for name in trainings if newest[name].info.status != "RUNNING"]
+
+
+def _complete_training(client: "MlflowClient", run: "Run", record: Record) -> None:
+    """Log what a training's run lacks and end it as FINISHED, when MLflow was away at its end.
+
+    Points are logged in their order, so a run that has the last epoch has all. One that learnt otherwise
+    than the record says is of another attempt, and is left.
+    """
+    prefix = run.data.tags[TAG_STAGE] + "/"
+    curves = {k.removeprefix(prefix): v for k, v in record.curves.items() if k.startswith(prefix)}
+    epochs = [epoch for epoch, _ in next(iter(curves.values()))]
+    if run.info.status == "FINISHED" and run.data.metrics.get("epoch") == epochs[-1]:
+        return
+    curves["epoch"] = [(epoch, float(epoch)) for epoch in epochs]
+    for name in curves.keys() & run.data.metrics.keys():
+        if not _points(client, run, name) <= set(curves[name]):
+            return
+    client.log_batch(run.info.run_id, metrics=_lacking(client, run, curves))
+    client.set_terminated(run.info.run_id, "FINISHED", run.info.end_time)
+
+
+def _log_dataset(client: "MlflowClient", run: "Run", record: Record) -> None:
+    """The prepared data set as an input of the run, by DVC's digest."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    known = {given.dataset.digest for given in run.inputs.dataset_inputs} if run.inputs else set()
+    digest = record.outs.get(PREPARED)
+    if digest is None or digest in known:
+        return
+    name = record.params.get("data.source", "data")
+    source = json.dumps({"path": PREPARED, "md5": digest})
+    dataset = Dataset(name=name, digest=digest, source_type="dvc", source=source)
+    tags = [InputTag("mlflow.data.context", "train, validation, test")]
+    client.log_inputs(run.info.run_id, datasets=[DatasetInput(dataset=dataset, tags=tags)])
+
+
+def _log_artifacts(client: "MlflowClient", run: "Run", record: Record) -> None:
+    files = record.artifacts()
+    content = repr([(path, hashlib.sha256(data).hexdigest()) for path, data in files.items()])
+    with _once(client, run, "artifacts", content) as wanted, tempfile.TemporaryDirectory() as folder:
+        if not wanted:
+            return
+        for path, data in files.items():
+            target = Path(folder) / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        client.log_artifacts(run.info.run_id, folder)
+
+
+def _log_model(client: "MlflowClient", run: "Run", record: Record) -> None:
+    if MODEL not in record.outs or not record.is_whole():
+        return
+    digest = record.outs[MODEL]
+    with _once(client, run, "model", digest) as wanted, tempfile.TemporaryDirectory() as folder:
+        if not wanted:
+            return
+        for name in ("model.json", "model.safetensors"):
+            (Path(folder) / name).write_bytes(record.files.cat_file(f"{MODEL}/{name}"))
+        example = record.examples(registry.EXAMPLES)
+        registry.log_model(run.info.run_id, Path(folder), example=example, dvc_md5=digest)
+
+
+def _set_tags(client: "MlflowClient", run: "Run", record: Record) -> None:
+    tags = {
+        TAG_FINGERPRINT: record.fingerprint,
+        TAG_NOTE: describe(record),
+        **{f"dvc.md5.{path}": md5 for path, md5 in record.models.items()},
+    }
+    if record.revision:
+        tags[TAG_NAME] = record.name
+    if record.revision and record.is_whole():  # else the next sync has something to add
+        tags[TAG_REVISION] = record.revision
+    for tag, text in tags.items():
+        if run.data.tags.get(tag) != text:
+            client.set_tag(run.info.run_id, tag, text)
+
+
+@contextmanager
+def _once(client: "MlflowClient", run: "Run", kind: str, content: str) -> Iterator[bool]:
+    """Whether this content was not logged yet; it counts as logged when the body came to its end."""
+    tag, digest = f"{TAG_LOGGED}.{kind}", hashlib.sha256(content.encode()).hexdigest()[:16]
+    wanted = run.data.tags.get(tag) != digest
+    yield wanted
+    if wanted:
+        client.set_tag(run.info.run_id, tag, digest)

@@ -1,0 +1,219 @@
+"""DVC on a copy of the repository with tiny parameters: what runs, what does not, what it leaves.
+
+The tests share one copy and run in file order; each leaves it with gamma 2 reproduced.
+"""
+
+import json
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from repository_copy import TINY, Copy, environment, make_copy, ran
+
+pytestmark = pytest.mark.e2e
+GAMMA_STAGES = ["check", "finetune", "evaluate", "benchmark", "report"]
+STATIC_STAGES = ["sole@8", "static@first-3", "static@random-3", "static@distribute-3"]
+ALL_STAGES = [*GAMMA_STAGES, *STATIC_STAGES, "prepare", "pretrain", "curriculum", "baseline"]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Copy:
+    return make_copy(tmp_path_factory.mktemp("copy"), changes=TINY)
+
+
+def test_one_command_runs_every_stage(copy):
+    output = Copy(copy.folder, tracking=True).run("dvc", "repro")
+    assert sorted(ran(output)) == sorted(ALL_STAGES)
+    evaluated, baseline = copy.metrics("evaluate"), copy.metrics("baseline")
+    assert set(evaluated) >= {
+        "accuracy", "full_accuracy", "num_blocks", "blocks_mean", "blocks_std", "flops_mean",
+        "flops_std", "full_flops", "flops_saved", "unique_policies", "effective_policies",
+        "shuffled_accuracy", "best_single_policy_accuracy", "difficulty_spearman",
+    }  # fmt: skip
+    assert evaluated["full_accuracy"] == baseline["baseline"]["accuracy"]
+    assert evaluated["full_flops"] == baseline["baseline"]["flops"]
+    assert evaluated["num_blocks"] == 6
+    assert evaluated["flops_saved"] == pytest.approx(
+        1 - evaluated["flops_mean"] / evaluated["full_flops"]
+    )
+    benchmark = json.loads((copy.folder / "plots/benchmark/benchmark.json").read_text())
+    assert [answer["batch"] for answer in benchmark["answers"]] == [4, 40]
+    assert all(row["agrees"] for row in benchmark["times"] if row["kind"] == "blockdrop")
+    report = (copy.folder / "report/report.md").read_text()
+    assert "## Does it pay in time?" in report
+    assert "Another machine" not in report
+    assert f"{100 * evaluated['accuracy']:.2f} %" in report
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", report)
+    assert len(pictures) >= 7
+    html = (copy.folder / "report/report.html").read_text()
+    assert html.count("data:image/png;base64,") == len(pictures)
+    assert "runs?workflowType=machine_learning" in output
+    for name in pictures:
+        assert (copy.folder / "report" / name).read_bytes().startswith(b"\x89PNG")
+    copy.run("git", "add", "-A")
+    copy.run("git", "commit", "-qm", "results")
+
+
+@pytest.mark.serial
+def test_a_second_repro_runs_nothing_in_under_two_seconds(copy):
+    def seconds() -> float:  # of a processor, not of the clock: the machine may have other users
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert ran(copy.run("dvc", "repro")) == []
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 2
+
+
+def test_status_is_clean_and_bytecode_does_not_matter(copy):
+    assert list(copy.folder.glob("pipeline/__pycache__/*.pyc"))
+    assert "up to date" in copy.run("dvc", "status")
+    assert copy.run("git", "status", "--porcelain") == ""
+
+
+def test_stages_again_give_the_same_bytes(copy):
+    before = copy.outs()
+    trainings = ("pretrain", "curriculum", "finetune", "sole 8", "static random 3")
+    for stage in ("prepare", *trainings, "evaluate", "baseline"):
+        output = copy.run(sys.executable, "-m", *f"stages.{stage}".split())
+        assert ("epoch 1/" in output) == (stage in trainings)  # and no finished result is taken
+    assert copy.outs() == before
+    copy.run("dvc", "checkout", "--force")
+
+
+def test_gamma_reruns_what_depends_on_it_and_going_back_reruns_nothing(copy):
+    before = copy.outs(timed=True)
+    assert sorted(ran(copy.run("dvc", "exp", "run", "-S", "gamma=5"))) == sorted(GAMMA_STAGES)
+    assert copy.outs(timed=True) != before
+    assert ran(copy.run("dvc", "exp", "run", "-S", "gamma=2.0")) == []
+    assert copy.outs(timed=True) == before
+
+
+def test_the_report_says_when_times_come_from_another_machine(copy):
+    before = copy.outs(timed=True)
+    file = copy.folder / "plots/benchmark/benchmark.json"
+    text = file.read_text()
+    file.unlink()  # it is a link into DVC's cache or a copy: never write through it
+    content = json.loads(text)
+    content["machine"]["device"] = "NVIDIA H200, torch 2.11.0"
+    file.write_text(json.dumps(content))
+    copy.run(sys.executable, "-m", "stages.report")
+    report = (copy.folder / "report/report.md").read_text()
+    assert "**Another machine than this one**" in report
+    assert "NVIDIA H200" in report
+    copy.run("dvc", "checkout", "--force")
+    assert copy.outs(timed=True) == before
+
+
+def test_a_changed_comment_reruns_only_what_imports_the_module(copy):
+    module = copy.folder / "pipeline/policy/learner.py"
+    text = module.read_text()
+    module.write_text(text + "# a comment\n")
+    would_run = ran(copy.run("dvc", "repro", "--dry"))
+    module.write_text(text)
+    assert "curriculum" in would_run
+    assert "finetune" in would_run
+    assert not {"prepare", "pretrain", "baseline", *STATIC_STAGES} & set(would_run)
+
+
+def test_another_depth_trains_that_one_alone(copy):
+    text = (copy.folder / "params.yaml").read_text()
+    (copy.folder / "params.yaml").write_text(re.sub(r"depths:\s*- 8", "depths:\n  - 8\n  - 20", text))
+    would_run = ran(copy.run("dvc", "repro", "--dry"))
+    copy.run("git", "checkout", "params.yaml")
+    assert sorted(would_run) == ["baseline", "check", "report", "sole@20"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("+gama=7", ["gama", "did you mean gamma?"]),
+        ("curriculum.epochs=1", ["curriculum.epochs 1", "takes 4 epochs"]),
+        ("finetune_policy.lr=fast", ["finetune_policy.lr", "'fast'"]),
+    ],
+)
+def test_bad_parameters_stop_before_any_work(copy, change, words):
+    before = copy.outs(timed=True)
+    output = copy.run("dvc", "exp", "run", "-S", change, check=False)
+    copy.run("git", "checkout", "params.yaml")
+    assert not output.startswith("exit 0")
+    assert set(ran(output)) <= {"check"}
+    assert all(word in output for word in words), output
+    assert "Traceback" not in output
+    assert copy.outs(timed=True) == before
+
+
+def test_scientific_notation_is_a_number(copy):
+    before = copy.outs()
+    output = copy.run("dvc", "exp", "run", "-S", "finetune_policy.lr=1e-5", "finetune")
+    assert ran(output) == ["check", "finetune"]
+    assert "1e-05" in (copy.folder / "params.yaml").read_text()
+    copy.run("git", "checkout", "params.yaml", "dvc.lock", "metrics")
+    copy.run("dvc", "checkout", "--force")
+    assert copy.outs() == before
+
+
+def test_a_killed_training_goes_on_and_ends_in_the_same_bytes(copy):
+    before = copy.outs()
+    train = [sys.executable, "-m", "stages.finetune"]
+    killed = subprocess.Popen(train, cwd=copy.folder, env=environment())
+    deadline = time.monotonic() + 120
+    states = re.compile(r"finetune-\w+\.pt")  # not what a finished one leaves for others
+    while not any(states.fullmatch(path.name) for path in (copy.folder / ".resume").iterdir()):
+        assert time.monotonic() < deadline
+        assert killed.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    output = copy.run(*train)
+    assert re.search(r"resuming after epoch [12] of 3", output)
+    assert copy.outs() == before
+    left = {"".join(path.suffixes) for path in (copy.folder / ".resume").iterdir()}
+    # locks are empty files: to remove one would race with who waits for it; results go after a day
+    assert left == {".lock", ".finished.pt"}
+    copy.run("dvc", "checkout", "--force")
+
+
+def test_a_temporary_experiment_logs_to_the_main_checkout(copy):
+    tracked = Copy(copy.folder, tracking=True)
+    output = tracked.run("dvc", "exp", "run", "--temp", "-n", "three", "-S", "gamma=3")
+    assert sorted(ran(output)) == sorted(GAMMA_STAGES)
+    found = copy.python(
+        "import json, mlflow\n"
+        "client = mlflow.MlflowClient('sqlite:///mlflow.db')\n"
+        "ids = [e.experiment_id for e in client.search_experiments()]\n"
+        "runs = client.search_runs(ids, max_results=1000)\n"
+        "print('RUNS' + json.dumps([dict(id=r.info.run_id, name=r.info.run_name,"
+        " status=r.info.status, parent=r.data.tags.get('mlflow.parentRunId'),"
+        " params=r.data.params, metrics=r.data.metrics,"
+        " artifacts=[a.path for a in client.list_artifacts(r.info.run_id)]) for r in runs]))\n"
+    )
+    runs = json.loads(found.split("RUNS")[1])
+    (parent,) = [r for r in runs if r["name"] == "three"]
+    assert parent["params"]["gamma"] == "3"
+    assert parent["metrics"].keys() >= {"accuracy", "blocks_mean", "baseline.accuracy"}
+    assert "report" in parent["artifacts"]
+    children = {r["name"] for r in runs if r["parent"] == parent["id"]}
+    assert children == {"finetune", "evaluate", "benchmark", "report"}
+    killed_before = [r for r in runs if r["status"] != "FINISHED"]
+    assert killed_before == []
+
+
+def test_importing_a_checkpoint_replaces_training(copy):
+    copy.run(
+        sys.executable, "-m", "tools.import_checkpoint", "models/pretrain", "pretrain"
+    )  # fmt: skip
+    before = copy.outs()
+    output = copy.run("dvc", "repro")
+    assert "pretrain: imported import/models-pretrain" in output
+    after = copy.outs()
+    weights = "models/pretrain/model.safetensors"
+    assert after[weights] == before[weights]
+    assert after["models/finetune/model.safetensors"] == before["models/finetune/model.safetensors"]
+    assert copy.metrics("pretrain") == {"pretrain": {"imported": 1}}
+    shown = json.loads(copy.run("dvc", "plots", "show", "--json"))
+    assert not shown.get("errors"), shown["errors"]

@@ -1,0 +1,386 @@
+"""The Triton executor: its results in Triton's interpreter, and what the compiler makes of it.
+
+The interpreter has to be on before Triton is imported, so one test runs this file again with it on;
+then it has other tests. It keeps bf16 as bits that it can't multiply, which `bf16_products` mends.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from builders import NORMALISATION, trained
+from torch import nn
+
+from pipeline.inference import triton_kernel
+from pipeline.inference.base import Networks, UnavailableError
+from pipeline.inference.masked import Masked
+from pipeline.inference.triton_kernel import PIXEL, TritonKernel
+from pipeline.models.policy_net import PolicyNet
+from pipeline.models.resnet import ResNet
+
+triton = pytest.importorskip("triton")
+INTERPRETED = not isinstance(triton_kernel._forward, triton.JITFunction)
+CLASSES = 3
+
+
+def make_networks(*, depth=8, width=4, policy=False, input_size=None) -> Networks:
+    torch.manual_seed(depth)
+    resnet = trained(ResNet(depth=depth, width=width, num_classes=CLASSES), 0)
+    policy_net = PolicyNet(num_blocks=resnet.num_blocks, width=width, input_size=input_size)
+    return Networks(
+        resnet=resnet,
+        policy_net=trained(policy_net, 1) if policy else None,
+        normalisation=NORMALISATION,
+    )
+
+
+def make_images(count: int, height: int = 8, width: int = 8, seed: int = 0) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, height, width, 3), generator=draw).byte()
+
+
+def random_actions(batch: int, blocks: int) -> torch.Tensor:
+    return torch.rand(batch, blocks, generator=torch.Generator().manual_seed(3)) < 0.5
+
+
+POLICIES = {
+    "random": random_actions,
+    "all kept": lambda b, k: torch.ones(b, k, dtype=torch.bool),
+    "all dropped": lambda b, k: torch.zeros(b, k, dtype=torch.bool),
+    "first of stages dropped": lambda b, k: (torch.arange(k) % (k // 3) != 0).expand(b, k),
+    "only first of stages": lambda b, k: (torch.arange(k) % (k // 3) == 0).expand(b, k),
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Small proofs, and grids of two programs, so that most batches here are larger."""
+    monkeypatch.setattr(TritonKernel, "PROOF_SIDE", 8)
+    monkeypatch.setattr(TritonKernel, "PROGRAMS_PER_SM", 2)
+    monkeypatch.setattr(triton_kernel, "PROOFS", {})
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Executors that several tests use."""
+    return {}
+
+
+class TestInInterpreter:
+    __test__ = INTERPRETED
+
+    @pytest.fixture(autouse=True)
+    def small_tiles(self, monkeypatch):
+        monkeypatch.setattr(TritonKernel, "SUMS", 1024)  # 64 pixels of the first stage
+
+    @pytest.fixture(autouse=True)
+    def bf16_products(self, monkeypatch):
+        import numpy as np
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        tl = triton.language
+        cast = InterpreterBuilder.cast_impl
+
+        def as_floats(handle):
+            if handle.dtype.scalar != tl.bfloat16:
+                return handle.data
+            return (handle.data.astype(np.uint32) << 16).view(np.float32)
+
+        def dot(self, a, b, total, *_):
+            return TensorHandle(as_floats(a) @ as_floats(b) + total.data, total.dtype.scalar)
+
+        def round_to_even(self, source, kind):
+            if (source.dtype.scalar, kind.scalar) != (tl.float32, tl.bfloat16):
+                return cast(self, source, kind)
+            bits = source.data.view(np.uint32)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            return TensorHandle(bits.astype(np.uint16), kind.scalar)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+        monkeypatch.setattr(InterpreterBuilder, "cast_impl", round_to_even)
+
+    @pytest.mark.parametrize("policy", POLICIES)
+    @pytest.mark.parametrize(("depth", "width"), [(8, 16), (20, 4)])
+    @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.02)])
+    def test_same_logits_as_masked(self, precision, tolerance, depth, width, policy, made):
+        key = precision, depth
+        if key not in made:
+            networks = make_networks(depth=depth, width=width)
+            made[key] = TritonKernel(networks, precision=precision), Masked(networks)
+        execute, reference = made[key]
+        images = make_images(3)
+        actions = POLICIES[policy](3, execute.networks.num_blocks)
+        found, expected = execute(images, actions), reference(images, actions)
+        assert found.logits.dtype == torch.float32
+        assert torch.equal(found.actions, actions)
+        scale = expected.logits.abs().max()
+        assert (found.logits - expected.logits).abs().max() < tolerance * scale
+        if precision == "bf16":
+            assert not torch.allclose(found.logits, expected.logits, rtol=1e-5, atol=0)
+
+    @pytest.mark.parametrize("batch", [1, 5])
+    @pytest.mark.parametrize("input_size", [None, 4])
+    def test_same_actions_as_masked_from_the_policy_network(self, batch, input_size, made):
+        if input_size not in made:
+            networks = make_networks(policy=True, input_size=input_size)
+            made[input_size] = TritonKernel(networks), Masked(networks)
+        execute, reference = made[input_size]
+        images = make_images(batch)
+        found, expected = execute(images), reference(images)
+        assert 0 < expected.actions.double().mean() < 1
+        assert torch.equal(found.actions, expected.actions)
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+        with_given = execute(images, ~expected.actions)
+        torch.testing.assert_close(
+            with_given.logits, reference(images, ~expected.actions).logits, atol=1e-4, rtol=0
+        )
+
+    @pytest.mark.parametrize(("height", "width"), [(12, 12), (8, 20)])
+    def test_sizes_that_leave_a_tile_part_empty(self, height, width):
+        networks = make_networks()
+        images = make_images(3, height, width)
+        actions = random_actions(3, networks.num_blocks)
+        found = TritonKernel(networks)(images, actions)
+        expected = Masked(networks)(images, actions)
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("depth", [16, 64, 256])
+    def test_products_of_any_depth(self, depth, monkeypatch):
+        monkeypatch.setattr(TritonKernel, "DEPTH", {"fp32": depth})
+        networks = make_networks(width=16)
+        images = make_images(2)
+        found, expected = TritonKernel(networks)(images), Masked(networks)(images)
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+
+    def test_memory_layouts(self):
+        networks = make_networks()
+        execute = TritonKernel(networks)
+        images = make_images(3)
+        actions = random_actions(3, networks.num_blocks)
+        expected = Masked(networks)(images, actions).logits
+        scattered = make_images(6, 16, 16, seed=1)
+        scattered[::2, ::2, ::2] = images
+        taken = scattered[::2, ::2, ::2]
+        assert not taken.is_contiguous()
+        transposed = actions.t().contiguous().t()
+        found = execute(taken, transposed).logits
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        inputs = NORMALISATION(images)
+        for form in (inputs, inputs.contiguous(), inputs.double()):
+            found = execute.classify(form, actions)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+    def test_borders_stay_zero_and_calls_do_not_depend_on_each_other(self):
+        execute = TritonKernel(make_networks(policy=True, width=16))
+        images = make_images(3)
+        first = execute(images).logits
+        execute(make_images(4, seed=1), torch.ones(4, 3))
+        assert torch.equal(execute(images).logits, first)
+        for network in (execute.resnet, execute.policy_net):
+            (space,) = network.spaces.values()
+            first, second, third = network.channels
+            buffers = [(8, PIXEL), *[(8, first)] * 2, *[(4, second)] * 2, *[(2, third)] * 2]
+            start = 0
+            for side, channels in buffers:
+                stop = start + (side + 2) ** 2 * channels
+                buffer = space[:, start:stop].view(-1, side + 2, side + 2, channels).clone()
+                assert buffer.flatten(1).any(dim=1).all()  # each program uses its own
+                buffer[:, 1:-1, 1:-1, : 3 if channels == PIXEL else None] = 0
+                assert not buffer.any()
+                start = stop
+            assert not space[:, start:].any()
+            assert space.shape[1] >= start + third  # where a fourth tap may read
+
+    def test_a_dropped_block_does_not_run(self, monkeypatch):
+        """Weights that would show in every logit, in a block that nobody keeps."""
+        networks = make_networks()
+        images = make_images(3)
+        actions = torch.tensor([[True, False, True]]).expand(3, 3)
+        expected = Masked(networks)(images, actions).logits
+        nn.init.constant_(networks.resnet.flat_blocks()[1].conv2.weight, float("nan"))
+        monkeypatch.setattr(TritonKernel, "_prove", lambda self: None)
+        execute = TritonKernel(networks)
+        torch.testing.assert_close(execute(images, actions).logits, expected, atol=1e-4, rtol=0)
+        assert execute(images).logits.isnan().all()
+
+    def test_the_proof_has_programs_take_several_images(self, monkeypatch):
+        monkeypatch.setattr(TritonKernel, "PROGRAMS_PER_SM", 50)
+        execute = TritonKernel(make_networks())
+        assert [len(space) for space in execute.resnet.spaces.values()] == [2]
+        assert execute.programs == 50
+
+    def test_networks_of_the_same_shapes_are_proved_once(self, monkeypatch):
+        proved = []
+        real = triton_kernel._in_float64
+        monkeypatch.setattr(triton_kernel, "_in_float64", lambda net: proved.append(net) or real(net))
+        images = make_images(2)
+        for seed in (0, 1):  # as before and after an epoch
+            networks = make_networks()
+            trained(networks.resnet, seed)
+            found, expected = TritonKernel(networks)(images), Masked(networks)(images)
+            torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+        assert len(proved) == 1
+        TritonKernel(make_networks(policy=True))
+        assert len(proved) == 3
+        TritonKernel(make_networks(policy=True, input_size=4))
+        TritonKernel(make_networks(), precision="bf16")
+        TritonKernel(make_networks(width=8))
+        TritonKernel(make_networks(depth=14))
+        assert len(proved) == 8
+
+    def test_what_was_disproved_is_not_tried_again_but_for_want_of_memory(self, monkeypatch):
+        tried = []
+
+        def fails(error):
+            return lambda *_, **__: tried.append(1) or (_ for _ in ()).throw(error)
+
+        for error, words, tries in (
+            (torch.OutOfMemoryError("full"), "no memory is left to prove", 2),
+            (RuntimeError("no such target"), "the kernel fails: RuntimeError: no such target", 1),
+        ):
+            tried.clear()
+            monkeypatch.setattr(TritonKernel, "_run", fails(error))
+            for _ in range(2):
+                with pytest.raises(UnavailableError, match=words):
+                    TritonKernel(make_networks())
+            assert len(tried) == tries
+
+    def test_scratch_that_is_freed_is_made_anew(self):
+        execute = TritonKernel(make_networks(policy=True))
+        before = execute(make_images(3)).logits
+        execute.free()
+        assert not execute.resnet.spaces
+        assert not execute.policy_net.spaces
+        assert torch.equal(execute(make_images(3)).logits, before)
+
+    def test_sides_that_do_not_halve_twice_are_refused(self):
+        with pytest.raises(ValueError, match="10 x 8 pixels, expected multiples of 4"):
+            TritonKernel(make_networks())(make_images(2, 10, 8))
+
+    def test_too_many_channels_are_refused(self):
+        with pytest.raises(UnavailableError, match="256 channels are more than 128"):
+            TritonKernel(make_networks(width=33))
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda weight, bias: (weight, bias + 0.5),
+            lambda weight, bias: (weight.flip(3), bias),
+            lambda weight, bias: (weight.transpose(2, 3), bias),
+            lambda weight, bias: (weight, bias * float("nan")),
+        ],
+        ids=["bias", "taps", "rows for columns", "nan"],
+    )
+    def test_a_broken_kernel_is_refused(self, damage, precision, monkeypatch):
+        fold = triton_kernel.fold
+        monkeypatch.setattr(triton_kernel, "fold", lambda conv, bn: damage(*fold(conv, bn)))
+        with pytest.raises(UnavailableError, match="kernel's ResNet disagrees with float64"):
+            TritonKernel(make_networks(), precision=precision)
+
+    def test_a_broken_policy_network_is_refused(self, monkeypatch):
+        networks = make_networks(policy=True)
+        fold, broken = triton_kernel.fold, networks.policy_net.features.flat_blocks()[2].conv1
+
+        def damaged(conv, bn):
+            weight, bias = fold(conv, bn)
+            return weight, bias + (0.5 if conv is broken else 0)
+
+        monkeypatch.setattr(triton_kernel, "fold", damaged)
+        with pytest.raises(UnavailableError, match="kernel's policy network disagrees"):
+            TritonKernel(networks)
+
+    def test_a_kernel_that_does_not_run_is_refused(self, monkeypatch):
+        monkeypatch.setattr(triton_kernel, "_forward", {})
+        with pytest.raises(UnavailableError, match="the kernel fails: KeyError"):
+            TritonKernel(make_networks())
+
+
+class NoGpu:
+    """Stands in for Triton's driver: code is made for a Hopper GPU that is not there."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+class CompileOnly:
+    """Stands in for the kernel: its launches compile and do nothing."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.compiled = []
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.compiled.append(self.kernel.warmup(*args, grid=grid, **options))
+
+        return launch
+
+
+class TestCompiled:
+    __test__ = not INTERPRETED
+
+    def test_in_the_interpreter(self):
+        root = Path(__file__).parents[2]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+            cwd=root,
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert re.search(r"\b[4-9]\d passed", done.stdout), done.stdout
+        assert "skipped" not in done.stdout
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_machine_code_waits_after_stores(self, precision, monkeypatch, tmp_path):
+        """What the interpreter can't show: it compiles, once, and no step reads before a barrier."""
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(triton.runtime.driver, "_active", NoGpu())
+        launches = CompileOnly(triton_kernel._forward)
+        monkeypatch.setattr(triton_kernel, "_forward", launches)
+        monkeypatch.setattr(TritonKernel, "_prove", lambda self: None)
+        execute = TritonKernel(make_networks(), precision=precision)
+        for batch in (1, 3, 16):
+            execute(make_images(batch))
+        assert len({id(kernel) for kernel in launches.compiled}) == 1
+        code = launches.compiled[0].asm["ptx"]
+        steps = re.findall(r"\b(ld\.global|st\.global|bar\.sync|cp\.async|wgmma\.mma_async)(\S*)", code)
+        order = [name for name, _ in steps]
+        assert "cp.async" not in order
+        assert not any(".nc" in rest for name, rest in steps if name == "ld.global")
+        assert order.count("st.global") > 20
+        assert ("wgmma.mma_async" in order) == (precision == "bf16")
+        waiting = False
+        for name in order:
+            assert not (waiting and name == "ld.global")
+            waiting = name == "st.global" or (waiting and name != "bar.sync")
+        assert not waiting
+
+    def test_cpus_are_refused(self):
+        with pytest.raises(UnavailableError, match="it runs on CUDA, not on cpu"):
+            TritonKernel(make_networks())
+
+    def test_without_triton_it_is_there_but_unavailable(self, monkeypatch):
+        for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
+            monkeypatch.setitem(sys.modules, name, None)
+        spec = importlib.util.spec_from_file_location("without_triton", triton_kernel.__file__)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        with pytest.raises(UnavailableError, match="Triton is not installed"):
+            module.Persistent(make_networks())

@@ -1,0 +1,55 @@
+"""The networks in pretrained/, and the preset that takes them instead of training."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load
+from pipeline.models import checkpoint
+from tools.sandbox import ROOT
+
+FOLDER = ROOT / "pretrained"
+DEMO = load(ROOT / "presets/cifar10_demo.yaml")
+QUICK = load(ROOT / "presets/cifar10_resnet32_quick.yaml")
+ROW = json.loads((ROOT / "results/rows/cifar10_resnet32_demo.json").read_text(encoding="utf-8"))
+STAGES = ("pretrain", "curriculum", "finetune", "sole", "static")
+NETWORKS = sorted(path.parent for path in FOLDER.rglob("model.json"))
+
+
+def test_the_demo_is_the_quick_preset_with_checkpoints_in_place_of_trainings():
+    demo, quick = DEMO.flat(), QUICK.flat()
+    assert demo.keys() == quick.keys()
+    changed = {key for key in demo if demo[key] != quick[key]}
+    checkpoints = {f"{stage}.checkpoint" for stage in STAGES}
+    assert checkpoints <= changed
+    assert {key.split(".")[0] for key in changed - checkpoints} <= {"benchmark"}
+
+
+def test_the_demo_names_what_is_there_and_nothing_else_is():
+    single = {ROOT / DEMO.flat()[f"{stage}.checkpoint"] for stage in STAGES[:3]}
+    sole = {ROOT / DEMO.sole.checkpoint / str(depth) for depth in DEMO.sole.depths}
+    static = {
+        ROOT / DEMO.static.checkpoint / f"{rule}-{kept}"
+        for rule in DEMO.static.rules
+        for kept in DEMO.static.num_kept
+    }
+    assert single | sole | static == set(NETWORKS)
+
+
+@pytest.mark.parametrize("folder", NETWORKS, ids=lambda folder: str(folder.relative_to(FOLDER)))
+def test_pretrained_networks_are_small_whole_and_fit_the_demo(folder: Path):
+    assert (folder / "model.safetensors").stat().st_size < 2_000_000
+    found = checkpoint.load(folder)  # which checks the digest in model.json
+    assert found.normalisation.mean == pytest.approx(DEMO.resnet.mean)
+    assert found.image_size == DEMO.data.image_size
+    if found.policy_net is not None:
+        assert found.policy_net.num_blocks == DEMO.resnet.num_blocks
+    if found.resnet is not None and found.stage != "sole":
+        assert found.resnet.depth == DEMO.resnet.depth
+
+
+def test_the_row_of_results_is_of_the_demo():
+    assert ROW["params"] == json.loads(json.dumps(QUICK.flat())) | {
+        key: ROW["params"][key] for key in ROW["params"] if key.startswith("benchmark.")
+    }

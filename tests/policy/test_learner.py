@@ -1,0 +1,374 @@
+"""One step of policy learning against the exact gradient, by enumeration of what could be sampled."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from builders import NORMALISATION
+
+from pipeline.models.policies import greedy_actions
+from pipeline.policy import objectives as pg
+from pipeline.policy.learner import PolicyLearner, PolicyObjective
+from pipeline.training.distillation import Distillation
+from pipeline.training.loop import Batch
+from pipeline.training.optim import make_optimizer
+
+pytestmark = pytest.mark.usefixtures("stand_ins")
+
+K = 3
+ALPHA, GAMMA = 0.8, 2.0
+ALL_POLICIES = torch.tensor(list(itertools.product([0, 1], repeat=K))).bool()  # [8, K]
+START = torch.tensor([0.6, -0.3, 1.1])
+
+
+def is_right(actions: torch.Tensor) -> torch.Tensor:
+    return actions[:, 2] & (actions[:, 0] | ~actions[:, 1])
+
+
+class RuleNet(torch.nn.Module):
+    """Predicts class 0 (the true one) where the actions are right, else class 1."""
+
+    num_blocks = K
+
+    def forward(self, images, actions=None):
+        right = is_right(actions).float()
+        return torch.stack([right, 1 - right], dim=1)
+
+
+class ModeNet(RuleNet):
+    """Right in evaluation mode, wrong in training mode, as batch statistics can make a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(()))  # that a loss may be differentiated
+
+    def forward(self, images, actions=None):
+        right = torch.full((len(images),), float(not self.training)) + self.nothing
+        return torch.stack([right, 1 - right], dim=1)
+
+
+LABELS_ALONE = Distillation(RuleNet(), share=0.0, normalisation=NORMALISATION, precision="fp32")
+
+
+class LinearNet(RuleNet):
+    """The label's probability falls by so much for each block that does not run."""
+
+    SLOPES = torch.tensor([0.1, 0.02, 0.3])
+
+    def right(self, kept):
+        return 0.9 - (1 - kept) @ self.SLOPES
+
+    def forward(self, images, actions=None, gates=None, *, try_dropped=False):
+        kept = actions.float()
+        if gates is not None:  # ones: their slope is to be that of a block's share
+            kept = kept + (gates - 1) * (1 if try_dropped else actions)
+        right = self.right(kept)
+        return torch.stack([right, 1 - right], dim=1).log()
+
+
+class FlatNet(LinearNet):
+    """Where a block runs a little more or less of it makes no difference, as after training."""
+
+    def right(self, kept):
+        return 0.9 - (1 - kept).square() @ self.SLOPES
+
+
+class SameForAll(torch.nn.Module):
+    """A policy network whose logits are its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(START.clone())
+
+    def forward(self, images):
+        return self.logits.expand(len(images), K)
+
+
+def gradient_of_step(
+    noise: torch.Tensor,
+    *,
+    entropy_coef: float = 0.0,
+    epoch: int | None = None,
+    resnet: torch.nn.Module | None = None,
+    finetune: bool = False,
+    estimator: str = "self_critical",
+    num_flips: int = 0,
+    **rules: object,
+) -> torch.Tensor:
+    """What one step on a single image leaves as the gradient of the logits."""
+    policy_net = SameForAll()
+    learner = PolicyLearner(
+        resnet or RuleNet(),
+        policy_net,
+        optimizer=make_optimizer("sgd", [{"params": [policy_net.logits], "lr": 0.0}], weight_decay=0),
+        rules=PolicyObjective(
+            gamma=GAMMA, alpha=ALPHA, entropy_coef=entropy_coef,
+            epochs_per_block=None if epoch is None else 1.0, estimator=estimator, num_flips=num_flips, **rules,
+        ),
+        normalisation=NORMALISATION,
+        precision="fp32",
+        distillation=LABELS_ALONE if finetune else None,
+    )  # fmt: skip
+    learner.begin_epoch(epoch or 0)
+    images = torch.zeros(1, 3, 8, 8)
+    learner.step(Batch(images=images, labels=torch.zeros(1, dtype=torch.int64), noise=noise))
+    return policy_net.logits.grad
+
+
+def noise_that_samples(actions: torch.Tensor) -> torch.Tensor:
+    """Below every s' where the block is to run, above it where not (s' lies in [0.2, 0.8])."""
+    return torch.where(actions, 0.0, 0.999)[None]
+
+
+def expected_reward(
+    logits: torch.Tensor, right: torch.Tensor | None = None, shares: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Over all policies; Eq. 3 written out, with the probability of the label and shares of blocks."""
+    right = is_right(ALL_POLICIES).float() if right is None else right
+    shares = torch.full((K,), 1 / K) if shares is None else shares
+    prob = pg.bounded_sampling_prob(torch.sigmoid(logits), ALPHA)
+    weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
+    kept = (ALL_POLICIES * shares).sum(dim=1)
+    return (weights * (right * (1 - kept**2) - (1 - right) * GAMMA)).sum()
+
+
+def test_the_expected_step_follows_the_exact_gradient_of_the_expected_reward():
+    logits = START.clone().requires_grad_()
+    exact = torch.autograd.grad(expected_reward(logits), logits)[0]
+    prob = pg.bounded_sampling_prob(torch.sigmoid(START), ALPHA)
+    weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
+    steps = torch.stack([gradient_of_step(noise_that_samples(a)) for a in ALL_POLICIES])
+    torch.testing.assert_close(-(weights[:, None] * steps).sum(dim=0), exact)
+
+
+@pytest.mark.parametrize("num_flips", [1, 2, 3, 7])  # more than there are is all
+def test_the_expected_step_of_local_expectation_follows_the_exact_gradient(num_flips):
+    logits = START.clone().requires_grad_()
+    exact = torch.autograd.grad(expected_reward(logits), logits)[0]
+    prob = pg.bounded_sampling_prob(torch.sigmoid(START), ALPHA)
+    weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
+    lots = [torch.tensor([order]) / K for order in itertools.permutations(range(K))]
+    steps = torch.stack(
+        [
+            sum(
+                gradient_of_step(
+                    torch.cat([noise_that_samples(a), lot], dim=1),
+                    estimator="local_expectation",
+                    num_flips=num_flips,
+                )
+                for lot in lots
+            )
+            / len(lots)
+            for a in ALL_POLICIES
+        ]
+    )
+    torch.testing.assert_close(-(weights[:, None] * steps).sum(dim=0), exact)
+
+
+def test_a_soft_reward_and_shares_of_blocks_are_what_local_expectation_follows():
+    shares = (0.2, 0.5, 0.3)
+    logits = START.clone().requires_grad_()
+    right = torch.where(is_right(ALL_POLICIES), math.e / (1 + math.e), 1 / (1 + math.e))  # of RuleNet
+    reward = expected_reward(logits, right, torch.tensor(shares))
+    exact = torch.autograd.grad(reward, logits)[0]
+    prob = pg.bounded_sampling_prob(torch.sigmoid(START), ALPHA)
+    weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
+    steps = torch.stack(
+        [
+            gradient_of_step(
+                torch.cat([noise_that_samples(a), torch.zeros(1, K)], dim=1),
+                estimator="local_expectation",
+                num_flips=K,
+                soft_reward=True,
+                block_shares=shares,
+            )
+            for a in ALL_POLICIES
+        ]
+    )
+    torch.testing.assert_close(-(weights[:, None] * steps).sum(dim=0), exact)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_local_expectation_tries_learnt_blocks_alone(epoch):
+    noise = torch.cat([noise_that_samples(ALL_POLICIES[-1]), torch.tensor([[0.9, 0.5, 0.1]])], dim=1)
+    gradient = gradient_of_step(noise, epoch=epoch, estimator="local_expectation", num_flips=7)
+    assert ((gradient != 0) == (torch.arange(K) >= K - 1 - epoch)).all()
+
+
+def expected_step(net: LinearNet, estimator: str, shares: tuple[float, ...] | None) -> torch.Tensor:
+    """Ascent of the logits, the mean over the actions that may be sampled."""
+    prob = pg.bounded_sampling_prob(torch.sigmoid(START), ALPHA)
+    weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
+    steps = [
+        gradient_of_step(
+            noise_that_samples(a), resnet=net, finetune=True, estimator=estimator, block_shares=shares
+        )
+        for a in ALL_POLICIES
+    ]
+    return -(weights[:, None] * torch.stack(steps)).sum(dim=0)
+
+
+def exact_step(net: LinearNet, shares: tuple[float, ...] | None) -> torch.Tensor:
+    logits = START.clone().requires_grad_()
+    right = net.right(ALL_POLICIES.float())
+    reward = expected_reward(logits, right, None if shares is None else torch.tensor(shares))
+    return torch.autograd.grad(reward, logits)[0]
+
+
+@pytest.mark.parametrize("shares", [None, (0.2, 0.5, 0.3)])
+@pytest.mark.parametrize(
+    ("estimator", "net"),
+    [("straight_through", LinearNet()), ("reinmax", LinearNet()), ("reinmax", FlatNet())],
+)
+def test_the_expected_step_by_slopes_is_the_exact_gradient_to_its_order(estimator, net, shares):
+    found = expected_step(net, estimator, shares)
+    torch.testing.assert_close(found, exact_step(net, shares), rtol=1e-4, atol=1e-6)
+
+
+def test_straight_through_takes_a_block_whose_slope_is_nought_for_worthless():
+    exact = exact_step(FlatNet(), None)
+    assert exact[2] > 0
+    assert expected_step(FlatNet(), "straight_through", None)[2] < 0
+
+
+@pytest.mark.parametrize("logit", [-200.0, -50.0, 50.0, 200.0])
+def test_slopes_stay_finite_where_the_policy_is_certain(logit):
+    logits = torch.full((2, 3), logit, requires_grad=True)
+    prob = torch.sigmoid(logits)
+    for actions in (torch.zeros(2, 3).bool(), torch.ones(2, 3).bool()):
+        slopes = pg.reward_gradient(
+            torch.full((2,), 0.9), torch.full((2, 3), -3.0), actions, prob.detach(), 10.0, both_ends=True
+        )
+        (gradient,) = torch.autograd.grad(pg.expectation_loss(slopes, torch.sigmoid(logits)), logits)
+        assert torch.isfinite(gradient).all()
+
+
+def test_an_estimator_that_does_not_fit_the_resnet_is_refused():
+    with pytest.raises(ValueError, match=r"no estimator straight_through where the ResNet is frozen"):
+        gradient_of_step(noise_that_samples(ALL_POLICIES[0]), estimator="straight_through")
+    with pytest.raises(ValueError, match=r"no estimator local_expectation where the ResNet learns"):
+        gradient_of_step(
+            noise_that_samples(ALL_POLICIES[0]), estimator="local_expectation", finetune=True
+        )
+
+
+def test_the_entropy_bonus_pushes_towards_one_half():
+    greedy = greedy_actions(torch.sigmoid(START))
+    bonus = gradient_of_step(noise_that_samples(greedy), entropy_coef=1.0)
+    logits = START.clone().requires_grad_()
+    entropy = torch.distributions.Bernoulli(logits=logits).entropy().sum()
+    torch.testing.assert_close(bonus, -torch.autograd.grad(entropy, logits)[0])
+    assert ((bonus > 0) == (START > 0)).all()  # descent moves every logit towards 0
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_the_authors_bonus_reaches_blocks_that_are_not_learnt_yet(epoch):
+    """Their loss: minus beta times the sum over all K of -p log p, the mean over the batch."""
+    greedy = greedy_actions(torch.sigmoid(START)) | (torch.arange(K) < K - 1 - epoch)
+    bonus = gradient_of_step(
+        noise_that_samples(greedy), entropy="authors", entropy_coef=0.7, epoch=epoch
+    )
+    logits = START.clone().requires_grad_()
+    prob = pg.bounded_sampling_prob(torch.sigmoid(logits), ALPHA)
+    loss = 0.7 * (prob * prob.log()).sum()
+    torch.testing.assert_close(bonus, torch.autograd.grad(loss, logits)[0])
+    assert (bonus[START > 0] > 0).all()  # descent moves what is kept towards dropping
+
+
+@pytest.mark.parametrize(("epoch", "left"), [(0, 1.0), (1, 0.75), (3, 0.25)])
+def test_the_entropy_bonus_falls_over_its_epochs(epoch, left):
+    greedy = greedy_actions(torch.sigmoid(START))
+    policy_net = SameForAll()
+    learner = PolicyLearner(
+        RuleNet(),
+        policy_net,
+        optimizer=make_optimizer("sgd", [{"params": [policy_net.logits], "lr": 0.0}], weight_decay=0),
+        rules=PolicyObjective(gamma=GAMMA, alpha=ALPHA, entropy_coef=0.3, entropy_epochs=4),
+        normalisation=NORMALISATION,
+        precision="fp32",
+        distillation=None,
+    )
+    learner.begin_epoch(epoch)
+    labels = torch.zeros(1, dtype=torch.int64)
+    learner.step(Batch(images=torch.zeros(1, 3, 8, 8), labels=labels, noise=noise_that_samples(greedy)))
+    whole = gradient_of_step(noise_that_samples(greedy), entropy_coef=0.3)
+    torch.testing.assert_close(policy_net.logits.grad, left * whole)
+
+
+def test_the_diversity_bonus_is_the_slope_of_the_mean_policys_entropy():
+    greedy = greedy_actions(torch.sigmoid(START))
+    bonus = gradient_of_step(noise_that_samples(greedy), marginal_entropy_coef=0.3)
+    logits = START.clone().requires_grad_()  # one image: the mean policy is its own
+    entropy = torch.distributions.Bernoulli(logits=logits).entropy().sum()
+    torch.testing.assert_close(bonus, -0.3 * torch.autograd.grad(entropy, logits)[0])
+
+
+@pytest.mark.parametrize("learnt", [None, torch.tensor([False, True, True])])
+def test_sameness_has_the_gradient_of_the_mean_policys_entropy(learnt):
+    logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    keep_prob = torch.sigmoid(logits)
+    mean = keep_prob.mean(dim=0)
+    each = torch.distributions.Bernoulli(probs=mean).entropy()
+    exact = torch.autograd.grad((each if learnt is None else each[learnt]).sum(), logits)[0]
+    keep_prob = torch.sigmoid(logits)
+    parts = [pg.marginal_entropy_loss(part, mean, learnt) / 2 for part in keep_prob.split(3)]
+    torch.testing.assert_close(torch.autograd.grad(sum(parts), logits)[0], -exact)
+
+
+def test_sameness_stays_finite_where_everybody_agrees():
+    keep_prob = torch.ones(2, 3, requires_grad=True)
+    pg.marginal_entropy_loss(keep_prob, torch.tensor([1.0, 0.0, 0.5])).backward()
+    assert torch.isfinite(keep_prob.grad).all()
+
+
+def test_sampling_the_greedy_policy_teaches_nothing():
+    greedy = greedy_actions(torch.sigmoid(START))
+    assert not gradient_of_step(noise_that_samples(greedy)).any()
+
+
+def test_the_two_kinds_of_batch_statistics_make_no_advantage_of_the_same_policy():
+    greedy = greedy_actions(torch.sigmoid(START))
+    same = gradient_of_step(noise_that_samples(greedy), resnet=ModeNet(), finetune=True)
+    other = gradient_of_step(noise_that_samples(~greedy), resnet=ModeNet(), finetune=True)
+    assert not same.any()
+    assert other.any()
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_the_curriculum_lets_gradients_reach_learnt_blocks_alone(epoch):
+    other = ~greedy_actions(torch.sigmoid(START))
+    gradient = gradient_of_step(noise_that_samples(other), entropy_coef=0.1, epoch=epoch)
+    learnt = torch.arange(K) >= K - 1 - epoch
+    assert ((gradient != 0) == learnt).all()
+
+
+def test_metrics_are_those_of_the_step():
+    policy_net = SameForAll()
+    learner = PolicyLearner(
+        RuleNet(),
+        policy_net,
+        optimizer=make_optimizer("sgd", [{"params": [policy_net.logits], "lr": 0.0}], weight_decay=0),
+        rules=PolicyObjective(gamma=GAMMA, alpha=ALPHA, entropy_coef=0.0),
+        normalisation=NORMALISATION,
+        precision="fp32",
+        distillation=None,
+    )
+    learner.begin_epoch(0)
+    wrong = torch.tensor([True, True, False])
+    found = learner.step(
+        Batch(
+            images=torch.zeros(2, 3, 8, 8),
+            labels=torch.zeros(2, dtype=torch.int64),
+            noise=torch.cat([noise_that_samples(wrong), noise_that_samples(ALL_POLICIES[-1])]),
+        )
+    )
+    greedy = greedy_actions(torch.sigmoid(START))  # block 1 dropped: right, two of three blocks
+    assert greedy.tolist() == [True, False, True]
+    assert found["greedy_reward"].item() == pytest.approx(1 - 4 / 9)
+    assert found["reward"].item() == pytest.approx((-GAMMA + 0.0) / 2)
+    assert found["blocks"].item() == 2
+    prob = torch.sigmoid(START)
+    entropy = -(prob * prob.log() + (1 - prob) * (1 - prob).log()).mean()
+    assert found["entropy"].item() == pytest.approx(entropy.item(), rel=1e-5)
+    assert found["entropy"].item() < math.log(2)

@@ -1,0 +1,253 @@
+"""Ablations: one part of a recipe changed, several seeds, rows that are not trained twice."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from builders import NORMALISATION
+from repository_copy import ROOT
+
+from pipeline.config import load
+from pipeline.data.split import Split
+from pipeline.flops import measure
+from pipeline.infra.errors import UserError
+from pipeline.models import checkpoint
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.policy_net import PolicyNet
+from pipeline.models.resnet import ResNet
+from research import ablation
+
+CLASSES = tuple("abcdefghij")
+TINY = ",".join([
+    "resnet.depth=8", "resnet.width=4", "policy_net.width=4", "data.image_size=8", "static.num_kept=[1]",
+    f"resnet.mean={list(NORMALISATION.mean)}", f"resnet.std={list(NORMALISATION.std)}",
+    "curriculum.epochs=2", "curriculum.batch_size=16", "finetune.epochs=1", "finetune.batch_size=16",
+])  # fmt: skip
+PRESET = ablation.changed(load(ROOT / "presets/digits.yaml"), TINY)
+CHANGES = {"curriculum": "curriculum.lr=0.5", "finetune": "finetune_policy.lr=0.5"}
+DEEPER = "resnet.depth=14,curriculum.epochs=4"
+
+
+@pytest.fixture
+def setting(tmp_path, monkeypatch):
+    """Random small networks, and 40 random images."""
+    monkeypatch.setattr(ablation, "load_classes", lambda folder: CLASSES)
+    torch.manual_seed(0)
+    made = Checkpoint(
+        stage="pretrain", resnet=ResNet(depth=8, width=4), policy_net=None, normalisation=NORMALISATION,
+        image_size=8, classes=CLASSES, metrics={},
+    )  # fmt: skip
+    checkpoint.save(made, tmp_path / "pretrain")
+    policy_net = PolicyNet(num_blocks=3, width=4)
+    checkpoint.save(
+        replace(made, stage="curriculum", resnet=None, policy_net=policy_net), tmp_path / "curriculum"
+    )
+    images = torch.randint(256, (40, 8, 8, 3), dtype=torch.uint8)
+    split = Split(images=images, labels=torch.randint(10, (40,)))
+    return lambda stage="finetune": ablation.Setting(
+        stage=stage, preset=PRESET, told={"commit": "abc"}, resnet=tmp_path / "pretrain",
+        policy_net=tmp_path / "curriculum", train=split, validation=split,
+    )  # fmt: skip
+
+
+def both(setting: ablation.Setting) -> dict:
+    change = CHANGES[setting.stage]
+    return {ablation.AS_IT_IS: setting.preset, change: ablation.variant_of(setting, change)}
+
+
+def test_changes_are_read_as_params_are():
+    found = ablation.changed(
+        PRESET, "finetune_policy.train_epochs=null, gamma=1e-05,resnet.mean=[0.1, 0.2,0.3]"
+    )
+    assert (found.finetune_policy.train_epochs, found.gamma, found.resnet.mean) == (
+        None,
+        1e-5,
+        (0.1, 0.2, 0.3),
+    )
+    differing = {key for key, value in found.flat().items() if PRESET.flat()[key] != value}
+    assert differing == {"gamma", "resnet.mean"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("finetune.distillation", "--set finetune.distillation: write KEY=VALUE"),
+        ("=3", "write KEY=VALUE"),
+        ("finetune_policy.alpha=[0", r"--set finetune_policy.alpha=\[0: no value"),
+        ("finetune.distilation=0", "--set finetune.distilation: there is no such parameter"),
+        ("finetune=0", "--set finetune: there is no such parameter"),
+        ("gamma=1,finetune.distillation=2", "--set finetune.distillation: is 2, but .*equal to 1"),
+        ("finetune_policy.train_epochs=1000", "train_epochs 1000 are more than finetune.epochs"),
+    ],
+)
+def test_a_change_that_params_refuse_is_refused_by_name(text, said):
+    with pytest.raises(UserError, match=said):
+        ablation.changed(PRESET, text, flag="--set")
+
+
+@pytest.mark.parametrize("text", ["curriculum.gamma=50", "pretrain.lr=3", "seed=7", "finetune.epochs=1"])
+def test_a_change_that_the_stage_does_not_read_is_refused(text, setting):
+    with pytest.raises(UserError, match=f"--vary {text}: changes nothing that finetune reads"):
+        ablation.variant_of(setting(), text)
+
+
+@pytest.mark.parametrize("stage", list(ablation.READ))
+def test_each_variant_and_seed_is_one_row_and_none_is_trained_twice(
+    stage, setting, tmp_path, monkeypatch
+):
+    own, out = setting(stage), tmp_path / "results" / "rows.csv"
+    rows = ablation.run(own, both(own), [0, 1], out)
+    change = CHANGES[stage]
+    assert list(zip(rows["variant"], rows["seed"], strict=True)) == [
+        (ablation.AS_IT_IS, 0), (change, 0), (ablation.AS_IT_IS, 1), (change, 1),
+    ]  # fmt: skip
+    assert rows["validation_accuracy"].between(0, 1).all()
+    assert (rows["commit"] == "abc").all()
+    rewards = rows["reward"].tolist()
+    assert rewards[0] != rewards[1]  # the change counts
+    again = out.read_bytes()
+    monkeypatch.setattr(ablation, "row_of", lambda *_: pytest.fail("trained twice"))
+    assert len(ablation.run(own, both(own), [1], out)) == 2
+    assert out.read_bytes() == again
+    first, other = ablation.summary(rows).splitlines()[2:]
+    assert first.startswith(f"| {ablation.AS_IT_IS} | 2 | ")
+    assert other.startswith(f"| {change} | 2 | ")
+    assert f"{100 * rows['validation_accuracy'][::2].mean():.2f} +- " in first
+
+
+@pytest.mark.parametrize("stage", list(ablation.READ))
+def test_the_seed_counts_and_alone_decides(stage, setting):
+    own = setting(stage)
+
+    def weights(seed):
+        learner = ablation.trained(own, PRESET.model_copy(update={"seed": seed}))
+        return torch.cat([p.detach().flatten() for p in learner.policy_net.parameters()])
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def test_rows_of_other_settings_are_others(setting, tmp_path, capsys):
+    own, out = setting(), tmp_path / "rows.csv"
+    as_it_is = {ablation.AS_IT_IS: PRESET}
+    ablation.run(own, as_it_is, [0], out)
+    fewer = replace(own, train=ablation.in_memory(own.train, 20))
+    assert len(ablation.run(fewer, as_it_is, [0], out)) == 1
+    preset = ablation.changed(PRESET, "gamma=9")
+    assert len(ablation.run(replace(own, preset=preset), {ablation.AS_IT_IS: preset}, [0], out)) == 1
+    assert len(pd.read_csv(out)) == 3
+    unread = ablation.changed(PRESET, "pretrain.lr=3")
+    ablation.run(replace(own, preset=unread), {ablation.AS_IT_IS: unread}, [0], out)
+    assert len(pd.read_csv(out)) == 3
+
+
+def test_a_row_is_known_by_what_was_trained_and_not_by_its_name_alone(setting):
+    own = setting()
+    one, other = (
+        ablation.key_values(own, "name", params)["recipe"]
+        for params in (PRESET, ablation.changed(PRESET, "finetune_policy.lr=0.5"))
+    )
+    assert one != other
+
+
+def test_what_another_process_has_trained_meanwhile_is_no_second_row(setting, tmp_path):
+    own, out = setting(), tmp_path / "rows.csv"
+    row = ablation.row_of(own, ablation.AS_IT_IS, PRESET)
+    ablation.add_to(out, row)
+    ablation.add_to(out, row | {"reward": 3.0})
+    assert len(pd.read_csv(out)) == 1
+    ablation.add_to(out, row | {"seed": 1})
+    assert len(pd.read_csv(out)) == 2
+
+
+def test_what_is_judged_is_the_policy_as_it_is_deployed(setting):
+    own = setting()
+    learner = ablation.learner_of(own, PRESET)
+    torch.nn.init.constant_(learner.policy_net.features.fc.weight, 0.0)
+    learner.policy_net.features.fc.bias.data.copy_(torch.tensor([3.0, -3.0, 0.1]))
+    found = ablation.judged(learner, own.validation, PRESET, gamma=4.0)
+    assert found["blocks_mean"] == 2
+    assert found["effective_policies"] == pytest.approx(1)
+    assert found["another_images_policy"] == found["validation_accuracy"]
+    right = found["validation_accuracy"]
+    assert found["reward"] == pytest.approx(right * (1 - (2 / 3) ** 2) - (1 - right) * 4.0)
+    cost = measure(learner.resnet, learner.policy_net, 8)
+    assert found["flops"] == (cost.always + cost.blocks[0] + cost.blocks[2]) / cost.full
+
+
+def test_a_training_whose_numbers_go_wrong_is_no_row(setting, tmp_path):
+    own, out = setting(), tmp_path / "rows.csv"
+    text = "finetune.optimizer=sgd,finetune.lr=1e9"
+    with pytest.raises(
+        UserError, match=r"finetune.lr=1e9, seed 0: .* not finite .*; lower a learning rate"
+    ):
+        ablation.run(own, {text: ablation.variant_of(own, text)}, [0], out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (DEEPER, r"expected \('cifar', 14"),
+        ("resnet.mean=[0.0,0.0,0.0]", "input normalisation"),
+        ("data.image_size=16", "image size is 8, expected 16"),
+    ],
+)
+def test_data_preset_and_checkpoints_must_belong_together(text, said, setting):
+    own = setting()
+    with pytest.raises(UserError, match=said):
+        ablation.checked(replace(own, preset=ablation.changed(PRESET, text)))
+    assert ablation.checked(own) is own
+
+
+def test_a_policy_for_another_network_is_refused(setting):
+    own = setting()
+    other = checkpoint.load(own.policy_net)
+    checkpoint.save(replace(other, policy_net=PolicyNet(num_blocks=6, width=4)), own.policy_net)
+    with pytest.raises(UserError, match="number of blocks is 6, expected 3"):
+        ablation.checked(own)
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "variant,seed,recipe\n<<<<<<< ours\n"])
+def test_a_damaged_table_is_refused_by_name(content, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"rows.csv is no table of ablations .*; mend or move it"):
+        ablation.rows_of(path)
+    assert path.read_text() == content
+
+
+def test_the_command_trains_and_prints_means(setting, tmp_path, monkeypatch, capsys):
+    own = setting()
+    monkeypatch.setattr(ablation, "preset_of", lambda name: PRESET)
+    monkeypatch.setattr(ablation, "load_split", lambda folder, name, device: own.train)
+    monkeypatch.setattr(sys, "argv", [
+        "ablation", "finetune", "--vary", "finetune_policy.lr=0.5", "--set", "finetune.epochs=2",
+        "--images", "16", "--seeds", "3", "--resnet", str(own.resnet),
+        "--policy-net", str(own.policy_net), "--out", str(tmp_path / "rows.csv"),
+    ])  # fmt: skip
+    ablation.main()
+    assert "| finetune_policy.lr=0.5 | 1 | " in capsys.readouterr().out
+    rows = pd.read_csv(tmp_path / "rows.csv")
+    assert json.loads(rows[["seed", "images", "epochs"]].to_json(orient="values")) == [[3, 16, 2]] * 2
+    assert (rows["set"] == "finetune.epochs=2").all()
+
+
+def test_what_is_missing_is_an_error_with_a_remedy(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "presets").symlink_to(ROOT / "presets")
+    monkeypatch.setattr(sys, "argv", ["ablation", "finetune"])
+    with pytest.raises(SystemExit, match=r"error: data/prepared.*can't be read.*make repro"):
+        ablation.main()
+    monkeypatch.setattr(sys, "argv", ["ablation", "finetune", "--preset", "foo"])
+    with pytest.raises(SystemExit, match=r"error: --preset foo: .* no such preset; choose .*digits"):
+        ablation.main()
+    monkeypatch.setattr(sys, "argv", ["ablation", "finetune", "--images", "0"])
+    with pytest.raises(SystemExit):
+        ablation.main()
+    assert "--images: invalid positive value: '0'" in capsys.readouterr().err
+    with pytest.raises(UserError, match="fits into memory"):
+        ablation.in_memory(object())

@@ -1,0 +1,236 @@
+"""Predictions: what the reference executor gives, in words that need no shapes."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import NORMALISATION, make_split, small_pair
+
+from pipeline.flops import measure
+from pipeline.inference import native
+from pipeline.inference.base import Networks, UnavailableError
+from pipeline.inference.masked import Masked
+from pipeline.models.checkpoint import Checkpoint, CheckpointError
+from pipeline.serving import predictor as module
+from pipeline.serving.predictor import PredictionError, Predictor, as_colours, image_size_of
+
+SIZE = 16
+CLASSES = ("cat", "dog", "hält")
+
+
+@pytest.fixture(scope="module")
+def networks() -> Checkpoint:
+    made = small_pair(classes=CLASSES, image_size=SIZE)
+    return replace(made, path=Path("models/finetune"))
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return make_split(20, size=SIZE).images
+
+
+def same(found, expected) -> bool:
+    return [one.record() for one in found] == [one.record() for one in expected]
+
+
+def test_predictions_are_those_of_the_reference(networks, images):
+    pair = Networks(resnet=networks.resnet, policy_net=networks.policy_net, normalisation=NORMALISATION)
+    expected = Masked(pair)(images)
+    cost = measure(networks.resnet, networks.policy_net, SIZE)
+    found = Predictor(networks)(images)
+    assert len(found) == len(images)
+    assert len({one.blocks for one in found}) > 1  # else the rest of this test says little
+    for one, logits, actions in zip(found, expected.logits, expected.actions, strict=True):
+        assert one.name == CLASSES[int(logits.argmax())]
+        assert one.probabilities == pytest.approx(logits.softmax(dim=0).numpy(), abs=1e-4)
+        assert one.confidence == one.probabilities.max()
+        assert one.kept_blocks.tolist() == actions.tolist()
+        assert one.blocks == int(actions.sum())
+        assert one.flops == float(cost.of(actions[None])[0])
+        assert one.flops_saved == 1 - one.flops / cost.full
+
+
+def test_probabilities_sum_to_one(networks, images):
+    for one in Predictor(networks)(images):
+        assert one.probabilities.shape == (3,)
+        assert one.probabilities.sum() == pytest.approx(1)
+
+
+def test_resnet_alone_runs_every_block_and_saves_nothing(networks, images):
+    found = Predictor(replace(networks, policy_net=None))(images)
+    assert all(one.kept_blocks.tolist() == [True] * 6 for one in found)
+    assert {one.flops_saved for one in found} == {0.0}
+    expected = networks.resnet(NORMALISATION(images)).softmax(dim=1)
+    probabilities = torch.from_numpy(np.stack([one.probabilities for one in found]))
+    assert torch.allclose(probabilities.float(), expected, atol=1e-4)
+
+
+def test_arrays_and_tensors_are_the_same(networks, images):
+    predict = Predictor(networks)
+    frozen = images.numpy().copy()
+    frozen.setflags(write=False)
+    mirrored = np.ascontiguousarray(images.numpy()[:, :, ::-1])[:, :, ::-1]  # not contiguous
+    for given in (images.numpy(), frozen, mirrored):
+        assert same(predict(given), predict(images))
+
+
+def test_no_image_gives_no_prediction(networks, images):
+    assert Predictor(networks)(images[:0]) == []
+
+
+def test_more_images_than_a_batch_holds_are_predicted_in_parts(networks, images, monkeypatch):
+    predict = Predictor(networks)
+    whole = predict(images)
+    monkeypatch.setattr(module, "evaluation_batch", lambda image_size: 7)
+    for one, other in zip(predict(images), whole, strict=True):
+        assert one.kept_blocks.tolist() == other.kept_blocks.tolist()
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+
+
+def test_threads_may_share_a_predictor(networks, images):
+    predict = Predictor(networks)
+    parts = [images[start : start + 1 + start % 4] for start in range(16)]
+    expected = [predict(part) for part in parts]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(predict, parts * 5))
+    assert all(same(*pair) for pair in zip(found, expected * 5, strict=True))
+
+
+def test_record_is_plain_json(networks, images):
+    one = Predictor(networks)(images[:1])[0]
+    assert json.loads(json.dumps(one.record())) == {
+        "class": one.name,
+        "confidence": one.confidence,
+        "probabilities": list(one.probabilities),
+        "kept_blocks": list(one.kept_blocks),
+        "blocks": one.blocks,
+        "flops": one.flops,
+        "flops_saved": one.flops_saved,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "shown", "remedy"),
+    [
+        (lambda images: images[:, :8, :8], "uint8 (20, 8, 8, 3)", "scale them to 16 x 16 pixels"),
+        (lambda images: images[:, :8], "uint8 (20, 8, 16, 3)", "scale them to 16 x 16 pixels"),
+        (lambda images: images[0], "uint8 (16, 16, 3)", "images[None]"),
+        (lambda images: images[..., 0], "uint8 (20, 16, 16)", "three times"),
+        (lambda images: images[..., :1], "uint8 (20, 16, 16, 1)", "three times"),
+        (lambda images: images.permute(0, 3, 1, 2), "uint8 (20, 3, 16, 16)", "channels last"),
+        (lambda images: images / 255, "float32 (20, 16, 16, 3)", "float32 is not cast"),
+        (lambda images: images > 99, "bool (20, 16, 16, 3)", "bool is not cast"),
+        (lambda images: images.numpy().astype(int), "int64 (20, 16, 16, 3)", "int64 is not cast"),
+        (lambda images: images.numpy().astype(str), "<U3 (20, 16, 16, 3)", "<U3 is not cast"),
+        (lambda images: images.numpy().astype(object), "object (20, 16, 16, 3)", "object is not cast"),
+    ],
+)
+def test_other_images_are_refused_with_what_is_expected(networks, images, change, shown, remedy):
+    with pytest.raises(PredictionError) as caught:
+        Predictor(networks)(change(images))
+    message = str(caught.value)
+    assert f"images are {shown}, expected uint8 [B, 16, 16, 3]" in message
+    assert remedy in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_answer_that_is_no_number_is_refused(networks, images, monkeypatch, value):
+    predict = Predictor(networks)
+    execute = predict._execute
+
+    def overflowing(images):
+        output = execute(images)
+        logits = output.logits.clone()
+        logits[-1, 0] = value
+        return replace(output, logits=logits)
+
+    overflowing.device = execute.device
+    monkeypatch.setattr(predict, "_execute", overflowing)
+    with pytest.raises(PredictionError, match=r"no number \(NaN or infinite\).*train it anew"):
+        predict(images)
+
+
+def test_policy_network_alone_is_refused(networks):
+    with pytest.raises(CheckpointError, match=r"models/finetune holds no ResNet.*take models/finetune"):
+        Predictor(replace(networks, resnet=None))
+
+
+def test_image_size_may_be_told_where_the_checkpoint_does_not_say_it(networks, images):
+    older = replace(networks, image_size=None)
+    assert same(Predictor(older, image_size=SIZE)(images), Predictor(networks)(images))
+    assert image_size_of(networks, SIZE) == SIZE
+
+
+def test_image_size_that_nobody_says_is_asked_for(networks):
+    with pytest.raises(PredictionError, match=r"models/finetune is older.*`--image-size`"):
+        Predictor(replace(networks, image_size=None))
+
+
+def test_image_size_that_contradicts_the_checkpoint_is_refused(networks):
+    with pytest.raises(PredictionError, match="images of 16 x 16 pixels, not 32; leave the size out"):
+        Predictor(networks, image_size=32)
+
+
+@pytest.mark.parametrize("size", [0, -16, 4, 18, 516])
+def test_image_size_that_no_network_takes_is_refused(networks, size):
+    with pytest.raises(PredictionError, match=f"image size {size} is no multiple of 4 from 8 to 512"):
+        Predictor(replace(networks, image_size=None), image_size=size)
+
+
+# where a logged model, which is no checkout, keeps what it compiles
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch) -> Path:
+    """This package's code as if it lay in a logged model; its folder."""
+    try:
+        built = native.library()._name  # not compiled again below
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+    def build(compiler: str, source: Path, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(built, target)
+
+    monkeypatch.setattr(native, "_build", build)
+    monkeypatch.setattr(native, "FOLDER", tmp_path / "model" / "code" / "pipeline" / "executors")
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    native.library.cache_clear()
+    yield tmp_path / "model"
+    native.library.cache_clear()
+
+
+def test_shipped_code_compiles_into_the_users_cache(shipped, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert Path(native.library()._name).parent == tmp_path / "cache" / "blockdrop"
+    assert not shipped.exists()
+
+
+def test_shipped_code_compiles_for_its_process_where_there_is_no_cache(shipped, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    found = Path(native.library()._name).parent
+    assert found.name.startswith("blockdrop-")
+    assert found.stat().st_mode & 0o077 == 0  # nobody else puts a library there
+    assert not shipped.exists()
+
+
+def test_shipped_code_does_without_a_home(shipped, monkeypatch):
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert Path(native.library()._name).parent.name.startswith("blockdrop-")
+
+
+@pytest.mark.parametrize("number", [5, 5.0])
+@pytest.mark.parametrize("dtype", [object, None])
+def test_single_number_is_refused(number, dtype):
+    with pytest.raises(PredictionError, match="a single number is no batch of images"):
+        as_colours(np.array(number, dtype=dtype))

@@ -1,0 +1,257 @@
+"""baseline: every static rival is measured as it is, and only those that params.yaml names."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+import yaml
+from builders import NORMALISATION, trained
+from repository_copy import ROOT, TINY, Copy, changed, make_copy, make_workplace, ran
+
+from pipeline.config import Params
+from pipeline.data.dataset import load_split
+from pipeline.device import generator
+from pipeline.flops import measure
+from pipeline.inference.predict import predict
+from pipeline.models import checkpoint
+from pipeline.models.resnet import ResNet
+from stages import baseline
+
+CPU = torch.device("cpu")
+BLOCKS = 6  # of the tiny ResNet-14
+
+
+def put(folder, name: str, depth: int, seed: int) -> ResNet:
+    """A checkpoint with weights that tell the classes somewhat apart."""
+    resnet = trained(ResNet(depth=depth, width=4, num_classes=3), seed=seed)
+    made = checkpoint.Checkpoint(
+        stage="test",
+        resnet=resnet,
+        policy_net=None,
+        normalisation=NORMALISATION,
+        image_size=8,
+        classes=("dark", "grey", "light"),
+        metrics={},
+    )
+    checkpoint.save(made, folder / "models" / name)
+    return resnet
+
+
+@pytest.fixture
+def params(tmp_path, monkeypatch) -> Params:
+    """A workplace with all networks that the parameters name, and others that they don't."""
+    made = make_workplace(tmp_path, changes=TINY)
+    put(tmp_path, "pretrain", 14, 0)
+    put(tmp_path, "sole/8", 8, 1)
+    for seed, rule in enumerate(made.static.rules):
+        put(tmp_path, f"static/{rule}-3", 14, 2 + seed)
+    put(tmp_path, "sole/20", 20, 9)
+    (tmp_path / "models/static/first-5").mkdir()  # left by an earlier params.yaml, and broken
+    (tmp_path / "metrics/times").mkdir(parents=True)
+    (tmp_path / "metrics/times/pretrain.json").write_text('{"seconds": 12.5}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
+    monkeypatch.setenv("BLOCKDROP_DEVICE", "cpu")
+    return made
+
+
+def rows(folder, name: str) -> list[dict[str, str]]:
+    with (folder / "plots/baseline" / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def curve(folder, kind: str, finetuned: int) -> dict[int, dict[str, float]]:
+    """Rows of one kind by their number of blocks."""
+    return {
+        int(row["blocks"]): {key: float(row[key]) for key in ("flops", "accuracy", "accuracy_std")}
+        for row in rows(folder, "curves.csv")
+        if row["kind"] == kind and int(row["finetuned"]) == finetuned
+    }
+
+
+def test_it_measures_what_params_yaml_names_and_no_stale_folder(params, tmp_path):
+    baseline.main(params)
+    found = json.loads((tmp_path / "metrics/baseline.json").read_text())
+    assert set(found["baseline"]) == {"accuracy", "loss", "flops", "num_blocks"}
+    assert set(found["sole"]) == {"8"}
+    assert set(found["static"]) == {"first_3", "random_3", "distribute_3"}
+    assert all(set(values) == {"accuracy", "flops", "blocks"} for values in found["static"].values())
+    table = rows(tmp_path, "curves.csv")
+    assert set(table[0]) == {
+        "kind", "depth", "blocks", "finetuned", "flops", "accuracy", "accuracy_std",
+    }  # fmt: skip
+    assert len(table) == 1 + 1 + 3 + 3 * (BLOCKS + 1)
+    assert list(rows(tmp_path, "images.csv")[0]) == [
+        "image", "full", "sole-8", "first-3", "random-3", "distribute-3",
+    ]  # fmt: skip
+    times = json.loads((tmp_path / "metrics/times/baseline.json").read_text())
+    assert times["train_seconds"] == 12.5
+
+
+@pytest.mark.parametrize(
+    ("images", "draws"), [(1, 5), (450, 5), (2_500, 4), (5_000, 2), (10_000, 2), (50_000, 2)]
+)
+def test_a_large_test_set_takes_few_draws_but_enough_for_their_deviation(images, draws):
+    assert baseline.random_draws(images) == draws
+
+
+def test_random_blocks_are_the_mean_and_deviation_of_all_draws(params, tmp_path, monkeypatch):
+    """With a network that is right where the first block runs: draws differ in that share."""
+    monkeypatch.setattr(
+        baseline, "right_under", lambda _, __, policies, *, normalisation: policies[..., 0]
+    )
+    baseline.main(params)
+    count = len(load_split(tmp_path / "data/prepared", "test", CPU))
+    draw = generator(params.seed, "baseline")
+    noise = torch.rand(baseline.random_draws(count), count, BLOCKS, generator=draw)
+    for kept in (1, 3, 5):
+        actions = noise.argsort(dim=2).argsort(dim=2) < kept
+        shares = actions[:, :, 0].double().mean(dim=1)
+        assert len(set(shares.tolist())) > 1  # else one draw would do
+        found = curve(tmp_path, "random", 0)[kept]
+        assert found["accuracy"] == pytest.approx(float(shares.mean()))
+        assert found["accuracy_std"] == pytest.approx(float(shares.std()))
+
+
+def test_numbers_are_those_of_the_networks_alone(params, tmp_path):
+    baseline.main(params)
+    found = json.loads((tmp_path / "metrics/baseline.json").read_text())
+    test = load_split(tmp_path / "data/prepared", "test", CPU)
+    images = rows(tmp_path, "images.csv")
+    assert [int(row["image"]) for row in images] == list(range(len(test)))
+    first_three = torch.tensor([[True] * 3 + [False] * 3]).expand(len(test), -1)
+    one_a_stage = torch.tensor([[True, False] * 3]).expand(len(test), -1)
+    for name, folder, actions in [
+        ("full", "pretrain", None),
+        ("sole-8", "sole/8", None),
+        ("first-3", "static/first-3", first_three),
+        ("distribute-3", "static/distribute-3", one_a_stage),
+    ]:
+        resnet = checkpoint.load(tmp_path / "models" / folder).need_resnet()
+        expected = predict(resnet, test, actions, normalisation=NORMALISATION)
+        assert [row[name] == "1" for row in images] == expected.correct.tolist()
+        cost = measure(resnet, None, 8)
+        flops = cost.full if actions is None else float(cost.of(actions)[0])
+        section, key = {
+            "full": ("baseline", None),
+            "sole-8": ("sole", "8"),
+        }.get(name, ("static", name.replace("-", "_")))
+        told = found[section] if key is None else found[section][key]
+        assert told["accuracy"] == pytest.approx(expected.accuracy)
+        assert told["flops"] == flops
+
+
+def test_curves_run_from_no_block_to_the_full_network(params, tmp_path):
+    baseline.main(params)
+    full = json.loads((tmp_path / "metrics/baseline.json").read_text())["baseline"]
+    kinds = {kind: curve(tmp_path, kind, 0) for kind in ("first", "random", "distribute")}
+    assert all(list(found) == list(range(BLOCKS + 1)) for found in kinds.values())
+    for found in kinds.values():
+        assert found[BLOCKS]["accuracy"] == full["accuracy"]
+        assert found[BLOCKS]["flops"] == full["flops"]
+        assert found[0] == kinds["first"][0]
+        flops = [found[kept]["flops"] for kept in range(BLOCKS + 1)]
+        assert flops == sorted(flops)
+    assert all(row["accuracy_std"] == 0 for row in kinds["first"].values())
+    (whole,) = curve(tmp_path, "full", 0).items()
+    assert whole == (BLOCKS, kinds["first"][BLOCKS])
+
+
+def test_random_is_the_mean_over_seeded_draws(params, tmp_path):
+    baseline.main(params)
+    resnet = checkpoint.load(tmp_path / "models/pretrain").need_resnet()
+    test = load_split(tmp_path / "data/prepared", "test", CPU)
+    draw = generator(params.seed, "baseline")
+    noise = torch.rand(baseline.random_draws(len(test)), len(test), BLOCKS, generator=draw)
+    drawn = noise.argsort(dim=2).argsort(dim=2) < 4
+    found = [predict(resnet, test, actions, normalisation=NORMALISATION) for actions in drawn]
+    accuracies = torch.tensor([f.accuracy for f in found], dtype=torch.float64)
+    told = curve(tmp_path, "random", 0)[4]
+    assert told["accuracy"] == pytest.approx(float(accuracies.mean()))
+    assert told["accuracy_std"] == pytest.approx(float(accuracies.std()))
+    flops = torch.stack([measure(resnet, None, 8).of(actions) for actions in drawn])
+    assert told["flops"] == pytest.approx(float(flops.mean()))
+
+
+def test_the_same_networks_give_the_same_bytes_and_another_seed_other_draws(params, tmp_path):
+    def written() -> dict[str, bytes]:
+        baseline.main(params)
+        files = [*(tmp_path / "plots/baseline").iterdir(), tmp_path / "metrics/baseline.json"]
+        return {file.name: file.read_bytes() for file in files}
+
+    before = written()
+    shutil.rmtree(tmp_path / "plots/baseline")
+    assert written() == before
+    params = params.model_copy(update={"seed": 1})
+    assert written()["curves.csv"] != before["curves.csv"]
+
+
+def test_a_missing_network_is_named(params, tmp_path):
+    shutil.rmtree(tmp_path / "models/static/random-3")
+    with pytest.raises(checkpoint.CheckpointError, match="models/static/random-3"):
+        baseline.main(params)
+
+
+ONE_OF_EACH = TINY | {"static": {"rules": ["distribute"], "num_kept": [2]}}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Copy:
+    made = make_copy(tmp_path_factory.mktemp("copy"), changes=ONE_OF_EACH)
+    if (ROOT / ".native").exists():  # what is compiled already serves here too
+        shutil.copytree(ROOT / ".native", made.folder / ".native")
+    return made
+
+
+@pytest.fixture
+def repro(copy, monkeypatch) -> Callable[..., set[str]]:
+    """What `dvc repro baseline` runs with changes to the parameters of the copy."""
+    monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
+
+    def run(changes: dict[str, dict], *options: str) -> set[str]:
+        sections = ONE_OF_EACH.keys() | changes.keys()
+        merged = {name: ONE_OF_EACH.get(name, {}) | changes.get(name, {}) for name in sections}
+        text = yaml.safe_dump(changed(merged), sort_keys=False)
+        (copy.folder / "params.yaml").write_text(text)
+        return set(ran(copy.run("dvc", "repro", *options, "baseline")))
+
+    return run
+
+
+@pytest.mark.e2e
+def test_what_was_trained_once_is_not_trained_again(copy, repro):
+    assert repro({}) == {
+        "check", "prepare", "pretrain", "sole@8", "static@distribute-2", "baseline",
+    }  # fmt: skip
+    # one more depth, one more number of blocks: these alone
+    more = {"sole": {"depths": [8, 20]}, "static": {"num_kept": [2, 4]}}
+    assert repro(more) == {"check", "sole@20", "static@distribute-4", "baseline"}
+    assert set(copy.metrics("baseline")["sole"]) == {"8", "20"}
+    assert repro(more) == set()
+    # one fewer: nothing is trained, and what is left behind is not read
+    assert repro({"sole": {"depths": [20]}}) == {"check", "baseline"}
+    assert (copy.folder / "models/sole/8").is_dir()
+    assert set(copy.metrics("baseline")["sole"]) == {"20"}
+    assert set(copy.metrics("baseline")["static"]) == {"distribute_2"}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("changes", "trained_again"),
+    [
+        ({"finetune_policy": {"alpha": 0.7, "entropy_coef": 0.5, "lr": 0.01}}, set()),
+        ({"curriculum": {"gamma": 3.0}, "policy_net": {"width": 8}}, set()),
+        ({"checkpoints": {"pretrain": "stages"}}, {"pretrain"}),
+        ({"resnet": {"depth": 26, "width": 4}, "curriculum": {"epochs": 9}}, {"pretrain"}),
+        ({"finetune": {"lr": 0.01}}, {"static@distribute-2"}),
+        ({"pretrain": {"lr": 0.2}}, {"pretrain", "sole@8"}),
+        ({"augmentation": {"flip": True}}, {"pretrain", "sole@8", "static@distribute-2"}),
+    ],
+)
+def test_what_makes_a_rival_train_again(repro, changes, trained_again):
+    """A dry run tells what changed itself; that `static` follows a new pretrain is DVC's to know."""
+    assert repro(changes, "--dry") - {"check", "baseline"} == trained_again

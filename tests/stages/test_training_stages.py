@@ -1,0 +1,431 @@
+"""Trainings as stages: what they write, how they go on, what they show on a terminal and in a log."""
+
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from builders import small_pair
+from repository_copy import ROOT, TINY, make_workplace
+
+from pipeline.config import Params
+from pipeline.data.split import Split
+from pipeline.infra.errors import UserError
+from pipeline.models import checkpoint
+from pipeline.models.policy_net import PolicyNet
+from pipeline.models.resnet import ResNet
+from stages import curriculum, finetune, pretrain, sole, static
+from stages.support import training
+from stages.support.progress import Steps
+from stages.support.training import Progress
+
+SMALL = TINY | {"pretrain": {"epochs": 4, "batch_size": 16}, "finetune": {"epochs": 4, "batch_size": 16}}
+
+
+@pytest.fixture
+def params(tmp_path, monkeypatch) -> Params:
+    """In a workplace of its own, which is left as the current folder."""
+    made = make_workplace(tmp_path, changes=SMALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
+    monkeypatch.setenv("BLOCKDROP_DEVICE", "cpu")
+    monkeypatch.delenv("CI", raising=False)
+    return made
+
+
+def files(folder) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for top in ("models", "plots")
+        for path in sorted((folder / top).rglob("*"))
+        if path.is_file()
+    }
+
+
+def pretrained(folder, params: Params) -> None:
+    torch.manual_seed(0)
+    made = checkpoint.Checkpoint(
+        stage="pretrain",
+        resnet=ResNet(depth=params.resnet.depth, width=params.resnet.width, num_classes=3),
+        policy_net=None,
+        normalisation=training.normalisation_of(params),
+        image_size=8,
+        classes=("dark", "grey", "light"),
+        metrics={},
+    )
+    checkpoint.save(made, folder / "models/pretrain")
+
+
+@pytest.mark.parametrize("instructions", [True, False])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_training_in_emulated_bf16_says_what_it_costs(
+    precision, instructions, params, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(training, "computes_in_bf16", lambda device: instructions)
+    section = params.pretrain.model_copy(update={"precision": precision, "epochs": 1})
+    sole.main(params.model_copy(update={"pretrain": section}), depth=8)
+    assert (tmp_path / "models/sole/8/model.json").exists()
+    said = [line for line in capfd.readouterr().err.splitlines() if "pretrain.precision" in line]
+    assert len(said) == (precision == "bf16" and not instructions)
+    for line in said:
+        assert line.startswith("warning: pretrain.precision is bf16, for which this CPU has no")
+        assert line.endswith("set pretrain.precision to fp32")
+
+
+def test_an_item_of_a_matrix_writes_under_its_name_and_no_metrics_file(params, tmp_path):
+    sole.main(params, depth=8)
+    written = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert written >= {
+        "models/sole/8/model.json",
+        "models/sole/8/model.safetensors",
+        "plots/sole/8.csv",
+        "metrics/times/sole-8.json",
+    }
+    assert not list((tmp_path / "metrics").glob("*.json"))
+    made = checkpoint.load(tmp_path / "models/sole/8")
+    assert made.need_resnet().depth == 8
+    assert made.image_size == params.data.image_size
+    assert made.normalisation == training.normalisation_of(params)
+    assert set(made.metrics) == {"accuracy", "loss"}
+
+
+def test_a_static_finetuning_starts_from_pretrain_and_moves_only_what_runs(params, tmp_path):
+    pretrained(tmp_path, params)
+    before = checkpoint.load(tmp_path / "models/pretrain").need_resnet()
+    static.main(params, rule="first", kept=3)
+    after = checkpoint.load(tmp_path / "models/static/first-3").need_resnet()
+    for index, pair in enumerate(zip(before.flat_blocks(), after.flat_blocks(), strict=True)):
+        same = torch.equal(pair[0].conv1.weight, pair[1].conv1.weight)
+        assert same == (index >= 3)
+    assert (tmp_path / "plots/static/first-3.csv").read_text().count("\n") == 5
+    assert (tmp_path / "metrics/times/static-first-3.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda p: sole.main(p, depth=20), r"sole.depths \[8\] does not name 20"),
+        (lambda p: static.main(p, rule="last", kept=3), "does not name last with 3"),
+        (lambda p: static.main(p, rule="first", kept=4), "does not name first with 4"),
+    ],
+)
+def test_what_params_yaml_does_not_name_is_refused(params, call, words):
+    with pytest.raises(UserError, match=words):
+        call(params)
+
+
+def test_items_do_not_take_up_each_others_trainings(params):
+    keys = {
+        training._resume_key("static", item, params, params.finetune, [])
+        for item in ("first-3", "random-3", "first-4")
+    }
+    assert len(keys) == 3
+
+
+ROW = {"epoch": 1, "validation_accuracy": 0.9912, "validation_blocks_mean": 7.25,
+       "validation_reward": 0.5, "validation_unique_policies": 3.0}  # fmt: skip
+
+
+def test_without_a_terminal_there_is_a_line_an_epoch_with_the_time_left_and_no_bar(capsys):
+    with Progress("finetune", epochs=40, steps=3, history=[]) as progress:
+        for _ in range(3):
+            progress.step()
+        progress.epoch_done(ROW, 2.0)
+        progress.epoch_done(ROW | {"epoch": 2}, 90.0)
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out == (
+        "finetune epoch 1/40: accuracy 0.9912, reward 0.5, blocks 7.25, unique_policies 3, "
+        "00:02 elapsed, 01:18 left\n"
+        "finetune epoch 2/40: accuracy 0.9912, reward 0.5, blocks 7.25, unique_policies 3, "
+        "01:30 elapsed, 28:30 left\n"
+    )
+
+
+class Terminal(io.StringIO):
+    """Keeps what is written to a terminal of some width."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.ends = pty.openpty()
+        resize(self.ends[1], columns)
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.ends[1]
+
+
+def resize(terminal: int, columns: int) -> None:
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+
+@pytest.fixture
+def terminal(monkeypatch) -> Iterator[Terminal]:
+    monkeypatch.delenv("CI", raising=False)
+    made = Terminal(columns=100)
+    yield made
+    for end in made.ends:
+        os.close(end)
+
+
+def test_a_resumed_bar_starts_where_the_training_is(terminal):
+    with redirect_stderr(terminal), Progress("pretrain", epochs=4, steps=3, history=[ROW] * 2) as bar:
+        assert "50%" in terminal.getvalue()
+        assert "6/12" in terminal.getvalue()
+        assert "accuracy 0.9912" in terminal.getvalue()
+        for _ in range(3):
+            bar.step()
+        bar.epoch_done(ROW | {"epoch": 3, "validation_accuracy": 0.9999}, 9.0)
+    last = terminal.getvalue().split("\r")[-1]
+    assert "75%" in last
+    assert "9/12" in last
+    assert "accuracy 0.9999, blocks 7.25, reward 0.5" in last
+
+
+def test_beside_a_terminal_a_log_file_gets_the_lines(terminal, capsys):
+    with redirect_stderr(terminal), Progress("pretrain", epochs=4, steps=3, history=[]) as progress:
+        progress.epoch_done(ROW, 9.0)
+    assert capsys.readouterr().out.startswith("pretrain epoch 1/4: accuracy 0.9912")
+
+
+def test_a_stage_that_trains_nothing_has_a_bar_of_what_it_has_done(terminal):
+    images = Split(images=torch.zeros(10, 8, 8, 3).byte(), labels=torch.zeros(10).long())
+    with redirect_stderr(terminal), Steps("evaluate") as steps:
+        steps.total(40)
+        assert [len(part) for part in steps.over(images, 2).in_order(5)] == [5, 5]
+        assert steps.over(images).image_size == 8
+        assert steps.bar.n == 20
+        steps.reach(30)
+        assert steps.bar.n == 30
+        steps.reach(99)
+        assert steps.bar.n == 40
+    assert "100%" in terminal.getvalue()
+
+
+def test_without_a_terminal_such_a_stage_says_its_lines_alone(capsys):
+    with Steps("benchmark", 60.0) as steps:
+        steps.reach(30.0)
+        steps.say("benchmark: batch 1")
+    assert capsys.readouterr() == ("benchmark: batch 1\n", "")
+
+
+def test_a_terminal_that_does_not_say_its_width_gets_lines(terminal, capsys):
+    resize(terminal.fileno(), 0)
+    with redirect_stderr(terminal), Progress("pretrain", epochs=4, steps=3, history=[]) as progress:
+        progress.step()
+        progress.epoch_done(ROW, 9.0)
+    assert terminal.getvalue() == ""
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_a_terminal_of_continuous_integration_gets_lines(terminal, monkeypatch, capsys):
+    monkeypatch.setenv("CI", "true")
+    with redirect_stderr(terminal), Progress("pretrain", epochs=4, steps=3, history=[]) as progress:
+        progress.step()
+        progress.epoch_done(ROW, 9.0)
+    assert terminal.getvalue() == ""
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def on_a_terminal(command: list[str], folder, *, columns: int) -> str:
+    """What a command shows on a terminal of that width."""
+    ours, theirs = pty.openpty()
+    resize(theirs, columns)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(
+        command, cwd=folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 65536)
+        except OSError:  # Linux's end of file, when the other side is closed
+            break
+    os.close(ours)
+    assert child.wait() == 0, shown.decode()
+    return shown.decode()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_on_a_terminal_there_is_one_bar_for_the_whole_training(params, tmp_path, columns):
+    shown = on_a_terminal([sys.executable, "-m", "stages.sole", "8"], tmp_path, columns=columns)
+    first, bar, rest = shown.split("\r\n")  # a terminal's line end; the bar goes back by \r alone
+    assert first.startswith("sole-8: 4 epochs on CPU")
+    assert rest == ""
+    states = [state for state in bar.split("\r") if state.strip()]
+    assert all(len(state) <= columns for state in states)
+    assert all(state.startswith("sole-8 ") for state in states)
+    # 4 epochs of 48 images in batches of 16
+    done = [int(re.search(r"(\d+)/12, ", state)[1]) for state in states]
+    assert done == sorted(done)
+    assert "100%" in states[-1]
+    assert re.search(r"00:00 left, accuracy \d", states[-1])
+    assert "epoch 1" not in shown
+
+
+def test_in_a_pipe_there_are_lines_alone(params, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.sole", "8"], cwd=tmp_path, text=True, capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=True,
+    )  # fmt: skip
+    assert done.stderr == ""
+    assert "\r" not in done.stdout
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5
+    assert all(re.search(r": accuracy \S+, \d\d:\d\d elapsed, \d\d:\d\d left$", x) for x in lines[1:])
+
+
+OTHERS = {  # than the paper's
+    "curriculum": {"estimator": "local_expectation", "num_flips": 2, "soft_reward": True, "epochs": 4},
+    "finetune": {
+        "estimator": "reinmax", "resnet_optimizer": "sgd", "distillation": 0.5, "epochs": 4,
+        "entropy_schedule": "linear", "marginal_entropy_coef": 0.1, "frozen_epochs": 1,
+        "train_epochs": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("train_epochs", "falls_in"), [(2, 2), (None, 3)])
+def test_the_entropy_falls_while_the_policy_learns(params, train_epochs, falls_in):
+    pace = {"frozen_epochs": 1, "train_epochs": train_epochs, "entropy_schedule": "linear", "epochs": 4}
+    section = params.finetune.model_copy(update=pace)
+    both = small_pair(classes=("a", "b"), image_size=8)
+    learner = finetune.learner_of(
+        params.model_copy(update={"finetune": section}),
+        both.need_resnet(), both.need_policy_net(), both.normalisation,
+    )  # fmt: skip
+    assert learner.rules.entropy_epochs == falls_in
+
+
+def test_recipes_of_params_reach_the_learners_and_train(params, tmp_path, monkeypatch):
+    changes = {name: SMALL.get(name, {}) | OTHERS[name] for name in ("curriculum", "finetune")}
+    params = make_workplace(tmp_path / "other", changes=SMALL | changes)
+    params = params.model_copy(update={"block_cost": "flops"})
+    monkeypatch.chdir(tmp_path / "other")
+    pretrained(tmp_path / "other", params)
+    learners = {}
+    train = training.train
+
+    def spy(stage, learner, *others, **options):
+        learners[stage] = learner
+        train(stage, learner, *others, **options)
+
+    monkeypatch.setattr(training, "train", spy)
+    curriculum.main(params)
+    finetune.main(params)
+    static.main(params, rule="random", kept=params.static.num_kept[0])
+    rules = learners["curriculum"].rules
+    assert (rules.estimator, rules.num_flips, rules.soft_reward) == ("local_expectation", 2, True)
+    assert sum(rules.block_shares) == pytest.approx(1)
+    assert len(set(rules.block_shares)) > 1
+    of_both = learners["finetune"].rules
+    assert (of_both.estimator, of_both.marginal_entropy_coef) == ("reinmax", 0.1)
+    assert (of_both.frozen_epochs, of_both.entropy_epochs, of_both.train_epochs) == (1, 2, 2)
+    assert rules.entropy_epochs is rules.train_epochs is None
+    assert rules.frozen_epochs == 0
+    assert learners["finetune"].rules.block_shares == rules.block_shares
+    adam, sgd = learners["finetune"].optimizer.parts
+    assert [type(part).__name__ for part in (adam, sgd)] == ["AdamW", "SGD"]
+    assert type(learners["static"].optimizer).__name__ == "SGD"
+    for name in ("finetune", "static"):
+        assert learners[name].distillation.share == 0.5
+        assert learners[name].distillation.teacher is not None
+
+
+def test_rivals_that_lie_in_a_folder_are_taken_from_there(params, tmp_path):
+    pretrained(tmp_path, params)
+    rule, kept = params.static.rules[0], params.static.num_kept[0]
+    sole.main(params, depth=8)
+    static.main(params, rule=rule, kept=kept)
+    trained = files(tmp_path)
+    for name in ("sole", "static"):
+        (tmp_path / "models" / name).rename(tmp_path / name)
+    changes = {name: {"checkpoint": name} for name in ("sole", "static")}
+    params = Params.model_validate(
+        yaml.safe_load((tmp_path / "params.yaml").read_text())
+        | {n: getattr(params, n).model_dump() | changes[n] for n in changes}
+    )
+    sole.main(params, depth=8)
+    static.main(params, rule=rule, kept=kept)
+    found = files(tmp_path)
+    for item in ("sole/8", f"static/{rule}-{kept}"):
+        path = f"models/{item}/model.safetensors"
+        assert found[path] == trained[path]
+        assert found[f"plots/{item}.csv"] == b"epoch,train_accuracy,validation_accuracy\r\n"
+        times = (tmp_path / "metrics/times" / f"{item.replace('/', '-')}.json").read_text()
+        assert '"seconds": null' in times
+
+
+def test_rival_of_another_depth_in_the_folder_is_refused(params, tmp_path):
+    pretrained(tmp_path, params)
+    (tmp_path / "models/pretrain").rename(tmp_path / "8")  # it has a depth of 14
+    params = params.model_copy(update={"sole": params.sole.model_copy(update={"checkpoint": "."})})
+    with pytest.raises(UserError, match=r"^8: its family, depth, .* is \(.*14.*, expected \(.*8"):
+        sole.main(params, depth=8)
+    assert not (tmp_path / "models/sole").exists()
+
+
+def test_a_warm_up_precedes_every_schedule(params):
+    def factors(schedule):
+        section = params.pretrain.model_copy(update={"schedule": schedule, "warmup_fraction": 0.2})
+        return [training.schedule_of(section)(progress) for progress in (0.0, 0.1, 0.2, 0.6, 0.9)]
+
+    assert factors("constant") == pytest.approx([0, 0.5, 1, 1, 1])
+    assert factors("step") == pytest.approx([0, 0.5, 1, 1, 0.1])
+    assert factors("cosine") == pytest.approx([0, 0.5, 1, 0.5, 0.0380602337])
+
+
+def saved_pair(params: Params, **changes) -> None:
+    """A finetuned pair as params.yaml describes it, but for the changes, in import/pair."""
+    describes = params.policy_net.model_dump() | changes
+    image_size = describes.pop("image_size", params.data.image_size)
+    resnet = ResNet(depth=params.resnet.depth, width=params.resnet.width, num_classes=3)
+    pair = checkpoint.Checkpoint(
+        stage="finetune",
+        resnet=resnet,
+        policy_net=PolicyNet(num_blocks=resnet.num_blocks, **describes),
+        normalisation=training.normalisation_of(params),
+        image_size=image_size,
+        classes=("dark", "grey", "light"),
+        metrics={},
+    )
+    checkpoint.save(pair, Path("import/pair"))
+
+
+@pytest.mark.parametrize("stage", [pretrain, curriculum, finetune])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"input_size": 8}, None),  # the images' own
+        ({"width": 12}, "policy network's family, depth, width and input_size is"),
+        ({"depth": 14}, "set policy_net in params.yaml to the checkpoint's"),
+        ({"image_size": 12}, "its image size is 12, expected 8; set data.image_size"),
+    ],
+)
+def test_an_import_that_params_do_not_describe_is_refused(params, stage, change, message):
+    pretrained(Path(), params)
+    saved_pair(params, **change)
+    section = stage.__name__.removeprefix("stages.")
+    update = {section: getattr(params, section).model_copy(update={"checkpoint": "import/pair"})}
+    if message is None or (stage is pretrain and "image_size" not in change):
+        stage.main(params.model_copy(update=update))
+        return
+    with pytest.raises(UserError, match=message):
+        stage.main(params.model_copy(update=update))
+    assert not Path("models", section, "model.safetensors").exists() or section == "pretrain"

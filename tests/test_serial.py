@@ -1,0 +1,52 @@
+"""The hook of tests/serial.py, in a session of two workers of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WAITS = """
+import pathlib, time, pytest
+
+def test_until_the_other_worker_is_at_it():
+    deadline = time.monotonic() + 60
+    while not pathlib.Path("at it").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+{mark}
+def test_measures():
+    pathlib.Path("measuring").touch()
+    time.sleep(0.5)
+    pathlib.Path("measuring").unlink()
+"""
+WORKS = """
+import pathlib, time, pytest
+
+@pytest.mark.parametrize("number", range(60))
+def test_works(number):
+    pathlib.Path("at it").touch()
+    for _ in range(5):
+        assert not pathlib.Path("measuring").exists()
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mark", "failures"), [("@pytest.mark.serial", False), ("", True)], ids=["serial", "unmarked"]
+)
+def test_a_test_marked_alone_has_no_other_beside_it(tmp_path, mark, failures):
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = serial")
+    (tmp_path / "test_measures.py").write_text(WAITS.format(mark=mark))
+    (tmp_path / "test_works.py").write_text(WORKS)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "serial", "-n", "2", "--dist", "loadfile"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent / "helpers")},
+        capture_output=True,
+        text=True,
+    )
+    assert ("failed" in done.stdout) == failures, done.stdout
+    assert "passed" in done.stdout

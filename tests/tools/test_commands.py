@@ -1,0 +1,174 @@
+"""What all tools share: `--help` shows help and does nothing, bad usage ends in one line."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.infra.errors import UserError
+from tools import front
+from tools.command import Parser, mendable
+from tools.predict import paths_of
+
+TOOLS = Path(__file__).parents[2] / "tools"
+WITHOUT_OPTIONS = ("environment",)  # runs before there is anything to import
+NAMES = sorted(
+    path.stem
+    for path in TOOLS.glob("*.py")
+    if 'if __name__ == "__main__"' in path.read_text() and path.stem not in WITHOUT_OPTIONS
+)
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path, capsys):
+    """Start a tool in an empty folder, where it makes nothing: status, output, complaints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+
+    def start(name: str, *words: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(TOOLS / f"{name}.py"), *words])
+        monkeypatch.delitem(sys.modules, f"tools.{name}", raising=False)  # else runpy warns
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_module(f"tools.{name}", run_name="__main__")
+        assert list(tmp_path.iterdir()) == []
+        return caught.value.code, *capsys.readouterr()
+
+    return start
+
+
+@pytest.mark.parametrize("name", [*NAMES, "chaos"])
+def test_help_is_shown_and_nothing_is_done(start, name):
+    status, said, complaints = start(name, "--help")
+    assert (status, complaints) == (0, "")
+    assert said.startswith("usage: ")
+    assert "--help" in said
+
+
+@pytest.mark.parametrize("name", [*NAMES, "chaos"])
+def test_unknown_option_is_one_line_with_the_remedy_and_nothing_is_done(start, name):
+    needed = {"import_checkpoint": ("a", "pretrain"), "ablation": ("finetune",), "results": ("table",)}
+    status, said, complaints = start(
+        name, *needed.get(name, ("a",) * (name in ("preset", "promote"))), "--no-such"
+    )
+    assert (status, said) == (2, "")
+    assert complaints.startswith("error: ")
+    assert "--no-such" in complaints
+    assert complaints.endswith("`--help` says what there is\n")
+    assert complaints.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        (
+            "import_checkpoint",
+            ("--", "", "pretrain"),
+            "FILE is empty; `make import FILE=path STAGE=pretrain`",
+        ),
+        ("import_checkpoint", ("--", "--help", "evaluate"), "invalid choice: 'evaluate'"),
+        ("predict", ("--words=",), "no image is named; `make predict IMAGES="),
+        ("preset", ("--", ""), "NAME=: there is no such preset"),
+        ("preset", ("--", "--help"), "NAME=--help: there is no such preset"),
+        ("ui", ("--port=x",), "invalid int value: 'x'"),
+    ],
+)
+def test_bad_usage_is_one_line_with_the_remedy(start, name, words, said):
+    status, printed, complaints = start(name, *words)
+    told = complaints if status == 2 else f"{status}\n"
+    assert printed == ""
+    assert said in told
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("it is wrong"), "error: it is wrong"),
+        (FileNotFoundError(2, "No such file", "a.png"), "error: a.png: No such file; `dvc repro` makes"),
+        (subprocess.CalledProcessError(1, ["dvc", "x"]), "error: `dvc x` failed (see above); mend that"),
+        (subprocess.CalledProcessError(1, ["dvc"], stderr="a\nbad\n"), "error: `dvc` failed (bad)"),
+    ],
+)
+def test_what_a_user_can_mend_ends_in_one_line(error, said):
+    with pytest.raises(SystemExit) as caught, mendable():
+        raise error
+    assert str(caught.value).startswith(said)
+
+
+def test_a_description_may_hold_a_percent_sign(capsys):
+    with pytest.raises(SystemExit):
+        Parser(description="95 % of `x`\nsecond line").parse_args(["--help"])
+    assert "95 % of `x`\nsecond line" in capsys.readouterr().out
+
+
+# IMAGES of `make predict`
+
+
+@pytest.mark.parametrize(
+    ("words", "paths"),
+    [
+        ("", []),
+        ("a.png", ["a.png"]),
+        ("a.png b.png", ["a.png", "b.png"]),
+        ("a b.png", ["a b.png"]),  # there is such a file
+        ("a.png 'a b.png'", ["a.png", "a b.png"]),
+        ("a.png a\\ b.png", ["a.png", "a b.png"]),
+        ("it's.png", ["it's.png"]),
+        ('a.png "it\'s.png"', ["a.png", "it's.png"]),
+        ("-rf.png", ["-rf.png"]),
+        ("--help b.png", ["--help", "b.png"]),
+        ("`x` $(x) $3.png", ["`x`", "$(x)", "$3.png"]),
+        ("one\ntwo.png", ["one\ntwo.png"]),
+        ("?.png", ["a.png", "b.png"]),
+        ("none*.png", ["none*.png"]),
+        ("[x].png", ["[x].png"]),  # a file and no pattern
+        ("x" * 300 + " a.png", ["x" * 300, "a.png"]),
+    ],
+)
+def test_line_names_images(tmp_path, monkeypatch, words, paths):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png", "a b.png", "it's.png", "-rf.png", "one\ntwo.png", "[x].png"):
+        Path(name).touch()
+    assert paths_of(words) == [Path(name) for name in paths]
+
+
+def test_quotation_mark_without_partner_is_named():
+    with pytest.raises(UserError, match=r"IMAGES=it's\.png b\.png: a quotation mark has no partner"):
+        paths_of("it's.png b.png")
+
+
+# front
+
+
+def test_front_leaves_the_figure_of_the_repository(tmp_path, monkeypatch):
+    own = front.Experiment(
+        run_id="r",
+        name="one",
+        params={"gamma": "2", "seed": "0", "resnet.depth": "8", "data.source": "digits"},
+        metrics=dict.fromkeys(
+            ("accuracy", "flops_mean", "blocks_mean", "num_blocks", "full_flops", "full_accuracy"), 0.5
+        ),
+    )
+    monkeypatch.setattr(front, "sync", lambda root: None)
+    monkeypatch.setattr(front, "experiments", lambda: ("1", [own]))
+    monkeypatch.setattr(sys, "argv", ["front"])
+    monkeypatch.chdir(tmp_path)
+    front.main()
+    made = sorted(
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
+    )
+    assert made == ["results/own/front.csv", "results/own/front.png"]
+    ignored = subprocess.run(
+        ["git", "check-ignore", *made], cwd=TOOLS.parent, capture_output=True, text=True
+    )
+    assert ignored.stdout.split() == made  # and so none is tracked
+
+
+def test_next_step_needs_no_activated_environment():
+    for name in ("preset", "import_checkpoint"):
+        text = (TOOLS / f"{name}.py").read_text()
+        assert "run `make repro`" in text
+        assert "dvc repro" not in text

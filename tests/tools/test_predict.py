@@ -1,0 +1,269 @@
+"""The command that classifies files: what it prints, which images it reads, how it fails."""
+
+import io
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import make_split, small_pair
+from PIL import Image
+
+from pipeline.models import checkpoint
+from pipeline.models.checkpoint import SIDECAR, WEIGHTS, Checkpoint
+from pipeline.serving.predictor import Predictor
+from tools import predict
+
+SIZE = 8
+CLASSES = ("cat", "[dog]", "hält")
+
+
+@pytest.fixture(scope="module")
+def networks() -> Checkpoint:
+    return small_pair(classes=CLASSES, image_size=SIZE)
+
+
+@pytest.fixture(autouse=True)
+def _place(tmp_path, monkeypatch, networks):
+    """A folder with a trained model where the command looks for it."""
+    checkpoint.save(networks, tmp_path / "models" / "finetune")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BLOCKDROP_DEVICE", "cpu")
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return make_split(4, size=SIZE).images.numpy()
+
+
+@pytest.fixture
+def files(images) -> list[str]:
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(f"{number}.png")
+    return [f"{number}.png" for number in range(len(images))]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command; its exit status, or the words it ends with, and what it printed."""
+
+    def run(*words: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["predict", *words])
+        status: object = 0
+        try:
+            predict.main()
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_plain_lines_say_what_the_predictor_says(run, files, images, networks):
+    status, said, complaints = run(*files)
+    assert (status, complaints) == (0, "")
+    header, *lines = said.splitlines()
+    assert header.split() == ["image", "class", "confidence", "blocks", "kept", "FLOPs", "saved"]
+    for line, file, one in zip(lines, files, Predictor(networks)(images), strict=True):
+        strip = "".join("#" if kept else "." for kept in one.kept_blocks)
+        assert line.split() == [
+            file, one.name, f"{100 * one.confidence:.1f}", "%", strip, f"{one.blocks}/6",
+            f"{one.flops:.3g}", f"{100 * one.flops_saved:.1f}", "%",
+        ]  # fmt: skip
+
+
+def test_columns_are_aligned(run, files):
+    Path(files[0]).rename("a rather long name.png")
+    lines = run("a rather long name.png", *files[1:])[1].splitlines()
+    starts = {line.index("/6") for line in lines[1:]}
+    assert len(starts) == 1
+
+
+def test_json_is_one_object_a_line(run, files, images, networks):
+    status, said, _ = run("--json", *files)
+    assert status == 0
+    found = [json.loads(line) for line in said.splitlines()]
+    for record, file, one in zip(found, files, Predictor(networks)(images), strict=True):
+        probabilities = dict(zip(CLASSES, one.probabilities.tolist(), strict=True))
+        assert record == one.record() | {"image": file, "probabilities": probabilities}
+
+
+def test_table_on_a_terminal_holds_the_same_and_takes_no_name_for_markup(
+    run, files, monkeypatch, networks
+):
+    plain = run(*files)[1]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    table = run(*files)[1]
+    assert "\x1b[1m" in table
+    assert [line.split() for line in table.splitlines()[1:]] == [
+        line.split() for line in plain.splitlines()[1:]
+    ]
+    for name in {line.split()[1] for line in plain.splitlines()[1:]}:
+        assert name in CLASSES
+
+
+def test_strip_shows_blocks_in_their_order():
+    assert predict.strip(np.array([True, False, False, True])) == "#..#"
+
+
+@pytest.mark.parametrize("name", ["", WEIGHTS, SIDECAR])
+def test_model_is_named_by_its_folder_or_a_file_in_it(run, files, tmp_path, name):
+    expected = run(*files)[1]
+    (tmp_path / "models" / "finetune").rename(tmp_path / "mine")
+    assert run("--model", str(tmp_path / "mine" / name), *files)[:2] == (0, expected)
+
+
+def test_options_may_stand_between_images(run, files):
+    assert run(files[0], "--json", files[1])[0] == 0
+
+
+def test_resnet_alone_runs_every_block(run, files, networks, tmp_path):
+    checkpoint.save(replace(networks, policy_net=None), tmp_path / "models" / "pretrain")
+    _, said, _ = run("--model", "models/pretrain", *files)
+    assert all("######" in line and line.endswith(" 0.0 %") for line in said.splitlines()[1:])
+
+
+# images of every kind
+
+
+def grey(level: int, mode: str = "L") -> Image.Image:
+    return Image.new(mode, (SIZE, SIZE), level)
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("grey.png", grey(128)),
+        ("cmyk.tif", Image.new("CMYK", (SIZE, SIZE), (127, 127, 127, 0))),
+        ("deep.png", Image.fromarray(np.full((SIZE, SIZE), 128 * 257, np.uint16))),
+        ("alpha.png", Image.new("RGBA", (SIZE, SIZE), (128, 128, 128, 255))),
+        ("palette.gif", Image.new("RGB", (SIZE, SIZE), (128, 128, 128)).quantize()),
+        ("large.webp", Image.new("RGB", (50, 30), (128, 128, 128))),
+    ],
+)
+def test_images_of_every_kind_are_read_as_training_reads_them(run, name, image):
+    image.save(name)
+    Image.new("RGB", (SIZE, SIZE), (128, 128, 128)).save("plain.png")
+    found = [json.loads(line) for line in run("--json", name, "plain.png")[1].splitlines()]
+    assert found[0].pop("image") == name
+    assert found[1].pop("image") == "plain.png"
+    assert found[0] == found[1]
+
+
+def test_photo_is_turned_as_its_exif_says(run, images):
+    photo = Image.fromarray(images[0])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    photo.save("lying.png", exif=exif)
+    photo.transpose(Image.Transpose.ROTATE_270).save("upright.png")
+    found = [json.loads(line) for line in run("--json", "lying.png", "upright.png")[1].splitlines()]
+    assert found[0]["probabilities"] == found[1]["probabilities"]
+
+
+# failures
+
+
+def damage(name: str) -> None:
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)).save(
+        whole, "PNG"
+    )
+    Path(name).write_bytes(whole.getvalue()[:200])
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("missing.png", lambda name: None),
+        ("damaged.png", damage),
+        ("text.png", lambda name: Path(name).write_text("cat")),
+        ("folder", lambda name: Path(name).mkdir()),
+        ("float.tif", lambda name: Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(name)),
+    ],
+)
+def test_image_that_can_not_be_read_is_named_and_the_others_are_predicted(run, files, name, make):
+    make(name)
+    expected = run(*files)[1].splitlines()
+    status, said, complaints = run(files[0], name, *files[1:])
+    assert status == 1
+    assert [line.split() for line in said.splitlines()] == [line.split() for line in expected]
+    assert complaints.startswith(f"error: {name} can't be read as an image")
+    assert complaints.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such names")
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_name_that_is_no_utf8_is_printed_escaped(run, files, words, monkeypatch):
+    name = os.fsdecode(b"\xff.png")
+    Path(files[0]).rename(name)
+    strict = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", strict)
+    assert run(*words, name)[0] == 0
+    strict.flush()
+    assert b"\\udcff.png" in strict.buffer.getvalue()
+
+
+def test_pipe_in_place_of_an_image_is_not_waited_for(run, files):
+    os.mkfifo("pipe.png")
+    status, said, complaints = run("pipe.png", *files)
+    assert status == 1
+    assert len(said.splitlines()) == 1 + len(files)
+    assert complaints.startswith("error: pipe.png can't be read as an image (Not a plain file)")
+
+
+def test_nothing_to_read_prints_no_table(run):
+    assert run("a.png", "b.png")[:2] == (1, "")
+
+
+def test_missing_model_says_how_to_get_one(run, files, tmp_path):
+    (tmp_path / "models").rename(tmp_path / "away")
+    status, said, _ = run(*files)
+    assert said == ""
+    assert str(status).startswith("error: models/finetune is no folder with a trained model")
+    assert "`make repro`" in str(status)
+    assert "`dvc pull`" in str(status)
+
+
+def test_damaged_model_is_named(run, files):
+    Path("models/finetune", WEIGHTS).write_bytes(b"x")
+    assert str(run(*files)[0]).startswith(f"error: models/finetune/{WEIGHTS} is damaged")
+
+
+def test_folder_of_something_else_is_refused(run, files):
+    Path("data").mkdir()
+    assert str(run("--model", "data", *files)[0]).startswith(f"error: data/{SIDECAR} can't be read")
+
+
+def test_policy_network_alone_is_refused(run, files, networks):
+    checkpoint.save(replace(networks, resnet=None), Path("models/curriculum"))
+    assert "models/curriculum holds no ResNet" in str(run("--model", "models/curriculum", *files)[0])
+
+
+def test_older_checkpoint_asks_for_its_image_size(run, files, networks):
+    expected = run(*files)[1]
+    checkpoint.save(replace(networks, image_size=None), Path("models/finetune"))
+    assert "`--image-size`" in str(run(*files)[0])
+    assert run(*files, "--image-size", str(SIZE))[:2] == (0, expected)
+
+
+def test_image_size_that_contradicts_the_checkpoint_is_refused(run, files):
+    assert "not 16; leave the size out" in str(run(*files, "--image-size", "16")[0])
+
+
+def test_unknown_device_is_named(run, files, monkeypatch):
+    monkeypatch.setenv("BLOCKDROP_DEVICE", "tpu")
+    assert str(run(*files)[0]).startswith("error: BLOCKDROP_DEVICE='tpu'")
+
+
+def test_name_that_the_registry_lacks_is_said(run, files, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # a fresh store takes seconds
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    status = str(run("--model", "models:/blockdrop@champion", *files)[0])
+    assert status.startswith("error: models:/blockdrop@champion is not in http://127.0.0.1:9")

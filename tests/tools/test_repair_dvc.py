@@ -1,0 +1,87 @@
+"""What a killed DVC leaves torn is put aside, and nothing else."""
+
+import os
+from pathlib import Path
+
+import pytest
+from fuzzing import bounded
+
+from tools import repair_dvc
+
+WHOLE = (Path(__file__).parents[2] / "dvc.lock").read_text()
+ROWS = '{"write": {}, "read": {}}'
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["mend"])
+    (tmp_path / ".dvc/tmp").mkdir(parents=True)
+    return tmp_path
+
+
+def test_whole_files_and_files_that_are_not_there_are_left(folder, capsys):
+    repair_dvc.main()
+    (folder / "dvc.lock").write_text(WHOLE)
+    (folder / ".dvc/tmp/rwlock").write_text(ROWS)
+    repair_dvc.main()
+    assert (folder / "dvc.lock").read_text() == WHOLE
+    assert (folder / ".dvc/tmp/rwlock").read_text() == ROWS
+    assert capsys.readouterr().out == ""
+
+
+HEAD = "schema: '2.0'\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        HEAD,
+        f"{HEAD}stages:\n  check:\n    cmd: python -",
+        f"{HEAD}stages:\n  check:\n    cmd: [",
+        "\0",
+    ],
+)
+def test_torn_dvc_lock_is_put_aside(folder, text, capsys):
+    (folder / "dvc.lock").write_text(text)
+    repair_dvc.main()
+    assert not (folder / "dvc.lock").exists()
+    assert (folder / "dvc.lock.torn").read_text() == text
+    assert "dvc.lock was torn by a DVC that was killed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", '{"write": {"/a'])
+def test_torn_list_of_locks_is_put_aside(folder, text):
+    (folder / ".dvc/tmp/rwlock").write_text(text)
+    repair_dvc.main()
+    assert not (folder / ".dvc/tmp/rwlock").exists()
+
+
+def test_a_merge_that_is_under_way_is_left(folder):
+    text = WHOLE.replace("stages:", "<<<<<<< HEAD\nstages:\n=======\nstages:\n>>>>>>> other", 1)
+    (folder / "dvc.lock").write_text(text)
+    repair_dvc.main()
+    assert (folder / "dvc.lock").read_text() == text
+
+
+def test_cut_at_any_byte_it_is_put_aside_or_one_that_dvc_can_read(folder):
+    """DVC refuses an entry without its command or with an out that has no path."""
+    for end in range(0, len(WHOLE), 997):
+        (folder / "dvc.lock").write_text(WHOLE[:end])
+        try:
+            from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+            from dvc.utils.serialize import parse_yaml
+
+            COMPILED_LOCKFILE_SCHEMA(parse_yaml(WHOLE[:end], "dvc.lock"))
+        except Exception:
+            assert repair_dvc.LOCK in repair_dvc.torn(folder), end
+
+
+@pytest.mark.parametrize("name", ["dvc.lock", "dvc.yaml", "params.yaml"])
+@pytest.mark.parametrize("target", ["/dev/zero", "pipe"])
+def test_file_of_dvc_that_is_a_link_to_a_device_or_a_pipe_is_refused(folder, name, target):
+    os.mkfifo(folder / "pipe")
+    (folder / name).symlink_to(folder / target)
+    with bounded(), pytest.raises(SystemExit, match=f"{name} is no plain file"):
+        repair_dvc.main()

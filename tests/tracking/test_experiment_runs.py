@@ -1,0 +1,339 @@
+"""The parent run of an experiment holds all of it, once, however often it is completed."""
+
+import shlex
+from pathlib import Path
+
+import experiment_files
+import mlflow
+import numpy as np
+import pytest
+from builders import enter_project
+from mlflow import MlflowClient
+
+from pipeline.infra.safe_io import printable
+from pipeline.report import html
+from pipeline.tracking import dvc_results, experiment_runs, overview, registry
+from pipeline.tracking.runs import stage_run
+from pipeline.tracking.store import store
+from research import screenshots
+from tools import promote, sync
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(autouse=True)
+def _here(home, monkeypatch):
+    enter_project(home, monkeypatch)
+
+
+@pytest.fixture
+def client(home) -> MlflowClient:
+    with store() as (found, _):
+        return found
+
+
+def record_of(folder, name, *, revision="r1", baseline="abc", **changes):
+    experiment_files.write(folder, **changes)
+    files = dvc_results.work_tree(str(folder))
+    return dvc_results.read(files, name=name, baseline=baseline, revision=revision)
+
+
+def runs_named(client, name):
+    with store() as (_, experiment_id):
+        return client.search_runs([experiment_id], f"attributes.run_name = '{name}'")
+
+
+def test_parent_carries_everything(client, tmp_path):
+    record = record_of(tmp_path, "all")
+    run = client.get_run(experiment_runs.complete(record, finish=True))
+    assert run.info.run_name == "all"
+    assert run.info.status == "FINISHED"
+    assert run.data.params == record.params
+    assert run.data.metrics.items() >= record.metrics.items()
+    assert run.data.tags["dvc.revision"] == "r1"
+    assert run.data.tags["dvc.md5.models/finetune"] == record.models["models/finetune"]
+    assert "| **BlockDrop** | 90.00 % | 1.50 | 6e+06 |" in run.data.tags["mlflow.note.content"]
+    assert "| ResNet-20 | 92.00 % |  | 5e+06 |" in run.data.tags["mlflow.note.content"]
+    curve = client.get_metric_history(run.info.run_id, "finetune/validation_accuracy")
+    assert [(point.step, point.value) for point in curve] == [(1, 0.5), (2, 0.75)]
+    (given,) = run.inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest) == ("digits", "aa" * 16)
+    picture = mlflow.artifacts.download_artifacts(
+        run_id=run.info.run_id,
+        artifact_path="report/policy.png",
+        tracking_uri=client.tracking_uri,
+        dst_path=tmp_path,
+    )
+    assert Path(picture).read_bytes() == experiment_files.PNG
+    assert len(run.outputs.model_outputs) == 1
+
+
+def test_completing_again_adds_nothing(client, tmp_path):
+    record = record_of(tmp_path, "again")
+    first = experiment_runs.complete(record, finish=True)
+    before = client.get_run(first)
+    second = experiment_runs.complete(record, finish=True)
+    after = client.get_run(first)
+    assert second == first
+    assert after.to_dictionary() == before.to_dictionary()
+    for metric in ("accuracy", "finetune/validation_accuracy"):
+        steps = [point.step for point in client.get_metric_history(first, metric)]
+        assert len(steps) == len(set(steps))
+
+
+def test_interrupted_completion_is_completed(client, tmp_path, monkeypatch):
+    record = record_of(tmp_path, "interrupted")
+
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_artifacts", fail)
+        with pytest.raises(OSError, match="disk full"):
+            experiment_runs.complete(record, finish=True)
+    run = client.get_run(experiment_runs.complete(record, finish=True))
+    assert [item.path for item in client.list_artifacts(run.info.run_id, "report")] != []
+    assert len(runs_named(client, "interrupted")) == 1
+
+
+def test_stages_that_ran_stand_under_the_parent_that_is_completed(client, tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_EXP_NAME", "ran-here")
+    monkeypatch.setenv("DVC_EXP_BASELINE_REV", "abc")
+    record = record_of(tmp_path, "ran-here")
+    params = {
+        "gamma": 2.0,
+        "seed": 0,
+        "data.source": "digits",
+        "resnet.depth": 8,
+        "resnet.std": (1.0, 2.5),
+    }
+    with stage_run("finetune", params) as run:
+        pass
+    assert experiment_runs.complete(record, finish=True) == run.parent_id
+
+
+def test_completion_from_inside_a_stage_leaves_the_status_to_it(client, tmp_path):
+    run = client.get_run(experiment_runs.complete(record_of(tmp_path, "inside"), finish=False))
+    assert run.info.status == "RUNNING"
+    client.set_terminated(run.info.run_id, "KILLED")
+
+
+def test_experiment_in_the_place_of_another_retires_it(client, tmp_path):
+    old = experiment_runs.complete(record_of(tmp_path, "same", gamma=2), finish=True)
+    new = experiment_runs.complete(record_of(tmp_path, "same", gamma=5, revision="r2"), finish=True)
+    assert new != old
+    assert client.get_run(old).info.run_name == "same (superseded)"
+    assert client.get_run(new).info.run_name == "same"
+    _, found = overview.experiments()
+    assert new in {experiment.run_id for experiment in found}
+    assert old not in {experiment.run_id for experiment in found}
+
+
+def test_equal_results_are_found_under_any_name(client, tmp_path):
+    own = record_of(tmp_path, "applied", accuracy=0.123)
+    run_id = experiment_runs.complete(own, finish=True)
+    elsewhere = record_of(tmp_path, "main-1234567", baseline="def", revision="", accuracy=0.123)
+    with store() as (_, experiment_id):
+        assert experiment_runs.find(client, experiment_id, elsewhere) == run_id
+        other = record_of(tmp_path, "main-1234567", baseline="def", revision="", accuracy=0.125)
+        assert experiment_runs.find(client, experiment_id, other) is None
+
+
+def test_experiment_whose_files_are_not_here_is_completed_when_they_come(client, tmp_path):
+    record = record_of(tmp_path, "pulled", model=False)
+    run_id = experiment_runs.complete(record, finish=True)
+    assert "dvc.revision" not in client.get_run(run_id).data.tags  # so the next sync looks again
+    experiment_files.write_model(tmp_path / "models/finetune")
+    assert experiment_runs.complete(record, finish=True) == run_id
+    run = client.get_run(run_id)
+    assert run.data.tags["dvc.revision"] == "r1"
+    assert len(run.outputs.model_outputs) == 1
+
+
+def test_logged_model_predicts(client, tmp_path):
+    record = record_of(tmp_path, "model")
+    np.save(tmp_path / "images.npy", np.zeros((3, 8, 8, 3), np.uint8))
+    run = client.get_run(experiment_runs.complete(record, finish=True))
+    (output,) = run.outputs.model_outputs
+    mlflow.set_tracking_uri(client.tracking_uri)
+    model = mlflow.pyfunc.load_model(f"models:/{output.model_id}")
+    assert len(model.predict(np.zeros((3, 8, 8, 3), np.uint8))) == 3
+
+
+def test_table_and_links_show_siblings(client, tmp_path):
+    ids = [
+        experiment_runs.complete(
+            record_of(tmp_path, f"sweep-{gamma}", baseline="sweep", gamma=gamma, revision=f"s{gamma}"),
+            finish=True,
+        )
+        for gamma in (1, 5, 10)
+    ]
+    experiment_id, found = overview.experiments()
+    rows = overview.table(found, marked=ids[0])
+    assert rows[0][:3] == ["experiment", "gamma", "accuracy"]
+    assert ["sweep-1 *", "1", "90.00 %", "95.00 %", "1.50", "40.00 %", "4"] in rows
+    links = overview.links(experiment_id, found, ids[0], address="http://here:1")
+    assert links["all runs"].startswith("http://here:1/#/experiments/")
+    assert ids[0] in links["this experiment"]
+    assert all(run_id in links["its gammas compared"] for run_id in ids)
+
+
+def test_table_folds_a_long_name_and_cuts_no_number(client, tmp_path, capsys):
+    name = "main-1234567 " + " ".join(f"data.key{number}={number}" for number in range(30))
+    overview.say(experiment_runs.complete(record_of(tmp_path, name, baseline="long"), finish=True))
+    said = capsys.readouterr().out.splitlines()
+    titles = next(line for line in said if "experiment" in line)
+    assert all(title in titles for title in ("gamma", "accuracy", "every block", "policies"))
+    begin = next(number for number, line in enumerate(said) if "main-1234567" in line)
+    assert all(cell in said[begin] for cell in ("90.00 %", "95.00 %", "1.50", "40.00 %"))
+    assert name.split()[-1] + " *" in "".join(said[begin : begin + 20])
+    assert max(map(len, said[:begin])) <= 120
+
+
+@pytest.mark.slow
+def test_server_gets_all_of_it_through_its_own_artifact_store(client, tmp_path, monkeypatch):
+    record = record_of(tmp_path, "served")
+    with screenshots.server() as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "on-a-server")
+        with stage_run("finetune", {"gamma": 7}) as run:
+            run.log_metrics({"loss": 0.5})
+        there = MlflowClient(tracking_uri=address)
+        assert there.get_run(run.run_id).data.metrics == {"loss": 0.5}
+        parent = there.get_run(experiment_runs.complete(record, finish=True))
+        assert parent.info.artifact_uri.startswith("mlflow-artifacts:")
+        assert parent.data.metrics.items() >= record.metrics.items()
+        assert len(parent.outputs.model_outputs) == 1
+        local = there.download_artifacts(parent.info.run_id, "report/policy.png", str(tmp_path))
+        assert Path(local).read_bytes() == experiment_files.PNG
+
+
+def test_one_experiment_of_each_setting_is_compared():
+    def made(run_id, gamma, depth="32", seed="0"):
+        params = {"gamma": gamma, "seed": seed, "resnet.depth": depth}
+        return overview.Experiment(run_id=run_id, name=run_id, params=params, metrics={})
+
+    own = made("own", "2")
+    found = [made("newer", "2"), own, made("five", "5"), made("older five", "5")]
+    found += [made("deep", "5", "110"), made("seed", "5", seed="1")]
+    assert [e.run_id for e in overview.siblings(own, found)] == ["own", "five", "seed"]
+
+
+def test_no_links_to_what_is_not_there(client):
+    assert list(overview.links("1", [], "nothing", address="http://here:1")) == ["all runs"]
+
+
+# names that are anything
+
+NAMES = [
+    "it's", 'a"b', "a'b\"c", "a`b", "[/v2]", "x static.rules=[first, distribute]", "a|b", "100%",
+    "<b>", "\x1b[31mred", "a\nerror: forged", "$(id)", "\\",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_experiment_of_any_name_is_logged_shown_and_followed(client, tmp_path, capsys, name):
+    baseline = f"{NAMES.index(name)}"
+    old = experiment_runs.complete(record_of(tmp_path, name, baseline=baseline), finish=True)
+    new = experiment_runs.complete(
+        record_of(tmp_path, name, baseline=baseline, gamma=5, revision="r2"), finish=True
+    )
+    assert client.get_run(old).data.tags["blockdrop.superseded"]
+    run = client.get_run(new)
+    assert run.info.run_name == name
+    command = f"dvc exp apply {shlex.quote(name)}"
+    assert html.as_code(command) in run.data.tags["mlflow.note.content"]
+    overview.say(new)
+    said = capsys.readouterr().out
+    assert printable(name) in said
+    assert all(line.isprintable() for line in said.splitlines())
+
+
+def references_of(tmp_path, monkeypatch, names: dict[str, str]) -> None:
+    """Let DVC know experiments of these names, and of these commits."""
+
+    def read(reference, root):
+        if reference.revision == "broken":
+            raise KeyError("md5")
+        return record_of(tmp_path, reference.name, revision=reference.revision, baseline=str(tmp_path))
+
+    known = [sync.Reference(name=n, baseline=str(tmp_path), revision=r) for n, r in names.items()]
+    monkeypatch.setattr(sync, "references", lambda root: known)
+    monkeypatch.setattr(sync, "read", read)
+
+
+def test_bad_experiment_stops_no_other_and_is_named(client, tmp_path, monkeypatch, capsys):
+    first, last = f"{tmp_path.name}'1", f"{tmp_path.name}'2"
+    references_of(tmp_path, monkeypatch, {first: "1", "bad\x1b": "broken", last: "2"})
+    monkeypatch.setattr("sys.argv", ["sync"])
+    with pytest.raises(SystemExit, match=r"^error: bad\\x1b: not logged, for the reasons above"):
+        sync.main()
+    assert "bad\\x1b: not logged, 'md5'" in capsys.readouterr().err
+    for name in (first, last):
+        (run,) = [run for run in all_runs(client) if run.info.run_name == name]
+        assert run.info.status == "FINISHED"
+
+
+def test_store_that_goes_away_stops_the_sync(tmp_path, monkeypatch):
+    references_of(tmp_path, monkeypatch, {"a": "broken", "b": "broken"})
+    calls = []
+
+    def away():
+        calls.append(1)
+        raise OSError("away")
+
+    def lose(*_):
+        monkeypatch.setattr(sync, "store", away)
+        raise OSError("away")
+
+    monkeypatch.setattr(sync, "read", lose)
+    with pytest.raises(OSError, match="away"):
+        sync.sync(tmp_path)
+    assert calls == [1]
+
+
+def all_runs(client):
+    with store() as (_, experiment_id):
+        return client.search_runs([experiment_id])
+
+
+def test_renamed_experiment_is_followed(client, tmp_path, monkeypatch, capsys):
+    before, after = f"{tmp_path.name}-old", f"{tmp_path.name}-new'"
+    references_of(tmp_path, monkeypatch, {before: f"{tmp_path}"})
+    sync.sync(tmp_path)
+    count = len(all_runs(client))
+    references_of(tmp_path, monkeypatch, {after: f"{tmp_path}"})
+    for _ in range(2):
+        sync.sync(tmp_path)
+    assert capsys.readouterr().out.count(f"{after}: renamed, it was {before}") == 1
+    assert len(all_runs(client)) == count
+    (run,) = [run for run in all_runs(client) if run.info.run_name == after]
+    assert run.data.tags["dvc.experiment"] == after
+    assert f"{tmp_path.name}-new" in run.data.tags["mlflow.note.content"]
+    references_of(tmp_path, monkeypatch, {after: f"{tmp_path}", "twin": f"{tmp_path}"})
+    sync.sync(tmp_path)
+    assert "twin" not in {run.info.run_name for run in all_runs(client)}
+
+
+def test_promote_follows_a_new_name(tmp_path, monkeypatch):
+    references_of(tmp_path, monkeypatch, {f"{tmp_path.name}-a": f"{tmp_path}"})
+    sync.sync(tmp_path)
+    references_of(tmp_path, monkeypatch, {f"{tmp_path.name}-b": f"{tmp_path}"})
+    made = promote.promote_newest(f"{tmp_path.name}-b", registered_name="it's mine")
+    assert (made.run_name, made.version) == (f"{tmp_path.name}-b", 1)
+    assert promote.promote_newest(made.run_id, registered_name="it's mine").version == 1
+    with pytest.raises(registry.ModelError, match="no experiment the name 'c'"):
+        promote.promote_newest("c")
+    with pytest.raises(registry.ModelError, match="both kinds of quotes"):
+        promote.promote_newest(made.run_id, registered_name='it\'s "mine"')
+
+
+def test_project_without_git_says_so(tmp_path):
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").touch()
+    said = r"^error: DVC can't list .*not a git repository.*`git init` makes one"
+    with pytest.raises(SystemExit, match=said), sync.usable_store():
+        sync.sync(tmp_path)

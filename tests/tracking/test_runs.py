@@ -1,0 +1,681 @@
+"""Runs in MLflow: where they are found again, how they end, and that nothing fails without them."""
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from builders import TRACKING_VARIABLES, enter_project, small_pair
+from filelock import FileLock
+from mlflow import MlflowClient
+from sqlalchemy.engine import make_url
+
+from pipeline.models import checkpoint
+from pipeline.tracking import registry, runs, store
+from pipeline.tracking.runs import as_texts, end_orphans, experiment_name, origin_tags, stage_run
+from pipeline.tracking.store import store_uri
+
+ROOT = Path(__file__).parents[2]
+TOGETHER = {"seed": 0, "resnet.mean": (0.5, 0.5, 0.5)}
+PROCESS = """
+import sys
+sys.modules["torch"] = type(sys)("torch")  # slow to import, and not needed here
+from pipeline.tracking import runs
+runs.PATIENCE = runs.OPEN_SECONDS = 100.0  # not what is tested, and the machine may be busy
+from pipeline.tracking.runs import stage_run
+with stage_run(sys.argv[1], {"seed": 0, "resnet.mean": (0.5, 0.5, 0.5)}) as run:
+    print(run.run_id, run.parent_id)
+"""
+
+
+@pytest.fixture(scope="module")
+def started_together(tmp_path_factory) -> tuple[Path, list[list[str]]]:
+    """A store that four processes set up at once, and the run and parent of each."""
+    root = tmp_path_factory.mktemp("store")
+    environment = {name: value for name, value in os.environ.items() if name not in TRACKING_VARIABLES}
+    environment |= {"DVC_ROOT": str(root), "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, stage],
+            cwd=root,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for stage in ("pretrain", "curriculum", "finetune", "sole-20")
+    ]
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0, 0], said
+    assert not any("can't be reached" in err for _, err in said), said
+    return root, [out.split() for out, _ in said]
+
+
+@pytest.fixture
+def root(started_together, monkeypatch) -> Path:
+    folder = started_together[0]
+    enter_project(folder, monkeypatch)
+    return folder
+
+
+@pytest.fixture
+def client(root) -> MlflowClient:
+    return MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
+
+
+@pytest.fixture
+def params(request) -> dict[str, object]:
+    """Other parameters for every test, so another parent."""
+    return {"test": request.node.name}
+
+
+def complaints(capsys) -> int:
+    return capsys.readouterr().err.count("MLflow can't be reached")
+
+
+def test_four_processes_on_a_fresh_store_find_one_parent(started_together, client):
+    _, runs = started_together
+    assert len({run for run, _ in runs}) == 4
+    assert len({parent for _, parent in runs}) == 1
+    experiment = client.get_experiment_by_name("blockdrop")
+    same = "tags.`blockdrop.role` = 'parent' and params.seed = '0'"
+    assert len(client.search_runs([experiment.experiment_id], filter_string=same)) == 1
+
+
+def test_folder_for_the_lock_is_made_where_there_is_none(started_together):
+    assert (started_together[0] / ".dvc" / "tmp").is_dir()
+
+
+def test_stage_stands_under_its_parent(client, params):
+    with stage_run("pretrain", params) as run:
+        pass
+    child = client.get_run(run.run_id)
+    assert child.data.tags["mlflow.parentRunId"] == run.parent_id
+    assert child.data.tags["blockdrop.stage"] == "pretrain"
+    assert child.info.run_name == "pretrain"
+    assert client.get_run(run.parent_id).data.tags["blockdrop.role"] == "parent"
+
+
+def test_stage_and_parent_carry_all_parameters(client):
+    wanted = {"gamma": 2.0, "policy_net.input_size": None, "resnet.mean": (0.1, 0.2, 0.3)}
+    with stage_run("pretrain", wanted) as run:
+        pass
+    for run_id in (run.run_id, run.parent_id):
+        assert client.get_run(run_id).data.params == {
+            "gamma": "2", "policy_net.input_size": "null", "resnet.mean": "[0.1, 0.2, 0.3]"
+        }  # fmt: skip
+
+
+def test_equal_parameters_are_equal_texts_whoever_read_them():
+    assert as_texts({"a": 2, "b": [1, 0.5]}) == as_texts({"a": 2.0, "b": (1.0, 0.5)})
+    assert as_texts({"a": 1}) != as_texts({"a": True})
+    assert as_texts({"a": 1e-05}) == {"a": "1e-05"}
+
+
+def test_finished_stage_finishes_its_parent(client, params):
+    with stage_run("pretrain", params) as run:
+        assert client.get_run(run.run_id).info.status == "RUNNING"
+        assert client.get_run(run.parent_id).info.status == "RUNNING"
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert client.get_run(run.parent_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED"), (ValueError, "FAILED")],
+)
+def test_exception_goes_on_and_leaves_its_status(client, params, error, status):
+    with pytest.raises(error), stage_run("pretrain", params) as run:
+        raise error
+    assert client.get_run(run.run_id).info.status == status
+    assert client.get_run(run.parent_id).info.status == status
+
+
+def test_next_stage_of_the_same_parameters_finds_the_parent_and_wakes_it(client, params):
+    with stage_run("pretrain", params) as first:
+        pass
+    with stage_run("curriculum", dict(reversed(params.items()))) as second:
+        assert client.get_run(second.parent_id).info.status == "RUNNING"
+    assert second.parent_id == first.parent_id
+    assert second.run_id != first.run_id
+
+
+@pytest.mark.usefixtures("root")
+def test_other_parameters_have_another_parent(params):
+    with stage_run("pretrain", params) as first, stage_run("pretrain", params | {"gamma": 5}) as other:
+        pass
+    assert other.parent_id != first.parent_id
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("variable", ["DVC_EXP_NAME", "DVC_EXP_BASELINE_REV"])
+def test_other_experiment_of_the_same_parameters_has_another_parent(params, monkeypatch, variable):
+    parents = set()
+    for value in ("first", "second"):
+        monkeypatch.setenv(variable, value)
+        with stage_run("pretrain", params) as run:
+            parents.add(run.parent_id)
+    assert len(parents) == 2
+
+
+def test_parent_has_the_name_that_dvc_gave(client, params, monkeypatch):
+    monkeypatch.setenv("DVC_EXP_NAME", "tawny-quop")
+    with stage_run("pretrain", params) as run:
+        pass
+    assert client.get_run(run.parent_id).info.run_name == "tawny-quop"
+
+
+def test_resumed_run_goes_on_in_the_same_run(client, params):
+    with stage_run("pretrain", params) as first:
+        first.log_metrics({"loss": 2.0}, step=0)
+    client.set_terminated(first.run_id, "KILLED")
+    with stage_run("pretrain", params, resumed=first.run_id) as second:
+        assert client.get_run(second.run_id).info.status == "RUNNING"
+        second.log_metrics({"loss": 1.0}, step=1)
+    assert (second.run_id, second.parent_id) == (first.run_id, first.parent_id)
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+    history = client.get_metric_history(first.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(0, 2.0), (1, 1.0)]
+
+
+def test_resumed_run_moves_under_the_experiment_that_resumed_it(client, params, monkeypatch):
+    with stage_run("pretrain", params) as first:
+        pass
+    monkeypatch.setenv("DVC_EXP_NAME", "second-try")
+    with stage_run("pretrain", params, resumed=first.run_id) as second:
+        pass
+    assert second.run_id == first.run_id
+    assert second.parent_id != first.parent_id
+    assert client.get_run(first.run_id).data.tags["mlflow.parentRunId"] == second.parent_id
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_resumed_run_that_is_gone_gives_way_to_a_new_one(client, params, capsys, deleted):
+    gone = 32 * "0"
+    if deleted:
+        with stage_run("pretrain", params) as first:
+            gone = first.run_id
+        client.delete_run(gone)
+    with stage_run("pretrain", params, resumed=gone) as run:
+        run.log_metrics({"loss": 1.0})
+    assert complaints(capsys) == 0
+    assert client.get_run(run.run_id).data.metrics == {"loss": 1.0}
+
+
+def test_run_that_a_killed_process_left_running_is_ended(client, params):
+    script = PROCESS + "    import os; os.kill(os.getpid(), 9)\n"
+    killed = subprocess.run(
+        [sys.executable, "-uc", script, "pretrain"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    run_id, parent_id = killed.stdout.split()
+    assert [client.get_run(i).info.status for i in (run_id, parent_id)] == ["RUNNING", "RUNNING"]
+    with stage_run("pretrain", params) as alive:
+        assert client.get_run(run_id).info.status == "KILLED"
+        assert client.get_run(parent_id).info.status == "KILLED"
+        ended = end_orphans(client, client.get_run(alive.run_id).info.experiment_id)
+        assert ended == []
+        assert client.get_run(alive.run_id).info.status == "RUNNING"
+
+
+def test_stage_that_finished_takes_the_place_of_its_earlier_runs(client, params):
+    with stage_run("evaluate", params) as first, stage_run("pretrain", params) as other:
+        pass
+    with pytest.raises(ValueError), stage_run("evaluate", params) as failed:  # noqa: PT011
+        raise ValueError
+    stages = [client.get_run(run.run_id).info.lifecycle_stage for run in (first, failed, other)]
+    assert stages == ["active"] * 3
+    with stage_run("evaluate", params) as last:
+        pass
+    stages = [client.get_run(run.run_id).info.lifecycle_stage for run in (first, failed, other, last)]
+    assert stages == ["deleted", "deleted", "active", "active"]
+
+
+def test_stage_that_finishes_late_leaves_a_run_that_began_after_it(client, params):
+    with stage_run("evaluate", params) as early:
+        time.sleep(0.01)  # runs begin at milliseconds
+        with stage_run("evaluate", params) as late:
+            pass
+    stages = [client.get_run(run.run_id).info.lifecycle_stage for run in (early, late)]
+    assert stages == ["active", "active"]
+
+
+def test_undefined_metrics_are_left_out(client, params):
+    with stage_run("evaluate", params) as run:
+        run.log_metrics({"accuracy": 0.5, "spearman": None})
+    assert client.get_run(run.run_id).data.metrics == {"accuracy": 0.5}
+
+
+def test_metrics_of_short_epochs_are_written_together(client, params, monkeypatch):
+    calls = []
+    real = MlflowClient.log_batch
+    monkeypatch.setattr(MlflowClient, "log_batch", lambda *a, **k: (calls.append(k), real(*a, **k))[1])
+    with stage_run("pretrain", params) as run:
+        before = len(calls)
+        for step in range(100):
+            run.log_metrics({"loss": float(step)}, step=step)
+        assert len(calls) == before
+        monkeypatch.setattr(runs, "FLUSH_SECONDS", 0)
+        run.log_metrics({"loss": 100.0}, step=100)
+        assert len(calls) == before + 1
+    history = client.get_metric_history(run.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(i, float(i)) for i in range(101)]
+
+
+def test_nothing_but_undefined_metrics_is_no_failure(client, params, capsys):
+    with stage_run("evaluate", params) as run:
+        run.log_metrics({"spearman": None})
+        run.log_metrics({"accuracy": 0.5})
+    assert complaints(capsys) == 0
+    assert client.get_run(run.run_id).data.metrics == {"accuracy": 0.5}
+
+
+def test_more_metrics_and_parameters_than_mlflow_takes_at_once_all_arrive(client, params, capsys):
+    many = {f"p{index}": index for index in range(130)} | params
+    with stage_run("pretrain", many) as run:
+        for step in range(120):  # of a fast training, all within `FLUSH_SECONDS`
+            run.log_metrics({f"m{index}": float(step) for index in range(20)}, step=step)
+    assert complaints(capsys) == 0
+    found = client.get_run(run.run_id).data
+    assert len(found.params) == len(many)
+    assert len(found.metrics) == 20
+    assert len(client.get_metric_history(run.run_id, "m19")) == 120
+
+
+def test_files_go_to_the_main_checkout(client, params, root, tmp_path):
+    (tmp_path / "own.txt").write_text("own")
+    with stage_run("report", params) as run:
+        run.log_artifact(tmp_path / "own.txt")
+    assert [item.path for item in client.list_artifacts(run.run_id)] == ["own.txt"]
+    assert "own.txt" in {path.name for path in (root / "mlartifacts").rglob("*.txt")}
+
+
+@pytest.mark.usefixtures("root")
+def test_missing_file_is_said_and_stops_nothing(params, capsys, tmp_path):
+    with stage_run("report", params) as run:
+        run.log_artifact(tmp_path / "missing")
+    said = capsys.readouterr().err
+    assert said == f"{tmp_path / 'missing'} is not there, so it is not logged\n"
+
+
+def test_call_that_fails_is_said_once_and_the_runs_end_all_the_same(client, params, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    with stage_run("pretrain", params) as run:
+        monkeypatch.setattr(MlflowClient, "log_batch", fail)
+        run.log_metrics({"loss": 1.0})
+        run.log_metrics({"loss": 0.5})
+    said = capsys.readouterr().err
+    assert said.count("MLflow can't be reached (disk full)") == 1
+    assert "metrics/ and plots/" in said
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert client.get_run(run.parent_id).info.status == "FINISHED"
+
+
+@pytest.mark.usefixtures("root")
+def test_store_that_is_lost_midway_is_said_once_and_stops_nothing(params, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    with stage_run("pretrain", params) as run:
+        monkeypatch.setattr(MlflowClient, "log_batch", fail)
+        monkeypatch.setattr(MlflowClient, "set_terminated", fail)
+        run.log_metrics({"loss": 1.0})
+    assert complaints(capsys) == 1
+
+
+@pytest.fixture
+def _no_server(root, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+@pytest.mark.usefixtures("_no_server")
+def test_server_out_of_reach_is_said_once_and_the_body_runs(params, capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    with stage_run("pretrain", params, resumed="abc") as run:
+        run.log_metrics({"loss": 1.0})
+        run.log_artifact(tmp_path / "a.txt")
+        ran = True
+    assert ran
+    assert complaints(capsys) == 1
+
+
+@pytest.mark.usefixtures("_no_server")
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_server_out_of_reach_hides_no_exception_of_the_body(params, error):
+    with pytest.raises(error), stage_run("pretrain", params):
+        raise error
+
+
+@pytest.mark.usefixtures("root")
+def test_lock_that_nobody_gives_back_is_said_and_stops_nothing(root, params, monkeypatch, capsys):
+    monkeypatch.setattr(store, "LOCK_PATIENCE", 0.05)
+    with FileLock(root / ".dvc" / "tmp" / "mlflow.lock"), stage_run("pretrain", params) as run:
+        run.log_metrics({"loss": 1.0})
+    assert complaints(capsys) == 1
+
+
+def test_tracking_that_is_off_writes_and_says_nothing(tmp_path, params, monkeypatch, capsys):
+    monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    with stage_run("pretrain", params) as run:
+        run.log_metrics({"loss": 1.0})
+        run.log_artifact(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_tracking_that_is_off_hides_no_exception(params, monkeypatch):
+    monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
+    with pytest.raises(ZeroDivisionError), stage_run("pretrain", params):
+        raise ZeroDivisionError
+
+
+def test_store_is_in_the_main_checkout_unless_told_otherwise(root, monkeypatch):
+    assert store_uri() == f"sqlite:///{root}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    assert store_uri() == "http://tracking:5000"
+
+
+@pytest.mark.parametrize(
+    ("told", "database"),
+    [
+        ("sqlite:///x.db", "{root}/x.db"),
+        ("sqlite:///sub/x.db", "{root}/sub/x.db"),
+        ("sqlite+pysqlite:///x.db?timeout=5", "{root}/x.db"),
+        ("sqlite:////elsewhere/x.db", "/elsewhere/x.db"),
+        ("sqlite:///:memory:", ":memory:"),
+    ],
+)
+def test_relative_sqlite_file_is_in_the_main_checkout(root, tmp_path, monkeypatch, told, database):
+    """A temporary checkout (`dvc exp run --temp`, `--queue`) is deleted, and the file with it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", told)
+    assert make_url(store_uri()).database == database.format(root=root)
+    assert make_url(store_uri()).query == make_url(told).query
+
+
+@pytest.mark.parametrize("told", ["sqlite:x.db", "sqlite://", "./mlruns", "postgresql://u:p@h/x"])
+def test_other_addresses_are_left_as_they_were_told(root, monkeypatch, told):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", told)
+    assert store_uri() == told
+
+
+def test_run_in_a_temporary_checkout_is_in_the_relative_store_of_the_main_one(
+    root, params, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    with stage_run("pretrain", params) as run:
+        pass
+    assert list(tmp_path.iterdir()) == []
+    assert MlflowClient(f"sqlite:///{root}/mlflow.db").get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_mlflow_that_is_installed_under_a_percent_sign_says_what_helps(
+    root, params, monkeypatch, capsys
+):
+    """With a project its .venv may lie in such a folder, and Alembic's settings take no % in a path."""
+    monkeypatch.setattr("mlflow.__file__", "/srv/50%/.venv/mlflow/__init__.py")
+    with stage_run("pretrain", params):
+        ran = True
+    assert ran
+    said = capsys.readouterr().err
+    assert "MLflow opens no database from /srv/50%/.venv/mlflow, as there is a % in it" in said
+    assert "give the folder another name" in said
+
+
+def brought_to(folder: Path, root: Path, monkeypatch) -> Path:
+    """Copy a project, and be in the copy."""
+    shutil.copytree(root, folder)
+    enter_project(folder, monkeypatch)
+    return folder
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def places_in(database: Path) -> set[str]:
+    with closing(sqlite3.connect(database)) as opened:
+        return {
+            text
+            for table, column in store.PLACES
+            for (text,) in opened.execute(f"SELECT {column} FROM {table}")
+            if text
+        }
+
+
+@pytest.fixture
+def logged(root, params, tmp_path) -> str:
+    """A run with a file and a registered model, in the project to be copied."""
+    (tmp_path / "own.txt").write_text("own")
+    checkpoint.save(small_pair(classes=("a", "b"), image_size=8), tmp_path / "model")
+    with stage_run("report", params) as run:
+        run.log_artifact(tmp_path / "own.txt")
+    registry.log_model(run.parent_id, tmp_path / "model")
+    registry.promote(run.parent_id)
+    return run.run_id
+
+
+@pytest.mark.parametrize(
+    ("fate", "name"),
+    [
+        ("moved", "new"),
+        ("another user's", "new"),
+        *(("copied", name) for name in ("my project", "a?b=c", "50%", "%20", "a#b", "it's; `x` $3 @:&")),
+    ],
+)
+def test_project_that_was_brought_elsewhere_has_its_files_there(
+    root, logged, params, tmp_path, monkeypatch, capsys, fate, name
+):
+    home = root
+    if fate == "moved":  # the other tests need the first one
+        home = brought_to(tmp_path / "first", root, monkeypatch)
+        store.experiment_id()
+    folder = brought_to(tmp_path / name, home, monkeypatch)
+    if fate == "moved":
+        shutil.rmtree(home)
+    if fate == "another user's":
+        monkeypatch.setattr(Path, "samefile", lambda *paths: (_ for _ in ()).throw(PermissionError()))
+    before = files_in(home)
+    contents = {path: path.read_bytes() for path in before}
+    capsys.readouterr()
+
+    (tmp_path / "new.txt").write_text("new")
+    with stage_run("report", params | {"new": 1}) as run:
+        run.log_artifact(tmp_path / "new.txt")
+    said = capsys.readouterr().err
+    assert said.startswith(f"mlflow.db comes from {home}; ")
+    assert "can't be reached" not in said
+    assert {path: path.read_bytes() for path in files_in(home)} == contents
+    assert [path.name for path in folder.rglob("new.txt")] == ["new.txt"]
+    opened = MlflowClient(store_uri())
+    assert Path(opened.download_artifacts(logged, "own.txt")).read_text() == "own"
+    with registry.fetched("models:/blockdrop@champion") as found:
+        assert checkpoint.load(found).classes == ("a", "b")
+    uri, plain = folder.as_uri(), str(folder)
+    assert all(place.startswith((f"{uri}/", f"{plain}/")) for place in places_in(folder / "mlflow.db"))
+    capsys.readouterr()
+    store.experiment_id()
+    assert capsys.readouterr().err == ""  # said once
+
+
+def test_files_that_are_wanted_elsewhere_stay_there(root, tmp_path, monkeypatch):
+    """An experiment made by hand, with a place on another disk."""
+    disk = tmp_path / "disk" / "mlartifacts"
+    disk.mkdir(parents=True)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "elsewhere")
+    client = MlflowClient(f"sqlite:///{root}/mlflow.db")
+    client.create_experiment("elsewhere", artifact_location=disk.as_uri())
+    store.experiment_id()
+    assert client.get_experiment_by_name("elsewhere").artifact_location == disk.as_uri()
+
+
+@pytest.mark.parametrize("whose", ["named", "linked"])
+def test_database_of_another_project_is_not_touched(root, tmp_path, monkeypatch, whose):
+    folder = brought_to(tmp_path / "copy", root, monkeypatch)
+    database = (folder / "mlflow.db").rename(tmp_path / "shared.db")
+    if whose == "named":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    else:
+        (folder / "mlflow.db").symlink_to(database)
+    before = places_in(database)
+    store.experiment_id()
+    assert places_in(database) == before
+
+
+def test_without_dvc_and_git_the_experiment_still_has_a_name(root):
+    assert experiment_name({"gamma": "2"}) == "no-git-no-commit"
+
+
+def test_without_dvc_the_experiment_is_named_after_branch_and_commit(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q", "-b", "trunk"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    assert experiment_name({"gamma": "2"}) == f"trunk-{head}"
+
+
+def test_without_dvc_the_name_says_what_differs_from_the_commit(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text("gamma: 2\na: {b: 1, c: 2, d: 3}\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q", "-b", "trunk"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
+    same = {"gamma": "2", "a.b": "1", "a.c": "2", "a.d": "3"}
+    assert experiment_name(same).startswith("trunk-")
+    assert " " not in experiment_name(same)
+    assert experiment_name(same | {"gamma": "5"}).endswith(" gamma=5")
+    changed = experiment_name({"gamma": "5", "a.b": "0", "a.c": "0", "a.d": "0"})
+    assert changed.endswith(" gamma=5 a.b=0 a.c=0 and 1 more")
+
+
+# what users set
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("./mlruns", "MLFLOW_TRACKING_URI is ./mlruns, and MLflow keeps no runs in folders"),
+        ("file:///x/mlruns", "is file:///x/mlruns, and MLflow keeps no runs in folders"),
+        ("/x/mlruns", "is /x/mlruns, and MLflow keeps no runs in folders"),
+        ("127.0.0.1:9", "is 127.0.0.1:9, without its protocol; write http://127.0.0.1:9"),
+        ("databricks", "`pip install databricks-sdk`"),
+        ("postgresql://u:geheim@127.0.0.1:1/x", "install the database's driver into .venv"),
+        (" http://127.0.0.1:9 ", "Connection refused; start the server"),
+        ("HTTP://127.0.0.1:9", "Connection refused; start the server"),
+    ],
+)
+@pytest.mark.usefixtures("root")
+def test_store_that_is_named_oddly_has_its_remedy(params, monkeypatch, capsys, uri, said):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with stage_run("check", params):
+        pass
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert len(line) < 320
+    assert "geheim" not in line
+
+
+def test_address_is_taken_in_any_case_and_with_blanks(root, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", " HTTP://Host:5000 ")
+    assert store_uri() == "http://Host:5000"
+
+
+def test_empty_name_of_the_experiment_is_none(client, params, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "")
+    with stage_run("check", params) as run:
+        pass
+    number = client.get_run(run.run_id).info.experiment_id
+    assert client.get_experiment(number).name == "blockdrop"
+
+
+def test_number_of_the_experiment_counts_as_it_does_in_mlflow(client, params, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "0")
+    with stage_run("check", params) as run:
+        pass
+    assert client.get_run(run.run_id).info.experiment_id == "0"
+
+
+def test_deleted_experiment_is_said_with_what_restores_it(client, params, root, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "gone")
+    number = client.create_experiment("gone")
+    client.delete_experiment(number)
+    with stage_run("check", params) as run:
+        pass
+    said = capsys.readouterr().err
+    uri = f"sqlite:///{root}/mlflow.db"
+    assert "MLflow can't be used (the experiment 'gone' was deleted in MLflow" in said
+    assert f"MLFLOW_TRACKING_URI={uri} mlflow experiments restore --experiment-id {number}" in said
+    assert run.run_id == ""
+    client.restore_experiment(number)
+    with stage_run("check", params) as run:
+        pass
+    assert run.run_id
+
+
+def test_user_without_a_name_has_a_number(client, params, monkeypatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    with stage_run("check", params) as run:
+        pass
+    assert client.get_run(run.parent_id).data.tags["mlflow.user"] == str(os.getuid())
+
+
+def test_lock_is_open_to_all_users(root, params):
+    (root / ".dvc/tmp/mlflow.lock").unlink(missing_ok=True)
+    before = os.umask(0o077)
+    try:
+        with stage_run("check", params):
+            pass
+    finally:
+        os.umask(before)
+    assert (root / ".dvc/tmp/mlflow.lock").stat().st_mode & 0o777 == 0o666
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="takes root to give a folder to another user")
+def test_folder_of_another_user_has_its_commit_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q", "-b", "trunk"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    for path in (tmp_path, tmp_path / ".git"):
+        os.chown(path, 65534, 65534)
+    refused = subprocess.run(["git", "status"], capture_output=True, text=True)
+    assert "dubious ownership" in refused.stderr
+    assert experiment_name({}).startswith("trunk-")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="takes root to give a folder to another user")
+def test_repository_of_another_user_around_the_project_runs_no_command(tmp_path, monkeypatch):
+    project, command, trace = (tmp_path / name for name in ("project", "command", "trace"))
+    project.mkdir()
+    command.write_text(f"#!/bin/sh\ntouch {trace}\n")
+    command.chmod(0o755)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / "file").touch()
+    subprocess.run(["git", "-C", tmp_path, "add", "file"], check=True)
+    subprocess.run(["git", "-C", tmp_path, "config", "core.fsmonitor", command], check=True)
+    subprocess.run(["git", "-C", tmp_path, "status"], check=True, capture_output=True)
+    assert trace.exists()  # its owner's Git does run it
+    trace.unlink()
+    for path in (tmp_path, tmp_path / ".git"):
+        os.chown(path, 65534, 65534)
+    monkeypatch.setenv("DVC_ROOT", str(project))
+    monkeypatch.chdir(project)
+    origin_tags()
+    assert not trace.exists()
