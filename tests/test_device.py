@@ -54,7 +54,7 @@ def test_freed_memory_is_kept_from_step_to_step():
     code = """
 import resource, sys, torch
 from torch import nn
-from pipeline.runtime import keep_freed_memory
+from pipeline.device import keep_freed_memory
 
 layers = [nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()) for _ in range(6)]
 network, images = nn.Sequential(*layers), torch.randn(128, 16, 32, 32)

@@ -206,16 +206,17 @@ def test_process_that_is_left_alone_by_a_failed_one_is_ended(alone):
 SLOWED = """
 import os, signal, sys, time
 from functools import partial
-from pipeline import training
-from stages import common, sole
-real, steps = training.Classification.step, []
+from pipeline.training.classification import Classification
+from stages import sole
+from stages.support import common
+real, steps = Classification.step, []
 def step(self, batch):
     steps.append(1)
     time.sleep(float(os.environ.get("TEST_SECONDS", 0)))
     if len(steps) == 5 and os.environ["RANK"] == os.environ.get("TEST_FAILS"):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, batch)
-training.Classification.step = step
+Classification.step = step
 common.run(partial(sole.main, depth=8), trains=True)
 """
 # 48 images in batches of 15, 3 of them: four steps an epoch, the processes' shares are uneven

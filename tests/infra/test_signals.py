@@ -97,9 +97,9 @@ def test_other_threads_go_on_without_it():
 
 CHILD = """
     import os, sys, time
-    from pipeline.interruption import follow_parent, exit_on_sigterm, starter_of
+    from pipeline.infra.signals import dvc_pid, exit_on_sigterm, exit_with_parent
     exit_on_sigterm()
-    follow_parent(os.getppid(), starter_of(os.getppid()))
+    exit_with_parent(os.getppid(), dvc_pid(os.getppid()))
     print(os.getpid(), flush=True)
     try:
         time.sleep(60)

@@ -31,7 +31,12 @@ stages:
     params: [{params.yaml: }]
     outs: [data/params.ok]
 """
-PARAMS = {"seed": 0, "gamma": 2.0, "pretrain": {"lr": 0.1, "checkpoint": "import/none"}}
+PARAMS = {
+    "seed": 0,
+    "gamma": 2.0,
+    "pretrain": {"lr": 0.1},
+    "checkpoints": {"pretrain": "import/none"},
+}
 
 
 @pytest.fixture
@@ -73,7 +78,7 @@ def test_what_stays_is_no_change(project, monkeypatch):
     [
         (lambda: set_params(pretrain={"lr": 0.2}), r"pretrain\.lr was 0\.1, is 0\.2"),
         (lambda: set_params(seed=1), "seed was 0, is 1"),
-        (lambda: set_params(pretrain={"checkpoint": "import/none"}), r"pretrain\.lr was 0\.1, is None"),
+        (lambda: set_params(pretrain={"epochs": 2}), r"pretrain\.lr was 0\.1, is None"),
         (lambda: Path("params.yaml").write_text("{half"), "params.yaml can't be read any more"),
         (lambda: Path("params.yaml").unlink(), "params.yaml can't be read any more"),
         (lambda: Path("pipeline/net.py").write_text("x = 1"), "pipeline/net.py was edited"),
@@ -225,10 +230,10 @@ def test_every_stage_refuses(copy):
     code = (
         "import runpy, sys; sys.orig_argv = ['python', '-m', 'stages.{0}', *sys.argv[1:]]; "
         "import stages; "
-        "from pipeline import params; from pathlib import Path; real = params.load\n"
+        "from pipeline import config; from pathlib import Path; real = config.load\n"
         "def load():\n"
         "    values = real(); Path('{1}').open('a').write('# edited\\n'); return values\n"
-        "params.load = load; runpy.run_module('stages.{0}', run_name='__main__')"
+        "config.load = load; runpy.run_module('stages.{0}', run_name='__main__')"
     )
     for stage in yaml.safe_load((copy.folder / "dvc.yaml").read_text())["stages"]:
         edited = f"stages/{stage}.py"

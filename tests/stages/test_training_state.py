@@ -361,9 +361,9 @@ def test_of_two_processes_with_the_same_work_one_trains_and_the_other_takes_its_
     params, trained, tmp_path
 ):
     code = (  # they begin together, and train slowly enough for the other one to come in between
-        "import sys, time; from pathlib import Path; from pipeline.params import load; "
-        "from pipeline import training; from stages import sole; real = training.Classification.step; "
-        "training.Classification.step = lambda *a: time.sleep(0.1) or real(*a); "
+        "import sys, time; from pathlib import Path; from pipeline.config import load; "
+        "from pipeline.training.classification import Classification; from stages import sole; "
+        "real = Classification.step; Classification.step = lambda *a: time.sleep(0.1) or real(*a); "
         "Path(f'ready-{sys.argv[1]}').touch()\n"
         "while len(list(Path().glob('ready-*'))) < 2: time.sleep(0.01)\n"
         "sole.main(load(), depth=8)"
@@ -516,7 +516,7 @@ def test_collapse_is_said_once_with_its_epoch_and_tagged_when_all_of_the_policy_
 
 @pytest.mark.parametrize(("schedule", "warns"), [("constant", True), ("linear", False)])
 def test_a_policy_that_is_to_settle_may(schedule, warns, params, tmp_path, capsys):
-    section = params.finetune.model_copy(update={"entropy_schedule": schedule})
+    section = params.finetune
     point = ResumePoint(path=tmp_path / "a.pt")
     keeper = training_state.Checkpointer(
         "finetune", section, Learner(), point, training_state.TrainingState(), Run()
