@@ -43,7 +43,7 @@ from pipeline.policy import objectives as pg
 from pipeline.policy.learner import PolicyLearner
 from pipeline.training.loop import NotFiniteError, Position, fit, require_finite
 from stages import curriculum, finetune
-from stages.support import common, training
+from stages.support import common, compatibility, recipes
 from tools.command import Parser, mendable
 
 READ = {  # the parameters that a stage reads, beside the seed
@@ -149,14 +149,14 @@ def checked(setting: Setting) -> Setting:
         UserError: they do not.
     """
     preset = setting.preset
-    training.require_same(
+    compatibility.require_same(
         common.PREPARED, "image size", setting.train.image_size, preset.data.image_size,
         "make it by the same preset: `make preset`, `dvc repro prepare`",
     )  # fmt: skip
     classes = load_classes(common.PREPARED)
-    training.import_resnet(setting.resnet, preset, classes, depth=preset.resnet.depth)
+    compatibility.load_resnet(setting.resnet, preset, classes, depth=preset.resnet.depth)
     if setting.stage == "finetune":
-        curriculum.import_policy_net(setting.policy_net, checkpoint.load(setting.resnet), preset)
+        curriculum.load_policy_net(setting.policy_net, preset, checkpoint.load(setting.resnet))
     return setting
 
 
@@ -200,8 +200,8 @@ def trained(setting: Setting, params: Params) -> PolicyLearner:
         validation=setting.validation,
         epochs=section.epochs,
         batch_size=section.batch_size,
-        schedule=training.schedule_of(section),
-        augmentation=training.augmentation_of(params),
+        schedule=recipes.schedule_of(section),
+        augmentation=recipes.augmentation_of(params),
         normalisation=learner.normalisation,
         key=(params.seed, "ablation"),
         position=position,
@@ -324,7 +324,8 @@ def keys_of(table: pd.DataFrame) -> set[tuple[Any, ...]]:
 
 def add_to(out: Path, row: Mapping[str, Any]) -> None:
     """One more row, unless another process has trained it meanwhile."""
-    with exclusive(out.with_name(f".{out.name}.lock"), waiting=f"{out}: another ablation writes"):
+    lock = out.with_name(f".{out.name}.lock")
+    with exclusive(lock, waiting_message=f"{out}: another ablation writes"):
         there = rows_of(out)
         if tuple(row[name] for name in KEY) in keys_of(there):
             return

@@ -53,7 +53,7 @@ def main(params: Params) -> None:
             settings=Settings(**dict(params.benchmark)),
         )
         with (
-            exclusive(LOCK, waiting="benchmark: waiting for another one on this machine to end"),
+            exclusive(LOCK, waiting_message="benchmark: waiting for another one on this machine to end"),
             Steps("benchmark", params.benchmark.seconds) as steps,
         ):
             tables = benchmark.run(lambda line: steps.say(f"benchmark: {line}"), steps.reach)

@@ -1,42 +1,43 @@
 """curriculum: learn the policy with a frozen ResNet, block after block from the output, or import it."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from pipeline import flops
 from pipeline.config import Params
 from pipeline.data.transforms import Normalisation
 from pipeline.device import choose_device, seed_everything
-from pipeline.infra.processes import is_main
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
 from pipeline.policy.learner import PolicyLearner, PolicyObjective
 from pipeline.training import legacy_checkpoints
-from pipeline.training.loop import Metrics
 from pipeline.training.optim import make_optimizer
-from stages.support import common, training
+from stages.support import common, compatibility, training
 
 
-def import_policy_net(path: Path, pretrained: Checkpoint, params: Params) -> PolicyNet:
-    """The policy network of our own or the authors' checkpoint, when it fits the ResNet."""
+def load_policy_net(path: Path, params: Params, pretrained: Checkpoint) -> PolicyNet:
+    """The policy network of our own or the authors' checkpoint, when it fits the pretrained ResNet.
+
+    Raises:
+        CheckpointError: it can't be read, or was trained for another ResNet or data set.
+    """
     if path.is_dir():
-        own = checkpoint.load(path)
-        training.require_same(
-            path, "input normalisation", own.normalisation, pretrained.normalisation,
+        imported = checkpoint.load(path)
+        compatibility.require_same(
+            path, "input normalisation", imported.normalisation, pretrained.normalisation,
             "import a policy that was trained with this ResNet",
         )  # fmt: skip
-        training.require_same_image_size(path, own, params)
-        policy_net = own.need_policy_net()
+        compatibility.require_same_image_size(path, imported, params)
+        policy_net = imported.need_policy_net()
     else:
         policy_net = legacy_checkpoints.load(path).need_policy_net(path)
-    training.require_same(
+    compatibility.require_same(
         path, "number of blocks", policy_net.num_blocks, pretrained.need_resnet().num_blocks,
         "import a policy for this ResNet, or set resnet.depth to the policy's",
     )  # fmt: skip
-    training.require_same_policy_net(path, policy_net, params)
+    compatibility.require_same_policy_net(path, policy_net, params)
     return policy_net
 
 
@@ -79,27 +80,18 @@ def learner_of(params: Params, resnet: ResNet, normalisation: Normalisation) -> 
 def main(params: Params) -> None:
     """Write models/curriculum (the policy alone; the ResNet is the one of models/pretrain)."""
     pretrained = checkpoint.load(common.PRETRAINED)
+    without_resnet = replace(pretrained, stage="curriculum", resnet=None)
 
-    def save(policy_net: PolicyNet, metrics: Metrics) -> None:
-        made = replace(
-            pretrained, stage="curriculum", resnet=None, policy_net=policy_net, metrics=metrics
-        )
-        checkpoint.save(made, common.POLICY)
+    def load(path: Path) -> Checkpoint:
+        return replace(without_resnet, policy_net=load_policy_net(path, params, pretrained))
 
-    path = training.imported(params.checkpoints.curriculum)
-    if path is not None:
-        found = import_policy_net(path, pretrained, params)
-        if is_main():
-            save(found, {})
-            training.record_import("curriculum", params, path)
-        return
-    resnet = pretrained.need_resnet().to(choose_device())
-    seed_everything(params.seed, "curriculum")
-    learner = learner_of(params, resnet, pretrained.normalisation)
-    inputs = [common.PREPARED, common.PRETRAINED]
-    training.train(
-        "curriculum", learner, params, params.curriculum, inputs, partial(save, learner.policy_net)
-    )
+    def build() -> tuple[PolicyLearner, Checkpoint]:
+        resnet = pretrained.need_resnet().to(choose_device())
+        seed_everything(params.seed, "curriculum")
+        learner = learner_of(params, resnet, pretrained.normalisation)
+        return learner, replace(without_resnet, policy_net=learner.policy_net)
+
+    training.run("curriculum", params, params.curriculum, load=load, build=build)
 
 
 if __name__ == "__main__":

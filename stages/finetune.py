@@ -1,51 +1,52 @@
 """finetune: policy and ResNet jointly, with the gamma on top of params.yaml, or import both."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from pipeline import flops
 from pipeline.config import Params
 from pipeline.data.transforms import Normalisation
 from pipeline.device import choose_device
-from pipeline.infra.processes import is_main
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
 from pipeline.policy.learner import PolicyLearner, PolicyObjective
 from pipeline.training import legacy_checkpoints
-from pipeline.training.loop import Metrics
 from pipeline.training.optim import ChainedOptimizer, make_optimizer
-from stages.support import common, training
+from stages.support import common, compatibility, recipes, training
 
 
-def import_both(path: Path, pretrained: Checkpoint, params: Params) -> tuple[ResNet, PolicyNet]:
-    """ResNet and policy network of our own or the authors' finetuned checkpoint, when they fit."""
+def load_pair(path: Path, params: Params, pretrained: Checkpoint) -> tuple[ResNet, PolicyNet]:
+    """ResNet and policy network of our own or the authors' finetuned checkpoint, when they fit.
+
+    Raises:
+        CheckpointError: they can't be read, or were finetuned from another ResNet or on other data.
+    """
+    origin = "import for pretrain the ResNet that it was finetuned from"
     if path.is_dir():
-        own = checkpoint.load(path)
-        training.require_same(
+        imported = checkpoint.load(path)
+        compatibility.require_same(
             path, "input normalisation and list of classes",
-            (own.normalisation, own.classes), (pretrained.normalisation, pretrained.classes),
-            "import for pretrain the ResNet that it was finetuned from",
+            (imported.normalisation, imported.classes),
+            (pretrained.normalisation, pretrained.classes), origin,
         )  # fmt: skip
-        training.require_same_image_size(path, own, params)
-        resnet, policy_net = own.need_resnet(), own.need_policy_net()
+        compatibility.require_same_image_size(path, imported, params)
+        resnet, policy_net = imported.need_resnet(), imported.need_policy_net()
     else:
-        theirs = legacy_checkpoints.load(path)
-        resnet, policy_net = theirs.need_resnet(path), theirs.need_policy_net(path)
+        authors = legacy_checkpoints.load(path)
+        resnet, policy_net = authors.need_resnet(path), authors.need_policy_net(path)
     before = pretrained.need_resnet()
-    training.require_same(
+    compatibility.require_same(
         path, "family, depth, width and number of classes",
         (resnet.family, resnet.depth, resnet.width, resnet.num_classes),
-        (before.family, before.depth, before.width, before.num_classes),
-        "import for pretrain the ResNet that it was finetuned from",
+        (before.family, before.depth, before.width, before.num_classes), origin,
     )  # fmt: skip
-    training.require_same(
+    compatibility.require_same(
         path, "policy's number of blocks", policy_net.num_blocks, resnet.num_blocks,
         "its two networks do not belong together; take another file",
     )  # fmt: skip
-    training.require_same_policy_net(path, policy_net, params)
+    compatibility.require_same_policy_net(path, policy_net, params)
     return resnet, policy_net
 
 
@@ -54,7 +55,7 @@ def learner_of(
 ) -> PolicyLearner:
     """How params.yaml has both networks learn; the ResNet as it is now is its own teacher."""
     section, policy = params.finetune, params.finetune_policy
-    learning = policy.train_epochs or section.epochs - policy.frozen_epochs
+    train_epochs = policy.train_epochs or section.epochs - policy.frozen_epochs
     return PolicyLearner(
         resnet,
         policy_net,
@@ -64,13 +65,13 @@ def learner_of(
                 [{"params": list(policy_net.parameters()), "lr": policy.lr}],
                 weight_decay=section.weight_decay,
             ),
-            training.resnet_optimizer_of(resnet, section),
+            recipes.resnet_optimizer_of(resnet, section),
         ),
         rules=PolicyObjective(
             gamma=params.gamma,
             alpha=policy.alpha,
             entropy_coef=policy.entropy_coef,
-            entropy_epochs=learning if policy.entropy_schedule == "linear" else None,
+            entropy_epochs=train_epochs if policy.entropy_schedule == "linear" else None,
             frozen_epochs=policy.frozen_epochs,
             train_epochs=policy.train_epochs,
             marginal_entropy_coef=policy.marginal_entropy_coef,
@@ -79,35 +80,26 @@ def learner_of(
         ),
         normalisation=normalisation,
         precision=section.precision,
-        distillation=training.distillation_of(resnet, params),
+        distillation=recipes.distillation_of(resnet, params),
     )
 
 
 def main(params: Params) -> None:
     """Write models/finetune (both networks)."""
-    pretrained = checkpoint.load(common.PRETRAINED)
+    pretrained = replace(checkpoint.load(common.PRETRAINED), stage="finetune")
 
-    def save(resnet: ResNet, policy_net: PolicyNet, metrics: Metrics) -> None:
-        made = replace(
-            pretrained, stage="finetune", resnet=resnet, policy_net=policy_net, metrics=metrics
-        )
-        checkpoint.save(made, common.FINETUNED)
+    def load(path: Path) -> Checkpoint:
+        resnet, policy_net = load_pair(path, params, pretrained)
+        return replace(pretrained, resnet=resnet, policy_net=policy_net)
 
-    path = training.imported(params.checkpoints.finetune)
-    if path is not None:
-        found = import_both(path, pretrained, params)
-        if is_main():
-            save(*found, {})
-            training.record_import("finetune", params, path)
-        return
-    device = choose_device()
-    resnet = pretrained.need_resnet().to(device)
-    policy_net = checkpoint.load(common.POLICY).need_policy_net().to(device)
-    learner = learner_of(params, resnet, policy_net, pretrained.normalisation)
-    inputs = [common.PREPARED, common.PRETRAINED, common.POLICY]
-    training.train(
-        "finetune", learner, params, params.finetune, inputs, partial(save, resnet, policy_net)
-    )
+    def build() -> tuple[PolicyLearner, Checkpoint]:
+        device = choose_device()
+        resnet = pretrained.need_resnet().to(device)
+        policy_net = checkpoint.load(common.POLICY).need_policy_net().to(device)
+        learner = learner_of(params, resnet, policy_net, pretrained.normalisation)
+        return learner, replace(pretrained, policy_net=policy_net)
+
+    training.run("finetune", params, params.finetune, load=load, build=build)
 
 
 if __name__ == "__main__":

@@ -1,67 +1,57 @@
-"""static: the ResNet finetuned under a static rule: `python -m stages.static RULE KEPT`.
+"""static: the ResNet finetuned under a static rule: `python -m stages.static RULE NUM_KEPT`.
 
-What BlockDrop's finetuning would give without looking at the image: finetune's epochs, batches,
-optimiser and loss of the ResNet, and no reward. Does not depend on gamma. Where checkpoints.static names
-a folder that has it, it is taken from there.
+It shows what finetuning gives without a look at the image: finetune's epochs, batches, optimiser and
+loss of the ResNet, and no reward, so it does not depend on gamma. Where checkpoints.static names a
+folder that has it, it is taken from there.
 """
 
 import argparse
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from pipeline.config import Params
 from pipeline.device import choose_device
 from pipeline.infra.errors import UserError
-from pipeline.infra.processes import is_main
 from pipeline.models import checkpoint
-from pipeline.models.resnet import ResNet
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.static_policies import static_rule
 from pipeline.training.classification import Classification
-from pipeline.training.loop import Metrics
-from stages.support import common, training
+from stages.support import common, compatibility, recipes, training
 
 
-def main(params: Params, *, rule: str, kept: int) -> None:
-    """Write models/static/RULE-KEPT.
+def main(params: Params, *, rule: str, num_kept: int) -> None:
+    """Write models/static/RULE-NUM_KEPT.
 
     Raises:
         UserError: params.yaml does not name the rule or the number of blocks.
     """
-    if rule not in params.static.rules or kept not in params.static.num_kept:
-        raise UserError(f"static in params.yaml does not name {rule} with {kept} kept; add it there")
-    pretrained = checkpoint.load(common.PRETRAINED)
-    item = f"{rule}-{kept}"
+    if rule not in params.static.rules or num_kept not in params.static.num_kept:
+        raise UserError(f"static in params.yaml does not name {rule} with {num_kept} kept; add it there")
+    pretrained = replace(checkpoint.load(common.PRETRAINED), stage="static")
 
-    def save(resnet: ResNet, metrics: Metrics) -> None:
-        made = replace(pretrained, stage="static", resnet=resnet, metrics=metrics)
-        checkpoint.save(made, common.STATIC / item)
+    def load(path: Path) -> Checkpoint:
+        resnet = compatibility.load_resnet(path, params, pretrained.classes, depth=params.resnet.depth)
+        return replace(pretrained, resnet=resnet)
 
-    folder = training.imported(params.checkpoints.static)
-    if folder is not None:
-        found = training.import_resnet(
-            folder / item, params, pretrained.classes, depth=params.resnet.depth
+    def build() -> tuple[Classification, Checkpoint]:
+        resnet = pretrained.need_resnet().to(choose_device())
+        learner = Classification(
+            resnet,
+            optimizer=recipes.resnet_optimizer_of(resnet, params.finetune),
+            normalisation=pretrained.normalisation,
+            precision=params.finetune.precision,
+            rule=static_rule(rule, num_kept, resnet.stages),
+            distillation=recipes.distillation_of(resnet, params),
         )
-        if is_main():
-            save(found, {})
-            training.record_import("static", params, folder / item, item=item)
-        return
-    resnet = pretrained.need_resnet().to(choose_device())
-    section = params.finetune
-    learner = Classification(
-        resnet,
-        optimizer=training.resnet_optimizer_of(resnet, section),
-        normalisation=pretrained.normalisation,
-        precision=section.precision,
-        rule=static_rule(rule, kept, resnet.stages),
-        distillation=training.distillation_of(resnet, params),
-    )
-    inputs = [common.PREPARED, common.PRETRAINED]
-    training.train("static", learner, params, section, inputs, partial(save, resnet), item=item)
+        return learner, pretrained
+
+    training.run("static", params, params.finetune, load=load, build=build, item=f"{rule}-{num_kept}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rule")
-    parser.add_argument("kept", type=int)
+    parser.add_argument("num_kept", type=int)
     arguments = parser.parse_args()
-    common.run(partial(main, rule=arguments.rule, kept=arguments.kept), trains=True)
+    common.run(partial(main, rule=arguments.rule, num_kept=arguments.num_kept), trains=True)

@@ -133,7 +133,7 @@ def sync(root: Path) -> Outcome:
         Exception: the store can't be used.
     """
     failed = []
-    with exclusive(root / LOCK, waiting="sync: waiting for another one to end"):
+    with exclusive(root / LOCK, waiting_message="sync: waiting for another one to end"):
         with store() as (client, experiment_id):
             for run_id in end_orphans(client, experiment_id):
                 print(f"run {run_id} was left by a process that died; it is ended as KILLED")

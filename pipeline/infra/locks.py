@@ -1,4 +1,4 @@
-"""One process at a time, with a word to whoever waits."""
+"""Lock files: one process at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,18 +8,18 @@ from filelock import FileLock, Timeout
 
 
 @contextmanager
-def exclusive(path: Path, *, waiting: str) -> Iterator[None]:
-    """Hold the lock file `path`; print `waiting` first when another process has it.
+def exclusive(path: Path, *, waiting_message: str) -> Iterator[None]:
+    """Hold the lock file `path`; print the message first when another process holds it.
 
     The system frees the lock of a process that dies. The empty file stays: to remove it would race
-    with who waits for it.
+    with the processes that wait for it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, mode=0o666)  # in a shared folder, other users of the machine take it too
+    lock = FileLock(path, mode=0o666)  # in a shared folder, other users of the machine lock it too
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(waiting, flush=True)
+        print(waiting_message, flush=True)
         lock.acquire()
     try:
         yield

@@ -1,8 +1,8 @@
 """Resume points of trainings: written atomically, found again by what the result depends on.
 
-They lie outside DVC's outs (which DVC empties before a run) and outside the working folder of
-`dvc exp run --temp` (which is deleted): in `.resume/` of the main checkout. A point is a file with the
-SHA-256 of what follows, then that: torch.save of plain types and tensors.
+They lie in `.resume/` of the main checkout: outside DVC's outs, which DVC empties before a run, and
+outside the folder of `dvc exp run --temp`, which is deleted. A file begins with the SHA-256 of the rest,
+which is a torch.save of plain types and tensors.
 """
 
 import contextlib
@@ -27,24 +27,23 @@ from pipeline.infra.safe_io import open_regular
 PROJECT_MARK = ".dvc"
 FOLDER = ".resume"
 DAY = 24 * 3600.0
-KEEP_FINISHED = 1 * DAY  # DVC has it by then; it is for processes that waited for it
+KEEP_FINISHED = 1 * DAY  # for processes that waited; by then DVC has recorded the result
 KEEP_INTERRUPTED = 60 * DAY
 
 
 def project_root() -> Path:
     """The main checkout, also from inside a temporary one of `dvc exp run --temp`.
 
-    DVC tells its stages by DVC_ROOT; by hand it is the nearest folder above that holds `.dvc`.
+    Under DVC it is DVC_ROOT, by hand the nearest folder above that holds `.dvc`.
     """
-    told = os.environ.get("DVC_ROOT")
-    if told:
-        return Path(told)
-    here = Path.cwd()
-    return next((p for p in (here, *here.parents) if (p / PROJECT_MARK).is_dir()), here)
+    if root := os.environ.get("DVC_ROOT"):
+        return Path(root)
+    folder = Path.cwd()
+    return next((p for p in (folder, *folder.parents) if (p / PROJECT_MARK).is_dir()), folder)
 
 
 def key_of(**ingredients: object) -> str:
-    """A name for what a training's result depends on; other ingredients, another name."""
+    """A name for everything that a training's result depends on: other ingredients, another name."""
     text = json.dumps(ingredients, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -59,37 +58,38 @@ def digest_of_files(paths: list[Path]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePoint:
-    """The place where one training keeps its state, and when it is done its result.
+    """The file that holds a training's last state.
 
-    The state before the last one is kept as well, for a disk that gives back other bytes than it got.
+    Attributes:
+        path: of the last state, while the training runs or is interrupted.
     """
 
     path: Path
 
     @classmethod
     def of(cls, stage: str, key: str) -> "ResumePoint":
-        """The place for a stage's training with this key."""
+        """The resume point of a stage's training with this key."""
         return cls(path=project_root() / FOLDER / f"{stage}-{key}.pt")
 
     @property
     def previous(self) -> Path:
-        """Where the state before the last one is."""
+        """The state before the last one, for a disk that gives back other bytes than it got."""
         return self.path.with_suffix(".previous.pt")
 
     @property
     def finished(self) -> Path:
-        """Where the state at the end is, once the result was written."""
+        """The last state, once the training has ended and its result is written."""
         return self.path.with_suffix(".finished.pt")
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other processes off the same training (a queue worker's, say) until this one is done."""
-        waiting = f"waiting: another process is at the same training ({self.path.stem})"
-        with exclusive(self.path.with_suffix(".lock"), waiting=waiting):
+    def lock(self) -> Iterator[None]:
+        """Let one process at a time do this training; another (a queue worker) waits for it."""
+        message = f"waiting: another process is at the same training ({self.path.stem})"
+        with exclusive(self.path.with_suffix(".lock"), waiting_message=message):
             yield
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Replace the old state by a new one, which is read back first.
+        """Replace the last state by a new one, which is read back first.
 
         Raises:
             OSError: it can't be written; the old states are as they were.
@@ -102,7 +102,7 @@ class ResumePoint:
             sync_folder(self.path.parent)
 
     def load(self) -> dict[str, Any] | None:
-        """The last state that is whole; None when there is none (the training then starts over)."""
+        """Read the last state that is whole; None when there is none (the training then starts over)."""
         for path in (self.path, self.previous):
             state = _read(path)
             if state is not None:
@@ -111,33 +111,31 @@ class ResumePoint:
             print("no state can be used; starting from the first epoch", flush=True)
         return None
 
-    def finish(self, state: Mapping[str, Any]) -> None:
-        """Keep the state at the end, for processes that wait for it, in place of the others.
-
-        Raises:
-            OSError: it can't be written; the states on the way are as they were.
-        """
-        with failures_name(self.finished):
-            self._write(state).replace(self.finished)
-            sync_folder(self.path.parent)
-            self.discard()
-
     def load_finished(self) -> dict[str, Any] | None:
-        """The state at the end of this very training, if it was done before."""
+        """Read the last state of this very training, if a process finished it before."""
         return _read(self.finished)
 
-    def discard(self) -> None:
-        """Remove the states on the way."""
-        self.path.unlink(missing_ok=True)
-        self.previous.unlink(missing_ok=True)
+    def finish(self) -> None:
+        """Mark the last state as that of a finished training, for processes that wait for it.
+
+        Raises:
+            OSError: it can't be renamed; the states are as they were.
+        """
+        with failures_name(self.finished):
+            self.path.replace(self.finished)
+            self.previous.unlink(missing_ok=True)
+            sync_folder(self.path.parent)
+        tidy(self.path.parent)
 
     def _write(self, state: Mapping[str, Any]) -> Path:
-        """A new file with the state, read back."""
+        """Write the state into a new file and read it back."""
         fresh = self.path.with_suffix(".fresh.pt")
-        content = _packed(state)
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        content = hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.unlink(missing_ok=True)  # it may be a pipe, which would be waited for
+            fresh.unlink(missing_ok=True)  # it may be a pipe, whose reader would be waited for
             write_through(fresh, content)
             if fresh.read_bytes() != content:
                 raise OSError(errno.EIO, "the disk gives back other bytes than were written")
@@ -149,22 +147,13 @@ class ResumePoint:
 
 
 def tidy(folder: Path, *, now: float | None = None) -> None:
-    """Remove what nobody will ask for: results after a day, interrupted trainings after 60 days."""
+    """Remove states that are too old: of finished trainings after a day, of others after 60 days."""
     now = time.time() if now is None else now
     for path in folder.glob("*.pt"):
-        kept = KEEP_FINISHED if path.name.endswith(".finished.pt") else KEEP_INTERRUPTED
-        try:
-            if now - path.stat().st_mtime > kept:
+        max_age = KEEP_FINISHED if path.name.endswith(".finished.pt") else KEEP_INTERRUPTED
+        with contextlib.suppress(OSError):  # another process tidies as well
+            if now - path.stat().st_mtime > max_age:
                 path.unlink()
-        except OSError:  # another process tidies as well
-            continue
-
-
-def _packed(state: Mapping[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    content = buffer.getvalue()
-    return hashlib.sha256(content).digest() + content
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -182,6 +171,6 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     try:
         return torch.load(io.BytesIO(stored[size:]), map_location="cpu", weights_only=True)
-    except Exception as error:  # whole but not ours: torch.load raises what the bytes happen to break
+    except Exception as error:  # whole, but no state: torch.load raises whatever the bytes break
         print(f"{path} is no resume point ({error}), so it is not used", flush=True)
         return None

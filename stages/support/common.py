@@ -1,4 +1,4 @@
-"""What every stage shares: where things lie, the frame around each script, small files."""
+"""What every stage shares: the folders, the frame around each script, small files."""
 
 import csv
 import io
@@ -32,8 +32,7 @@ from pipeline.infra.signals import exit_on_sigterm, exit_with_parent
 from pipeline.tracking.connection import OFF
 from pipeline.tracking.connection import VARIABLE as TRACKING
 from pipeline.tracking.store import is_off
-from stages import PARENT, STARTER
-from stages.support import launcher
+from stages import PARENT
 from stages.support.inputs import require_unchanged
 
 PREPARED = Path("data/prepared")
@@ -57,8 +56,8 @@ def run(main: Callable[[Params], None], *, trains: bool = False) -> None:
         trains: it is a training, which several processes may share (BLOCKDROP_PROCESSES, torchrun).
     """
     exit_on_sigterm()
-    if "DVC_ROOT" in os.environ or "RANK" in os.environ:  # DVC started it, or torchrun, or `launch`
-        exit_with_parent(PARENT, STARTER)
+    if "DVC_ROOT" in os.environ or "RANK" in os.environ:  # DVC is the parent, or torchrun
+        exit_with_parent(PARENT)
     try:
         _run(main, trains=trains)
     except UserError as error:
@@ -74,14 +73,16 @@ def run(main: Callable[[Params], None], *, trains: bool = False) -> None:
 
 
 def _run(main: Callable[[Params], None], *, trains: bool) -> None:
-    count, own = requested_world_size(choose_device()), rank_info()
-    is_off()  # these refuse what they can't be set to
+    count, world_size = requested_world_size(choose_device()), rank_info().size
+    is_off()  # refuses a BLOCKDROP_TRACKING that it does not know
     params = load_params()
-    if own.size > 1 and not trains:
+    if world_size > 1 and not trains:
         raise UserError("only trainings take several processes; start this stage without torchrun")
-    if trains and count > 1 and own.size == 1:
-        sys.exit(launcher.run(count))
-    if not is_main():  # one speaks and logs
+    if trains and count > 1 and world_size == 1:
+        from pipeline.infra import torchrun  # one process alone does without it
+
+        sys.exit(torchrun.launch(count))
+    if not is_main():
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the end
         os.environ[TRACKING] = OFF
     try:
@@ -96,26 +97,23 @@ def _run(main: Callable[[Params], None], *, trains: bool) -> None:
 
 
 def _fail_or_raise(message: str | None, error: Exception) -> None:
-    if message is None:  # ours to mend: with its traceback
+    if message is None:  # a defect of this project: with its traceback
         raise error
     _fail(message)
 
 
 def _fail(message: str) -> None:
-    print(f"error{_who()}: {message}", file=sys.stderr)
+    try:
+        info = rank_info()
+    except UserError:  # which may be the error that the message tells
+        info = RankInfo()
+    process = "" if info.rank == 0 else f" in process {info.rank + 1} of {info.size}"
+    print(f"error{process}: {message}", file=sys.stderr)
     sys.exit(1)
 
 
-def _who() -> str:
-    try:
-        own = rank_info()
-    except UserError:  # which is what is said
-        own = RankInfo()
-    return "" if own.rank == 0 else f" in process {own.rank + 1} of {own.size}"
-
-
 def require_writable(*folders: Path) -> None:
-    """See that files can be written, before hours of training and not after.
+    """See that files can be written there, before hours of training and not after.
 
     Raises:
         OSError: they can't.
@@ -131,13 +129,13 @@ def require_writable(*folders: Path) -> None:
 def require_seen(folder: Path, files: Collection[Path]) -> None:
     """See that DVC notices changes to these files, which lie in a folder that a stage depends on.
 
-    Of a folder it leaves out what `.dvcignore` hides and what lies behind a link to another folder.
+    DVC leaves out what `.dvcignore` hides and what lies behind a link to another folder.
 
     Raises:
         UserError: a file is left out; the message names the pattern or the link.
     """
-    places = {rank_info for path in files for rank_info in path.parents if folder in rank_info.parents}
-    link = min((rank_info for rank_info in places if rank_info.is_symlink()), default=None)
+    folders = {parent for path in files for parent in path.parents if folder in parent.parents}
+    link = min((path for path in folders if path.is_symlink()), default=None)
     if link is not None:
         raise UserError(
             f"{link} is a link to a folder, which DVC does not follow, so it would not notice changes "
@@ -145,15 +143,15 @@ def require_seen(folder: Path, files: Collection[Path]) -> None:
         )
     names = [os.path.abspath(path) for path in (folder, *files)]  # noqa: PTH100 - links stay links
     command = [sys.executable, "-m", "dvc", "check-ignore", "--details", "--stdin"]
-    done = subprocess.run(  # without a DVC project nothing is hidden, and nothing recorded
+    ignored = subprocess.run(  # without a DVC project nothing is hidden, and nothing recorded
         command, input="".join(f"{name}\n" for name in names if "\n" not in name), check=False,
         capture_output=True, encoding="utf-8", errors="surrogateescape",
-    )  # fmt: skip
-    if done.stdout:
-        pattern, name = done.stdout.partition("\n")[0].split("\t")
+    ).stdout  # fmt: skip
+    if ignored:
+        pattern, name = ignored.partition("\n")[0].split("\t")
         raise UserError(
-            f"{short_repr(name)} is hidden from DVC ({short_repr(pattern)}), which would not notice changes "
-            "there; put the files into another folder, or change that pattern"
+            f"{short_repr(name)} is hidden from DVC ({short_repr(pattern)}), which would not notice "
+            "changes there; put the files into another folder, or change that pattern"
         )
 
 
@@ -163,23 +161,28 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote."""
+    """Read what `write_json` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_csv(
-    path: Path, rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None = None
-) -> None:
+def csv_text(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None = None) -> str:
     """A table; every row has `columns`, by default the keys of the first."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=columns or list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    write_text(path, text.getvalue())
+    return text.getvalue()
+
+
+def write_csv(
+    path: Path, rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None = None
+) -> None:
+    """Write a table (`csv_text`)."""
+    write_text(path, csv_text(rows, columns=columns))
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows that `write_csv` wrote, as texts."""
+    """Read the rows that `write_csv` wrote; their values are strings."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -189,8 +192,8 @@ def write_times(stage: str, seconds: float, images: int, *, fewest_threads: int)
 
     Args:
         seconds: of the whole training.
-        images: that it has seen, an image twice in two epochs.
-        fewest_threads: that it went down to beside other work on the machine.
+        images: trained on, each counted once an epoch.
+        fewest_threads: the least that it used, beside other work on the machine.
     """
     content = {
         "seconds": round(seconds, 3),

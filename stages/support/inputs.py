@@ -170,6 +170,11 @@ def code_of(stage: str) -> list[Path]:
     return sorted(path for _, path in _paths({name: ROOT / name for name in names}))
 
 
+def inputs_of(stage: str) -> list[Path]:
+    """The data and checkpoints of other stages on which a stage's result depends, by dvc.yaml."""
+    return [Path(name) for name in _entry(stage)["deps"] if not name.startswith((*CODE, "$"))]
+
+
 def params_of(stage: str, params: "Params") -> dict[str, Any]:
     """The values of the parameters that dvc.yaml lists for a stage, by their dotted keys."""
     listed = tuple(f"{name}." for name in _entry(stage)["params"])

@@ -1,10 +1,9 @@
-"""How far a training is, and where that is kept, so that nothing is lost when it is killed."""
+"""How far a training is, and its resume points: what a kill loses is the work since the last save."""
 
 import hashlib
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 from tqdm import tqdm
@@ -22,11 +21,12 @@ from pipeline.models.policy_net import PolicyNet
 from pipeline.tracking.runs import StageRun
 from pipeline.training import loop
 from pipeline.training.loop import Metrics
+from stages.support.common import csv_text
 
 TrainingSection = Pretrain | Curriculum | Finetune
-FORMAT = 2  # of the states; others are not found
-SAVE_SECONDS = 30.0  # between resume points inside an epoch
-SAVE_SHARE = 20  # a resume point is no sooner than that many times what the last one took
+FORMAT = 3  # of the states; it is part of a resume point's key, so that older ones are not found
+SAVE_SECONDS = 30.0  # between two saves inside an epoch
+MIN_TIMES_A_SAVE = 20  # a save waits that many times what the last one took: saving is 5 % of the time
 
 
 class TrainingError(UserError):
@@ -35,19 +35,19 @@ class TrainingError(UserError):
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """A training as far as it is: what a resume point holds.
+    """A training up to some step: what a resume point holds.
 
     Attributes:
         position: the steps that are done.
         history: a row of metrics for each epoch that is done.
-        seconds: that it took so far, in all processes that worked at it.
-        run_id: its run in MLflow; None where it has none.
-        adopted: it is the result of a training that is over, of this process or of another one.
-        modules: state dictionaries by the learner's names; these three None at the start, and once used.
+        seconds: that it has taken so far, over all interruptions.
+        run_id: of its MLflow run; None where it has none.
+        adopted: another process has finished this training, and the state is its last one.
+        modules: state dictionaries by the learner's names; `apply` uses them up, with the next two.
         optimizer: the optimiser's state dictionary.
-        random: the global generators' states.
-        executors: which have won races (`inference.CHOICES`); of several processes, those of process 0.
-        device: on which; elsewhere they race anew.
+        random: the states of the global generators.
+        executors: those that won races (`auto.CHOICES`), by rank 0.
+        device: on which they did; on another one they race again.
     """
 
     position: loop.Position = field(default_factory=loop.Position)
@@ -62,35 +62,29 @@ class TrainingState:
     device: str | None = None
 
     @classmethod
-    def of(cls, point: ResumePoint, *, recorded: str | None) -> "TrainingState":
-        """The training as another process left it, or at its start.
+    def load(cls, point: ResumePoint, *, recorded_md5: str | None) -> "TrainingState":
+        """Read the state that a resume point holds, or the one at the start of a training.
 
-        One that was finished, by a process that this one waited for or before DVC could record it, is
-        taken as it is. One that DVC has recorded is trained anew: to ask for it is to want that.
+        A training that was finished already is adopted: by a process that this one waited for, or
+        before DVC could record it. Unless DVC has recorded it: DVC then restores it from its cache, and
+        runs the stage only where the user wants it trained again.
 
         Args:
-            recorded: MD5 of the learning curve in dvc.lock; None where it has none of this training.
+            recorded_md5: of the learning curve in dvc.lock; None where it has none of this training.
         """
-        finished = point.load_finished()
-        adopted = finished is not None and finished["curve_md5"] != recorded
-        stored = finished if adopted else point.load()
+        stored = point.load_finished()
+        adopted = stored is not None and _curve_md5(stored["history"]) != recorded_md5
+        if not adopted:
+            stored = point.load()
         if stored is None:
             return cls()
-        return cls(
-            position=loop.Position(**stored["position"]),
-            history=stored["history"],
-            seconds=stored["seconds"],
-            run_id=stored["run_id"],
-            adopted=adopted,
-            modules=stored["modules"],
-            optimizer=stored.get("optimizer"),
-            random=stored.get("random"),
-            executors=stored.get("executors", {}),
-            device=stored.get("device"),
-        )
+        stored = stored | {"position": loop.Position(**stored["position"])}
+        if adopted:
+            stored["run_id"] = None  # the MLflow run is the other process's
+        return cls(**stored, adopted=adopted)
 
-    def put_into(self, learner: loop.Learner) -> None:
-        """Set networks, optimiser and global generators."""
+    def apply(self, learner: loop.Learner) -> None:
+        """Set networks, optimiser, global generators and the executors that won."""
         if self.modules is not None:
             for name, module in learner.modules.items():
                 module.load_state_dict(self.modules[name])
@@ -100,41 +94,45 @@ class TrainingState:
             set_random_states(self.random)
         if self.device == describe_device(choose_device()):
             auto.CHOICES.update(self.executors)
-        self.modules = self.optimizer = self.random = None  # twice the memory otherwise
+        self.modules = self.optimizer = self.random = None  # they take as much memory as the learner's
 
-    def say(self, name: str, *, epochs: int, steps: int) -> None:
-        """One line on where it goes on."""
+    def announce(self, name: str, *, epochs: int, steps: int) -> None:
+        """Print where the training resumes; nothing for a new one."""
         if self.adopted:
             print(f"{name}: another process has trained exactly this; its result is taken", flush=True)
         elif self.position.epoch or self.position.step:
             step = f", step {self.position.step} of {steps}" if self.position.step else ""
             print(f"{name}: resuming after epoch {self.position.epoch} of {epochs}{step}", flush=True)
-            here = describe_device(choose_device())
-            if self.executors and self.device != here:
+            device = describe_device(choose_device())
+            if self.executors and self.device != device:
                 print(
-                    f"{name}: what is fastest was found out on {self.device}; on {here} executors race "
-                    "anew, and another one rounds otherwise",
+                    f"{name}: what is fastest was found out on {self.device}; on {device} executors "
+                    "race again, and another one rounds otherwise",
                     flush=True,
                 )
 
-    def as_dict(self, learner: loop.Learner, *, finished: bool = False) -> dict[str, Any]:
-        """What a resume point keeps, or when it is finished what others take."""
-        state = {
+    def as_dict(self, learner: loop.Learner) -> dict[str, Any]:
+        """What a resume point keeps: plain types and tensors."""
+        return {
             "position": vars(self.position),
             "history": self.history,
             "seconds": self.seconds,
-            "run_id": None if finished else self.run_id,
+            "run_id": self.run_id,
             "modules": {name: module.state_dict() for name, module in learner.modules.items()},
+            "optimizer": learner.optimizer.state_dict(),
+            "random": random_states(),
+            "executors": dict(auto.CHOICES),
+            "device": describe_device(choose_device()),
         }
-        if not finished:
-            state |= {"optimizer": learner.optimizer.state_dict(), "random": random_states()}
-            device = describe_device(choose_device())
-            state |= {"executors": dict(auto.CHOICES), "device": device}
-        return state
+
+
+def _curve_md5(history: list[Metrics]) -> str:
+    """The digest that DVC records of a learning curve."""
+    return hashlib.md5(csv_text(history).encode(), usedforsecurity=False).hexdigest()
 
 
 class Checkpointer:
-    """Keeps a training's state: each epoch, now and then inside one, and when it is asked to stop."""
+    """Saves a training's state: at each epoch's end, now and then inside one, and before it stops."""
 
     def __init__(
         self,
@@ -151,16 +149,17 @@ class Checkpointer:
         self.point = point
         self.state = state
         self.run = run
-        self.started = time.monotonic() - state.seconds
-        self.saved = time.monotonic()
-        self.took = 0.0  # seconds, to save
-        self.main = is_main()  # of several processes this one decides, writes and speaks
+        self.started_at = time.monotonic() - state.seconds
+        self.saved_at = time.monotonic()
+        self.save_seconds = 0.0  # that the last save took
+        self.is_saved = bool(state.history) and not state.adopted
+        self.main = is_main()  # of several processes, the one that saves and prints
         self.warned: set[str] = set()
-        for row in state.history:  # those that its run has already are passed over
+        for row in state.history:  # a resumed run passes over those that it has already
             run.log_metrics(row, step=int(row["epoch"]))
 
     def epoch_done(self, result: loop.EpochResult) -> None:
-        """Take up an epoch's metrics.
+        """Add an epoch's metrics to the history and log them.
 
         Raises:
             TrainingError: they, or weights, are not finite.
@@ -170,90 +169,94 @@ class Checkpointer:
         row |= {f"train_{name}": value for name, value in result.train.items()}
         row |= {f"validation_{name}": value for name, value in result.validation.items()}
         self.state.history.append(row)
-        self.state.seconds = time.monotonic() - self.started
+        self.state.seconds = time.monotonic() - self.started_at
         self.run.log_metrics(row, step=result.epoch + 1)
         self._warn_of_collapse(result)
 
-    def save_if_due(self, asked: StopSignal, *, epoch_ended: bool) -> None:
-        """Save at an epoch's end and every `SAVE_SECONDS`, for a twentieth of the time at most.
+    def save_if_due(self, stop: StopSignal, *, epoch_ended: bool) -> None:
+        """Save at an epoch's end and every SAVE_SECONDS, for a twentieth of the time at most.
 
-        Of several processes all save, or stop, after the same step, whichever of them was asked.
+        All processes of a training save, or stop, after the same step, whichever got the signal.
 
         Raises:
-            KeyboardInterrupt, SystemExit: the process was asked to stop; the state is saved.
+            KeyboardInterrupt, SystemExit: a process got a signal; the state is saved.
             TrainingError: metrics or weights are not finite; the last good state is kept.
         """
-        since = time.monotonic() - self.saved
-        last = epoch_ended and self.state.position.epoch == self.section.epochs
-        due = self.main and since > SAVE_SHARE * self.took and (epoch_ended or since > SAVE_SECONDS)
-        decided = distributed.all_reduce_max([int(due or last), asked.signal or 0])
-        told = StopSignal(decided[1] or None)  # what comes in from here on counts after the next step
-        if any(decided):
-            if not epoch_ended:  # else it was seen to
+        seconds = time.monotonic() - self.saved_at
+        is_last = epoch_ended and self.state.position.epoch == self.section.epochs
+        is_due = (epoch_ended or seconds > SAVE_SECONDS) and (
+            seconds > MIN_TIMES_A_SAVE * self.save_seconds
+        )
+        # rank 0 decides when to save, any rank whether to stop; later signals count after the next step
+        save, number = distributed.all_reduce_max(
+            [int(self.main and (is_due or is_last)), stop.number or 0]
+        )
+        if save or number:
+            if not epoch_ended:  # else `epoch_done` has looked
                 self._require_finite(None)
-            saved = self.main and self._save()
-            if told.signal is not None and saved:
-                position = self.state.position
-                place = f"epoch {position.epoch + 1}, step {position.step}"
-                tqdm.write(f"{self.name}: saved at {place}; the same command goes on from there")
-        told.leave()
+            if self.main:
+                self._save()
+        if number and self.main and self.is_saved:
+            position = self.state.position
+            step = f"epoch {position.epoch + 1}, step {position.step}"
+            tqdm.write(f"{self.name}: saved at {step}; the same command goes on from there")
+        StopSignal(number or None).raise_signal()
 
-    def finish(self, curve: Path) -> None:
-        """Leave the result for processes that wait for it. To fail here costs them their time alone."""
-        content = self.state.as_dict(self.learner, finished=True)
-        digest = hashlib.md5(curve.read_bytes(), usedforsecurity=False).hexdigest()
+    def finish(self) -> None:
+        """Leave the last state for processes that wait for this training; else they train themselves."""
+        if not self.is_saved:
+            return
         try:
-            self.point.finish(content | {"curve_md5": digest})
+            self.point.finish()
         except OSError as error:
-            self._say_once(f"{self.name}: {explain(error) or error}")
+            self._warn_once(f"{self.name}: {explain(error) or error}")
 
-    def _save(self) -> bool:
-        """Whether it could be written."""
+    def _save(self) -> None:
         begun = time.monotonic()
-        self.state.seconds = begun - self.started
+        self.state.seconds = begun - self.started_at
         self.state.run_id = self.run.run_id or None
-        saved = True
+        self.is_saved = True
         try:
             self.point.save(self.state.as_dict(self.learner))
         except OSError as error:
-            saved = False
-            self._say_once(
+            self.is_saved = False
+            self._warn_once(
                 f"{self.name}: no resume point can be written ({explain(error) or error}); training "
                 "goes on, but what is trained from here on would be lost if it were killed"
             )
-        self.saved = time.monotonic()
-        self.took = self.saved - begun
-        return saved
+        self.saved_at = time.monotonic()
+        self.save_seconds = self.saved_at - begun
 
     def _require_finite(self, result: loop.EpochResult | None) -> None:
         try:
             loop.require_finite(self.learner, self.state.position, result)
         except loop.NotFiniteError as error:
-            where = type(self.section).__name__.lower()  # a matrix stage has no recipe of its own
+            section = type(self.section).__name__.lower()  # sole and static train by another's
             raise TrainingError(
-                f"{self.name} diverged: {error}; lower the learning rate of {where} in params.yaml, or "
-                f"set its precision to fp32 (the state before that is kept in {self.point.path})"
+                f"{self.name} diverged: {error}; lower the learning rate of {section} in params.yaml, "
+                f"or set its precision to fp32 (the state before that is kept in {self.point.path})"
             ) from None
 
     def _warn_of_collapse(self, result: loop.EpochResult) -> None:
-        found = result.validation
-        if "entropy" not in found:  # no policy is learnt
+        metrics = result.validation
+        if "entropy" not in metrics:  # no policy is trained
             return
-        blocks = cast(PolicyNet, self.learner.modules["policy_net"]).num_blocks
-        if found["active_blocks"] < blocks:
+        num_blocks = cast(PolicyNet, self.learner.modules["policy_net"]).num_blocks
+        if metrics["active_blocks"] < num_blocks:
             return
-        objective = cast(Any, self.learner).rules
-        settles = objective.entropy_epochs is not None
+        # a policy whose entropy bonus falls to 0 is meant to settle
+        settles = cast(Any, self.learner).rules.entropy_epochs is not None
         problem = collapse(
-            keep_ratio=found["blocks_mean"] / blocks, entropy=None if settles else found["entropy"]
+            keep_ratio=metrics["blocks_mean"] / num_blocks,
+            entropy=None if settles else metrics["entropy"],
         )
         if problem:
-            when = f"by the end of epoch {result.epoch + 1}"
-            self._say_once(f"{self.name}: the policy has collapsed {when}: {problem}")
+            epoch = f"by the end of epoch {result.epoch + 1}"
+            self._warn_once(f"{self.name}: the policy has collapsed {epoch}: {problem}")
             self.run.set_tag("blockdrop.warning", problem)
 
-    def _say_once(self, text: str) -> None:
-        kind = text.split("(")[0].split(" by the end")[0]
+    def _warn_once(self, message: str) -> None:
+        kind = message.split("(")[0].split(" by the end")[0]
         if self.main and kind not in self.warned:
             self.warned.add(kind)
-            tqdm.write(f"warning: {text}", file=sys.stderr)
+            tqdm.write(f"warning: {message}", file=sys.stderr)

@@ -53,7 +53,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 
 def test_two_processes_may_write_the_same_file(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from pipeline.files import write_atomically\n"
+        "import sys; from pathlib import Path; from pipeline.infra.atomic_io import write_atomically\n"
         "for _ in range(200): write_atomically(Path(sys.argv[1]), bytes([int(sys.argv[2])]) * 5000)"
     )
     path = tmp_path / "a.json"
