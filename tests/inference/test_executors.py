@@ -24,7 +24,7 @@ from pipeline.inference.gather import Gather, in_parts
 from pipeline.inference.grouped import Grouped
 from pipeline.inference.masked import Masked
 from pipeline.inference.native import Native
-from pipeline.inference.threads import map_torch, native_workers
+from pipeline.inference.threads import map_torch, native_threads
 from pipeline.infra.errors import UserError
 
 NAMES = ["gather", "grouped", "native", "auto"]
@@ -292,7 +292,7 @@ def test_native_refuses_channels_that_do_not_fill_a_vector():
         make_executor(make_networks(width=6), name="native")
 
 
-@pytest.mark.parametrize("form", [full_resnet_forms.eager, full_resnet_forms.packed])
+@pytest.mark.parametrize("form", [full_resnet_forms.eager, full_resnet_forms.fused])
 def test_static_forms_are_the_full_network(form):
     networks = make_networks()
     images = make_images(10)
@@ -348,7 +348,7 @@ def test_auto_races_once_for_each_size(no_choices):
     one, other = Counted(networks), Counted(networks)
     one.name, one.nap = "best when small", lambda batch: 0.02 * (batch > 8)
     other.name, other.nap = "best when large", lambda batch: 0.02 * (batch <= 8)
-    auto.contestants = [one, other]
+    auto.candidates = [one, other]
     for batch in (4, 33):
         expected = Masked(networks)(make_images(batch)).logits
         torch.testing.assert_close(auto(make_images(batch)).logits, expected, atol=1e-4, rtol=0)
@@ -365,7 +365,7 @@ def test_auto_races_once_for_each_size(no_choices):
 def contest(networks, *names: str) -> Auto:
     """An Auto in which these race, as they do on CUDA."""
     auto = make_executor(networks)
-    auto.contestants = [make_executor(networks, name=name) for name in names]
+    auto.candidates = [make_executor(networks, name=name) for name in names]
     return auto
 
 
@@ -392,7 +392,7 @@ def test_a_choice_that_is_known_is_taken_without_a_race(chosen, no_choices, monk
     no_choices[key] = chosen
     monkeypatch.setattr(Auto, "_seconds", lambda *_: pytest.fail("a race"))
     ran = []
-    for executor in auto.contestants:
+    for executor in auto.candidates:
         monkeypatch.setattr(executor, "_classify", lambda i, a, e=executor: ran.append(e.name))
     auto(make_images(4))
     assert ran == [chosen]
@@ -417,7 +417,7 @@ def test_who_runs_out_of_memory_loses_the_race(no_choices):
         raise torch.OutOfMemoryError
 
     greedy._classify = fails
-    auto.contestants = [greedy, modest]
+    auto.candidates = [greedy, modest]
     images = make_images(4)
     torch.testing.assert_close(auto(images).logits, modest(images).logits)
     assert set(no_choices.values()) == {"gather"}
@@ -436,7 +436,7 @@ MADE_OR_RUN = ["__init__", "_run"]
 @pytest.fixture
 def said(capsys):
     """The lines on executors that were left out, since the last look; each is said once a process."""
-    auto_module._say.cache_clear()
+    auto_module._warn_once.cache_clear()
     return lambda: capsys.readouterr().err.splitlines()
 
 
@@ -456,7 +456,7 @@ def test_auto_goes_on_without_executors_that_fail(broken, method, error, monkeyp
         assert set(auto.left_out) == {kind.name for kind in broken}
         assert str(error) in auto.description
         rest = (GatherOrGrouped, Masked)[len(broken) - 1]
-        assert [type(one) for one in auto.contestants] == [rest]
+        assert [type(one) for one in auto.candidates] == [rest]
     lines = said()
     assert len(lines) == len(broken)
     assert all(
@@ -482,10 +482,10 @@ def test_auto_goes_on_whatever_it_is_asked(method, monkeypatch):
 
 def test_input_that_nobody_can_take_leaves_nobody_out(said):
     auto = make_executor(make_networks())
-    able = auto.contestants
+    able = auto.candidates
     with pytest.raises(Exception, match=r"pixels, expected a square|size"):
         auto(torch.zeros(2, 10, 10, 3, dtype=torch.uint8))
-    assert auto.contestants == able
+    assert auto.candidates == able
     auto(make_images(2))
     assert not [line for line in said() if "expected a square" in line]
 
@@ -507,9 +507,9 @@ def test_who_fails_in_the_race_is_left_out(said, no_choices):
     broken, sound = (make_executor(networks, name=name) for name in ("masked", "gather"))
     expected = sound(images).logits
     broken._run = failing(RuntimeError("broken"))
-    auto.contestants = [broken, sound]
+    auto.candidates = [broken, sound]
     torch.testing.assert_close(auto(images).logits, expected)
-    assert auto.contestants == [sound]
+    assert auto.candidates == [sound]
     assert "without the executor masked: broken" in said()[-1]
     assert list(no_choices.values()) == ["gather"]
 
@@ -517,11 +517,11 @@ def test_who_fails_in_the_race_is_left_out(said, no_choices):
 def test_when_all_fail_in_the_race_nobody_is_chosen(said, no_choices):
     networks, images = make_networks(), make_images(4)
     auto = contest(networks, "masked", "gather")
-    for executor in auto.contestants:
+    for executor in auto.candidates:
         executor._run = failing(RuntimeError(f"broken {executor.name}"))
     expected = Masked(networks)(images).logits
     torch.testing.assert_close(auto(images).logits, expected, atol=1e-4, rtol=0)
-    assert [type(one) for one in auto.contestants] == [GatherOrGrouped]
+    assert [type(one) for one in auto.candidates] == [GatherOrGrouped]
     assert [line.rsplit(": ", 1)[1] for line in said()] == ["broken masked", "broken gather"]
     assert no_choices == {}
 
@@ -595,7 +595,7 @@ def test_errors_of_workers_reach_the_caller():
         map_torch(fail, [0, 1, 2], workers=2)
     assert map_torch(lambda _: torch.get_num_threads(), [0], workers=1) == [threads]
     with pytest.raises(RuntimeError, match="item 1"):
-        native_workers(2).run(lambda member: fail(member) if member else None, 2)
+        native_threads(2).run(lambda member: fail(member) if member else None, 2)
 
 
 def test_workers_leave_the_number_of_threads_as_it_was(threads):

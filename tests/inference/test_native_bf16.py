@@ -11,7 +11,7 @@ from pipeline.inference.base import Networks, UnavailableError
 from pipeline.inference.gather import Gather
 from pipeline.inference.masked import Masked
 from pipeline.inference.native import Native
-from pipeline.inference.threads import NativeWorkers
+from pipeline.inference.threads import NativeThreads
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
 
@@ -50,7 +50,7 @@ def make_images(count: int, size: int) -> torch.Tensor:
 
 def make_native(networks: Networks, workers: int) -> Native:
     execute = Native(networks, precision="bf16")
-    execute.workers = NativeWorkers(workers)
+    execute.workers = NativeThreads(workers)
     return execute
 
 
