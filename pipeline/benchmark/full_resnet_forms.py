@@ -31,7 +31,7 @@ def eager(networks: Networks, precision: str) -> Classify:
     return run
 
 
-def packed(networks: Networks, precision: str) -> Classify:
+def fused(networks: Networks, precision: str) -> Classify:
     """Batch norm folded, convolutions fused with ReLUs, one batch over all cores."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     network = FusedNetwork(networks.resnet, dtype)
@@ -50,13 +50,13 @@ def compiled(networks: Networks, precision: str) -> Classify:
 
 
 class WholeGraph:
-    """The packed form as a CUDA graph for each batch size: no launch costs.
+    """The fused form as a CUDA graph for each batch size: no launch costs.
 
     What it gives holds until its next call.
     """
 
     def __init__(self, networks: Networks, precision: str) -> None:
-        self.run = packed(networks, precision)
+        self.run = fused(networks, precision)
         self.free()
 
     def free(self) -> None:
@@ -85,7 +85,7 @@ def static_forms(
     networks: Networks, precision: str, *, with_compile: bool
 ) -> dict[str, Callable[[], Classify]]:
     """What makes each form for this device, by name; an executor's own full form comes on top."""
-    forms: dict[str, Callable[[Networks, str], Classify]] = {"eager": eager, "packed": packed}
+    forms: dict[str, Callable[[Networks, str], Classify]] = {"eager": eager, "fused": fused}
     if with_compile:
         forms["compiled"] = compiled
     if networks.device.type == "cuda":

@@ -118,7 +118,7 @@ def test_tables_agree_with_each_other():
     for answer in tables["answers"]:
         rows = {r["contestant"]: r for r in tables["times"] if r["batch"] == answer["batch"]}
         static = {name: r["milliseconds"] for name, r in rows.items() if r["kind"] == "static"}
-        assert set(static) == {"eager", "packed", "gather, all blocks", "grouped, all blocks"}
+        assert set(static) == {"eager", "fused", "gather, all blocks", "grouped, all blocks"}
         assert rows["ResNet-8"]["kind"] == "sole"
         assert answer["best_static"] == min(static, key=static.get)
         assert rows[answer["best_static"]]["speedup"] == 1
@@ -244,7 +244,7 @@ def test_forms_that_fail_when_they_are_made_or_called_are_left_out(monkeypatch):
         "cuda_graphs fp32": "RuntimeError: no compiler",
         "compiled fp32 at batch 32": "OSError: no file",
     }
-    assert tables["answers"][0]["best_static"] in ("eager", "packed", "gather, all blocks")
+    assert tables["answers"][0]["best_static"] in ("eager", "fused", "gather, all blocks")
 
 
 def test_without_any_static_form_nothing_is_claimed(monkeypatch):
