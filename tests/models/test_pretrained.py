@@ -21,16 +21,16 @@ def test_the_demo_is_the_quick_preset_with_checkpoints_in_place_of_trainings():
     demo, quick = DEMO.flat(), QUICK.flat()
     assert demo.keys() == quick.keys()
     changed = {key for key in demo if demo[key] != quick[key]}
-    checkpoints = {f"{stage}.checkpoint" for stage in STAGES}
+    checkpoints = {f"checkpoints.{stage}" for stage in STAGES}
     assert checkpoints <= changed
     assert {key.split(".")[0] for key in changed - checkpoints} <= {"benchmark"}
 
 
 def test_the_demo_names_what_is_there_and_nothing_else_is():
-    single = {ROOT / DEMO.flat()[f"{stage}.checkpoint"] for stage in STAGES[:3]}
-    sole = {ROOT / DEMO.sole.checkpoint / str(depth) for depth in DEMO.sole.depths}
+    single = {ROOT / getattr(DEMO.checkpoints, stage) for stage in STAGES[:3]}
+    sole = {ROOT / DEMO.checkpoints.sole / str(depth) for depth in DEMO.sole.depths}
     static = {
-        ROOT / DEMO.static.checkpoint / f"{rule}-{kept}"
+        ROOT / DEMO.checkpoints.static / f"{rule}-{kept}"
         for rule in DEMO.static.rules
         for kept in DEMO.static.num_kept
     }
