@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load
 from pipeline.models import checkpoint
+from tools.preset import load
 from tools.sandbox import ROOT
 
 FOLDER = ROOT / "pretrained"
-DEMO = load(ROOT / "presets/cifar10_demo.yaml")
-QUICK = load(ROOT / "presets/cifar10_resnet32_quick.yaml")
+DEMO = load("cifar10_demo", ROOT / "presets")
+QUICK = load("cifar10_resnet32_quick", ROOT / "presets")
 ROW = json.loads((ROOT / "results/rows/cifar10_resnet32_demo.json").read_text(encoding="utf-8"))
 STAGES = ("pretrain", "curriculum", "finetune", "sole", "static")
 NETWORKS = sorted(path.parent for path in FOLDER.rglob("model.json"))
