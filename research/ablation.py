@@ -44,6 +44,7 @@ from pipeline.policy.learner import PolicyLearner
 from pipeline.training.loop import NotFiniteError, Position, fit, require_finite
 from stages import curriculum, finetune
 from stages.support import common, compatibility, recipes
+from tools import preset as presets
 from tools.command import Parser, mendable
 
 READ = {  # the parameters that a stage reads, beside the seed
@@ -346,19 +347,6 @@ def in_memory(split: ImageSplit, count: int | None = None) -> Split:
     return Split(images=split.images[:count], labels=split.labels[:count])
 
 
-def preset_of(name: str) -> Params:
-    """A file of presets/.
-
-    Raises:
-        UserError: there is no such preset.
-    """
-    folder = project_root() / "presets"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in known:
-        raise UserError(f"--preset {name}: there is no such preset; choose {', '.join(known)}")
-    return params_file.load(folder / f"{name}.yaml")
-
-
 def provenance(preset: str, changes: str) -> dict[str, str]:
     """What a row says of where it comes from."""
     done = subprocess.run(
@@ -399,7 +387,7 @@ def main() -> None:
     device = choose_device()
     setting = Setting(
         stage=arguments.stage,
-        preset=changed(preset_of(arguments.preset), arguments.set, flag="--set"),
+        preset=changed(presets.load(arguments.preset, root / "presets"), arguments.set, flag="--set"),
         told=provenance(arguments.preset, arguments.set),
         resnet=arguments.resnet,
         policy_net=arguments.policy_net,

@@ -20,9 +20,10 @@ from pipeline.models import checkpoint
 from pipeline.policy import objectives as pg
 from pipeline.policy.learner import PolicyLearner, PolicyOutput
 from pipeline.training.loop import Batch
-from research.ablation import in_memory, preset_of
+from research.ablation import in_memory
 from stages import curriculum
 from stages.support import common
+from tools import preset as presets
 from tools.command import Parser, mendable
 
 SEEDS = range(3)
@@ -68,7 +69,7 @@ def main() -> None:
 
 def compare() -> None:
     """Measure and print."""
-    params = preset_of("cifar10_resnet32")
+    params = presets.load("cifar10_resnet32", project_root() / "presets")
     start = checkpoint.load(project_root() / "pretrained/pretrain")
     count = params.curriculum.batch_size
     train = in_memory(load_split(common.PREPARED, "train", torch.device("cpu")), count)

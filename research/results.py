@@ -25,6 +25,7 @@ from pipeline.infra.resume import project_root
 from pipeline.report.markdown import PAPER
 from pipeline.report.paired import paired_difference
 from pipeline.report.trade_off import trade_off
+from tools import preset as presets
 from tools.command import Parser, mendable
 
 FOLDER = project_root() / "results"
@@ -118,7 +119,7 @@ def row_of(root: Path, preset: str) -> dict[str, Any]:
         seconds[path.stem] = {key: content.get(key) for key in ("seconds", "device")}
     return {
         "preset": preset,
-        "changes": changes(params, params_file.load(root / "presets" / f"{preset}.yaml")),
+        "changes": changes(params, presets.load(preset, root / "presets")),
         "params": params.flat(),
         "commit": _git(root, "rev-parse", "--short", "HEAD"),
         "machine": describe_machine(choose_device()),

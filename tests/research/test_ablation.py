@@ -222,7 +222,7 @@ def test_a_damaged_table_is_refused_by_name(content, tmp_path):
 
 def test_the_command_trains_and_prints_means(setting, tmp_path, monkeypatch, capsys):
     own = setting()
-    monkeypatch.setattr(ablation, "preset_of", lambda name: PRESET)
+    monkeypatch.setattr(ablation.presets, "load", lambda name, folder: PRESET)
     monkeypatch.setattr(ablation, "load_split", lambda folder, name, device: own.train)
     monkeypatch.setattr(sys, "argv", [
         "ablation", "finetune", "--vary", "finetune_policy.lr=0.5", "--set", "finetune.epochs=2",
@@ -243,7 +243,7 @@ def test_what_is_missing_is_an_error_with_a_remedy(tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit, match=r"error: data/prepared.*can't be read.*make repro"):
         ablation.main()
     monkeypatch.setattr(sys, "argv", ["ablation", "finetune", "--preset", "foo"])
-    with pytest.raises(SystemExit, match=r"error: --preset foo: .* no such preset; choose .*digits"):
+    with pytest.raises(SystemExit, match=r"error: there is no preset 'foo'; choose .*digits"):
         ablation.main()
     monkeypatch.setattr(sys, "argv", ["ablation", "finetune", "--images", "0"])
     with pytest.raises(SystemExit):

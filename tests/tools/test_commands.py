@@ -69,8 +69,8 @@ def test_unknown_option_is_one_line_with_the_remedy_and_nothing_is_done(start, n
         ),
         ("import_checkpoint", ("--", "--help", "evaluate"), "invalid choice: 'evaluate'"),
         ("predict", ("--words=",), "no image is named; `make predict IMAGES="),
-        ("preset", ("--", ""), "NAME=: there is no such preset"),
-        ("preset", ("--", "--help"), "NAME=--help: there is no such preset"),
+        ("preset", ("--", ""), "there is no preset ''"),
+        ("preset", ("--", "--help"), "there is no preset '--help'"),
         ("ui", ("--port=x",), "invalid int value: 'x'"),
     ],
 )

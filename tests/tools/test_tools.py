@@ -276,7 +276,7 @@ def test_naming_a_checkpoint_changes_its_lines_alone(place, stage, stages, sourc
     section = ""
     for old, new in zip(before, after, strict=True):
         section = old.split(":")[0] if old[:1].isalpha() else section
-        if section in stages and old.startswith("  checkpoint:"):
+        if section == "checkpoints" and old.split(":")[0].strip() in stages:
             assert new == old.replace("import/none", "import/ckpt.t7")
         else:
             assert new == old
@@ -311,7 +311,7 @@ def run_main(monkeypatch, file: Path | str, stage: str, fail: str = "") -> list[
 
 def named() -> dict[str, str]:
     content = yaml.safe_load(PARAMS.read_text())
-    return {stage: content[stage]["checkpoint"] for stage in STAGES}
+    return {stage: content["checkpoints"][stage] for stage in STAGES}
 
 
 def test_import_copies_tracks_and_names_the_file(place, monkeypatch, capsys):
@@ -454,7 +454,7 @@ def test_speed_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "sys.argv",
         ["speed", "--depth", "8", "--width", "8", "--kept", "0.5", "--batches", "32", "--rounds", "5",
-         "--executors", "gather,persistent", "--shares", "0,1", "--seconds", "60", "--out", str(out)],
+         "--executors", "gather,triton", "--shares", "0,1", "--seconds", "60", "--out", str(out)],
     )  # fmt: skip
     monkeypatch.setenv("BLOCKDROP_DEVICE", "cpu")
     speed.main()
