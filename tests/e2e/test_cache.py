@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from chaos.home import compile_shim, preloaded
+from chaos.write_faults import compile_library, preloaded
 from repository_copy import TINY, Copy, environment, make_copy, ran
 
 pytestmark = pytest.mark.e2e
@@ -92,7 +92,7 @@ def test_full_cache_is_noticed_and_filled_when_there_is_space(copy, tmp_path):
     (copy.folder / "params.yaml").write_text(
         (copy.folder / "params.yaml").read_text().replace("split_seed: 0", "split_seed: 1")
     )
-    library = compile_shim(tmp_path)
+    library = compile_library(tmp_path)
     if library is None:
         pytest.skip("no C compiler, or no Linux")
     # what DVC writes there first, to try links, it does not forgive

@@ -30,7 +30,8 @@ from tools.sandbox import changed
 pytestmark = pytest.mark.e2e
 SMALL = {
     "data": {
-        "source": "imagefolder_stream", "image_size": 64, "validation_fraction": 0.25, "test_fraction": None,
+        "source": "imagefolder_stream", "image_size": 64, "validation_fraction": 0.25,
+        "test_fraction": None,
     },
     "augmentation": {"crop_padding": 0, "flip": True},
     "resnet": {"family": "imagenet", "depth": 26, "width": 4},
