@@ -14,18 +14,18 @@ from tools.sync import sync, usable_store
 
 
 def require_free(host: str, port: int) -> None:
-    """Find out before the sync that the UI can't be served there.
+    """Check before the sync that the UI can be served there.
 
     Raises:
         UserError: the port is taken, or the host is none of this machine's.
     """
     try:
-        family, kind, _, _, place = socket.getaddrinfo(
+        family, kind, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        with socket.socket(family, kind) as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
-            tried.bind(place)
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
+            probe.bind(address)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
@@ -51,13 +51,13 @@ def main() -> None:
     if not served_elsewhere:
         require_free(arguments.host, arguments.port)
     with usable_store():
-        own = sync(project_root()).run_id
+        run_id = sync(project_root()).run_id
         address = None if served_elsewhere else f"http://{arguments.host}:{arguments.port}"
-        overview.say(own, address=address)
+        overview.say(run_id, address=address)
     if served_elsewhere:
         return
     command = ["mlflow", "ui", "--host", arguments.host, "--port", str(arguments.port)]
-    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": uri}  # may hold a password: not for `ps`
+    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": uri}  # a password stays out of `ps`
     with contextlib.suppress(KeyboardInterrupt):
         subprocess.run(command, check=True, cwd=project_root(), env=environment)
 
