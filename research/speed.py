@@ -25,6 +25,7 @@ from pipeline.inference.base import Networks
 from pipeline.infra.errors import UserError
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 from tools.command import Parser
 
 NORMALISATION = Normalisation(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -66,7 +67,7 @@ def settle_batch_norm(module: nn.Module, images: Tensor) -> None:
 def make_networks(depth: int, width: int, kept: float, images: Tensor) -> tuple[Networks, ResNet]:
     """The pair, and the full network beside it."""
     torch.manual_seed(0)
-    resnet = ResNet(depth=depth, width=width).to(images.device)
+    resnet = cifar_resnet(depth=depth, width=width).to(images.device)
     policy_net = PolicyNet(num_blocks=resnet.num_blocks).to(images.device)
     for part in resnet, policy_net:
         for norm in (m for m in part.modules() if isinstance(m, nn.BatchNorm2d)):

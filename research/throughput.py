@@ -34,6 +34,7 @@ from pipeline.infra.atomic_io import write_text
 from pipeline.infra.errors import UserError
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 from pipeline.policy import objectives as pg
 from pipeline.policy.learner import PolicyLearner, PolicyObjective
 from pipeline.training.classification import Classification
@@ -132,7 +133,7 @@ class Plain:
 def networks(depth: int, kept: float, device: torch.device) -> tuple[ResNet, PolicyNet]:
     """A ResNet and a policy network that keeps about that share of the blocks, random weights."""
     torch.manual_seed(0)
-    resnet = ResNet(depth=depth, num_classes=CLASSES).to(device)
+    resnet = cifar_resnet(depth=depth, num_classes=CLASSES).to(device)
     policy_net = PolicyNet(num_blocks=resnet.num_blocks, width=8, initial_keep_prob=kept).to(device)
     return resnet, policy_net
 

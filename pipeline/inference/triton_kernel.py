@@ -28,10 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.architectures import CIFAR_STAGES
 from pipeline.inference.base import Executor, Networks, Output, UnavailableError
 from pipeline.inference.fused import fold
 from pipeline.models.policy_net import average_down
-from pipeline.models.resnet import STAGES, ResNet
+from pipeline.models.resnet import ResNet
 
 try:
     import triton
@@ -246,8 +247,8 @@ class _Network:
         if resnet.family != "cifar":
             raise UnavailableError("it knows the blocks of CIFAR's ResNets alone, not ImageNet's")
         self.dtype = dtype
-        self.blocks = resnet.num_blocks // STAGES
-        self.channels = [_padded(resnet.width * 2**stage) for stage in range(STAGES)]
+        self.blocks = resnet.num_blocks // CIFAR_STAGES
+        self.channels = [_padded(resnet.width * 2**stage) for stage in range(CIFAR_STAGES)]
         if self.channels[-1] > MAX_CHANNELS:
             raise UnavailableError(f"{self.channels[-1]} channels are more than {MAX_CHANNELS}")
         packed = [self._packed(resnet.conv1, resnet.bn1, PIXEL)]

@@ -13,7 +13,7 @@ from pipeline.inference.masked import Masked
 from pipeline.inference.native import Native
 from pipeline.inference.threads import NativeThreads
 from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="bf16 products of x86")
 WITHOUT_AMX = ["-march=native", "-mno-amx-bf16", "-mno-amx-tile", "-mprefer-vector-width=512"]
@@ -39,7 +39,7 @@ def kernel(request, tmp_path_factory):
 
 def make_networks(*, depth=14, width=16, input_size=None) -> Networks:
     torch.manual_seed(depth + width)
-    resnet = trained(ResNet(depth=depth, width=width))
+    resnet = trained(cifar_resnet(depth=depth, width=width))
     policy_net = trained(PolicyNet(num_blocks=resnet.num_blocks, input_size=input_size))
     return Networks(resnet=resnet, policy_net=policy_net, normalisation=NORMALISATION)
 

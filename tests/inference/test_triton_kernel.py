@@ -21,7 +21,7 @@ from pipeline.inference.base import Networks, UnavailableError
 from pipeline.inference.masked import Masked
 from pipeline.inference.triton_kernel import PIXEL, TritonKernel
 from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 
 triton = pytest.importorskip("triton")
 INTERPRETED = not isinstance(triton_kernel._forward, triton.JITFunction)
@@ -30,7 +30,7 @@ CLASSES = 3
 
 def make_networks(*, depth=8, width=4, policy=False, input_size=None) -> Networks:
     torch.manual_seed(depth)
-    resnet = trained(ResNet(depth=depth, width=width, num_classes=CLASSES), 0)
+    resnet = trained(cifar_resnet(depth=depth, width=width, num_classes=CLASSES), 0)
     policy_net = PolicyNet(num_blocks=resnet.num_blocks, width=width, input_size=input_size)
     return Networks(
         resnet=resnet,

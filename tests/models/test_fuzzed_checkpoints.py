@@ -24,7 +24,7 @@ from legacy_files import as_layers
 from pipeline.infra import atomic_io
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import SIDECAR, WEIGHTS, CheckpointError
-from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 from pipeline.training import legacy_checkpoints
 
 
@@ -212,7 +212,7 @@ def test_stop_within_a_file_leaves_the_old_checkpoint_whole(folder, monkeypatch)
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    return as_layers(ResNet(depth=8, width=2, num_classes=3))
+    return as_layers(cifar_resnet(depth=8, width=2, num_classes=3))
 
 
 @pytest.fixture
@@ -352,7 +352,7 @@ def test_zip_with_two_records_of_a_name_is_refused(path, weights):
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_what_trainings_keep_beside_the_weights_is_no_hindrance(path, weights, zipped):
-    network = ResNet(depth=8, width=2, num_classes=3)
+    network = cifar_resnet(depth=8, width=2, num_classes=3)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     sum(parameter.sum() for parameter in network.parameters()).backward()
     optimizer.step()

@@ -17,7 +17,7 @@ from pipeline.infra.errors import UserError
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 from research import ablation
 
 CLASSES = tuple("abcdefghij")
@@ -37,7 +37,7 @@ def setting(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "load_classes", lambda folder: CLASSES)
     torch.manual_seed(0)
     made = Checkpoint(
-        stage="pretrain", resnet=ResNet(depth=8, width=4), policy_net=None, normalisation=NORMALISATION,
+        stage="pretrain", resnet=cifar_resnet(depth=8, width=4), policy_net=None, normalisation=NORMALISATION,
         image_size=8, classes=CLASSES, metrics={},
     )  # fmt: skip
     checkpoint.save(made, tmp_path / "pretrain")

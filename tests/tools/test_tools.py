@@ -21,6 +21,7 @@ from pipeline.models import checkpoint
 from pipeline.models.checkpoint import Checkpoint, CheckpointError
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 from research import speed
 from tools import import_checkpoint, preset
 from tools.import_checkpoint import STAGES, bring_in, check, name_in_params
@@ -123,7 +124,7 @@ def networks() -> Checkpoint:
     torch.manual_seed(0)
     return Checkpoint(
         stage="finetune",
-        resnet=ResNet(depth=8, width=4, num_classes=3),
+        resnet=cifar_resnet(depth=8, width=4, num_classes=3),
         policy_net=PolicyNet(num_blocks=3, depth=8, width=4),
         normalisation=NORMALISATION,
         classes=("a", "b", "c"),
