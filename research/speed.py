@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.benchmark.runner import Benchmark, Settings
+from pipeline.benchmark.candidates import Settings
+from pipeline.benchmark.runner import Benchmark
 from pipeline.data.transforms import Normalisation
 from pipeline.device import choose_device, describe_device, describe_machine, generator
 from pipeline.flops import measure
@@ -130,13 +131,13 @@ def main() -> None:
             write(args, device, benchmark)
 
     tables = benchmark.run(say)
-    for row in tables["times"]:
-        own = f", {row['speedup_over_itself']:.2f} of itself" if "speedup_over_itself" in row else ""
+    for row in tables.times:
+        itself = f", {row.speedup_over_itself:.2f} of itself" if row.speedup_over_itself else ""
         print(
-            f"  batch {row['batch']:5} {row['precision']} {row['contestant']:20} "
-            f"{row['milliseconds']:9.3f} ms ({row['milliseconds_25']:.3f} to "
-            f"{row['milliseconds_75']:.3f}), {row['images_per_second']:10,.0f} images/s, "
-            f"{row['speedup']:.2f} of the best static{own}"
+            f"  batch {row.batch:5} {row.precision} {row.candidate:20} "
+            f"{row.time.milliseconds:9.3f} ms ({row.time.milliseconds_25:.3f} to "
+            f"{row.time.milliseconds_75:.3f}), {row.time.images_per_second:10,.0f} images/s, "
+            f"{row.speedup.ratio:.2f} of the best full-ResNet form{itself}"
         )
     if args.out is not None:
         print(f"speed: {args.out}")
@@ -151,7 +152,7 @@ def write(args: argparse.Namespace, device: torch.device, benchmark: Benchmark) 
         "width": args.width,
         "left_out": benchmark.left_out,
         "settings": asdict(benchmark.settings),
-        **benchmark.tables,
+        **asdict(benchmark.tables),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

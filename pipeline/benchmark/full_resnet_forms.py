@@ -1,4 +1,4 @@
-"""Honest peers: the full ResNet, every block on every image, in each form that might be the fastest.
+"""The full ResNet, every block on every image, in each form that might be the fastest.
 
 Shapes: B images, N classes, H and W pixels.
 """
@@ -52,7 +52,7 @@ def compiled(networks: Networks, precision: str) -> Classify:
 class WholeGraph:
     """The fused form as a CUDA graph for each batch size: no launch costs.
 
-    What it gives holds until its next call.
+    The logits that it returns hold until its next call.
     """
 
     def __init__(self, networks: Networks, precision: str) -> None:
@@ -65,26 +65,26 @@ class WholeGraph:
         self.capture = Captures()
 
     def _captured(self, images: Tensor) -> tuple[Replay, Tensor, Tensor]:
-        """A graph for as many images, where it reads them and where it leaves logits."""
-        held = images.clone()
-        given: list[Tensor] = []
-        replay = self.capture(lambda: given.append(self.run(held)))
-        return replay, held, given[-1]
+        """A graph for as many images, the buffer that it reads and the one that it leaves logits in."""
+        inputs = images.clone()
+        outputs: list[Tensor] = []
+        replay = self.capture(lambda: outputs.append(self.run(inputs)))
+        return replay, inputs, outputs[-1]
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits [B, N] of images [B, H, W, 3] uint8."""
         if len(images) not in self.graphs:
             self.graphs[len(images)] = self._captured(images)
-        replay, held, logits = self.graphs[len(images)]
-        held.copy_(images)
+        replay, inputs, logits = self.graphs[len(images)]
+        inputs.copy_(images)
         replay()
         return logits
 
 
-def static_forms(
+def full_resnet_forms(
     networks: Networks, precision: str, *, with_compile: bool
 ) -> dict[str, Callable[[], Classify]]:
-    """What makes each form for this device, by name; an executor's own full form comes on top."""
+    """What makes each form for this device, by name; executors that run every block come on top."""
     forms: dict[str, Callable[[Networks, str], Classify]] = {"eager": eager, "fused": fused}
     if with_compile:
         forms["compiled"] = compiled

@@ -103,7 +103,7 @@ def test_a_large_test_set_takes_few_draws_but_enough_for_their_deviation(images,
 def test_random_blocks_are_the_mean_and_deviation_of_all_draws(params, tmp_path, monkeypatch):
     """With a network that is right where the first block runs: draws differ in that share."""
     monkeypatch.setattr(
-        baseline, "right_under", lambda _, __, policies, *, normalisation: policies[..., 0]
+        baseline, "correct_under", lambda _, __, policies, *, normalisation: policies[..., 0]
     )
     baseline.main(params)
     count = len(load_split(tmp_path / "data/prepared", "test", CPU))
