@@ -1,11 +1,12 @@
 """Put a ready parameter file in place: `make preset NAME=cifar10_resnet32`."""
 
+import argparse
 from pathlib import Path
 
 from pipeline.config import load
 from pipeline.infra.atomic_io import write_atomically
 from pipeline.infra.errors import UserError
-from tools.command import Parser
+from tools.command import Parser, command
 
 PRESETS = Path("presets")
 PARAMS = Path("params.yaml")
@@ -43,7 +44,14 @@ def _use(name: str) -> None:
     write_atomically(PARAMS, (PRESETS / f"{name}.yaml").read_bytes())
 
 
-if __name__ == "__main__":
-    parser = Parser(description=__doc__)
+def add_options(parser: Parser) -> None:
     parser.add_argument("name")
-    use(parser.parse_args().name)
+
+
+@command(add_options)
+def main(arguments: argparse.Namespace) -> None:
+    use(arguments.name)
+
+
+if __name__ == "__main__":
+    main()

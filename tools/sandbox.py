@@ -27,7 +27,7 @@ TINY: dict[str, dict[str, Any]] = {
     "evaluate": {"shuffles": 2, "single_policies": 4, "bootstrap": 100},
     "benchmark": {"batch_sizes": [4, 40], "rounds": 5, "seconds": 60},
     "sole": {"depths": [8]},
-    "static": {"rules": ["first", "random", "distribute"], "kept": [3]},
+    "static": {"rules": ["first", "random", "distribute"], "num_kept": [3]},
 }
 
 

@@ -5,6 +5,7 @@ Stages that DVC takes from its cache run no code and so log nothing; a colleague
 Run it as often as you like: what is there is not logged again.
 """
 
+import argparse
 import sys
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from pipeline.tracking.connection import http_timeout, reason, silence_mlflow
 from pipeline.tracking.dvc_results import Record, RecordError, UnfinishedError
 from pipeline.tracking.runs import TAG_KEY, baseline_commit, end_orphans
 from pipeline.tracking.store import is_off, shown_uri, store
-from tools.command import Parser
+from tools.command import command
 
 LOCK = Path(".dvc/tmp/blockdrop-sync.lock")
 PATIENCE = 30.0  # seconds for a call, twice: longer than a stage's, because models are uploaded
@@ -174,13 +175,10 @@ def usable_store() -> Iterator[None]:
         sys.exit(1)
 
 
-def main() -> None:
+@command()
+def main(_: argparse.Namespace) -> None:
     """Sync, then show what there is and where to look at it."""
-    try:
-        off = is_off()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    if off:
+    if is_off():
         print("BLOCKDROP_TRACKING=off: nothing is logged")
         return
     with usable_store():
@@ -192,5 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    Parser(description=__doc__).parse_args()
     main()

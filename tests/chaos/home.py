@@ -20,7 +20,7 @@ import yaml
 
 from chaos import checks
 from tools import sandbox
-from tools.repair_dvc import mend
+from tools.repair_dvc import move_corrupted
 
 # longer trainings than the tests have, so that most kills come into them
 TINY: dict[str, dict[str, Any]] = sandbox.TINY | {
@@ -441,7 +441,7 @@ def recover(home: Home, folder: Path, training: Training, *, with_sync: bool = F
     must = must_resume(folder, training)
     status, said = plain_repro(home, folder)
     if status:
-        found.torn = [str(name) for name in mend(folder)]
+        found.torn = [str(name) for name in move_corrupted(folder)]
         if found.torn:
             status, said = plain_repro(home, folder)
     found.resumed = RESUMED.search(said) is not None
