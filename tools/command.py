@@ -1,4 +1,4 @@
-"""The frame of every tool's command line: its options, and one line for each error that a user can mend."""
+"""The frame of every command line: its options, and one line for an error that the user can mend."""
 
 import argparse
 import functools
@@ -30,8 +30,8 @@ def command(
 ) -> Callable[[Main], Callable[[], None]]:
     """Make a function that takes parsed options the `main` of its module.
 
-    The module's docstring is the text of `--help`. Bad usage ends with status 2; a UserError, a file that
-    can't be used or a program that fails with status 1; Ctrl-C with 130. Each prints one line.
+    The module's docstring is the text of `--help`. Bad usage ends with status 2; a UserError, a file
+    that can't be used or a program that fails with status 1; Ctrl-C with 130. Each prints one line.
 
     Args:
         add_options: adds the command's options to its parser.

@@ -5,6 +5,7 @@ them. Git ignores the files that it writes; `--out results/front.png` replaces t
 """
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +31,22 @@ def row_of(experiment: Experiment) -> dict[str, str | float]:
 def baselines_of(experiment: Experiment) -> list[dict[str, str | float]]:
     """The full ResNet and those of other depths that the experiment measured."""
     metrics = experiment.metrics
-    depth = int(experiment.params["resnet.depth"])
     family: Any = experiment.params.get("resnet.family", "cifar")
-    rows: list[dict[str, str | float]] = [
-        {
-            "kind": "full", "depth": depth, "blocks": metrics["num_blocks"], "finetuned": 0,
-            "flops": metrics["full_flops"], "accuracy": metrics["full_accuracy"],
-        }
-    ]  # fmt: skip
-    for name in sorted(name for name in metrics if name.startswith("sole.")):
-        _, sole_depth, metric = name.split(".")
-        if metric == "accuracy":
-            rows.append(
-                {
-                    "kind": "sole", "depth": int(sole_depth), "blocks": num_blocks(family, int(sole_depth)),
-                    "finetuned": 0, "flops": metrics[f"sole.{sole_depth}.flops"], "accuracy": metrics[name],
-                }
-            )  # fmt: skip
-    return rows
+
+    def row(
+        kind: str, depth: int, blocks: float, flops: float, accuracy: float
+    ) -> dict[str, str | float]:
+        sizes = {"kind": kind, "depth": depth, "blocks": blocks, "finetuned": 0}
+        return {**sizes, "flops": flops, "accuracy": accuracy}
+
+    depth = int(experiment.params["resnet.depth"])
+    full = row("full", depth, metrics["num_blocks"], metrics["full_flops"], metrics["full_accuracy"])
+    names = sorted(name for name in metrics if re.fullmatch(r"sole\.\d+\.accuracy", name))
+    other_depths = [int(name.split(".")[1]) for name in names]
+    return [full] + [
+        row("sole", d, num_blocks(family, d), metrics[f"sole.{d}.flops"], metrics[f"sole.{d}.accuracy"])
+        for d in other_depths
+    ]
 
 
 def choose(finished: list[Experiment], name: str | None) -> list[Experiment]:

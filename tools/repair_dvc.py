@@ -1,4 +1,4 @@
-"""Repair what DVC does not repair itself, before `make repro` runs DVC; with --check, look at its cache after.
+"""Repair what DVC does not repair itself: before `make repro` runs DVC, and with --check after it.
 
 DVC 3.67 writes dvc.lock and its list of locks in place. A kill in the middle of that leaves a file that
 DVC refuses to read from then on. Nothing in them is needed: DVC's run cache has the stages' results.
@@ -129,7 +129,7 @@ def repair_cache() -> None:
 
 
 def add_options(parser: Parser) -> None:
-    parser.add_argument("--check", action="store_true", help="only check that DVC has cached all results")
+    parser.add_argument("--check", action="store_true", help="only check that DVC cached all results")
 
 
 @command(add_options)
