@@ -28,14 +28,12 @@ def row_of(experiment: Experiment) -> dict[str, str | float]:
     return {"name": experiment.name, **swept, **values}
 
 
-def baselines_of(experiment: Experiment) -> list[dict[str, str | float]]:
+def baselines_of(experiment: Experiment) -> list[dict[str, Any]]:
     """The full ResNet and those of other depths that the experiment measured."""
     metrics = experiment.metrics
     family: Any = experiment.params.get("resnet.family", "cifar")
 
-    def row(
-        kind: str, depth: int, blocks: float, flops: float, accuracy: float
-    ) -> dict[str, str | float]:
+    def row(kind: str, depth: int, blocks: float, flops: float, accuracy: float) -> dict[str, Any]:
         sizes = {"kind": kind, "depth": depth, "blocks": blocks, "finetuned": 0}
         return {**sizes, "flops": flops, "accuracy": accuracy}
 

@@ -115,8 +115,8 @@ def download(name: str, wanted: ResNetParams) -> Path:
             download_url_to_file(urls[name], str(path), hash_prefix=prefix, progress=sys.stderr.isatty())
     except (OSError, RuntimeError) as error:  # urllib's are OSErrors
         raise UserError(
-            f"{urls[name]} can't be fetched ({truncate(error)}); fetch it on another machine and import the "
-            f"file: `make import FILE={path.name} STAGE=pretrain`"
+            f"{urls[name]} can't be fetched ({truncate(error)}); fetch it on another machine and import "
+            f"the file: `make import FILE={path.name} STAGE=pretrain`"
         ) from None
     return path
 

@@ -28,6 +28,7 @@ TINY = ",".join([
     "curriculum.epochs=2", "curriculum.batch_size=16", "finetune.epochs=1", "finetune.batch_size=16",
 ])  # fmt: skip
 PRESET = ablation.changed(load(ROOT / "presets/digits.yaml"), TINY)
+PROVENANCE = ablation.Provenance(preset="tiny", set="-", commit="abc", torch="2")
 CHANGES = {"curriculum": "curriculum.lr=0.5", "finetune": "finetune_policy.lr=0.5"}
 DEEPER = "resnet.depth=14,curriculum.epochs=4"
 
@@ -49,7 +50,7 @@ def setting(tmp_path, monkeypatch):
     images = torch.randint(256, (40, 8, 8, 3), dtype=torch.uint8)
     split = Split(images=images, labels=torch.randint(10, (40,)))
     return lambda stage="finetune": ablation.Setting(
-        stage=stage, preset=PRESET, provenance=ablation.Provenance(preset="tiny", set="-", commit="abc", torch="2"), resnet=tmp_path / "pretrain",
+        stage=stage, preset=PRESET, provenance=PROVENANCE, resnet=tmp_path / "pretrain",
         policy_net=tmp_path / "curriculum", train=split, validation=split,
     )  # fmt: skip
 

@@ -13,20 +13,20 @@ def test_the_plain_loop_computes_what_ours_does(small_resnet: ResNet):
     small_resnet.eval()
     images = torch.rand(5, 3, 8, 8)
     actions = torch.tensor([[1, 1, 1], [0, 0, 0], [1, 0, 1], [0, 1, 0], [1, 1, 0]]).bool()
-    found = throughput.masked(small_resnet, images, actions)
-    torch.testing.assert_close(found, small_resnet(images, actions), rtol=1e-4, atol=1e-5)
+    logits = throughput.masked(small_resnet, images, actions)
+    torch.testing.assert_close(logits, small_resnet(images, actions), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", throughput.STAGES)
 def test_throughput_times_every_loop_of_a_stage(stage):
-    arguments = argparse.Namespace(
-        stages=[stage], images=32, batch_size=16, rounds=1, workers=[0], depth=8, kept=0.5
+    options = throughput.Options(
+        stages=[stage], images=32, batch_size=16, rounds=1, workers=[0], depth=8, keep_ratio=0.5
     )
-    rows = throughput.measure(arguments, torch.device("cpu"))
-    ours = 1 if stage == "pretrain" else 2
-    assert [row["loop"].split(",")[0] for row in rows] == ["plain"] + ["ours"] * ours
-    assert all(row["images_per_second"] > 0 for row in rows)
-    assert rows[0]["times_the_best_plain"] == 1.0
+    rates = throughput.measure(options, torch.device("cpu"))
+    num_ours = 1 if stage == "pretrain" else 2
+    assert [rate.loop.split(",")[0] for rate in rates] == ["plain"] + ["ours"] * num_ours
+    assert all(rate.images_per_second > 0 for rate in rates)
+    assert rates[0].times_the_best_plain == 1.0
 
 
 def test_throughput_of_decoding_is_that_of_the_images_of_a_folder(tmp_path):
