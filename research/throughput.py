@@ -1,10 +1,10 @@
 """Images per second of each training stage, beside a plain loop: `python -m research.throughput`.
 
 The plain loop is what one would write first, and what the authors' code does: a DataLoader that augments
-image by image with torchvision, float32 (on CUDA with TF32, PyTorch's default), contiguous tensors, every
-block computed for every image and masked where it is dropped, a greedy and a sampled pass. Ours is the
-code of the stages, once with the paper's estimator and once with the one that trains faster. The loops
-take turns on the same images, so that a change of the machine's speed affects all of them.
+image by image with torchvision, float32 (on CUDA with TF32, PyTorch's default), contiguous tensors,
+every block computed for every image and masked where it is dropped, a greedy and a sampled pass. Ours is
+the code of the stages, once with the paper's estimator and once with the one that trains faster. The
+loops take turns on the same images, so that a change of the machine's speed affects all of them.
 
 With `--decode FOLDER` it measures how many of a folder's images one process decodes and crops for
 ImageNet.
@@ -332,9 +332,7 @@ def decoding(folder: Path, *, rounds: int, images: int, size: int = 224) -> list
 
 def add_options(parser: Parser) -> None:
     parser.add_argument("--depth", type=int, default=32)
-    parser.add_argument(
-        "--keep-ratio", "--kept", type=float, default=0.6, help="of policies, on average"
-    )
+    parser.add_argument("--keep-ratio", "--kept", type=float, default=0.6, help="of the policies")
     parser.add_argument("--images", type=int, default=2560, help="of an epoch")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
