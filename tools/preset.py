@@ -3,6 +3,7 @@
 presets/digits.yaml is whole and holds the defaults; the other presets hold what differs from them.
 """
 
+import argparse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from pipeline import config
 from pipeline.config import Loader, Params, flatten
 from pipeline.infra.atomic_io import write_text
 from pipeline.infra.errors import UserError
-from tools.command import Parser, mendable
+from tools.command import Parser, command
 
 PRESETS = Path("presets")
 DEFAULTS = "digits.yaml"
@@ -122,13 +123,14 @@ def _comment(text: str, end: int) -> str:
     return rest if rest.lstrip().startswith("#") else ""
 
 
-@mendable()
-def main() -> None:
-    """Write params.yaml, or print what would be written."""
-    parser = Parser(description=__doc__)
+def add_options(parser: Parser) -> None:
     parser.add_argument("name", help="of a file in presets/, without .yaml")
     parser.add_argument("--show", action="store_true", help="print the whole file and write nothing")
-    arguments = parser.parse_args()
+
+
+@command(add_options)
+def main(arguments: argparse.Namespace) -> None:
+    """Write params.yaml, or print what would be written."""
     if arguments.show:
         print(whole_text(arguments.name), end="")
         return

@@ -4,6 +4,7 @@ Registers the model that was logged at a run and gives it an alias, so that it h
 version: `models:/blockdrop@champion`.
 """
 
+import argparse
 import sys
 
 from pipeline.infra.errors import UserError
@@ -12,7 +13,7 @@ from pipeline.infra.safe_io import printable
 from pipeline.tracking.connection import reason
 from pipeline.tracking.registry import ALIAS, NAME, Promotion, UnknownRunError, promote
 from pipeline.tracking.store import shown_uri
-from tools.command import Parser
+from tools.command import Parser, command
 
 
 def describe(promotion: Promotion) -> str:
@@ -53,20 +54,22 @@ def promote_newest(run: str, **names: str) -> Promotion:
         return promote(run, **names)
 
 
-def main() -> None:
-    """Promote, then print which version was the champion and which one is."""
-    parser = Parser(description=__doc__)
+def add_options(parser: Parser) -> None:
     parser.add_argument("run", metavar="NAME_OR_RUN", help="an experiment's name, or the id of a run")
     parser.add_argument("--registered-name", default=NAME, help=f"of the registered model ({NAME})")
     parser.add_argument("--alias", default=ALIAS, help=f"({ALIAS})")
-    arguments = parser.parse_args()
+
+
+@command(add_options)
+def main(arguments: argparse.Namespace) -> None:
+    """Promote, then say which version was the champion and which is."""
     try:
         promotion = promote_newest(
             arguments.run, registered_name=arguments.registered_name, alias=arguments.alias
         )
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except Exception as error:  # of any kind, from the store's library
+    except UserError:
+        raise
+    except Exception as error:  # whatever the store's library raises
         sys.exit(
             f"error: {shown_uri()} can't be used ({reason(error)}); start it, or set MLFLOW_TRACKING_URI"
         )

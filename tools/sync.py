@@ -5,6 +5,7 @@ no code, a colleague's experiments (`dvc exp pull`) never ran here, a server may
 command logs what MLflow lacks from the experiments' files. Nothing is logged twice: run it at any time.
 """
 
+import argparse
 import sys
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from pipeline.tracking.dvc_results import Record, RecordError, UnfinishedError
 from pipeline.tracking.identity import baseline_commit
 from pipeline.tracking.runs import TAG_KEY, end_orphans
 from pipeline.tracking.store import is_off, shown_uri, store
-from tools.command import Parser
+from tools.command import command
 
 LOCK = Path(".dvc/tmp/blockdrop-sync.lock")
 TIMEOUT = 30.0  # seconds for a call, which is repeated once: models are uploaded
@@ -175,13 +176,10 @@ def usable_store() -> Iterator[None]:
         sys.exit(1)
 
 
-def main() -> None:
-    """Sync, then print the table of experiments and the links to the UI."""
-    try:
-        off = is_off()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    if off:
+@command()
+def main(_: argparse.Namespace) -> None:
+    """Sync, then show what there is and where to look at it."""
+    if is_off():
         print("BLOCKDROP_TRACKING=off: nothing is logged")
         return
     with usable_store():
@@ -193,5 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    Parser(description=__doc__).parse_args()
     main()

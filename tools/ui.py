@@ -1,5 +1,6 @@
 """Open the MLflow UI, on this machine alone: `make ui`. Everything that DVC knows is logged first."""
 
+import argparse
 import contextlib
 import os
 import socket
@@ -9,7 +10,7 @@ from pipeline.infra.errors import UserError
 from pipeline.infra.resume import project_root
 from pipeline.tracking import overview
 from pipeline.tracking.store import HOST, PORT, store_uri
-from tools.command import Parser, mendable
+from tools.command import Parser, command
 from tools.sync import sync, usable_store
 
 
@@ -34,10 +35,7 @@ def require_free(host: str, port: int) -> None:
         ) from None
 
 
-@mendable()
-def main() -> None:
-    """Print the links that show the runs, then serve until Ctrl-C."""
-    parser = Parser(description=__doc__)
+def add_options(parser: Parser) -> None:
     parser.add_argument("--port", type=int, default=PORT)
     parser.add_argument(
         "--host",
@@ -45,7 +43,11 @@ def main() -> None:
         help=f"address to listen on ({HOST}: this machine alone); there is no password, so see "
         "the README before you name another",
     )
-    arguments = parser.parse_args()
+
+
+@command(add_options)
+def main(arguments: argparse.Namespace) -> None:
+    """Print the links that show the runs, then serve until Ctrl-C."""
     uri = store_uri()
     served_elsewhere = uri.startswith("http")
     if not served_elsewhere:
@@ -56,10 +58,10 @@ def main() -> None:
         overview.say(run_id, address=address)
     if served_elsewhere:
         return
-    command = ["mlflow", "ui", "--host", arguments.host, "--port", str(arguments.port)]
-    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": uri}  # a password stays out of `ps`
+    server = ["mlflow", "ui", "--host", arguments.host, "--port", str(arguments.port)]
+    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": uri}  # may hold a password: not for `ps`
     with contextlib.suppress(KeyboardInterrupt):
-        subprocess.run(command, check=True, cwd=project_root(), env=environment)
+        subprocess.run(server, check=True, cwd=project_root(), env=environment)
 
 
 if __name__ == "__main__":
