@@ -35,13 +35,13 @@ from pipeline.flops import measure, rewarded_shares
 from pipeline.inference.predict import predict, predict_policy
 from pipeline.infra.atomic_io import write_text
 from pipeline.infra.errors import UserError
+from pipeline.infra.git import git
 from pipeline.infra.locks import exclusive
 from pipeline.infra.resume import digest_of_files, key_of, project_root
 from pipeline.models import checkpoint
 from pipeline.models.policies import greedy_actions, policy_statistics
 from pipeline.policy import objectives as pg
 from pipeline.policy.learner import PolicyLearner
-from pipeline.infra.git import git
 from pipeline.training.loop import NotFiniteError, Position, fit, require_finite
 from research.tables import markdown_table, mean_and_std
 from stages import curriculum, finetune
@@ -370,7 +370,9 @@ def keys_of(table: pd.DataFrame) -> set[tuple[Any, ...]]:
 
 def add_row(out: Path, row: Mapping[str, Any]) -> None:
     """Append a row, unless another process has trained the same one meanwhile."""
-    with exclusive(out.with_name(f".{out.name}.lock"), waiting_message=f"{out}: another ablation writes"):
+    with exclusive(
+        out.with_name(f".{out.name}.lock"), waiting_message=f"{out}: another ablation writes"
+    ):
         rows = rows_of(out)
         if tuple(row[name] for name in KEY) in keys_of(rows):
             return
@@ -426,7 +428,9 @@ def main(arguments: argparse.Namespace) -> None:
     device = choose_device()
     setting = Setting(
         stage=arguments.stage,
-        preset=changed(presets.load(arguments.preset, root / "presets"), arguments.set, flag="--set"),
+        preset=changed(
+            presets.load(arguments.preset, project_root() / "presets"), arguments.set, flag="--set"
+        ),
         provenance=provenance_of(arguments.preset, arguments.set),
         resnet=arguments.resnet,
         policy_net=arguments.policy_net,

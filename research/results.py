@@ -21,11 +21,11 @@ from pipeline.config import Params
 from pipeline.device import choose_device, describe_machine
 from pipeline.infra.atomic_io import write_text
 from pipeline.infra.errors import UserError
+from pipeline.infra.git import git
 from pipeline.infra.resume import project_root
 from pipeline.report.markdown import PAPER
 from pipeline.report.paired import paired_difference
 from pipeline.report.trade_off import trade_off
-from pipeline.infra.git import git
 from research.tables import markdown_table
 from stages.support.common import read_csv, read_json
 from tools import preset as presets

@@ -9,10 +9,9 @@ names a prepared array.
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +27,9 @@ from pipeline.inference.base import Networks
 from pipeline.infra.atomic_io import write_text
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
-<<<<<<< HEAD
 from pipeline.models.resnet_cifar import cifar_resnet
-from tools.command import Parser
-=======
+from pipeline.results import TimingRow
 from tools.command import Parser, command
->>>>>>> 3d538ab0127e059062fa701b56a00a332712a567
 
 NORMALISATION = Normalisation(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
@@ -105,15 +101,9 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     )
 
 
-<<<<<<< HEAD
-    tables = benchmark.run(say)
-    for row in tables.times:
-        itself = f", {row.speedup_over_itself:.2f} of itself" if row.speedup_over_itself else ""
-=======
-def show_times(rows: Sequence[Mapping[str, Any]]) -> None:
+def show_times(rows: Sequence[TimingRow]) -> None:
     for row in rows:
-        own = f", {row['speedup_over_itself']:.2f} of itself" if "speedup_over_itself" in row else ""
->>>>>>> 3d538ab0127e059062fa701b56a00a332712a567
+        itself = f", {row.speedup_over_itself:.2f} of itself" if row.speedup_over_itself else ""
         print(
             f"  batch {row.batch:5} {row.precision} {row.candidate:20} "
             f"{row.time.milliseconds:9.3f} ms ({row.time.milliseconds_25:.3f} to "
@@ -179,7 +169,7 @@ def main(arguments: argparse.Namespace) -> None:
         if arguments.out is not None:  # after every part, so that a kill loses no measurement
             write(arguments, device, benchmark)
 
-    show_times(benchmark.run(report)["times"])
+    show_times(benchmark.run(report).times)
     if arguments.out is not None:
         print(f"speed: {arguments.out}")
 

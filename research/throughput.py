@@ -171,15 +171,10 @@ class Plain:
 def networks(depth: int, keep_ratio: float, device: torch.device) -> tuple[ResNet, PolicyNet]:
     """A ResNet and a policy network that keeps about that fraction of the blocks, random weights."""
     torch.manual_seed(0)
-<<<<<<< HEAD
     resnet = cifar_resnet(depth=depth, num_classes=CLASSES).to(device)
-    policy_net = PolicyNet(num_blocks=resnet.num_blocks, width=8, initial_keep_prob=kept).to(device)
-=======
-    resnet = ResNet(depth=depth, num_classes=CLASSES).to(device)
     policy_net = PolicyNet(num_blocks=resnet.num_blocks, width=8, initial_keep_prob=keep_ratio).to(
         device
     )
->>>>>>> 3d538ab0127e059062fa701b56a00a332712a567
     return resnet, policy_net
 
 
