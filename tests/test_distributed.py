@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import in_processes
@@ -23,33 +22,32 @@ from pipeline import distributed
 from pipeline.config import Params
 from pipeline.infra import processes
 from pipeline.infra.errors import UserError
-from pipeline.infra.processes import PLACE, VARIABLE
+from pipeline.infra.processes import PROCESSES_VARIABLE, TORCHRUN_VARIABLES
 from pipeline.tracking.store import store
 from stages import sole
-from stages.support import common, launcher, training
+from stages.support import common, training
+
+# starts its arguments in two processes: a command of Python without the word `python`
+LAUNCH = (
+    "import sys; from pipeline.infra import torchrun; sys.orig_argv = sys.argv; "
+    "sys.exit(torchrun.launch(2))"
+)
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BLOCKDROP_DEVICE": "cpu"}
 
 
-@contextmanager
-def signals_kept() -> Iterator[None]:
-    """Handlers as they were, afterwards."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def launch(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", LAUNCH, *arguments],
+        env=os.environ | ENVIRONMENT, check=False, capture_output=True, text=True,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory) -> list[dict[str, dict]]:
     """What all cases left in each of two processes."""
     folder = tmp_path_factory.mktemp("by_two")
-    with signals_kept(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "orig_argv", ["python", in_processes.__file__, str(folder)])
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("BLOCKDROP_DEVICE", "cpu")
-        assert launcher.run(2) == 0
+    done = launch(in_processes.__file__, str(folder))
+    assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -64,8 +62,8 @@ def flat(value: object, name: str = "") -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("case", sorted(CASES.keys() - {"interrupted"}))
 def test_two_processes_train_as_one_does(case, by_two):
     one = flat(CASES[case]())
-    for found in by_two:
-        two = flat(found[case])
+    for results in by_two:
+        two = flat(results[case])
         assert two.keys() == one.keys()
         for name, value in one.items():
             torch.testing.assert_close(
@@ -76,15 +74,16 @@ def test_two_processes_train_as_one_does(case, by_two):
 
 @pytest.mark.parametrize("case", CASES)
 def test_both_processes_hold_the_same_bytes(case, by_two):
-    first, second = (flat(found[case]) for found in by_two)
+    first, second = (flat(results[case]) for results in by_two)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name].nan_to_num(), second[name].nan_to_num()) for name in first)
 
 
 def test_an_interruption_of_both_processes_changes_no_byte(by_two):
-    for found in by_two:
-        assert found["finetune"]["results"][-1] == found["interrupted"]["results"][-1]
-        whole, resumed = flat(found["finetune"]["weights"]), flat(found["interrupted"]["weights"])
+    for results in by_two:
+        whole, resumed = results["finetune"], results["interrupted"]
+        assert whole["results"][-1] == resumed["results"][-1]
+        whole, resumed = flat(whole["weights"]), flat(resumed["weights"])
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
@@ -105,52 +104,55 @@ def test_batch_norm_of_several_processes_is_kept_as_that_of_one(small_resnet):
 
 @pytest.fixture
 def alone(monkeypatch) -> Iterator[pytest.MonkeyPatch]:
-    """No launcher's variables, on the CPU; and signals as they were, afterwards."""
-    for name in (*PLACE, "LOCAL_RANK", VARIABLE, "DVC_ROOT"):
+    """None of torchrun's variables, on the CPU; and SIGTERM as it was, afterwards."""
+    for name in (*TORCHRUN_VARIABLES, "LOCAL_RANK", PROCESSES_VARIABLE, "DVC_ROOT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("BLOCKDROP_DEVICE", "cpu")
-    with signals_kept():
-        yield monkeypatch
+    handler = signal.getsignal(signal.SIGTERM)
+    yield monkeypatch
+    signal.signal(signal.SIGTERM, handler)
 
 
-@pytest.mark.parametrize("told", ["0", "two", "-1", "1.5", " 2", "²"])
-def test_number_of_processes_that_is_none_is_refused_before_time_is_spent(told, alone, capsys):
-    alone.setenv(VARIABLE, told)
+@pytest.mark.parametrize("text", ["0", "two", "-1", "1.5", " 2", "²"])
+def test_number_of_processes_that_is_none_is_refused_before_time_is_spent(text, alone, capsys):
+    alone.setenv(PROCESSES_VARIABLE, text)
     with pytest.raises(SystemExit) as raised:
         common.run(lambda params: pytest.fail("it was run"), trains=True)
     assert raised.value.code == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {VARIABLE} is {told!r}; set it to a number of processes from 1 on")
-    assert "unset it" in said
+    message = capsys.readouterr().err
+    assert message.startswith(
+        f"error: {PROCESSES_VARIABLE} is {text!r}; set it to a number of processes from 1 on"
+    )
+    assert "unset it" in message
 
 
 def test_more_processes_than_devices_are_refused(alone):
     alone.setenv("BLOCKDROP_DEVICE", "cuda")
     alone.setattr(torch.cuda, "is_available", lambda: True)
     alone.setattr(torch.cuda, "device_count", lambda: 2)
-    alone.setenv(VARIABLE, "2")
+    alone.setenv(PROCESSES_VARIABLE, "2")
     assert processes.requested_world_size(torch.device("cuda")) == 2
-    alone.setenv(VARIABLE, "3")
+    alone.setenv(PROCESSES_VARIABLE, "3")
     with pytest.raises(
-        UserError, match=rf"{VARIABLE} is 3, but there are 2 CUDA devices; use one .*=cpu"
+        UserError, match=rf"{PROCESSES_VARIABLE} is 3, but there are 2 CUDA devices; use one .*=cpu"
     ):
         processes.requested_world_size(torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("variables", "words"),
     [
         (
             {"RANK": "1", "WORLD_SIZE": "2"},
             "RANK and WORLD_SIZE is set, but MASTER_ADDR, MASTER_PORT is",
         ),
         ({"RANK": "1"}, "RANK is set, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not"),
-        (dict.fromkeys(PLACE, "2"), "RANK=2 with WORLD_SIZE=2"),
-        (dict.fromkeys(PLACE, "x"), "RANK is 'x', which is no number"),
+        (dict.fromkeys(TORCHRUN_VARIABLES, "2"), "RANK=2 with WORLD_SIZE=2"),
+        (dict.fromkeys(TORCHRUN_VARIABLES, "x"), "RANK is 'x', which is no number"),
     ],
 )
-def test_place_that_no_launcher_gives_is_refused(told, words, alone):
-    for name, text in told.items():
+def test_place_that_no_launcher_gives_is_refused(variables, words, alone):
+    for name, text in variables.items():
         alone.setenv(name, text)
     with pytest.raises(UserError, match=words) as raised:
         processes.rank_info()
@@ -158,9 +160,9 @@ def test_place_that_no_launcher_gives_is_refused(told, words, alone):
 
 
 def test_stage_that_trains_nothing_takes_no_processes(alone, capsys):
-    for name, text in zip(PLACE, ("0", "2", "127.0.0.1", "1"), strict=True):
+    for name, text in zip(TORCHRUN_VARIABLES, ("0", "2", "127.0.0.1", "1"), strict=True):
         alone.setenv(name, text)
-    alone.setattr(processes, "LINGER", 0)
+    alone.setattr(processes, "RANK0_SECONDS", 0)
     with pytest.raises(SystemExit):
         common.run(lambda params: pytest.fail("it was run"))
     assert "only trainings take several processes" in capsys.readouterr().err
@@ -173,37 +175,41 @@ def test_process_with_another_training_is_refused(monkeypatch):
         training._require_same_training("finetune", "abc")
 
 
-def launched(alone, code: str) -> int:
-    """The status of two processes that run this."""
-    alone.setattr(sys, "orig_argv", ["python", "-c", f"import os, signal, sys, time\n{code}"])
-    return launcher.run(2)
-
-
 @pytest.mark.parametrize(
     ("code", "status"),
     [
-        ("pass", 0),
-        ("sys.exit(3 if os.environ['RANK'] == '1' else 0)", 3),
-        ("sys.exit(4) if os.environ['RANK'] == '0' else time.sleep(60)", 4),
-        ("os.kill(os.getpid(), signal.SIGKILL) if os.environ['RANK'] == '0' else time.sleep(60)", 137),
-        ("os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)", 143),
-        ("os.kill(os.getppid(), signal.SIGINT); time.sleep(60)", 130),
+        ("sys.exit(3) if rank == '1' else time.sleep(60)", 3),
+        ("os.kill(os.getpid(), signal.SIGKILL) if rank == '0' else time.sleep(60)", 137),
+        ("os.kill(os.getppid(), signal.SIGTERM) if rank == '0' else 0; time.sleep(60)", 143),
+        ("os.kill(os.getppid(), signal.SIGINT) if rank == '0' else 0; time.sleep(60)", 130),
     ],
-)  # fmt: skip
-def test_status_of_several_processes_is_that_of_the_first_that_failed(code, status, alone, capfd):
-    assert launched(alone, code) == status
-    said = capfd.readouterr().err
-    assert ("error: process 1 of 2 was killed by SIGKILL" in said) == (status == 137)
+)
+def test_status_of_several_processes_is_that_of_the_first_that_failed(code, status):
+    done = launch("-c", f"import os, signal, sys, time; rank = os.environ['RANK']\n{code}")
+    assert done.returncode == status, done.stderr
+    assert ("error: process 1 of 2 was killed by SIGKILL" in done.stderr) == (status == 137)
 
 
-def test_process_that_is_left_alone_by_a_failed_one_is_ended(alone):
-    alone.setattr(launcher, "ALONE_SECONDS", 0.2)
-    alone.setattr(launcher, "END_SECONDS", 0.2)
-    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-    assert launched(alone, f"if os.environ['RANK'] == '1': sys.exit(5)\n{deaf}") == 5
+@pytest.mark.slow  # torchrun's agent waits for 30 seconds
+def test_process_that_ignores_sigterm_is_killed_when_another_one_has_failed():
+    ignoring = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    done = launch(
+        "-c", f"import os, signal, sys, time\nif os.environ['RANK'] == '1': sys.exit(5)\n{ignoring}"
+    )
+    assert done.returncode == 5
 
 
-SLOWED = """
+def test_launcher_leaves_alone_what_nohup_ignores(tmp_path):
+    """And the processes go on without their terminal."""
+    code = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(0.5)"
+    done = subprocess.run(
+        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", LAUNCH, "-c", code],
+        env=os.environ | ENVIRONMENT, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+SLOW_STAGE = """
 import os, signal, sys, time
 from functools import partial
 from pipeline.training.classification import Classification
@@ -257,7 +263,7 @@ def wait_for_a_save(process: subprocess.Popen) -> None:
 
 def test_stage_in_two_processes_stops_together_goes_on_and_writes_once(params, tmp_path, monkeypatch):
     monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
-    first = begin([sys.executable, "-c", SLOWED], **{VARIABLE: "2", "TEST_SECONDS": "0.3"})
+    first = begin([sys.executable, "-c", SLOW_STAGE], **{PROCESSES_VARIABLE: "2", "TEST_SECONDS": "0.3"})
     wait_for_a_save(first)
     first.send_signal(signal.SIGTERM)
     out, err = first.communicate(timeout=60)
@@ -300,12 +306,13 @@ def test_stage_in_two_processes_stops_together_goes_on_and_writes_once(params, t
 @pytest.mark.slow
 def test_processes_whose_launcher_is_killed_save_and_end(params, tmp_path, monkeypatch):
     monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
-    launcher = begin([sys.executable, "-c", SLOWED], **{VARIABLE: "2", "TEST_SECONDS": "0.3"})
+    variables = {PROCESSES_VARIABLE: "2", "TEST_SECONDS": "0.3"}
+    launcher = begin([sys.executable, "-c", SLOW_STAGE], **variables)
     wait_for_a_save(launcher)
-    others = psutil.Process(launcher.pid).children()
+    ranks = psutil.Process(launcher.pid).children()
     launcher.kill()
     out, err = launcher.communicate(timeout=60)
-    gone, alive = psutil.wait_procs(others, timeout=60)
+    gone, alive = psutil.wait_procs(ranks, timeout=60)
     assert len(gone) == 2
     assert not alive
     assert "has died; stopping" in err
@@ -314,10 +321,9 @@ def test_processes_whose_launcher_is_killed_save_and_end(params, tmp_path, monke
 
 def test_process_that_is_killed_ends_the_others_with_a_message(params, tmp_path, monkeypatch):
     monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
-    failing = begin([sys.executable, "-c", SLOWED], **{VARIABLE: "2", "TEST_FAILS": "1"})
+    failing = begin([sys.executable, "-c", SLOW_STAGE], **{PROCESSES_VARIABLE: "2", "TEST_FAILS": "1"})
     _, err = failing.communicate(timeout=120)
     assert failing.returncode == 137
     assert "error: process 2 of 2 was killed by SIGKILL; repeat" in err
-    assert "error: another process of this training has ended" in err
     assert "Traceback" not in err
     assert made(tmp_path) == {}

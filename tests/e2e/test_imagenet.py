@@ -73,7 +73,7 @@ def test_every_stage_runs_on_a_streamed_tree(project, monkeypatch):
     for stage in (prepare, pretrain, curriculum, finetune, evaluate):
         stage.main(params)
     sole.main(params, depth=14)
-    static.main(params, rule="distribute", kept=5)
+    static.main(params, rule="distribute", num_kept=5)
     for stage in (baseline, benchmark, report):
         stage.main(params)
     evaluated, full = metrics("evaluate"), metrics("baseline")["baseline"]

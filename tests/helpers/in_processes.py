@@ -198,7 +198,7 @@ CASES: dict[str, Callable[[], dict]] = {
 
 
 if __name__ == "__main__":
-    processes.PATIENCE = timedelta(minutes=5)  # where one waits in vain for another, a test must fail
+    processes.COLLECTIVE_TIMEOUT = timedelta(minutes=5)  # one that waits in vain fails the test
     with processes.process_group(torch.device("cpu")):
         made = {name: make() for name, make in CASES.items()}
         torch.save(made, Path(sys.argv[1]) / f"{distributed.here().rank}.pt")

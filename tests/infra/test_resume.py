@@ -1,5 +1,6 @@
 """Resume points: whole at any moment, found by what the training depends on."""
 
+import errno
 import os
 import threading
 import time
@@ -31,10 +32,10 @@ def point(tmp_path: Path) -> ResumePoint:
 
 def test_state_comes_back(point):
     point.save(OLD)
-    found = point.load()
-    assert torch.equal(found["weights"]["a"], OLD["weights"]["a"])
-    assert found["epoch"] == 1
-    assert found["metrics"] == [0.5, None]
+    state = point.load()
+    assert torch.equal(state["weights"]["a"], OLD["weights"]["a"])
+    assert state["epoch"] == 1
+    assert state["metrics"] == [0.5, None]
 
 
 def test_later_state_replaces_the_earlier_which_is_kept_beside_it(point):
@@ -108,18 +109,33 @@ def test_killed_between_the_two_renamings_the_old_state_is_there(point, monkeypa
 
 def test_finished_state_takes_the_place_of_those_on_the_way(point):
     point.save(OLD)
-    point.save(OLD)
+    point.save(NEW)
     assert point.load_finished() is None
-    point.finish(NEW)
+    point.finish()
     assert point.load_finished() == NEW
     assert point.load() is None
     assert list(point.path.parent.iterdir()) == [point.finished]
 
 
+def test_finish_that_fails_names_the_file_and_keeps_the_state(point, monkeypatch):
+    point.save(NEW)
+
+    def fail(path: Path, target: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="Input/output") as raised:
+            point.finish()
+    assert raised.value.filename == str(point.finished)
+    assert point.load() == NEW
+
+
 def test_old_results_and_very_old_states_are_tidied_away(point):
-    point.save(OLD)
     other = ResumePoint(path=point.path.with_name("finetune-abc.pt"))
-    other.finish(NEW)
+    other.save(NEW)
+    other.finish()
+    point.save(OLD)
     now = time.time()
     tidy(point.path.parent, now=now + KEEP_FINISHED / 2)
     assert set(point.path.parent.iterdir()) == {point.path, other.finished}
@@ -129,55 +145,36 @@ def test_old_results_and_very_old_states_are_tidied_away(point):
     assert list(point.path.parent.iterdir()) == []
 
 
-def test_without_a_state_there_is_none_and_no_word(point, capsys):
+def test_without_a_state_there_is_none_and_no_message(point, capsys):
     assert point.load() is None
     assert capsys.readouterr().out == ""
 
 
-def test_discarded_state_is_gone_and_may_be_discarded_again(point):
-    point.save(OLD)
-    point.discard()
-    assert point.load() is None
-    point.discard()
-
-
-def test_failed_save_keeps_the_old_state(point, monkeypatch):
-    point.save(OLD)
-
+def test_failed_save_keeps_the_old_state_and_leaves_no_half_file(point, monkeypatch):
     def fail(path, content):
         path.write_bytes(content[:10])
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patched:
-        patched.setattr("pipeline.infra.resume.write_through", fail)
-        with pytest.raises(OSError, match="No space left"):
-            point.save(NEW)
-    assert point.load()["epoch"] == 1
-
-
-def test_failed_save_leaves_no_half_file_behind(point, monkeypatch):
-    def fail(path, content):
-        path.write_bytes(content[:10])
-        raise OSError(28, "No space left on device")
-
+    point.save(OLD)
     monkeypatch.setattr("pipeline.infra.resume.write_through", fail)
     with pytest.raises(OSError, match="No space left"):
         point.save(NEW)
-    assert list(point.path.parent.iterdir()) == []
+    assert point.load()["epoch"] == 1
+    assert list(point.path.parent.iterdir()) == [point.path]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
-def test_damaged_state_is_said_and_the_training_starts_over(point, capsys, share):
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.9])
+def test_damaged_state_is_named_and_the_training_starts_over(point, capsys, fraction):
     point.save(OLD)
     content = point.path.read_bytes()
-    point.path.write_bytes(content[: int(share * len(content))])
+    point.path.write_bytes(content[: int(fraction * len(content))])
     assert point.load() is None
-    said = capsys.readouterr().out
-    assert str(point.path) in said
-    assert "starting from the first epoch" in said
+    output = capsys.readouterr().out
+    assert str(point.path) in output
+    assert "starting from the first epoch" in output
 
 
-def other_may_start(point: ResumePoint) -> bool:
+def can_lock(point: ResumePoint) -> bool:
     lock = FileLock(point.path.with_suffix(".lock"))
     try:
         lock.acquire(timeout=0)
@@ -187,38 +184,38 @@ def other_may_start(point: ResumePoint) -> bool:
     return True
 
 
-def test_held_training_is_closed_to_others_until_it_ends(point, capsys):
-    with point.held():
-        assert not other_may_start(point)
-    assert other_may_start(point)
+def test_locked_training_is_closed_to_others_until_it_ends(point, capsys):
+    with point.lock():
+        assert not can_lock(point)
+    assert can_lock(point)
     assert capsys.readouterr().out == ""
 
 
-def test_held_training_that_fails_is_open_again(point):
-    with pytest.raises(KeyboardInterrupt), point.held():
+def test_locked_training_that_fails_is_open_again(point):
+    with pytest.raises(KeyboardInterrupt), point.lock():
         raise KeyboardInterrupt
-    assert other_may_start(point)
+    assert can_lock(point)
 
 
-def test_training_that_another_process_is_at_waits_and_says_so(point, capsys):
+def test_lock_of_another_process_is_waited_for_with_a_message(point, capsys):
     point.path.parent.mkdir()
-    held = threading.Event()
+    locked = threading.Event()
 
     def hold() -> None:
         with FileLock(point.path.with_suffix(".lock")):
-            held.set()
+            locked.set()
             time.sleep(0.2)
 
     other = threading.Thread(target=hold)
     other.start()
-    held.wait()
+    locked.wait()
     started = time.monotonic()
-    with point.held():
+    with point.lock():
         assert time.monotonic() - started > 0.1
     other.join()
-    said = capsys.readouterr().out
-    assert "waiting: another process is at the same training" in said
-    assert point.path.stem in said
+    output = capsys.readouterr().out
+    assert "waiting: another process is at the same training" in output
+    assert point.path.stem in output
 
 
 class Hostile:
@@ -237,11 +234,11 @@ def test_state_that_would_run_code_is_not_opened(point, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_places_differ_by_stage_and_key(tmp_path, monkeypatch):
+def test_paths_differ_by_stage_and_key(tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    places = {ResumePoint.of(stage, key).path for stage in ("pretrain", "finetune") for key in "ab"}
-    assert len(places) == 4
-    assert {place.parent for place in places} == {tmp_path / ".resume"}
+    paths = {ResumePoint.of(stage, key).path for stage in ("pretrain", "finetune") for key in "ab"}
+    assert len(paths) == 4
+    assert {path.parent for path in paths} == {tmp_path / ".resume"}
 
 
 def test_key_is_the_same_for_the_same_ingredients_in_any_order():

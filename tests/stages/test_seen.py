@@ -10,7 +10,7 @@ from archives import fill
 from pipeline.infra.errors import UserError
 from pipeline.sources.class_folders import scan
 from stages.support.common import require_seen
-from stages.support.training import imported
+from stages.support.training import imported_path
 
 
 @pytest.fixture
@@ -74,9 +74,9 @@ def test_class_behind_a_link_is_refused_and_a_linked_folder_as_a_whole_is_not(pr
 def test_import_that_dvc_would_not_see_is_refused(project, pattern):
     Path("import/mine").mkdir(parents=True)
     Path("import/mine/model.json").write_text("{}")
-    assert imported("import/mine") == Path("import/mine")
+    assert imported_path("import/mine") == Path("import/mine")
     Path("import/x.json").write_text("{}")
     Path(".dvcignore").write_text(f"{pattern}\n")
     with pytest.raises(UserError, match=r"import/mine.* is hidden from DVC \('.dvcignore:1:"):
-        imported("import/mine")
-    assert imported("import/x.json") == Path("import/x.json")
+        imported_path("import/mine")
+    assert imported_path("import/x.json") == Path("import/x.json")

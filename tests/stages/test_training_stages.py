@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from builders import small_pair
 from repository_copy import ROOT, TINY, make_workplace
 
@@ -26,9 +25,8 @@ from pipeline.models import checkpoint
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet_cifar import cifar_resnet
 from stages import curriculum, finetune, pretrain, sole, static
-from stages.support import training
-from stages.support.progress import Steps
-from stages.support.training import Progress
+from stages.support import recipes, training
+from stages.support.progress import Progress, Steps
 
 SMALL = TINY | {"pretrain": {"epochs": 4, "batch_size": 16}, "finetune": {"epochs": 4, "batch_size": 16}}
 
@@ -60,7 +58,7 @@ def pretrained(folder, params: Params) -> None:
         stage="pretrain",
         resnet=cifar_resnet(depth=params.resnet.depth, width=params.resnet.width, num_classes=3),
         policy_net=None,
-        normalisation=training.normalisation_of(params),
+        normalisation=recipes.normalisation_of(params),
         image_size=8,
         classes=("dark", "grey", "light"),
         metrics={},
@@ -97,14 +95,14 @@ def test_an_item_of_a_matrix_writes_under_its_name_and_no_metrics_file(params, t
     made = checkpoint.load(tmp_path / "models/sole/8")
     assert made.need_resnet().depth == 8
     assert made.image_size == params.data.image_size
-    assert made.normalisation == training.normalisation_of(params)
+    assert made.normalisation == recipes.normalisation_of(params)
     assert set(made.metrics) == {"accuracy", "loss"}
 
 
 def test_a_static_finetuning_starts_from_pretrain_and_moves_only_what_runs(params, tmp_path):
     pretrained(tmp_path, params)
     before = checkpoint.load(tmp_path / "models/pretrain").need_resnet()
-    static.main(params, rule="first", kept=3)
+    static.main(params, rule="first", num_kept=3)
     after = checkpoint.load(tmp_path / "models/static/first-3").need_resnet()
     for index, pair in enumerate(zip(before.flat_blocks(), after.flat_blocks(), strict=True)):
         same = torch.equal(pair[0].conv1.weight, pair[1].conv1.weight)
@@ -117,8 +115,8 @@ def test_a_static_finetuning_starts_from_pretrain_and_moves_only_what_runs(param
     ("call", "words"),
     [
         (lambda p: sole.main(p, depth=20), r"sole.depths \[8\] does not name 20"),
-        (lambda p: static.main(p, rule="last", kept=3), "does not name last with 3"),
-        (lambda p: static.main(p, rule="first", kept=4), "does not name first with 4"),
+        (lambda p: static.main(p, rule="last", num_kept=3), "does not name last with 3"),
+        (lambda p: static.main(p, rule="first", num_kept=4), "does not name first with 4"),
     ],
 )
 def test_what_params_yaml_does_not_name_is_refused(params, call, words):
@@ -128,7 +126,7 @@ def test_what_params_yaml_does_not_name_is_refused(params, call, words):
 
 def test_items_do_not_take_up_each_others_trainings(params):
     keys = {
-        training._resume_key("static", item, params, params.finetune, [])
+        training._resume_key(training.Outputs("static", item), params)
         for item in ("first-3", "random-3", "first-4")
     }
     assert len(keys) == 3
@@ -292,53 +290,51 @@ def test_in_a_pipe_there_are_lines_alone(params, tmp_path):
 
 OTHERS = {  # than the paper's
     "curriculum": {"estimator": "local_expectation", "num_flips": 2, "soft_reward": True, "epochs": 4},
-    "finetune": {
-        "estimator": "reinmax", "resnet_optimizer": "sgd", "distillation": 0.5, "epochs": 4,
-        "entropy_schedule": "linear", "marginal_entropy_coef": 0.1, "frozen_epochs": 1,
-        "train_epochs": 2,
+    "finetune": SMALL["finetune"] | {"optimizer": "sgd", "distillation": 0.5},
+    "finetune_policy": {
+        "estimator": "reinmax", "entropy_schedule": "linear", "marginal_entropy_coef": 0.1,
+        "frozen_epochs": 1, "train_epochs": 2,
     },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("train_epochs", "falls_in"), [(2, 2), (None, 3)])
-def test_the_entropy_falls_while_the_policy_learns(params, train_epochs, falls_in):
-    pace = {"frozen_epochs": 1, "train_epochs": train_epochs, "entropy_schedule": "linear", "epochs": 4}
-    section = params.finetune.model_copy(update=pace)
+@pytest.mark.parametrize(("train_epochs", "entropy_epochs"), [(2, 2), (None, 3)])
+def test_the_entropy_falls_while_the_policy_learns(params, train_epochs, entropy_epochs):
+    pace = {"frozen_epochs": 1, "train_epochs": train_epochs, "entropy_schedule": "linear"}
+    section = params.finetune_policy.model_copy(update=pace)
     both = small_pair(classes=("a", "b"), image_size=8)
     learner = finetune.learner_of(
-        params.model_copy(update={"finetune": section}),
+        params.model_copy(update={"finetune_policy": section}),
         both.need_resnet(), both.need_policy_net(), both.normalisation,
     )  # fmt: skip
-    assert learner.rules.entropy_epochs == falls_in
+    assert learner.rules.entropy_epochs == entropy_epochs
 
 
 def test_recipes_of_params_reach_the_learners_and_train(params, tmp_path, monkeypatch):
-    changes = {name: SMALL.get(name, {}) | OTHERS[name] for name in ("curriculum", "finetune")}
-    params = make_workplace(tmp_path / "other", changes=SMALL | changes)
+    params = make_workplace(tmp_path / "other", changes=SMALL | OTHERS)
     params = params.model_copy(update={"block_cost": "flops"})
     monkeypatch.chdir(tmp_path / "other")
     pretrained(tmp_path / "other", params)
     learners = {}
-    train = training.train
+    train = training._train
 
-    def spy(stage, learner, *others, **options):
-        learners[stage] = learner
-        train(stage, learner, *others, **options)
+    def spy(outputs, params, section, learner, networks):
+        learners[outputs.stage] = learner
+        train(outputs, params, section, learner, networks)
 
-    monkeypatch.setattr(training, "train", spy)
+    monkeypatch.setattr(training, "_train", spy)
     curriculum.main(params)
     finetune.main(params)
-    static.main(params, rule="random", kept=params.static.num_kept[0])
-    rules = learners["curriculum"].rules
-    assert (rules.estimator, rules.num_flips, rules.soft_reward) == ("local_expectation", 2, True)
-    assert sum(rules.block_shares) == pytest.approx(1)
-    assert len(set(rules.block_shares)) > 1
-    of_both = learners["finetune"].rules
-    assert (of_both.estimator, of_both.marginal_entropy_coef) == ("reinmax", 0.1)
-    assert (of_both.frozen_epochs, of_both.entropy_epochs, of_both.train_epochs) == (1, 2, 2)
-    assert rules.entropy_epochs is rules.train_epochs is None
-    assert rules.frozen_epochs == 0
-    assert learners["finetune"].rules.block_shares == rules.block_shares
+    static.main(params, rule="random", num_kept=params.static.num_kept[0])
+    first, second = learners["curriculum"].rules, learners["finetune"].rules
+    assert (first.estimator, first.num_flips, first.soft_reward) == ("local_expectation", 2, True)
+    assert sum(first.block_shares) == pytest.approx(1)
+    assert len(set(first.block_shares)) > 1
+    assert first.entropy_epochs is first.train_epochs is None
+    assert first.frozen_epochs == 0
+    assert (second.estimator, second.marginal_entropy_coef) == ("reinmax", 0.1)
+    assert (second.frozen_epochs, second.entropy_epochs, second.train_epochs) == (1, 2, 2)
+    assert second.block_shares == first.block_shares
     adam, sgd = learners["finetune"].optimizer.parts
     assert [type(part).__name__ for part in (adam, sgd)] == ["AdamW", "SGD"]
     assert type(learners["static"].optimizer).__name__ == "SGD"
@@ -347,43 +343,44 @@ def test_recipes_of_params_reach_the_learners_and_train(params, tmp_path, monkey
         assert learners[name].distillation.teacher is not None
 
 
-def test_rivals_that_lie_in_a_folder_are_taken_from_there(params, tmp_path):
+def importing(params: Params, **paths: str) -> Params:
+    """The parameters with these checkpoints to take instead of training."""
+    checkpoints = params.checkpoints.model_copy(update=paths)
+    return params.model_copy(update={"checkpoints": checkpoints})
+
+
+def test_checkpoints_of_matrix_stages_are_taken_from_their_folders(params, tmp_path):
     pretrained(tmp_path, params)
-    rule, kept = params.static.rules[0], params.static.num_kept[0]
+    rule, num_kept = params.static.rules[0], params.static.num_kept[0]
     sole.main(params, depth=8)
-    static.main(params, rule=rule, kept=kept)
+    static.main(params, rule=rule, num_kept=num_kept)
     trained = files(tmp_path)
     for name in ("sole", "static"):
         (tmp_path / "models" / name).rename(tmp_path / name)
-    changes = {name: {"checkpoint": name} for name in ("sole", "static")}
-    params = Params.model_validate(
-        yaml.safe_load((tmp_path / "params.yaml").read_text())
-        | {n: getattr(params, n).model_dump() | changes[n] for n in changes}
-    )
+    params = importing(params, sole="sole", static="static")
     sole.main(params, depth=8)
-    static.main(params, rule=rule, kept=kept)
-    found = files(tmp_path)
-    for item in ("sole/8", f"static/{rule}-{kept}"):
+    static.main(params, rule=rule, num_kept=num_kept)
+    imported = files(tmp_path)
+    for item in ("sole/8", f"static/{rule}-{num_kept}"):
         path = f"models/{item}/model.safetensors"
-        assert found[path] == trained[path]
-        assert found[f"plots/{item}.csv"] == b"epoch,train_accuracy,validation_accuracy\r\n"
+        assert imported[path] == trained[path]
+        assert imported[f"plots/{item}.csv"] == b"epoch,train_accuracy,validation_accuracy\r\n"
         times = (tmp_path / "metrics/times" / f"{item.replace('/', '-')}.json").read_text()
         assert '"seconds": null' in times
 
 
-def test_rival_of_another_depth_in_the_folder_is_refused(params, tmp_path):
+def test_checkpoint_of_another_depth_in_the_folder_is_refused(params, tmp_path):
     pretrained(tmp_path, params)
     (tmp_path / "models/pretrain").rename(tmp_path / "8")  # it has a depth of 14
-    params = params.model_copy(update={"sole": params.sole.model_copy(update={"checkpoint": "."})})
     with pytest.raises(UserError, match=r"^8: its family, depth, .* is \(.*14.*, expected \(.*8"):
-        sole.main(params, depth=8)
+        sole.main(importing(params, sole="."), depth=8)
     assert not (tmp_path / "models/sole").exists()
 
 
 def test_a_warm_up_precedes_every_schedule(params):
     def factors(schedule):
         section = params.pretrain.model_copy(update={"schedule": schedule, "warmup_fraction": 0.2})
-        return [training.schedule_of(section)(progress) for progress in (0.0, 0.1, 0.2, 0.6, 0.9)]
+        return [recipes.schedule_of(section)(progress) for progress in (0.0, 0.1, 0.2, 0.6, 0.9)]
 
     assert factors("constant") == pytest.approx([0, 0.5, 1, 1, 1])
     assert factors("step") == pytest.approx([0, 0.5, 1, 1, 0.1])
@@ -399,7 +396,7 @@ def saved_pair(params: Params, **changes) -> None:
         stage="finetune",
         resnet=resnet,
         policy_net=PolicyNet(num_blocks=resnet.num_blocks, **describes),
-        normalisation=training.normalisation_of(params),
+        normalisation=recipes.normalisation_of(params),
         image_size=image_size,
         classes=("dark", "grey", "light"),
         metrics={},
@@ -421,11 +418,11 @@ def saved_pair(params: Params, **changes) -> None:
 def test_an_import_that_params_do_not_describe_is_refused(params, stage, change, message):
     pretrained(Path(), params)
     saved_pair(params, **change)
-    section = stage.__name__.removeprefix("stages.")
-    update = {section: getattr(params, section).model_copy(update={"checkpoint": "import/pair"})}
+    name = stage.__name__.removeprefix("stages.")
+    params = importing(params, **{name: "import/pair"})
     if message is None or (stage is pretrain and "image_size" not in change):
-        stage.main(params.model_copy(update=update))
+        stage.main(params)
         return
     with pytest.raises(UserError, match=message):
-        stage.main(params.model_copy(update=update))
-    assert not Path("models", section, "model.safetensors").exists() or section == "pretrain"
+        stage.main(params)
+    assert not Path("models", name, "model.safetensors").exists() or name == "pretrain"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -39,7 +40,7 @@ ITEMS = {
     "curriculum": curriculum.main,
     "finetune": finetune.main,
     "sole-8": lambda params: sole.main(params, depth=8),
-    "static-random-3": lambda params: static.main(params, rule="random", kept=3),
+    "static-random-3": lambda params: static.main(params, rule="random", num_kept=3),
 }
 
 
@@ -176,13 +177,13 @@ def test_what_won_a_race_before_an_interruption_runs_after_it(name, params, monk
         with pytest.raises(KeyboardInterrupt):
             ITEMS[name](params)
     assert before == auto.CHOICES
-    assert "race anew" not in capsys.readouterr().out
+    assert "race again" not in capsys.readouterr().out
     monkeypatch.setattr(auto, "CHOICES", {})
     monkeypatch.setattr(Contest, "seconds", {"gather": 1.0, "masked": 2.0})
     monkeypatch.setattr(training_state, "describe_device", lambda _: "another GPU")
     ITEMS[name](params)
     assert set(auto.CHOICES.values()) == {"gather"}
-    assert re.search(r"found out on CPU.*; on another GPU executors race anew", capsys.readouterr().out)
+    assert re.search(r"found out on CPU.*; on another GPU executors race again", capsys.readouterr().out)
 
 
 def test_sigterm_does_the_same_and_leaves_with_143(params, trained, tmp_path, monkeypatch):
@@ -222,7 +223,7 @@ def test_what_is_lost_by_a_kill_is_what_was_done_since_the_last_save(
 ):
     with monkeypatch.context() as patch:
         patch.setattr(training_state, "SAVE_SECONDS", 0)
-        patch.setattr(training_state, "SAVE_SHARE", 0)
+        patch.setattr(training_state, "MIN_TIMES_A_SAVE", 0)
         at_step(patch, 6, crash)  # in the sixth step; after the fifth there was a save
         with pytest.raises(RuntimeError, match="killed"):
             ITEMS[name](params)
@@ -234,7 +235,7 @@ def test_what_is_lost_by_a_kill_is_what_was_done_since_the_last_save(
 
 def test_within_its_seconds_only_the_end_of_an_epoch_is_saved(params, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(training_state, "SAVE_SHARE", 0)
+        patch.setattr(training_state, "MIN_TIMES_A_SAVE", 0)
         at_step(patch, 6, crash)
         with pytest.raises(RuntimeError, match="killed"):
             pretrain.main(params)
@@ -247,7 +248,7 @@ def test_a_slow_disk_is_written_to_less_often(params, monkeypatch):
     saves = []
     real = ResumePoint.save
     monkeypatch.setattr(ResumePoint, "save", lambda self, state: saves.append(1) or real(self, state))
-    monkeypatch.setattr(training_state, "SAVE_SHARE", 1e9)
+    monkeypatch.setattr(training_state, "MIN_TIMES_A_SAVE", 1e9)
     pretrain.main(params)
     assert len(saves) == 2  # the first one, which tells how slow it is, and the last
 
@@ -256,7 +257,7 @@ def test_a_killed_training_whose_last_state_is_damaged_goes_on_from_the_one_befo
     params, trained, tmp_path, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(training_state, "SAVE_SHARE", 0)
+        patch.setattr(training_state, "MIN_TIMES_A_SAVE", 0)
         at_step(patch, 9, crash)
         with pytest.raises(RuntimeError, match="killed"):
             finetune.main(params)
@@ -268,6 +269,13 @@ def test_a_killed_training_whose_last_state_is_damaged_goes_on_from_the_one_befo
     assert f"{last} is damaged" in said
     assert "resuming after epoch 1 of 4\n" in said
     same_as(trained, tmp_path, "finetune")
+
+
+def changed(params: Params, changes: dict) -> Params:
+    values = params.model_dump()
+    for key, value in changes.items():
+        values[key] = values[key] | value if isinstance(value, dict) else value
+    return Params.model_validate(values)
 
 
 OTHERS = {
@@ -290,10 +298,7 @@ def test_no_training_goes_on_with_other(what, params, monkeypatch, capsys):
             finetune.main(params)
     changes = OTHERS[what](monkeypatch)
     if isinstance(changes, dict):
-        values = params.model_dump()
-        for key, value in changes.items():
-            values[key] = values[key] | value if isinstance(value, dict) else value
-        params = Params.model_validate(values)
+        params = changed(params, changes)
     capsys.readouterr()
     at_step(monkeypatch, 2, crash)
     with pytest.raises(RuntimeError, match="killed"):
@@ -301,15 +306,43 @@ def test_no_training_goes_on_with_other(what, params, monkeypatch, capsys):
     assert "resuming" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("stage", "change", "differs"),
+    [
+        ("pretrain", {"pretrain": {"lr": 0.5}}, True),
+        ("pretrain", {"data": {"image_size": 9}}, True),
+        ("pretrain", {"data": {"test_fraction": 0.5}}, False),  # data/prepared changes with it
+        ("pretrain", {"finetune": {"lr": 0.5}}, False),
+        ("pretrain", {"gamma": 7}, False),
+        ("finetune", {"gamma": 7}, True),
+        ("finetune", {"finetune_policy": {"alpha": 0.7}}, True),
+        ("finetune", {"curriculum": {"gamma": 7}}, False),
+        ("static", {"finetune_policy": {"alpha": 0.7}}, False),
+        ("sole", {"resnet": {"width": 8}}, True),
+        ("sole", {"resnet": {"depth": 20}}, False),
+    ],
+)
+def test_a_parameter_changes_the_key_where_dvc_yaml_lists_it(stage, change, differs, params):
+    outputs = training.Outputs(stage, "")
+    key = training._resume_key(outputs, params)
+    assert key == training._resume_key(outputs, changed(params, {}))
+    assert (key != training._resume_key(outputs, changed(params, change))) == differs
+
+
 def test_code_that_a_resumed_training_must_share_is_what_dvc_yaml_lists():
-    found = {path.relative_to(ROOT).as_posix() for path in inputs.code_of("finetune")}
+    code = {path.relative_to(ROOT).as_posix() for path in inputs.code_of("finetune")}
     assert {
         "pipeline/policy/learner.py",
         "pipeline/inference/native.cpp",
         "stages/finetune.py",
-    } <= found
-    assert "pipeline/report/markdown.py" not in found
-    assert all((ROOT / path).is_file() for path in found)
+    } <= code
+    assert "pipeline/report/markdown.py" not in code
+    assert all((ROOT / path).is_file() for path in code)
+
+
+def test_data_that_a_resumed_training_must_share_is_what_dvc_yaml_lists():
+    folders = [path.as_posix() for path in inputs.inputs_of("finetune")]
+    assert folders == ["data/prepared", "models/pretrain", "models/curriculum"]
 
 
 def test_global_generators_go_on_where_they_were(params, monkeypatch):
@@ -393,12 +426,10 @@ def test_full_disk_is_said_once_and_training_goes_on(params, trained, tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
 
     monkeypatch.setattr(ResumePoint, "save", fail)
-    monkeypatch.setattr(ResumePoint, "finish", fail)
-    monkeypatch.setattr(training_state, "SAVE_SHARE", 0)
+    monkeypatch.setattr(training_state, "MIN_TIMES_A_SAVE", 0)
     finetune.main(params)
-    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert len(said) == 2  # one on the way, one at the end
-    assert re.search(r"no resume point can be written \(.*: No space left.*; free some space", said[0])
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert re.search(r"no resume point can be written \(.*: No space left.*; free some space", warning)
     same_as(trained, tmp_path, "finetune")
 
 
@@ -414,7 +445,7 @@ def test_models_that_can_not_be_written_stop_it_before_any_training(params, tmp_
 def test_divergence_names_step_and_remedy_and_keeps_the_last_good_state(
     step, params, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(training_state, "SAVE_SHARE", 0)
+    monkeypatch.setattr(training_state, "MIN_TIMES_A_SAVE", 0)
     with monkeypatch.context() as patch:
         real = classification.Classification.step
         count: list[int] = []
@@ -437,7 +468,7 @@ def test_divergence_names_step_and_remedy_and_keeps_the_last_good_state(
 
 
 def test_divergence_is_seen_before_a_state_in_the_middle_of_an_epoch_is_saved(params, monkeypatch):
-    monkeypatch.setattr(training_state, "SAVE_SHARE", 0)
+    monkeypatch.setattr(training_state, "MIN_TIMES_A_SAVE", 0)
     monkeypatch.setattr(training_state, "SAVE_SECONDS", 0)
 
     def spoil() -> None:
@@ -473,56 +504,59 @@ def test_collapsed_policies_are_told_apart_with_a_remedy(keep_ratio, entropy, wo
 
 
 class Learner:
-    """What the keeper asks of one."""
+    """What a Checkpointer asks of one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, entropy_epochs: int | None = None) -> None:
         self.modules: dict = {"policy_net": PolicyNet(num_blocks=6, width=4)}
+        self.rules = SimpleNamespace(entropy_epochs=entropy_epochs)
 
 
 class Run:
-    """Keeps what would be logged."""
+    """Keeps the tags, and passes over the metrics."""
 
     def __init__(self) -> None:
         self.run_id = ""
         self.tags: dict[str, str] = {}
 
     def log_metrics(self, metrics, *, step=0) -> None:
-        """Nothing."""
+        pass
 
     def set_tag(self, name: str, value: str) -> None:
         self.tags[name] = value
 
 
+def checkpointer_of(learner: Learner, run: Run, params: Params) -> training_state.Checkpointer:
+    state = training_state.TrainingState()
+    point = ResumePoint(path=Path("a.pt"))
+    return training_state.Checkpointer("finetune", params.finetune, learner, point, state, run)
+
+
+def epoch_result(epoch: int, **validation: float) -> loop.EpochResult:
+    return loop.EpochResult(epoch=epoch, train={"loss": 1.0}, validation={"accuracy": 0.5, **validation})
+
+
 @pytest.mark.parametrize(
-    ("learnt", "kept", "warns"), [(6.0, 6.0, True), (5.0, 6.0, False), (6.0, 5.9, False)]
+    ("active", "kept", "warns"), [(6.0, 6.0, True), (5.0, 6.0, False), (6.0, 5.9, False)]
 )
 def test_collapse_is_said_once_with_its_epoch_and_tagged_when_all_of_the_policy_is_learnt(
-    learnt, kept, warns, params, tmp_path, capsys
+    active, kept, warns, params, capsys
 ):
     run = Run()
-    point = ResumePoint(path=tmp_path / "a.pt")
-    keeper = training_state.Checkpointer(
-        "finetune", params.finetune, Learner(), point, training_state.TrainingState(), run
-    )
+    checkpointer = checkpointer_of(Learner(), run, params)
     for epoch in range(3):
-        validation = {"accuracy": 0.5, "blocks_mean": kept, "entropy": 0.3, "active_blocks": learnt}
-        keeper.epoch_done(loop.EpochResult(epoch=epoch, train={"loss": 1.0}, validation=validation))
-    said = capsys.readouterr().err
-    assert said.count("collapsed") == int(warns)
+        result = epoch_result(epoch, blocks_mean=kept, entropy=0.3, active_blocks=active)
+        checkpointer.epoch_done(result)
+    warnings = capsys.readouterr().err
+    assert warnings.count("collapsed") == int(warns)
     if warns:
-        assert "finetune: the policy has collapsed by the end of epoch 1: it keeps every block" in said
+        assert "finetune: the policy has collapsed by the end of epoch 1: it keeps every" in warnings
         assert "lower gamma" in run.tags["blockdrop.warning"]
 
 
-@pytest.mark.parametrize(("schedule", "warns"), [("constant", True), ("linear", False)])
-def test_a_policy_that_is_to_settle_may(schedule, warns, params, tmp_path, capsys):
-    section = params.finetune
-    point = ResumePoint(path=tmp_path / "a.pt")
-    keeper = training_state.Checkpointer(
-        "finetune", section, Learner(), point, training_state.TrainingState(), Run()
-    )
-    validation = {"accuracy": 0.5, "blocks_mean": 3.0, "entropy": 0.001, "active_blocks": 6.0}
-    keeper.epoch_done(loop.EpochResult(epoch=0, train={"loss": 1.0}, validation=validation))
+@pytest.mark.parametrize(("entropy_epochs", "warns"), [(None, True), (4, False)])
+def test_a_policy_that_is_to_settle_may(entropy_epochs, warns, params, capsys):
+    checkpointer = checkpointer_of(Learner(entropy_epochs=entropy_epochs), Run(), params)
+    checkpointer.epoch_done(epoch_result(0, blocks_mean=3.0, entropy=0.001, active_blocks=6.0))
     assert ("no longer explores" in capsys.readouterr().err) == warns
 
 

@@ -205,7 +205,7 @@ def test_policy_is_evaluated_straight_after_the_curriculum_as_by_the_authors(tmp
     check.main()
     for stage in (prepare, pretrain, curriculum, finetune, evaluate):
         stage.main(params)
-    static.main(params, rule="distribute", kept=5)
+    static.main(params, rule="distribute", num_kept=5)
     names = ("pretrain", "static/distribute-5")
     before, after = (Path(f"models/{name}/model.safetensors") for name in names)
     assert before.read_bytes() == after.read_bytes()
