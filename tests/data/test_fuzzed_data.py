@@ -18,7 +18,7 @@ import torch
 from archives import BLUE, GREEN, RED, fill, npm_members, plain, png, put, read, small_cifar, write_tar
 from damage import damaged, json_values
 from datasets import REMEDY, dataset
-from fuzzing import MOST_WORDS, bounded, fuzz
+from fuzzing import MAX_MESSAGE, bounded, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -44,7 +44,7 @@ def outcome(action, *arguments) -> object:
             return action(*arguments)
     except DataError as error:
         message = str(error)
-    assert len(message) < MOST_WORDS
+    assert len(message) < MAX_MESSAGE
     return message
 
 

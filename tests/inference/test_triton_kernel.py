@@ -66,7 +66,7 @@ def small(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def made():
+def executors():
     """Executors that several tests use."""
     return {}
 
@@ -112,35 +112,35 @@ class TestInInterpreter:
             ("bf16", 20, 4, "random"), ("bf16", 20, 4, "all kept"), ("bf16", 8, 16, "all kept"),
         ],
     )  # fmt: skip
-    def test_same_logits_as_masked(self, precision, depth, width, policy, made):
+    def test_same_logits_as_masked(self, precision, depth, width, policy, executors):
         key = precision, depth
-        if key not in made:
+        if key not in executors:
             networks = make_networks(depth=depth, width=width)
-            made[key] = TritonKernel(networks, precision=precision), Masked(networks)
-        execute, reference = made[key]
+            executors[key] = TritonKernel(networks, precision=precision), Masked(networks)
+        execute, reference = executors[key]
         images = make_images(3)
         actions = POLICIES[policy](3, execute.networks.num_blocks)
-        found, expected = execute(images, actions), reference(images, actions)
-        assert found.logits.dtype == torch.float32
-        assert torch.equal(found.actions, actions)
+        output, expected = execute(images, actions), reference(images, actions)
+        assert output.logits.dtype == torch.float32
+        assert torch.equal(output.actions, actions)
         scale = expected.logits.abs().max()
-        assert (found.logits - expected.logits).abs().max() < {"fp32": 1e-4, "bf16": 0.02}[
+        assert (output.logits - expected.logits).abs().max() < {"fp32": 1e-4, "bf16": 0.02}[
             precision
         ] * scale
         if precision == "bf16":
-            assert not torch.allclose(found.logits, expected.logits, rtol=1e-5, atol=0)
+            assert not torch.allclose(output.logits, expected.logits, rtol=1e-5, atol=0)
 
     @pytest.mark.parametrize(("batch", "input_size"), [(1, None), (5, 4)])
-    def test_same_actions_as_masked_from_the_policy_network(self, batch, input_size, made):
-        if input_size not in made:
+    def test_same_actions_as_masked_from_the_policy_network(self, batch, input_size, executors):
+        if input_size not in executors:
             networks = make_networks(policy=True, input_size=input_size)
-            made[input_size] = TritonKernel(networks), Masked(networks)
-        execute, reference = made[input_size]
+            executors[input_size] = TritonKernel(networks), Masked(networks)
+        execute, reference = executors[input_size]
         images = make_images(batch)
-        found, expected = execute(images), reference(images)
+        output, expected = execute(images), reference(images)
         assert 0 < expected.actions.double().mean() < 1
-        assert torch.equal(found.actions, expected.actions)
-        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+        assert torch.equal(output.actions, expected.actions)
+        torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
         with_given = execute(images, ~expected.actions)
         torch.testing.assert_close(
             with_given.logits, reference(images, ~expected.actions).logits, atol=1e-4, rtol=0
@@ -151,17 +151,17 @@ class TestInInterpreter:
         networks = make_networks()
         images = make_images(3, height, width)
         actions = random_actions(3, networks.num_blocks)
-        found = TritonKernel(networks)(images, actions)
+        output = TritonKernel(networks)(images, actions)
         expected = Masked(networks)(images, actions)
-        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
 
     @pytest.mark.parametrize("depth", [16, 64, 256])
     def test_products_of_any_depth(self, depth, monkeypatch):
         monkeypatch.setattr(TritonKernel, "DEPTH", {"fp32": depth})
         networks = make_networks(width=16)
         images = make_images(2)
-        found, expected = TritonKernel(networks)(images), Masked(networks)(images)
-        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+        output, expected = TritonKernel(networks)(images), Masked(networks)(images)
+        torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
 
     def test_memory_layouts(self):
         networks = make_networks()
@@ -174,12 +174,12 @@ class TestInInterpreter:
         taken = scattered[::2, ::2, ::2]
         assert not taken.is_contiguous()
         transposed = actions.t().contiguous().t()
-        found = execute(taken, transposed).logits
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        output = execute(taken, transposed).logits
+        torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
         inputs = NORMALISATION(images)
         for form in (inputs, inputs.contiguous(), inputs.double()):
-            found = execute.classify(form, actions)
-            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+            output = execute.classify(form, actions)
+            torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
 
     def test_borders_stay_zero_and_calls_do_not_depend_on_each_other(self):
         execute = TritonKernel(make_networks(policy=True, width=16))
@@ -228,8 +228,8 @@ class TestInInterpreter:
         for seed in (0, 1):  # as before and after an epoch
             networks = make_networks()
             trained(networks.resnet, seed)
-            found, expected = TritonKernel(networks)(images), Masked(networks)(images)
-            torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+            output, expected = TritonKernel(networks)(images), Masked(networks)(images)
+            torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
         assert len(proved) == 1
         TritonKernel(make_networks(policy=True))
         assert len(proved) == 3

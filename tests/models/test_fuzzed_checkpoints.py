@@ -16,7 +16,7 @@ import pytest
 import torch
 from checkpoints import change_tensors, edit, networks, replace_weights
 from damage import damaged, json_values
-from fuzzing import MOST_WORDS, bounded, fuzz
+from fuzzing import MAX_MESSAGE, bounded, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from legacy_files import as_layers
@@ -47,7 +47,7 @@ def refusal_or_none(load: Callable, path: Path) -> str | None:
     except CheckpointError as error:
         message = str(error)
         assert str(path) in message
-        assert len(message) < MOST_WORDS
+        assert len(message) < MAX_MESSAGE
         return message
     return None
 
