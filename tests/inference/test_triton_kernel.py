@@ -57,12 +57,20 @@ POLICIES = {
 }
 
 
+SHARED_PROOFS: dict = {}  # so that most tests need none
+
+
+@pytest.fixture
+def no_proofs(monkeypatch):
+    monkeypatch.setattr(triton_kernel, "PROOFS", {})
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Small proofs, and grids of two programs, so that most batches here are larger."""
     monkeypatch.setattr(TritonKernel, "PROOF_SIDE", 8)
     monkeypatch.setattr(TritonKernel, "PROGRAMS_PER_SM", 2)
-    monkeypatch.setattr(triton_kernel, "PROOFS", {})
+    monkeypatch.setattr(triton_kernel, "PROOFS", SHARED_PROOFS)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +117,7 @@ class TestInInterpreter:
         [
             ("fp32", 8, 16, "random"), ("fp32", 20, 4, "first of stages dropped"),
             ("fp32", 20, 4, "only first of stages"), ("fp32", 20, 4, "all dropped"),
-            ("bf16", 20, 4, "random"), ("bf16", 20, 4, "all kept"), ("bf16", 8, 16, "all kept"),
+            ("bf16", 8, 16, "random"), ("bf16", 8, 16, "all kept"),
         ],
     )  # fmt: skip
     def test_same_logits_as_masked(self, precision, depth, width, policy, executors):
@@ -124,9 +132,8 @@ class TestInInterpreter:
         assert output.logits.dtype == torch.float32
         assert torch.equal(output.actions, actions)
         scale = expected.logits.abs().max()
-        assert (output.logits - expected.logits).abs().max() < {"fp32": 1e-4, "bf16": 0.02}[
-            precision
-        ] * scale
+        tolerance = {"fp32": 1e-4, "bf16": 0.02}[precision]
+        assert (output.logits - expected.logits).abs().max() < tolerance * scale
         if precision == "bf16":
             assert not torch.allclose(output.logits, expected.logits, rtol=1e-5, atol=0)
 
@@ -155,7 +162,7 @@ class TestInInterpreter:
         expected = Masked(networks)(images, actions)
         torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
 
-    @pytest.mark.parametrize("depth", [16, 64, 256])
+    @pytest.mark.parametrize("depth", [16, 256])
     def test_products_of_any_depth(self, depth, monkeypatch):
         monkeypatch.setattr(TritonKernel, "DEPTH", {"fp32": depth})
         networks = make_networks(width=16)
@@ -214,13 +221,13 @@ class TestInInterpreter:
         torch.testing.assert_close(execute(images, actions).logits, expected, atol=1e-4, rtol=0)
         assert execute(images).logits.isnan().all()
 
-    def test_the_proof_has_programs_take_several_images(self, monkeypatch):
+    def test_the_proof_has_programs_take_several_images(self, no_proofs, monkeypatch):
         monkeypatch.setattr(TritonKernel, "PROGRAMS_PER_SM", 50)
         execute = TritonKernel(make_networks())
         assert [len(space) for space in execute.resnet.spaces.values()] == [2]
         assert execute.programs == 50
 
-    def test_networks_of_the_same_shapes_are_proved_once(self, monkeypatch):
+    def test_networks_of_the_same_shapes_are_proved_once(self, no_proofs, monkeypatch):
         proved = []
         real = triton_kernel._in_float64
         monkeypatch.setattr(triton_kernel, "_in_float64", lambda net: proved.append(net) or real(net))
@@ -236,10 +243,9 @@ class TestInInterpreter:
         TritonKernel(make_networks(policy=True, input_size=4))
         TritonKernel(make_networks(), precision="bf16")
         TritonKernel(make_networks(width=8))
-        TritonKernel(make_networks(depth=14))
-        assert len(proved) == 8
+        assert len(proved) == 7
 
-    def test_what_was_disproved_is_not_tried_again_but_for_want_of_memory(self, monkeypatch):
+    def test_what_was_disproved_is_not_tried_again_but_for_want_of_memory(self, no_proofs, monkeypatch):
         tried = []
 
         def fails(error):
@@ -282,13 +288,13 @@ class TestInInterpreter:
         ],
         ids=["bias", "taps", "rows for columns", "nan"],
     )
-    def test_a_broken_kernel_is_refused(self, precision, damage, monkeypatch):
+    def test_a_broken_kernel_is_refused(self, no_proofs, precision, damage, monkeypatch):
         fold = triton_kernel.fold
         monkeypatch.setattr(triton_kernel, "fold", lambda conv, bn: damage(*fold(conv, bn)))
         with pytest.raises(UnavailableError, match="kernel's ResNet disagrees with float64"):
             TritonKernel(make_networks(), precision=precision)
 
-    def test_a_broken_policy_network_is_refused(self, monkeypatch):
+    def test_a_broken_policy_network_is_refused(self, no_proofs, monkeypatch):
         networks = make_networks(policy=True)
         fold, broken = triton_kernel.fold, networks.policy_net.features.flat_blocks()[2].conv1
 
@@ -300,7 +306,7 @@ class TestInInterpreter:
         with pytest.raises(UnavailableError, match="kernel's policy network disagrees"):
             TritonKernel(networks)
 
-    def test_a_kernel_that_does_not_run_is_refused(self, monkeypatch):
+    def test_a_kernel_that_does_not_run_is_refused(self, no_proofs, monkeypatch):
         monkeypatch.setattr(triton_kernel, "_forward", {})
         with pytest.raises(UnavailableError, match="the kernel fails: KeyError"):
             TritonKernel(make_networks())
