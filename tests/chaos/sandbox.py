@@ -38,7 +38,7 @@ PLACES = {
     DVC: (".dvc/cache", ".dvc/tmp", "dvc.lock"),
 }
 FIRST_EPOCH = " epoch 1/"  # of the line after it
-TIMEOUT = 180.0  # seconds for a command to end
+TIMEOUT = 300.0  # seconds for a command to end
 
 
 class TimeUpError(Exception):
