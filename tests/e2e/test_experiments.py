@@ -31,14 +31,14 @@ def files(run, path=None):
         yield from (files(run, item.path) if item.is_dir else [item.path])
 rows = []
 for run in client.search_runs([experiment.experiment_id], max_results=1000):
-    own = run.info.run_id
+    run_id = run.info.run_id
     parent = run.data.tags.get('mlflow.parentRunId')
-    paths = [] if parent else list(files(own))
+    paths = [] if parent else list(files(run_id))
     sizes = {}
     for path in paths:
-        local = mlflow.artifacts.download_artifacts(run_id=own, artifact_path=path)
+        local = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path)
         sizes[path] = len(open(local, 'rb').read())
-    rows.append(dict(id=own, name=run.info.run_name, status=run.info.status, parent=parent,
+    rows.append(dict(id=run_id, name=run.info.run_name, status=run.info.status, parent=parent,
         tags=run.data.tags, params=run.data.params, metrics=run.data.metrics, artifacts=sizes,
         models=[m.model_id for m in run.outputs.model_outputs] if run.outputs else [],
         datasets=[d.dataset.digest for d in run.inputs.dataset_inputs] if run.inputs else []))
@@ -99,8 +99,8 @@ def check(runs: list[dict], names: dict[str, int]) -> None:
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> Copy:
     static = {"rules": ["first"], "num_kept": [3]}
-    made = make_copy(tmp_path_factory.mktemp("queue"), changes=TINY | {"static": static})
-    copy = Copy(made.folder, tracking=True)
+    repository = make_copy(tmp_path_factory.mktemp("queue"), changes=TINY | {"static": static})
+    copy = Copy(repository.folder, tracking=True)
     for gamma in GAMMAS:
         copy.run("dvc", "exp", "run", "--queue", "-n", f"gamma-{gamma}", "-S", f"gamma={gamma}")
     copy.run("dvc", "queue", "start", "-j", "2")
@@ -134,16 +134,16 @@ def test_table_of_experiments_has_named_columns_without_holes(swept):
     table = list(csv.DictReader(io.StringIO(swept.run("dvc", "exp", "show", "--csv"))))
     rows = [row for row in table if row["Experiment"].startswith("gamma-")]
     assert len(rows) == len(GAMMAS)
-    wanted = ["accuracy", "blocks_mean", "flops_mean", "gamma", "baseline.accuracy", "sole.8.accuracy"]
+    columns = ["accuracy", "blocks_mean", "flops_mean", "gamma", "baseline.accuracy", "sole.8.accuracy"]
     for row in rows:
-        assert all(row[name] not in ("", "-", "!") for name in wanted), row
+        assert all(row[name] not in ("", "-", "!") for name in columns), row
         assert "!" not in row.values()
         assert not any(".json:" in name for name in row), list(row)  # two files with one name
 
 
 def test_differences_between_two_gammas_are_numbers(swept):
-    found = json.loads(swept.run("dvc", "metrics", "diff", "gamma-1", "gamma-10", "--json"))
-    blocks = found["metrics/evaluate.json"]["blocks_mean"]
+    differences = json.loads(swept.run("dvc", "metrics", "diff", "gamma-1", "gamma-10", "--json"))
+    blocks = differences["metrics/evaluate.json"]["blocks_mean"]
     assert blocks["new"] - blocks["old"] == pytest.approx(blocks["diff"])
     shown = json.loads(swept.run("dvc", "plots", "diff", "gamma-1", "gamma-10", "--json"))
     assert not shown.get("errors"), shown["errors"]

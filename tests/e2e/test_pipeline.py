@@ -172,9 +172,9 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_bytes(copy):
     output = copy.run(*train)
     assert re.search(r"resuming after epoch [12] of 3", output)
     assert copy.outs() == before
-    left = {"".join(path.suffixes) for path in (copy.folder / ".resume").iterdir()}
+    suffixes = {"".join(path.suffixes) for path in (copy.folder / ".resume").iterdir()}
     # locks are empty files: to remove one would race with who waits for it; results go after a day
-    assert left == {".lock", ".finished.pt"}
+    assert suffixes == {".lock", ".finished.pt"}
     copy.run("dvc", "checkout", "--force")
 
 
@@ -182,7 +182,7 @@ def test_a_temporary_experiment_logs_to_the_main_checkout(copy):
     tracked = Copy(copy.folder, tracking=True)
     output = tracked.run("dvc", "exp", "run", "--temp", "-n", "three", "-S", "gamma=3")
     assert sorted(ran(output)) == sorted(GAMMA_STAGES)
-    found = copy.python(
+    printed = copy.python(
         "import json, mlflow\n"
         "client = mlflow.MlflowClient('sqlite:///mlflow.db')\n"
         "ids = [e.experiment_id for e in client.search_experiments()]\n"
@@ -192,7 +192,7 @@ def test_a_temporary_experiment_logs_to_the_main_checkout(copy):
         " params=r.data.params, metrics=r.data.metrics,"
         " artifacts=[a.path for a in client.list_artifacts(r.info.run_id)]) for r in runs]))\n"
     )
-    runs = json.loads(found.split("RUNS")[1])
+    runs = json.loads(printed.split("RUNS")[1])
     (parent,) = [r for r in runs if r["name"] == "three"]
     assert parent["params"]["gamma"] == "3"
     assert parent["metrics"].keys() >= {"accuracy", "blocks_mean", "baseline.accuracy"}

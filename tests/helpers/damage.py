@@ -1,4 +1,4 @@
-"""What several test modules make: damage."""
+"""Random damage to files and JSON."""
 
 from hypothesis import strategies as st
 
@@ -7,7 +7,7 @@ json_values = st.recursive(
         st.none(),
         st.booleans(),
         st.integers(),
-        st.sampled_from([2**31, 2**63, 2**64 - 1, 2**64, -1, 10**400]),
+        st.sampled_from([2**31, 2**63, 2**64 - 1, 2**64, -1]),
         st.floats(),
         st.text(max_size=8),
     ),
@@ -19,7 +19,7 @@ json_values = st.recursive(
 
 
 def damaged(data: st.DataObject, content: bytes) -> bytes:
-    """With some bytes changed, cut off, taken out or put in."""
+    """The content with some bytes changed, cut off, taken out or put in."""
     at = data.draw(st.integers(0, len(content) - 1))
     few = data.draw(st.binary(min_size=1, max_size=8))
     kind = data.draw(st.sampled_from(["cut", "change", "take", "put", "flip"]))

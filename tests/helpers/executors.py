@@ -1,4 +1,4 @@
-"""What several test modules make: executors."""
+"""Small networks, images and policies for the tests of executors."""
 
 import torch
 from builders import NORMALISATION, trained

@@ -1,4 +1,4 @@
-"""What the tests of bad input share: limits on time and memory, and settings of the fuzzers."""
+"""Tests of bad input: limits on time and memory, and the settings of the fuzzers."""
 
 import resource
 import signal
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import psutil
 from hypothesis import HealthCheck, settings
 
-MOST_WORDS = 5000  # characters of an error's message, whatever was wrong
+MAX_MESSAGE = 5000  # characters, whatever was wrong
 
 
 def fuzz(examples: int) -> settings:
-    """The same examples in every run, so that CI does not fail by chance."""
+    """Settings with the same examples in every run, so that CI does not fail by chance."""
     return settings(
         max_examples=examples,
         derandomize=True,
@@ -25,13 +25,13 @@ def fuzz(examples: int) -> settings:
 
 @contextmanager
 def bounded(*, seconds: float = 20, megabytes: int = 300) -> Iterator[None]:
-    """End in an error of the test what takes more time, or more memory than there is already."""
+    """Fail when the body takes more time, or more memory on top of what the process has."""
 
     def stop(_number: int, _frame: object) -> None:
         raise AssertionError(f"took over {seconds} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
-    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)  # pytest-timeout's, of this test
+    rest, _ = signal.setitimer(signal.ITIMER_REAL, seconds)  # of pytest-timeout's timer for this test
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     if sys.platform == "linux":
         resource.setrlimit(
@@ -42,4 +42,4 @@ def bounded(*, seconds: float = 20, megabytes: int = 300) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.signal(signal.SIGALRM, before)
-        signal.setitimer(signal.ITIMER_REAL, left)
+        signal.setitimer(signal.ITIMER_REAL, rest)

@@ -1,4 +1,4 @@
-"""A quiet machine for the tests that measure time, whatever the other workers have to do."""
+"""Nothing else runs beside a test that measures time: the other workers wait."""
 
 from collections.abc import Generator
 from pathlib import Path
@@ -7,14 +7,14 @@ import pytest
 from filelock import ReadWriteLock
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # to wait counts not as a test's time
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # the wait does not count as the test's time
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
-    """While a test marked `alone` runs, the other workers of this session wait between their tests.
+    """While a test marked `serial` runs, the other workers of this session wait between their tests.
 
-    The lock lets no new reader in while somebody waits to write, so the turn comes.
+    The lock admits no new reader while a writer waits, so a serial test gets its turn.
     """
     if not hasattr(item.config, "workerinput"):
         return (yield)
-    lock = ReadWriteLock(Path(item.config.option.basetemp).parent / "quiet.db")
+    lock = ReadWriteLock(Path(item.config.option.basetemp).parent / "serial.db")
     with lock.write_lock() if item.get_closest_marker("serial") else lock.read_lock():
         return (yield)

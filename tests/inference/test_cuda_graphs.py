@@ -68,8 +68,8 @@ def test_replays_what_the_image_keeps(uncaptured, policy):
     for seed in range(4):  # one after the other through the same buffers
         images = make_images(1, seed=seed)
         actions = POLICIES[policy](1, networks.num_blocks)
-        found, expected = execute(images, actions), reference(images, actions)
-        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+        output, expected = execute(images, actions), reference(images, actions)
+        torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
         torch.testing.assert_close(
             execute.classify(networks.normalisation(images), actions), expected.logits, atol=1e-4, rtol=0
         )
@@ -78,8 +78,8 @@ def test_replays_what_the_image_keeps(uncaptured, policy):
 def test_asks_the_policy_network_and_hands_out_copies(uncaptured):
     networks = make_networks()
     execute, reference = CudaGraphs(networks), Masked(networks)
-    found = [execute(make_images(1, seed=seed)) for seed in range(6)]
-    for seed, output in enumerate(found):
+    outputs = [execute(make_images(1, seed=seed)) for seed in range(6)]
+    for seed, output in enumerate(outputs):
         expected = reference(make_images(1, seed=seed))
         assert torch.equal(output.actions, expected.actions)
         torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
@@ -95,34 +95,34 @@ def test_other_batches_and_sizes(uncaptured):
 
 def test_the_host_waits_for_the_policy_and_not_for_the_stem(uncaptured, monkeypatch):
     networks = make_networks()
-    execute, told = CudaGraphs(networks), []
-    monkeypatch.setattr(Event, "record", lambda _: told.append("recorded"))
-    monkeypatch.setattr(Event, "synchronize", lambda _: told.append("waited"))
+    execute, events = CudaGraphs(networks), []
+    monkeypatch.setattr(Event, "record", lambda _: events.append("recorded"))
+    monkeypatch.setattr(Event, "synchronize", lambda _: events.append("waited"))
     execute(make_images(1))
     (session,) = execute.sessions.values()
 
     def telling(name, replay):
-        return replay and (lambda: (told.append(name), replay()))
+        return replay and (lambda: (events.append(name), replay()))
 
     for name in ("decide", "stem", "head"):
         setattr(session, name, telling(name, getattr(session, name)))
     session.blocks = [tuple(telling("block", replay) for replay in both) for both in session.blocks]
-    told.clear()
+    events.clear()
     execute(make_images(1))
-    assert told[:4] == ["decide", "recorded", "stem", "waited"]
-    assert set(told[4:-1]) <= {"block"}
-    assert told[-1] == "head"
-    told.clear()
+    assert events[:4] == ["decide", "recorded", "stem", "waited"]
+    assert set(events[4:-1]) <= {"block"}
+    assert events[-1] == "head"
+    events.clear()
     execute(make_images(1), torch.ones(1, networks.num_blocks))
-    assert told == ["recorded", "stem", "waited", *["block"] * networks.num_blocks, "head"]
+    assert events == ["recorded", "stem", "waited", *["block"] * networks.num_blocks, "head"]
 
 
 def test_graphs_of_a_session_share_pool_and_stream_and_mind_their_own_thread(monkeypatch):
     captured = []
 
     @contextmanager
-    def graph(made, **options):
-        assert made.replay == "replay"
+    def graph(cuda_graph, **options):
+        assert cuda_graph.replay == "replay"
         captured.append(options)
         yield
 

@@ -103,9 +103,9 @@ def test_without_a_policy_network_every_block_runs(name):
     images = make_images(9)
     with torch.no_grad():
         expected = networks.resnet(NORMALISATION(images))
-    found = executor(name, networks)(images)
-    assert found.actions.all()
-    torch.testing.assert_close(found.logits, expected, atol=1e-4, rtol=0)
+    output = executor(name, networks)(images)
+    assert output.actions.all()
+    torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["masked", *NAMES])
@@ -153,17 +153,17 @@ def test_several_policies_give_what_each_gives_alone(name, batch, kind, threads)
     policies = several_policies(kind, batch, networks.num_blocks)
     expected = torch.stack([execute.classify(inputs, actions) for actions in policies])
     before = policies.clone()
-    found = execute.classify(inputs, policies)
-    assert found.shape == (len(policies), batch, 5)
-    assert torch.equal(found, expected)
+    output = execute.classify(inputs, policies)
+    assert output.shape == (len(policies), batch, 5)
+    assert torch.equal(output, expected)
     assert torch.equal(policies, before)
     assert torch.equal(execute.classify(inputs, policies), expected)
     images = make_images(batch)
-    found = execute(images, policies)
+    output = execute(images, policies)
     assert torch.equal(
-        found.logits, torch.stack([execute(images, actions).logits for actions in policies])
+        output.logits, torch.stack([execute(images, actions).logits for actions in policies])
     )
-    assert torch.equal(found.actions, policies)
+    assert torch.equal(output.actions, policies)
 
 
 @pytest.mark.parametrize("name", ["masked", *NAMES])
@@ -217,8 +217,8 @@ def test_a_dropped_block_does_not_run(name):
     actions[:, 2] = False
     expected = Masked(networks)(images, actions).logits
     nn.init.constant_(networks.resnet.flat_blocks()[2].conv2.weight, float("nan"))
-    found = executor(name, networks)(images, actions).logits
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    output = executor(name, networks)(images, actions).logits
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["gather", "grouped", "auto"])
@@ -227,11 +227,11 @@ def test_bf16_predicts_nearly_the_same(name):
     images = make_images(256)
     actions = POLICIES["random"](256, networks.num_blocks)
     expected = Masked(networks)(images, actions).logits
-    found = executor(name, networks, "bf16")(images, actions).logits
-    assert found.dtype == torch.float32
+    output = executor(name, networks, "bf16")(images, actions).logits
+    assert output.dtype == torch.float32
     scale = expected.abs().max()
-    assert (found - expected).abs().max() < 0.05 * scale
-    assert not torch.equal(found, expected)
+    assert (output - expected).abs().max() < 0.05 * scale
+    assert not torch.equal(output, expected)
 
 
 @pytest.mark.parametrize("name", ["masked", "auto"])
@@ -258,8 +258,8 @@ def test_native_refuses_images_for_which_it_has_no_memory(shape):
 
 def test_no_images_give_no_logits():
     for name in NAMES:
-        found = executor(name, make_networks())(make_images(0), torch.ones(0, 6))
-        assert found.logits.shape == (0, 5)
+        output = executor(name, make_networks())(make_images(0), torch.ones(0, 6))
+        assert output.logits.shape == (0, 5)
 
 
 def test_unknown_name_is_refused():
@@ -337,9 +337,9 @@ def test_auto_chooses_by_how_many_policies_there_are(monkeypatch):
     both = torch.stack([POLICIES["random"](64, 6), POLICIES["two policies"](64, 6)])
     for ask, form in ((auto.classify, NORMALISATION(images)), (lambda *a: auto(*a).logits, images)):
         ran.clear()
-        found = ask(form, both)
+        output = ask(form, both)
         assert ran == ["gather", "grouped"]
-        assert torch.equal(found, torch.stack([ask(form, actions) for actions in both]))
+        assert torch.equal(output, torch.stack([ask(form, actions) for actions in both]))
 
 
 @pytest.fixture
@@ -447,8 +447,8 @@ def failing(error: Exception):
 
 
 @pytest.fixture
-def said(capsys):
-    """The lines on executors that were left out, since the last look; each is said once a process."""
+def stderr_lines(capsys):
+    """The warnings since the last call; each is printed once a process."""
     auto_module._warn_once.cache_clear()
     return lambda: capsys.readouterr().err.splitlines()
 
@@ -462,21 +462,21 @@ def said(capsys):
         ((Native, GatherOrGrouped), "_run", RuntimeError("no such kernel")),
     ],
 )
-def test_auto_goes_on_without_executors_that_fail(broken, method, error, monkeypatch, said):
+def test_auto_goes_on_without_executors_that_fail(broken, method, error, monkeypatch, stderr_lines):
     networks, images = make_networks(), make_images(6)
     expected = Masked(networks)(images)
     for kind in broken:
         monkeypatch.setattr(kind, method, failing(error))
     for _ in range(2):
         auto = make_executor(networks)
-        found = auto(images)
-        assert torch.equal(found.actions, expected.actions)
-        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+        output = auto(images)
+        assert torch.equal(output.actions, expected.actions)
+        torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
         assert set(auto.left_out) == {kind.name for kind in broken}
         assert str(error) in auto.description
         rest = (GatherOrGrouped, Masked)[len(broken) - 1]
         assert [type(one) for one in auto.candidates] == [rest]
-    lines = said()
+    lines = stderr_lines()
     assert len(lines) == len(broken)
     assert all(
         kind.name in line and str(error) in line for kind, line in zip(broken, lines, strict=True)
@@ -492,21 +492,21 @@ def test_auto_goes_on_whatever_it_is_asked(method, monkeypatch):
     monkeypatch.setattr(Native, method, failing(RuntimeError("broken")))
     auto = make_executor(networks)
     if method == "_run_under":
-        found = auto(images, actions).logits
+        output = auto(images, actions).logits
     else:
-        found = auto.classify(NORMALISATION(images), actions)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        output = auto.classify(NORMALISATION(images), actions)
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
     assert "native" in auto.left_out
 
 
-def test_input_that_nobody_can_take_leaves_nobody_out(said):
+def test_input_that_nobody_can_take_leaves_nobody_out(stderr_lines):
     auto = make_executor(make_networks())
     able = auto.candidates
     with pytest.raises(Exception, match=r"pixels, expected a square|size"):
         auto(torch.zeros(2, 10, 10, 3, dtype=torch.uint8))
     assert auto.candidates == able
     auto(make_images(2))
-    assert not [line for line in said() if "expected a square" in line]
+    assert not [line for line in stderr_lines() if "expected a square" in line]
 
 
 @pytest.mark.parametrize(
@@ -522,7 +522,7 @@ def test_what_is_no_executors_fault_is_raised(method, error, monkeypatch):
         make_executor(make_networks())(make_images(2))
 
 
-def test_who_fails_in_the_race_is_left_out(said, no_choices):
+def test_who_fails_in_the_race_is_left_out(stderr_lines, no_choices):
     networks, images = make_networks(), make_images(4)
     auto = make_executor(networks)
     broken, sound = (make_executor(networks, name=name) for name in ("masked", "gather"))
@@ -531,11 +531,11 @@ def test_who_fails_in_the_race_is_left_out(said, no_choices):
     auto.candidates = [broken, sound]
     torch.testing.assert_close(auto(images).logits, expected)
     assert auto.candidates == [sound]
-    assert "without the executor masked: broken" in said()[-1]
+    assert "without the executor masked: broken" in stderr_lines()[-1]
     assert list(no_choices.values()) == ["gather"]
 
 
-def test_when_all_fail_in_the_race_nobody_is_chosen(said, no_choices):
+def test_when_all_fail_in_the_race_nobody_is_chosen(stderr_lines, no_choices):
     networks, images = make_networks(), make_images(4)
     auto = contest(networks, "masked", "gather")
     for executor in auto.candidates:
@@ -543,7 +543,7 @@ def test_when_all_fail_in_the_race_nobody_is_chosen(said, no_choices):
     expected = Masked(networks)(images).logits
     torch.testing.assert_close(auto(images).logits, expected, atol=1e-4, rtol=0)
     assert [type(one) for one in auto.candidates] == [GatherOrGrouped]
-    assert [line.rsplit(": ", 1)[1] for line in said()] == ["broken masked", "broken gather"]
+    assert [line.rsplit(": ", 1)[1] for line in stderr_lines()] == ["broken masked", "broken gather"]
     assert no_choices == {}
 
 
@@ -558,8 +558,8 @@ actions = torch.rand(5, 6) < 0.5
 expected = make_executor(networks, name="masked")(images, actions).logits
 for name in ("auto", *EXECUTORS):
     try:
-        found = make_executor(networks, name=name, precision="bf16")(images, actions).logits
-        assert (found - expected).abs().max() < 0.05 * expected.abs().max(), name
+        logits = make_executor(networks, name=name, precision="bf16")(images, actions).logits
+        assert (logits - expected).abs().max() < 0.05 * expected.abs().max(), name
         print(name, "ran")
     except UnavailableError as error:
         print(name, error)
@@ -584,8 +584,9 @@ def test_bf16_runs_on_a_cpu_that_has_only_avx2(tmp_path):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="acts another x86 CPU")
-def test_native_is_built_for_the_cpu_that_is_acted(monkeypatch, tmp_path):
+def test_native_is_built_for_the_cpu_that_is_emulated(monkeypatch, tmp_path):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", [flag for flag in native.FLAGS if flag != "-O3"])  # quick
     lanes = {}
     for capability in ("", "avx2"):
         native.library.cache_clear()

@@ -62,28 +62,28 @@ POLICIES = {
 }
 
 
-def assert_as_near_as_gather(found, images, actions, networks):
+def assert_as_near_as_gather(output, images, actions, networks):
     """Rounding errors are chance, so a little more than gather's would do."""
     expected = Masked(networks)(images, actions).logits
     usual = (Gather(networks, precision="bf16")(images, actions).logits - expected).norm()
-    assert (found - expected).norm() <= 1.2 * usual + 1e-3 * expected.norm()
+    assert (output - expected).norm() <= 1.2 * usual + 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize(
     ("batch", "threads", "policy"),
     [
-        (1, 2, "random"), (9, 1, "random"), (1, 1, "all kept"), (9, 2, "all kept"), (9, 2, "all dropped"),
-        (2, 2, "first of stages dropped"),
+        (1, 2, "random"), (9, 1, "random"), (1, 1, "all kept"), (9, 2, "all kept"),
+        (9, 2, "all dropped"), (2, 2, "first of stages dropped"),
     ],
 )  # fmt: skip
 def test_logits_under_given_actions(kernel, batch, threads, policy):
     networks = make_networks()
     images = make_images(batch, 32)
     actions = POLICIES[policy](batch, networks.num_blocks)
-    found = make_native(networks, threads)(images, actions)
-    assert found.logits.dtype == torch.float32
-    assert torch.equal(found.actions, actions)
-    assert_as_near_as_gather(found.logits, images, actions, networks)
+    output = make_native(networks, threads)(images, actions)
+    assert output.logits.dtype == torch.float32
+    assert torch.equal(output.actions, actions)
+    assert_as_near_as_gather(output.logits, images, actions, networks)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def test_shapes(kernel, depth, width, size):
     networks = make_networks(depth=depth, width=width)
     images = make_images(2, size)
     actions = POLICIES["random"](2, networks.num_blocks)
-    found = make_native(networks, 3)(images, actions)
-    assert_as_near_as_gather(found.logits, images, actions, networks)
+    output = make_native(networks, 3)(images, actions)
+    assert_as_near_as_gather(output.logits, images, actions, networks)
 
 
 @pytest.mark.parametrize("input_size", [None, 8])
@@ -107,10 +107,10 @@ def test_actions_of_the_policy_network(kernel, batch, input_size):
         logits = networks.policy_net(NORMALISATION(images))
     assert 0 < (logits >= 0).double().mean() < 1
     execute = make_native(networks, 2)
-    found = execute(images)
-    differ = found.actions != (logits >= 0)
+    output = execute(images)
+    differ = output.actions != (logits >= 0)
     assert (logits[differ].abs() < 0.02 * logits.abs().max()).all()
-    assert torch.equal(execute(images, found.actions).logits, found.logits)
+    assert torch.equal(execute(images, output.actions).logits, output.logits)
 
 
 def test_nothing_of_an_image_is_left_for_the_next(kernel):
@@ -126,8 +126,8 @@ def test_normalised_inputs(kernel):
     networks = make_networks()
     images = make_images(3, 16)
     actions = POLICIES["random"](3, networks.num_blocks)
-    found = make_native(networks, 2).classify(NORMALISATION(images), actions)
-    assert_as_near_as_gather(found, images, actions, networks)
+    output = make_native(networks, 2).classify(NORMALISATION(images), actions)
+    assert_as_near_as_gather(output, images, actions, networks)
 
 
 @pytest.mark.parametrize(("batch", "threads"), [(1, 2), (9, 1), (9, 2)])

@@ -38,8 +38,8 @@ def images_of(count, seed=0):
     return make_images(count, seed=seed).to("cuda")
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -62,9 +62,9 @@ def test_the_host_is_through_with_its_look_while_the_stem_still_runs(monkeypatch
     done, end = [], session.policy_reader.end
 
     def look():
-        found = end()
+        actions = end()
         done.append(torch.cuda.current_stream().query())
-        return found
+        return actions
 
     monkeypatch.setattr(session.policy_reader, "end", look)
     execute(images_of(1))
@@ -129,17 +129,15 @@ def test_graphs_outlive_those_of_another_executor():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_persistent_proves_itself_once(precision, monkeypatch):
+def test_triton_proves_itself_once(precision, monkeypatch):
     networks = on_cuda()
     TritonKernel(networks, precision=precision)
     assert list(triton_kernel.PROOFS.values()) == [""]
     monkeypatch.setattr(triton_kernel, "_in_float64", lambda _: pytest.fail("a second proof"))
     execute = TritonKernel(networks, precision=precision)
-    found, expected = (
-        execute(images_of(33)),
-        Masked(networks)(images_of(33), execute(images_of(33)).actions),
-    )
-    assert (found.logits - expected.logits).abs().max() < 0.05 * expected.logits.abs().max()
+    output = execute(images_of(33))
+    expected = Masked(networks)(images_of(33), output.actions)
+    assert (output.logits - expected.logits).abs().max() < 0.05 * expected.logits.abs().max()
 
 
 def test_auto_races_once_and_repeats_itself(monkeypatch):

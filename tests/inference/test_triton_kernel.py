@@ -57,16 +57,24 @@ POLICIES = {
 }
 
 
+SHARED_PROOFS: dict = {}  # so that most tests need none
+
+
+@pytest.fixture
+def no_proofs(monkeypatch):
+    monkeypatch.setattr(triton_kernel, "PROOFS", {})
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Small proofs, and grids of two programs, so that most batches here are larger."""
     monkeypatch.setattr(TritonKernel, "PROOF_SIDE", 8)
     monkeypatch.setattr(TritonKernel, "PROGRAMS_PER_SM", 2)
-    monkeypatch.setattr(triton_kernel, "PROOFS", {})
+    monkeypatch.setattr(triton_kernel, "PROOFS", SHARED_PROOFS)
 
 
 @pytest.fixture(scope="module")
-def made():
+def executors():
     """Executors that several tests use."""
     return {}
 
@@ -109,38 +117,37 @@ class TestInInterpreter:
         [
             ("fp32", 8, 16, "random"), ("fp32", 20, 4, "first of stages dropped"),
             ("fp32", 20, 4, "only first of stages"), ("fp32", 20, 4, "all dropped"),
-            ("bf16", 20, 4, "random"), ("bf16", 20, 4, "all kept"), ("bf16", 8, 16, "all kept"),
+            ("bf16", 8, 16, "random"), ("bf16", 8, 16, "all kept"),
         ],
     )  # fmt: skip
-    def test_same_logits_as_masked(self, precision, depth, width, policy, made):
+    def test_same_logits_as_masked(self, precision, depth, width, policy, executors):
         key = precision, depth
-        if key not in made:
+        if key not in executors:
             networks = make_networks(depth=depth, width=width)
-            made[key] = TritonKernel(networks, precision=precision), Masked(networks)
-        execute, reference = made[key]
+            executors[key] = TritonKernel(networks, precision=precision), Masked(networks)
+        execute, reference = executors[key]
         images = make_images(3)
         actions = POLICIES[policy](3, execute.networks.num_blocks)
-        found, expected = execute(images, actions), reference(images, actions)
-        assert found.logits.dtype == torch.float32
-        assert torch.equal(found.actions, actions)
+        output, expected = execute(images, actions), reference(images, actions)
+        assert output.logits.dtype == torch.float32
+        assert torch.equal(output.actions, actions)
         scale = expected.logits.abs().max()
-        assert (found.logits - expected.logits).abs().max() < {"fp32": 1e-4, "bf16": 0.02}[
-            precision
-        ] * scale
+        tolerance = {"fp32": 1e-4, "bf16": 0.02}[precision]
+        assert (output.logits - expected.logits).abs().max() < tolerance * scale
         if precision == "bf16":
-            assert not torch.allclose(found.logits, expected.logits, rtol=1e-5, atol=0)
+            assert not torch.allclose(output.logits, expected.logits, rtol=1e-5, atol=0)
 
     @pytest.mark.parametrize(("batch", "input_size"), [(1, None), (5, 4)])
-    def test_same_actions_as_masked_from_the_policy_network(self, batch, input_size, made):
-        if input_size not in made:
+    def test_same_actions_as_masked_from_the_policy_network(self, batch, input_size, executors):
+        if input_size not in executors:
             networks = make_networks(policy=True, input_size=input_size)
-            made[input_size] = TritonKernel(networks), Masked(networks)
-        execute, reference = made[input_size]
+            executors[input_size] = TritonKernel(networks), Masked(networks)
+        execute, reference = executors[input_size]
         images = make_images(batch)
-        found, expected = execute(images), reference(images)
+        output, expected = execute(images), reference(images)
         assert 0 < expected.actions.double().mean() < 1
-        assert torch.equal(found.actions, expected.actions)
-        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+        assert torch.equal(output.actions, expected.actions)
+        torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
         with_given = execute(images, ~expected.actions)
         torch.testing.assert_close(
             with_given.logits, reference(images, ~expected.actions).logits, atol=1e-4, rtol=0
@@ -151,17 +158,17 @@ class TestInInterpreter:
         networks = make_networks()
         images = make_images(3, height, width)
         actions = random_actions(3, networks.num_blocks)
-        found = TritonKernel(networks)(images, actions)
+        output = TritonKernel(networks)(images, actions)
         expected = Masked(networks)(images, actions)
-        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
 
-    @pytest.mark.parametrize("depth", [16, 64, 256])
+    @pytest.mark.parametrize("depth", [16, 256])
     def test_products_of_any_depth(self, depth, monkeypatch):
         monkeypatch.setattr(TritonKernel, "DEPTH", {"fp32": depth})
         networks = make_networks(width=16)
         images = make_images(2)
-        found, expected = TritonKernel(networks)(images), Masked(networks)(images)
-        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+        output, expected = TritonKernel(networks)(images), Masked(networks)(images)
+        torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
 
     def test_memory_layouts(self):
         networks = make_networks()
@@ -174,12 +181,12 @@ class TestInInterpreter:
         taken = scattered[::2, ::2, ::2]
         assert not taken.is_contiguous()
         transposed = actions.t().contiguous().t()
-        found = execute(taken, transposed).logits
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        output = execute(taken, transposed).logits
+        torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
         inputs = NORMALISATION(images)
         for form in (inputs, inputs.contiguous(), inputs.double()):
-            found = execute.classify(form, actions)
-            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+            output = execute.classify(form, actions)
+            torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
 
     def test_borders_stay_zero_and_calls_do_not_depend_on_each_other(self):
         execute = TritonKernel(make_networks(policy=True, width=16))
@@ -214,13 +221,13 @@ class TestInInterpreter:
         torch.testing.assert_close(execute(images, actions).logits, expected, atol=1e-4, rtol=0)
         assert execute(images).logits.isnan().all()
 
-    def test_the_proof_has_programs_take_several_images(self, monkeypatch):
+    def test_the_proof_has_programs_take_several_images(self, no_proofs, monkeypatch):
         monkeypatch.setattr(TritonKernel, "PROGRAMS_PER_SM", 50)
         execute = TritonKernel(make_networks())
         assert [len(space) for space in execute.resnet.spaces.values()] == [2]
         assert execute.programs == 50
 
-    def test_networks_of_the_same_shapes_are_proved_once(self, monkeypatch):
+    def test_networks_of_the_same_shapes_are_proved_once(self, no_proofs, monkeypatch):
         proved = []
         real = triton_kernel._in_float64
         monkeypatch.setattr(triton_kernel, "_in_float64", lambda net: proved.append(net) or real(net))
@@ -228,18 +235,17 @@ class TestInInterpreter:
         for seed in (0, 1):  # as before and after an epoch
             networks = make_networks()
             trained(networks.resnet, seed)
-            found, expected = TritonKernel(networks)(images), Masked(networks)(images)
-            torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+            output, expected = TritonKernel(networks)(images), Masked(networks)(images)
+            torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
         assert len(proved) == 1
         TritonKernel(make_networks(policy=True))
         assert len(proved) == 3
         TritonKernel(make_networks(policy=True, input_size=4))
         TritonKernel(make_networks(), precision="bf16")
         TritonKernel(make_networks(width=8))
-        TritonKernel(make_networks(depth=14))
-        assert len(proved) == 8
+        assert len(proved) == 7
 
-    def test_what_was_disproved_is_not_tried_again_but_for_want_of_memory(self, monkeypatch):
+    def test_what_was_disproved_is_not_tried_again_but_for_want_of_memory(self, no_proofs, monkeypatch):
         tried = []
 
         def fails(error):
@@ -282,13 +288,13 @@ class TestInInterpreter:
         ],
         ids=["bias", "taps", "rows for columns", "nan"],
     )
-    def test_a_broken_kernel_is_refused(self, precision, damage, monkeypatch):
+    def test_a_broken_kernel_is_refused(self, no_proofs, precision, damage, monkeypatch):
         fold = triton_kernel.fold
         monkeypatch.setattr(triton_kernel, "fold", lambda conv, bn: damage(*fold(conv, bn)))
         with pytest.raises(UnavailableError, match="kernel's ResNet disagrees with float64"):
             TritonKernel(make_networks(), precision=precision)
 
-    def test_a_broken_policy_network_is_refused(self, monkeypatch):
+    def test_a_broken_policy_network_is_refused(self, no_proofs, monkeypatch):
         networks = make_networks(policy=True)
         fold, broken = triton_kernel.fold, networks.policy_net.features.flat_blocks()[2].conv1
 
@@ -300,7 +306,7 @@ class TestInInterpreter:
         with pytest.raises(UnavailableError, match="kernel's policy network disagrees"):
             TritonKernel(networks)
 
-    def test_a_kernel_that_does_not_run_is_refused(self, monkeypatch):
+    def test_a_kernel_that_does_not_run_is_refused(self, no_proofs, monkeypatch):
         monkeypatch.setattr(triton_kernel, "_forward", {})
         with pytest.raises(UnavailableError, match="the kernel fails: KeyError"):
             TritonKernel(make_networks())

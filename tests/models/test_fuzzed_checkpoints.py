@@ -16,7 +16,7 @@ import pytest
 import torch
 from checkpoints import change_tensors, edit, networks, replace_weights
 from damage import damaged, json_values
-from fuzzing import MOST_WORDS, bounded, fuzz
+from fuzzing import MAX_MESSAGE, bounded, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from legacy_files import as_layers
@@ -47,7 +47,7 @@ def refusal_or_none(load: Callable, path: Path) -> str | None:
     except CheckpointError as error:
         message = str(error)
         assert str(path) in message
-        assert len(message) < MOST_WORDS
+        assert len(message) < MAX_MESSAGE
         return message
     return None
 
@@ -69,8 +69,8 @@ def test_damaged_file_of_ours_is_noticed(saved, folder, data, name):
     (folder / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes())
     (folder / SIDECAR).write_bytes((saved / SIDECAR).read_bytes())
     (folder / name).write_bytes(after)
-    found = refusal_or_none(checkpoint.load, folder)
-    assert found or name == SIDECAR or before == after  # a class may be named otherwise, say
+    message = refusal_or_none(checkpoint.load, folder)
+    assert message or name == SIDECAR or before == after  # a class may be named otherwise, say
 
 
 @fuzz(25)
@@ -125,12 +125,12 @@ def test_header_that_lies_is_refused(folder, content):
 @given(data=st.data())
 def test_sidecar_of_any_values_is_refused_or_fits(saved, folder, data):
     content = json.loads((saved / SIDECAR).read_text(encoding="utf-8"))
-    place = content
+    section = content
     key = data.draw(st.sampled_from(sorted(content)))
     if isinstance(content[key], dict) and data.draw(st.booleans()):
-        place = content[key]
-        key = data.draw(st.sampled_from(sorted(place)))
-    place[key] = data.draw(json_values)
+        section = content[key]
+        key = data.draw(st.sampled_from(sorted(section)))
+    section[key] = data.draw(json_values)
     (folder / SIDECAR).write_text(json.dumps(content), encoding="utf-8")
     refusal_or_none(checkpoint.load, folder)
 
@@ -182,16 +182,16 @@ def test_file_of_ours_that_lies_is_refused_in_little_memory(folder, spoil, messa
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_stop_between_the_two_files_is_recognised(folder, tmp_path, monkeypatch, fresh):
-    place = tmp_path / "new" if fresh else folder
+    target = tmp_path / "new" if fresh else folder
 
     def stop(path, text):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "write_text", stop)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(networks(seed=1), place)
+        checkpoint.save(networks(seed=1), target)
     expected = f"{SIDECAR} can't be read" if fresh else f"{WEIGHTS} is damaged or of another"
-    assert expected in refusal(checkpoint.load, place)
+    assert expected in refusal(checkpoint.load, target)
 
 
 def test_stop_within_a_file_leaves_the_old_checkpoint_whole(folder, monkeypatch):
@@ -257,11 +257,11 @@ def test_tensor_of_another_make_is_refused(path, weights, tensor, zipped):
 
 def rezipped(content: bytes, change=lambda name, record: record, method=zipfile.ZIP_STORED) -> bytes:
     """The same records, each changed."""
-    made = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w", method) as new:
+    output = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(output, "w", method) as new:
         for info in old.infolist():
             new.writestr(info.filename, change(info.filename, old.read(info)))
-    return made.getvalue()
+    return output.getvalue()
 
 
 def inflated(name: str, record: bytes) -> bytes:
@@ -327,8 +327,8 @@ def two_directories(seen: bytes, hidden: bytes) -> bytes:
     assert len(entries) == len(other)
     at = 0
     while at < len(entries):  # Python adds how far the directory is from where the end says
-        (place,) = struct.unpack("<I", entries[at + 42 : at + 46])
-        entries[at + 42 : at + 46] = struct.pack("<I", place + len(before) - len(records))
+        (offset,) = struct.unpack("<I", entries[at + 42 : at + 46])
+        entries[at + 42 : at + 46] = struct.pack("<I", offset + len(before) - len(records))
         at += 46 + sum(struct.unpack("<HHH", entries[at + 28 : at + 34]))
     end = seen[-22:-10] + struct.pack("<II", len(entries), len(before)) + b"\0\0"
     return before + other + records + entries + end
@@ -367,14 +367,14 @@ def test_what_trainings_keep_beside_the_weights_is_no_hindrance(path, weights, z
     assert torch.equal(resnet.conv1.weight, weights["conv1.weight"])
 
 
-class Made:
-    """Is made anew by a function when it is unpickled."""
+class Call:
+    """A call of a function when it is unpickled."""
 
     def __init__(self, function: Callable, *arguments: object) -> None:
-        self.made = function, arguments
+        self.call = function, arguments
 
     def __reduce__(self):
-        return self.made
+        return self.call
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -389,7 +389,7 @@ class Made:
 def test_object_that_is_as_large_as_a_number_says_is_refused(
     path, weights, function, arguments, name, zipped
 ):
-    content = {"state_dict": weights, "more": Made(function, *arguments)}
+    content = {"state_dict": weights, "more": Call(function, *arguments)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     assert f"{name})" in refusal(legacy_checkpoints.load, path)
 

@@ -117,8 +117,8 @@ def test_checks_see_each_violation(checkout, sandbox, spoil, message):
 
 
 def test_checks_see_a_status_that_is_not_clean(checkout, sandbox):
-    found = violations(checkout, sandbox, script="echo pretrain changed; exit 1")
-    assert found == ["dvc status is not clean: pretrain changed"]
+    script = "echo pretrain changed; exit 1"
+    assert violations(checkout, sandbox, script) == ["dvc status is not clean: pretrain changed"]
 
 
 @pytest.mark.parametrize("name", [".resume/a.lock", ".dvc/tmp/lock"])

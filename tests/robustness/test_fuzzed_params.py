@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fuzzing import MOST_WORDS, bounded, fuzz
+from fuzzing import MAX_MESSAGE, bounded, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -49,7 +49,7 @@ def outcome(path: Path, content: str | bytes) -> Params | str:
     except ParamsError as error:
         message = str(error)
         assert str(path) in message
-        assert len(message) < MOST_WORDS + len(str(path))
+        assert len(message) < MAX_MESSAGE + len(str(path))
         return message
 
 
