@@ -112,7 +112,7 @@ class Predictor:
         return len(self.cost.blocks)
 
     def __call__(self, images: NDArray[np.uint8] | Tensor) -> list[Prediction]:
-        """A prediction for each of the images [B, H, W, 3] uint8; B may be 0, or as large as memory holds.
+        """A prediction for each of the images [B, H, W, 3] uint8; B may be 0 or whatever fits in memory.
 
         Raises:
             PredictionError: they have another size or type.

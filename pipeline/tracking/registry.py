@@ -307,7 +307,7 @@ def _link_metrics(
     run: "Run",
     metrics: Mapping[str, float | None] | None,
 ) -> None:
-    """Log those that the model lacks, with the time of the run's point, so that the run gets none twice."""
+    """Log those that the model lacks, at the time of the run's own point: the run gets none twice."""
     from mlflow.entities import Metric
 
     linked = {(metric.key, metric.value) for metric in model.metrics or ()}

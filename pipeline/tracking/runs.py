@@ -114,16 +114,16 @@ class StageRun:
         else:
             self.attempt(lambda: self._client.log_artifact(self.run_id, str(path)))
 
-    def attempt(self, action: Callable[[], None], *, seconds: float = TIMEOUT) -> bool:
+    def attempt(self, action: Callable[[], None], *, seconds: float | None = None) -> bool:
         """Call the store; whether it answered. Nothing is called after the first failure.
 
         Args:
-            seconds: for each call.
+            seconds: for each call; None: TIMEOUT.
         """
         if not self._logging:
             return False
         handled = sys.exception()
-        seconds = KILLED_TIMEOUT if self._killed else seconds
+        seconds = KILLED_TIMEOUT if self._killed else seconds or TIMEOUT
         try:
             with http_timeout(seconds, override=self._killed), silence_mlflow():
                 if self.run_id:  # before, store() does it, once other processes have set up the store
@@ -292,7 +292,7 @@ def make_parent(
 
 
 def _log_missing_params(client: "MlflowClient", run: "Run", params: Mapping[str, str]) -> None:
-    """Log those that the run lacks: MLflow refuses to change any, and a failed call may have lost some."""
+    """Log those that the run lacks: MLflow changes none, and a failed call may have lost some."""
     from mlflow.entities import Param
 
     missing = [Param(name, text) for name, text in params.items() if name not in run.data.params]

@@ -127,17 +127,17 @@ def test_experiment_in_the_place_of_another_retires_it(client, tmp_path):
     assert new != old
     assert client.get_run(old).info.run_name == "same (superseded)"
     assert client.get_run(new).info.run_name == "same"
-    _, found = overview.experiments()
-    assert new in {experiment.run_id for experiment in found}
-    assert old not in {experiment.run_id for experiment in found}
+    shown = {experiment.run_id for experiment in overview.experiments()[1]}
+    assert new in shown
+    assert old not in shown
 
 
 def test_equal_results_are_found_under_any_name(client, tmp_path):
-    own = record_of(tmp_path, "applied", accuracy=0.123)
-    run_id = experiment_runs.complete(own, finish=True)
+    applied = record_of(tmp_path, "applied", accuracy=0.123)
+    run_id = experiment_runs.complete(applied, finish=True)
     elsewhere = record_of(tmp_path, "main-1234567", baseline="def", revision="", accuracy=0.123)
     with store() as (_, experiment_id):
-        assert experiment_runs.find(client, experiment_id, elsewhere) == run_id
+        assert experiment_runs.find(client, experiment_id, elsewhere).info.run_id == run_id
         other = record_of(tmp_path, "main-1234567", baseline="def", revision="", accuracy=0.125)
         assert experiment_runs.find(client, experiment_id, other) is None
 
@@ -171,11 +171,11 @@ def test_table_and_links_show_siblings(client, tmp_path):
         )
         for gamma in (1, 5, 10)
     ]
-    experiment_id, found = overview.experiments()
-    rows = overview.table(found, marked=ids[0])
+    experiment_id, finished = overview.experiments()
+    rows = overview.table(finished, marked=ids[0])
     assert rows[0][:3] == ["experiment", "gamma", "accuracy"]
     assert ["sweep-1 *", "1", "90.00 %", "95.00 %", "1.50", "40.00 %", "4"] in rows
-    links = overview.links(experiment_id, found, ids[0], address="http://here:1")
+    links = overview.links(experiment_id, finished, ids[0], address="http://here:1")
     assert links["all runs"].startswith("http://here:1/#/experiments/")
     assert ids[0] in links["this experiment"]
     assert all(run_id in links["its gammas compared"] for run_id in ids)
@@ -184,13 +184,13 @@ def test_table_and_links_show_siblings(client, tmp_path):
 def test_table_folds_a_long_name_and_cuts_no_number(client, tmp_path, capsys):
     name = "main-1234567 " + " ".join(f"data.key{number}={number}" for number in range(30))
     overview.say(experiment_runs.complete(record_of(tmp_path, name, baseline="long"), finish=True))
-    said = capsys.readouterr().out.splitlines()
-    titles = next(line for line in said if "experiment" in line)
+    lines = capsys.readouterr().out.splitlines()
+    titles = next(line for line in lines if "experiment" in line)
     assert all(title in titles for title in ("gamma", "accuracy", "every block", "policies"))
-    begin = next(number for number, line in enumerate(said) if "main-1234567" in line)
-    assert all(cell in said[begin] for cell in ("90.00 %", "95.00 %", "1.50", "40.00 %"))
-    assert name.split()[-1] + " *" in "".join(said[begin : begin + 20])
-    assert max(map(len, said[:begin])) <= 120
+    begin = next(number for number, line in enumerate(lines) if "main-1234567" in line)
+    assert all(cell in lines[begin] for cell in ("90.00 %", "95.00 %", "1.50", "40.00 %"))
+    assert name.split()[-1] + " *" in "".join(lines[begin : begin + 20])
+    assert max(map(len, lines[:begin])) <= 120
 
 
 @pytest.mark.slow
@@ -201,25 +201,25 @@ def test_server_gets_all_of_it_through_its_own_artifact_store(client, tmp_path, 
         monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "on-a-server")
         with stage_run("finetune", {"gamma": 7}) as run:
             run.log_metrics({"loss": 0.5})
-        there = MlflowClient(tracking_uri=address)
-        assert there.get_run(run.run_id).data.metrics == {"loss": 0.5}
-        parent = there.get_run(experiment_runs.complete(record, finish=True))
+        remote = MlflowClient(tracking_uri=address)
+        assert remote.get_run(run.run_id).data.metrics == {"loss": 0.5}
+        parent = remote.get_run(experiment_runs.complete(record, finish=True))
         assert parent.info.artifact_uri.startswith("mlflow-artifacts:")
         assert parent.data.metrics.items() >= record.metrics.items()
         assert len(parent.outputs.model_outputs) == 1
-        local = there.download_artifacts(parent.info.run_id, "report/policy.png", str(tmp_path))
+        local = remote.download_artifacts(parent.info.run_id, "report/policy.png", str(tmp_path))
         assert Path(local).read_bytes() == experiment_files.PNG
 
 
 def test_one_experiment_of_each_setting_is_compared():
-    def made(run_id, gamma, depth="32", seed="0"):
+    def experiment(run_id, gamma, depth="32", seed="0"):
         params = {"gamma": gamma, "seed": seed, "resnet.depth": depth}
         return overview.Experiment(run_id=run_id, name=run_id, params=params, metrics={})
 
-    own = made("own", "2")
-    found = [made("newer", "2"), own, made("five", "5"), made("older five", "5")]
-    found += [made("deep", "5", "110"), made("seed", "5", seed="1")]
-    assert [e.run_id for e in overview.siblings(own, found)] == ["own", "five", "seed"]
+    chosen = experiment("chosen", "2")
+    others = [experiment("newer", "2"), chosen, experiment("five", "5"), experiment("older five", "5")]
+    others += [experiment("deep", "5", "110"), experiment("seed", "5", seed="1")]
+    assert [e.run_id for e in overview.siblings(chosen, others)] == ["chosen", "five", "seed"]
 
 
 def test_no_links_to_what_is_not_there(client):
@@ -247,9 +247,9 @@ def test_experiment_of_any_name_is_logged_shown_and_followed(client, tmp_path, c
     command = f"dvc exp apply {shlex.quote(name)}"
     assert html.as_code(command) in run.data.tags["mlflow.note.content"]
     overview.say(new)
-    said = capsys.readouterr().out
-    assert printable(name) in said
-    assert all(line.isprintable() for line in said.splitlines())
+    output = capsys.readouterr().out
+    assert printable(name) in output
+    assert all(line.isprintable() for line in output.splitlines())
 
 
 def references_of(tmp_path, monkeypatch, names: dict[str, str]) -> None:
@@ -260,8 +260,8 @@ def references_of(tmp_path, monkeypatch, names: dict[str, str]) -> None:
             raise KeyError("md5")
         return record_of(tmp_path, reference.name, revision=reference.revision, baseline=str(tmp_path))
 
-    known = [sync.Reference(name=n, baseline=str(tmp_path), revision=r) for n, r in names.items()]
-    monkeypatch.setattr(sync, "references", lambda root: known)
+    listed = [sync.Reference(name=n, baseline=str(tmp_path), revision=r) for n, r in names.items()]
+    monkeypatch.setattr(sync, "references", lambda root: listed)
     monkeypatch.setattr(sync, "read", read)
 
 
@@ -322,18 +322,18 @@ def test_promote_follows_a_new_name(tmp_path, monkeypatch):
     references_of(tmp_path, monkeypatch, {f"{tmp_path.name}-a": f"{tmp_path}"})
     sync.sync(tmp_path)
     references_of(tmp_path, monkeypatch, {f"{tmp_path.name}-b": f"{tmp_path}"})
-    made = promote.promote_newest(f"{tmp_path.name}-b", registered_name="it's mine")
-    assert (made.run_name, made.version) == (f"{tmp_path.name}-b", 1)
-    assert promote.promote_newest(made.run_id, registered_name="it's mine").version == 1
+    first = promote.promote_newest(f"{tmp_path.name}-b", registered_name="it's mine")
+    assert (first.run_name, first.version) == (f"{tmp_path.name}-b", 1)
+    assert promote.promote_newest(first.run_id, registered_name="it's mine").version == 1
     with pytest.raises(registry.ModelError, match="no experiment the name 'c'"):
         promote.promote_newest("c")
     with pytest.raises(registry.ModelError, match="both kinds of quotes"):
-        promote.promote_newest(made.run_id, registered_name='it\'s "mine"')
+        promote.promote_newest(first.run_id, registered_name='it\'s "mine"')
 
 
 def test_project_without_git_says_so(tmp_path):
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc/config").touch()
-    said = r"^error: DVC can't list .*not a git repository.*`git init` makes one"
-    with pytest.raises(SystemExit, match=said), sync.usable_store():
+    message = r"^error: DVC can't list .*not a git repository.*`git init` makes one"
+    with pytest.raises(SystemExit, match=message), sync.usable_store():
         sync.sync(tmp_path)
