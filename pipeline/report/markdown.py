@@ -332,15 +332,12 @@ def _by_reason(left_out: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _training_table(times: Mapping[str, TrainingTimes]) -> str:
-    return markdown_table(
-        ("stage", "seconds", "training images per second", "on"),
-        [
-            (stage, "imported", "", "")
-            if took.seconds is None
-            else (stage, f"{took.seconds:.0f}", f"{took.images_per_second:.0f}", as_markdown(took.device))
-            for stage, took in times.items()
-        ],
-    )
+    rows = []
+    for stage, took in times.items():
+        seconds = "imported" if took.seconds is None else f"{took.seconds:.0f}"
+        rate = "" if took.images_per_second is None else f"{took.images_per_second:.0f}"
+        rows.append((stage, seconds, rate, as_markdown(took.device)))
+    return markdown_table(("stage", "seconds", "training images per second", "on"), rows)
 
 
 def _payback(results: Results) -> Payback | None:
