@@ -2,11 +2,13 @@
 
 The pretrained ResNet with every block, the same under the static rules with every number of blocks,
 those that `static` finetuned, and the ResNets of other depths that `sole` trained.
+
+Shapes: M test images, K blocks, D draws.
 """
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from itertools import product
 from statistics import mean, stdev
 from typing import Any
@@ -23,6 +25,7 @@ from pipeline.inference.predict import Predictions, accuracies_of, correct_under
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.resnet import ResNet
+from pipeline.results import Baselines, FullResNet, SoleResNet, StaticNetwork
 from pipeline.static_policies import RULES, static_rule
 from pipeline.tracking.runs import stage_run
 from stages.support import common
@@ -79,7 +82,7 @@ def random_draws(images: int) -> int:
     return min(MOST_DRAWS, max(2, PREDICTIONS // images))
 
 
-def with_every_block(kind: str, resnet: ResNet, test: ImageSplit, found: Predictions) -> Network:
+def with_every_block(kind: str, resnet: ResNet, test: ImageSplit, predictions: Predictions) -> Network:
     """A ResNet all of whose blocks run."""
     return Network(
         kind=kind,
@@ -87,14 +90,14 @@ def with_every_block(kind: str, resnet: ResNet, test: ImageSplit, found: Predict
         blocks=resnet.num_blocks,
         finetuned=False,
         flops=measure(resnet, None, test.image_size).full,
-        accuracy=found.accuracy,
+        accuracy=predictions.accuracy,
         accuracy_std=0.0,
-        correct=found.correct,
+        correct=predictions.correct,
     )
 
 
-def ruled(
-    own: Checkpoint,
+def under_rules(
+    loaded: Checkpoint,
     rules: Iterable[tuple[str, int]],
     test: ImageSplit,
     noise: Tensor,
@@ -107,76 +110,77 @@ def ruled(
     Args:
         noise: [D, M, K], what each of D draws of the rule `random` comes from.
     """
-    resnet = own.need_resnet().to(test.device)
+    resnet = loaded.need_resnet().to(test.device)
     cost = measure(resnet, None, test.image_size)  # no policy network decides
     rules = list(rules)
-    drawn = []
-    for kind, kept in rules:
-        draws = noise if kind == "random" else noise[:1]  # the others are the same in every draw
-        rule = static_rule(kind, kept, resnet.stages)
-        drawn.append(torch.stack([rule(table) for table in draws]))
-    policies = torch.cat(drawn)
+    policies_of = []  # for each rule [D, M, K], or [1, M, K] where all draws are the same
+    for kind, num_kept in rules:
+        draws = noise if kind == "random" else noise[:1]
+        rule = static_rule(kind, num_kept, resnet.stages)
+        policies_of.append(torch.stack([rule(table) for table in draws]))
+    policies = torch.cat(policies_of)
     watched = steps.over(test, len(policies))
-    outcomes = correct_under(resnet, watched, policies, normalisation=own.normalisation)
-    found = []
-    for (kind, kept), actions, right in zip(
-        rules, drawn, outcomes.split([len(actions) for actions in drawn]), strict=True
-    ):
-        accuracies = accuracies_of(right)
-        found.append(
+    correct = correct_under(resnet, watched, policies, normalisation=loaded.normalisation)
+    correct_of = correct.split([len(policies) for policies in policies_of])  # [D or 1, M] each
+    networks = []
+    for (kind, num_kept), actions, outcomes in zip(rules, policies_of, correct_of, strict=True):
+        accuracies = accuracies_of(outcomes)
+        networks.append(
             Network(
                 kind=kind,
                 depth=resnet.depth,
-                blocks=kept,
+                blocks=num_kept,
                 finetuned=finetuned,
                 flops=float(cost.of(actions.flatten(0, 1)).mean()),
                 accuracy=mean(accuracies),  # exact, so that equal draws have a deviation of 0
                 accuracy_std=stdev(accuracies) if len(accuracies) > 1 else 0.0,
-                correct=right[0],
+                correct=outcomes[0],
             )
         )
-    return found
+    return networks
 
 
 def trained_networks(params: Params, test: ImageSplit, noise: Tensor, steps: Steps) -> list[Network]:
     """The sole ResNets, then the finetuned static ones: those that params.yaml names, no others."""
     networks = []
     for depth in params.sole.depths:
-        own = checkpoint.load(common.SOLE / str(depth))
-        resnet = own.need_resnet().to(test.device)
-        found = predict(resnet, steps.over(test), normalisation=own.normalisation)
-        networks.append(with_every_block("sole", resnet, test, found))
-    for rule, kept in product(params.static.rules, params.static.num_kept):
-        own = checkpoint.load(common.STATIC / f"{rule}-{kept}")
-        networks += ruled(own, [(rule, kept)], test, noise, finetuned=True, steps=steps)
+        loaded = checkpoint.load(common.SOLE / str(depth))
+        resnet = loaded.need_resnet().to(test.device)
+        predictions = predict(resnet, steps.over(test), normalisation=loaded.normalisation)
+        networks.append(with_every_block("sole", resnet, test, predictions))
+    for rule, num_kept in product(params.static.rules, params.static.num_kept):
+        loaded = checkpoint.load(common.STATIC / f"{rule}-{num_kept}")
+        networks += under_rules(loaded, [(rule, num_kept)], test, noise, finetuned=True, steps=steps)
     return networks
 
 
-def metrics_of(full: Network, loss: float, trained: list[Network]) -> dict[str, dict[str, Any]]:
+def metrics_of(full: Network, loss: float, trained: list[Network]) -> Baselines:
     """metrics/baseline.json: one section for each kind, under whose name DVC and MLflow show it."""
-    sole, static = {}, {}
-    for network in trained:
-        told: dict[str, float] = {"accuracy": network.accuracy, "flops": network.flops}
-        if network.kind == "sole":
-            sole[str(network.depth)] = told
-        else:
-            static[f"{network.kind}_{network.blocks}"] = told | {"blocks": network.blocks}
-    baseline = {
-        "accuracy": full.accuracy,
-        "loss": loss,
-        "flops": full.flops,
-        "num_blocks": full.blocks,
-    }
-    return {"baseline": baseline, "sole": sole, "static": static}
+    return Baselines(
+        baseline=FullResNet(accuracy=full.accuracy, loss=loss, flops=full.flops, num_blocks=full.blocks),
+        sole={
+            str(network.depth): SoleResNet(accuracy=network.accuracy, flops=network.flops)
+            for network in trained
+            if network.kind == "sole"
+        },
+        static={
+            f"{network.kind}_{network.blocks}": StaticNetwork(
+                accuracy=network.accuracy, flops=network.flops, blocks=network.blocks
+            )
+            for network in trained
+            if network.kind != "sole"
+        },
+    )
 
 
-def flat(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+def flat(metrics: Baselines) -> dict[str, float]:
     """The metrics as MLflow takes them: those of the full ResNet as they are, others dotted."""
-    found = dict(metrics["baseline"])
-    for kind in ("sole", "static"):
-        for name, values in metrics[kind].items():
-            found |= {f"{kind}.{name}.{key}": value for key, value in values.items()}
-    return found
+    values: dict[str, float] = asdict(metrics.baseline)
+    networks = {f"sole.{name}": asdict(network) for name, network in metrics.sole.items()}
+    networks |= {f"static.{name}": asdict(network) for name, network in metrics.static.items()}
+    for prefix, numbers in networks.items():
+        values |= {f"{prefix}.{name}": number for name, number in numbers.items()}
+    return values
 
 
 def _passes(params: Params, resnet: ResNet, draws: int) -> int:
@@ -188,13 +192,13 @@ def _passes(params: Params, resnet: ResNet, draws: int) -> int:
 
 
 def write_tables(unfinetuned: list[Network], named: list[Network]) -> None:
-    """plots/baseline: a row for each network, and a row for each image with who is right on it."""
+    """plots/baseline: a row for each network, and a row for each image with who is correct on it."""
     networks = [*named, *unfinetuned]
     common.write_csv(common.PLOTS / "baseline" / "curves.csv", [n.row() for n in networks])
-    right = {network.name: network.correct.int().tolist() for network in named}
+    correct = {network.name: network.correct.int().tolist() for network in named}
     rows = [
-        {"image": image, **dict(zip(right, values, strict=True))}
-        for image, values in enumerate(zip(*right.values(), strict=True))
+        {"image": image, **dict(zip(correct, values, strict=True))}
+        for image, values in enumerate(zip(*correct.values(), strict=True))
     ]
     common.write_csv(common.PLOTS / "baseline" / "images.csv", rows)
 
@@ -209,26 +213,26 @@ def main(params: Params) -> None:
         draws = random_draws(len(test))
         steps.total(len(test) * _passes(params, resnet, draws))
         started = time.monotonic()
-        found = predict(resnet, steps.over(test), normalisation=pretrained.normalisation)
+        predictions = predict(resnet, steps.over(test), normalisation=pretrained.normalisation)
         seconds = time.monotonic() - started
-        full = with_every_block("full", resnet, test, found)
+        full = with_every_block("full", resnet, test, predictions)
         draw = generator(params.seed, "baseline")
-        noise = torch.rand(draws, len(test), resnet.num_blocks, generator=draw)
+        noise = torch.rand(draws, len(test), resnet.num_blocks, generator=draw)  # [D, M, K]
         rules = product(RULES, range(resnet.num_blocks + 1))
-        unfinetuned = ruled(pretrained, rules, test, noise, finetuned=False, steps=steps)
+        unfinetuned = under_rules(pretrained, rules, test, noise, finetuned=False, steps=steps)
         trained = trained_networks(params, test, noise, steps)
-        metrics = metrics_of(full, float(found.losses.double().mean()), trained)
+        metrics = metrics_of(full, float(predictions.losses.double().mean()), trained)
         times = {
             "train_seconds": common.read_json(PRETRAIN_TIMES)["seconds"],
             "test_seconds": round(seconds, 3),
             "device": describe_device(device),
         }
         write_tables(unfinetuned, [full, *trained])
-        common.write_json(common.METRICS / "baseline.json", metrics)
+        common.write_json(common.METRICS / "baseline.json", asdict(metrics))
         common.write_json(common.METRICS / "times" / "baseline.json", times)
         mlflow_run.log_metrics({**flat(metrics), "test_seconds": seconds})
-    told = ", ".join(f"{network.name} {network.accuracy:.4f}" for network in trained)
-    print(f"baseline: accuracy {full.accuracy:.4f} with every block, {told}")
+    accuracies = ", ".join(f"{network.name} {network.accuracy:.4f}" for network in trained)
+    print(f"baseline: accuracy {full.accuracy:.4f} with every block, {accuracies}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""evaluate: what the finetuned pair is worth on the test set, and what looking at images buys."""
+"""evaluate: what the finetuned pair is worth on the test set, and what looking at images buys.
+
+Shapes: M test images, K blocks.
+"""
+
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -7,6 +12,7 @@ from torch import Tensor
 from pipeline.config import Params
 from pipeline.data.dataset import load_split
 from pipeline.data.split import ImageSplit
+from pipeline.data.transforms import Normalisation
 from pipeline.device import choose_device, describe_device, generator
 from pipeline.evaluation import learning_curves, policy_figures
 from pipeline.evaluation.metrics import (
@@ -15,10 +21,13 @@ from pipeline.evaluation.metrics import (
     shuffled_accuracy,
     single_policy_candidates,
 )
-from pipeline.flops import measure
+from pipeline.flops import Cost, measure
 from pipeline.inference.predict import Predictions, predict, predict_policy
 from pipeline.models import checkpoint
 from pipeline.models.policies import greedy_actions, policy_statistics
+from pipeline.models.policy_net import PolicyNet
+from pipeline.models.resnet import ResNet
+from pipeline.results import Evaluation
 from pipeline.tracking.runs import stage_run
 from stages.support import common
 from stages.support.progress import Steps
@@ -26,137 +35,177 @@ from stages.support.progress import Steps
 OUT = common.PLOTS / "evaluate"
 
 
-def evaluate(params: Params, steps: Steps) -> dict[str, float | None]:
-    """The metrics, and the figures and tables beside them."""
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """The finetuned pair, the pretrained ResNet with every block, and what they see."""
+
+    resnet: ResNet
+    policy_net: PolicyNet
+    full: ResNet
+    normalisation: Normalisation
+    classes: tuple[str, ...]
+    test: ImageSplit
+    validation: ImageSplit
+    cost: Cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestResults:
+    """What the networks give on the test images.
+
+    Attributes:
+        actions: [M, K] bool, the policy's decisions.
+        dropping: under these decisions.
+        full: of the pretrained ResNet with every block.
+    """
+
+    actions: Tensor
+    dropping: Predictions
+    full: Predictions
+
+
+def load() -> Trained:
+    """The checkpoints and splits, on this machine's device."""
     device = choose_device()
     print(f"evaluate: on {describe_device(device)}", flush=True)
-    pretrained = checkpoint.load(common.PRETRAINED)
     tuned = checkpoint.load(common.FINETUNED)
-    full = pretrained.need_resnet().to(device)
     resnet, policy_net = tuned.need_resnet().to(device), tuned.need_policy_net().to(device)
-    normalisation = tuned.normalisation
-    test, validation = (load_split(common.PREPARED, name, device) for name in ("test", "validation"))
-    cost = measure(resnet, policy_net, test.image_size)
+    test = load_split(common.PREPARED, "test", device)
+    return Trained(
+        resnet=resnet,
+        policy_net=policy_net,
+        full=checkpoint.load(common.PRETRAINED).need_resnet().to(device),
+        normalisation=tuned.normalisation,
+        classes=tuned.classes,
+        test=test,
+        validation=load_split(common.PREPARED, "validation", device),
+        cost=measure(resnet, policy_net, test.image_size),
+    )
+
+
+def evaluate(params: Params, networks: Trained, steps: Steps) -> tuple[Evaluation, TestResults]:
+    """The metrics, and the results on the test images that they come from."""
+    test, validation, cost = networks.test, networks.validation, networks.cost
+    resnet, normalisation = networks.resnet, networks.normalisation
     passes = params.evaluate.shuffles + 4  # over the test images: decisions, three predictions, shuffles
     steps.total(passes * len(test) + (params.evaluate.single_policies + 1) * len(validation))
 
-    actions, seen = (
-        greedy_actions(
-            torch.sigmoid(predict_policy(policy_net, steps.over(s), normalisation=normalisation))
-        )
-        for s in (test, validation)
+    test_actions, validation_actions = (
+        _decide(networks.policy_net, steps.over(split), normalisation) for split in (test, validation)
     )
-    found = predict(resnet, steps.over(test), actions, normalisation=normalisation)
-    of_full = predict(full, steps.over(test), normalisation=normalisation)
-    flops = cost.of(actions)
+    results = TestResults(
+        actions=test_actions,
+        dropping=predict(resnet, steps.over(test), test_actions, normalisation=normalisation),
+        full=predict(networks.full, steps.over(test), normalisation=normalisation),
+    )
+    flops = cost.of(test_actions)  # [M]
     shuffled = shuffled_accuracy(
         resnet,
         steps.over(test, params.evaluate.shuffles),
-        actions,
+        test_actions,
         normalisation=normalisation,
         repeats=params.evaluate.shuffles,
         draw=generator(params.seed, "evaluate"),
     )
-    candidates = single_policy_candidates(
-        seen, cost, budget=float(flops.mean()), limit=params.evaluate.single_policies
+    single, single_validation, single_test = _best_single_policy(
+        networks,
+        validation_actions,
+        steps,
+        budget=float(flops.mean()),
+        limit=params.evaluate.single_policies,
     )
-    single, single_validation = best_single_policy(
-        resnet, steps.over(validation, len(candidates)), candidates, normalisation=normalisation
-    )
-    single_test = predict(
-        resnet, steps.over(test), single.expand(len(test), -1), normalisation=normalisation
-    ).accuracy
     correlation, low, high = difficulty_spearman(
-        of_full.losses,
-        actions.sum(dim=1),
+        results.full.losses,
+        test_actions.sum(dim=1),
         resamples=params.evaluate.bootstrap,
         seed=params.seed,
     )
-    draw(
-        title=(
-            f"ResNet-{resnet.depth}: "
-            f"{100 * found.accuracy:.2f} % with {float(actions.sum(dim=1).double().mean()):.2f} of "
-            f"{resnet.num_blocks} blocks (all blocks: {100 * of_full.accuracy:.2f} %)"
-        ),
-        test=test,
-        actions=actions,
-        found=found,
-        of_full=of_full,
-        classes=tuned.classes,
-        stages=resnet.stages,
+    evaluation = Evaluation(
+        accuracy=results.dropping.accuracy,
+        full_accuracy=results.full.accuracy,
+        num_blocks=resnet.num_blocks,
+        **policy_statistics(test_actions),
+        flops_mean=float(flops.mean()),
+        flops_std=float(flops.std(correction=0)),
+        full_flops=cost.full,
+        flops_saved=1 - float(flops.mean()) / cost.full,
+        shuffled_accuracy=shuffled,
+        best_single_policy_accuracy=single_test,
+        best_single_policy_validation_accuracy=single_validation,
+        best_single_policy_blocks=float(single.sum()),
+        difficulty_spearman=correlation,
+        difficulty_spearman_low=low,
+        difficulty_spearman_high=high,
     )
-    write_images(test, actions, found, of_full)
-    kept = actions.double().mean(dim=0).tolist()
+    return evaluation, results
+
+
+def _best_single_policy(
+    networks: Trained, actions: Tensor, steps: Steps, *, budget: float, limit: int
+) -> tuple[Tensor, float, float]:
+    """The policy [K] that serves the validation images best, and its accuracy on them and in the test.
+
+    Args:
+        actions: of the validation images, [M, K].
+        budget: FLOPs per image.
+        limit: how many of the policies that the images take are tried.
+    """
+    resnet, test, validation = networks.resnet, networks.test, networks.validation
+    normalisation = networks.normalisation
+    candidates = single_policy_candidates(actions, networks.cost, budget=budget, limit=limit)
+    single, accuracy = best_single_policy(
+        resnet, steps.over(validation, len(candidates)), candidates, normalisation=normalisation
+    )
+    for_all = single.expand(len(test), -1)  # [M, K]
+    on_test = predict(resnet, steps.over(test), for_all, normalisation=normalisation)
+    return single, accuracy, on_test.accuracy
+
+
+def _decide(policy_net: PolicyNet, split: ImageSplit, normalisation: Normalisation) -> Tensor:
+    """The most likely actions [M, K] bool."""
+    logits = predict_policy(policy_net, split, normalisation=normalisation)
+    return greedy_actions(torch.sigmoid(logits))
+
+
+def draw(networks: Trained, evaluation: Evaluation, results: TestResults) -> None:
+    """The figures of the test images: which blocks run for which classes and which images."""
+    test, resnet = networks.test, networks.resnet
+    shown = policy_figures.ShownPolicies(
+        images=test.pictures(),
+        labels=test.labels.cpu().numpy(),
+        predicted=results.dropping.classes.numpy(),
+        actions=results.actions.numpy().astype(np.bool_),
+        losses=results.full.losses.numpy(),
+        classes=networks.classes,
+        stages=resnet.stages,
+        title=(
+            f"ResNet-{resnet.depth}: {100 * evaluation.accuracy:.2f} % with "
+            f"{evaluation.blocks_mean:.2f} of {resnet.num_blocks} blocks "
+            f"(all blocks: {100 * evaluation.full_accuracy:.2f} %)"
+        ),
+    )
+    policy_figures.policy_overview(OUT / "policy.png", shown)
+    policy_figures.policies_by_class(OUT / "policies_by_class.png", shown)
+    policy_figures.easy_and_hard(OUT / "easy_and_hard.png", shown)
+
+
+def write_tables(test: ImageSplit, results: TestResults) -> None:
+    """plots/blocks.csv, and a row for each test image with its class, the predicted one, its blocks."""
+    keep_ratios = results.actions.double().mean(dim=0).tolist()
     common.write_csv(
         common.PLOTS / "blocks.csv",
-        [{"block": index + 1, "keep_ratio": share} for index, share in enumerate(kept)],
+        [{"block": block, "keep_ratio": ratio} for block, ratio in enumerate(keep_ratios, start=1)],
     )
-    return {
-        "accuracy": found.accuracy,
-        "full_accuracy": of_full.accuracy,
-        "num_blocks": resnet.num_blocks,
-        **policy_statistics(actions),
-        "flops_mean": float(flops.mean()),
-        "flops_std": float(flops.std(correction=0)),
-        "full_flops": cost.full,
-        "flops_saved": 1 - float(flops.mean()) / cost.full,
-        "shuffled_accuracy": shuffled,
-        "best_single_policy_accuracy": single_test,
-        "best_single_policy_validation_accuracy": single_validation,
-        "best_single_policy_blocks": float(single.sum()),
-        "difficulty_spearman": correlation,
-        "difficulty_spearman_low": low,
-        "difficulty_spearman_high": high,
-    }
-
-
-def draw(
-    *,
-    title: str,
-    test: ImageSplit,
-    actions: Tensor,
-    found: Predictions,
-    of_full: Predictions,
-    classes: tuple[str, ...],
-    stages: tuple[int, ...],
-) -> None:
-    """The figures of the test images: which blocks run for which classes and which images."""
-    images, labels = test.pictures(), test.labels.cpu().numpy()
-    taken = actions.numpy().astype(np.bool_)
-    policy_figures.policy_overview(
-        OUT / "policy.png",
-        actions=taken,
-        labels=labels,
-        stages=stages,
-        correct=found.correct.numpy(),
-        classes=classes,
-        title=title,
+    dropping, full = results.dropping, results.full
+    columns = (
+        test.labels,
+        dropping.classes,
+        dropping.correct,
+        results.actions,
+        full.correct,
+        full.losses,
     )
-    policy_figures.policies_by_class(
-        OUT / "policies_by_class.png",
-        images=images,
-        labels=labels,
-        actions=taken,
-        stages=stages,
-        classes=classes,
-        title=title,
-    )
-    policy_figures.easy_and_hard(
-        OUT / "easy_and_hard.png",
-        images=images,
-        labels=labels,
-        predicted=found.classes.numpy(),
-        actions=taken,
-        losses=of_full.losses.numpy(),
-        classes=classes,
-        title=title,
-    )
-
-
-def write_images(test: ImageSplit, actions: Tensor, found: Predictions, of_full: Predictions) -> None:
-    """A row for each test image: what it is, what it was taken for, and which blocks it ran."""
-    rows = zip(test.labels.tolist(), found.classes.tolist(), found.correct.tolist(), actions.tolist(),
-               of_full.correct.tolist(), of_full.losses.tolist(), strict=True)  # fmt: skip
+    rows = zip(*(column.tolist() for column in columns), strict=True)
     table = [
         {
             "image": index,
@@ -187,17 +236,20 @@ def draw_learning_curves(num_blocks: int) -> None:
 def main(params: Params) -> None:
     """Write metrics/evaluate.json, plots/blocks.csv and the figures in plots/evaluate."""
     with stage_run("evaluate", params.flat()) as mlflow_run, Steps("evaluate") as steps:
-        metrics = evaluate(params, steps)
-        draw_learning_curves(int(metrics["num_blocks"] or 0))
-        common.write_json(common.METRICS / "evaluate.json", metrics)
-        mlflow_run.log_metrics(metrics)
+        networks = load()
+        evaluation, results = evaluate(params, networks, steps)
+        draw(networks, evaluation, results)
+        write_tables(networks.test, results)
+        draw_learning_curves(evaluation.num_blocks)
+        common.write_json(common.METRICS / "evaluate.json", asdict(evaluation))
+        mlflow_run.log_metrics(asdict(evaluation))
         for image in sorted(OUT.iterdir()):
             mlflow_run.log_artifact(image)
     print(
-        f"evaluate: accuracy {metrics['accuracy']:.4f} (all blocks {metrics['full_accuracy']:.4f}) "
-        f"with {metrics['blocks_mean']:.2f} of {metrics['num_blocks']} blocks, "
-        f"{metrics['flops_saved']:.1%} of the FLOPs saved, "
-        f"{metrics['unique_policies']:.0f} policies"
+        f"evaluate: accuracy {evaluation.accuracy:.4f} (all blocks {evaluation.full_accuracy:.4f}) "
+        f"with {evaluation.blocks_mean:.2f} of {evaluation.num_blocks} blocks, "
+        f"{evaluation.flops_saved:.1%} of the FLOPs saved, "
+        f"{evaluation.unique_policies:.0f} policies"
     )
 
 

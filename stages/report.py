@@ -7,8 +7,9 @@ import numpy as np
 from pipeline.config import Params
 from pipeline.device import choose_device, describe_machine
 from pipeline.report import html, markdown
-from pipeline.report.markdown import Results
+from pipeline.report.markdown import Results, TrainingTimes
 from pipeline.report.trade_off import trade_off
+from pipeline.results import Baselines, BenchmarkResult, Evaluation, from_json
 from pipeline.tracking import dvc_results, experiment_runs, overview
 from pipeline.tracking.identity import baseline_commit
 from pipeline.tracking.runs import StageRun, stage_run
@@ -24,40 +25,47 @@ def read(params: Params) -> Results:
     trainings = ["pretrain", "curriculum", "finetune"]
     trainings += [f"sole-{depth}" for depth in params.sole.depths]
     trainings += [
-        f"static-{rule}-{kept}" for rule in params.static.rules for kept in params.static.num_kept
+        f"static-{rule}-{num_kept}"
+        for rule in params.static.rules
+        for num_kept in params.static.num_kept
     ]
-    times = {name: common.read_json(common.METRICS / "times" / f"{name}.json") for name in trainings}
-    own = common.read_csv(EVALUATED / "images.csv")
-    others = common.read_csv(BASELINES / "images.csv")
-    names = [name for name in others[0] if name != "image"]
-    outcomes = {name: np.array([row[name] == "1" for row in others]) for name in names}
-    outcomes["blockdrop"] = np.array([row["correct"] == "1" for row in own])
+    times = common.METRICS / "times"
+    blockdrop = common.read_csv(EVALUATED / "images.csv")
+    baselines = common.read_csv(BASELINES / "images.csv")
+    names = [name for name in baselines[0] if name != "image"]
+    correctness = {name: np.array([row[name] == "1" for row in baselines]) for name in names}
+    correctness["blockdrop"] = np.array([row["correct"] == "1" for row in blockdrop])
     return Results(
         params=params.flat(),
-        evaluated=common.read_json(common.METRICS / "evaluate.json"),
-        baseline=common.read_json(common.METRICS / "baseline.json"),
-        outcomes=outcomes,
-        times=times,
-        benchmark=common.read_json(common.PLOTS / "benchmark/benchmark.json"),
+        evaluated=from_json(Evaluation, common.read_json(common.METRICS / "evaluate.json")),
+        baselines=from_json(Baselines, common.read_json(common.METRICS / "baseline.json")),
+        correctness=correctness,
+        times={
+            name: from_json(TrainingTimes, common.read_json(times / f"{name}.json"))
+            for name in trainings
+        },
+        benchmark=from_json(
+            BenchmarkResult, common.read_json(common.PLOTS / "benchmark/benchmark.json")
+        ),
         machine=describe_machine(choose_device()),
     )
 
 
 def draw(results: Results) -> None:
     """The figures of the report: its own one, and copies of those of other stages."""
-    own = results.evaluated
+    evaluated = results.evaluated
     title = f"ResNet-{results.params['resnet.depth']} on {results.params['data.source']}"
     point = {
-        "accuracy": own["accuracy"],
-        "flops": own["flops_mean"],
+        "accuracy": evaluated.accuracy,
+        "flops": evaluated.flops_mean,
         "gamma": results.params["gamma"],
         "label": f"BlockDrop, gamma {results.params['gamma']:g}",
     }
     baselines = [_as_numbers(row) for row in common.read_csv(BASELINES / "curves.csv")]
     published = [
-        {"accuracy": accuracy, "flops": flops, "label": name}
-        for name, accuracy, _, flops in markdown.published(results.params)
-        if flops is not None
+        {"accuracy": network.accuracy, "flops": network.flops, "label": network.name}
+        for network in markdown.published(results.params)
+        if network.flops is not None
     ]
     trade_off(
         OUT / "trade_off.png", baselines=baselines, blockdrop=[point], paper=published, title=title
@@ -65,7 +73,7 @@ def draw(results: Results) -> None:
     for folder in (EVALUATED, common.PLOTS / "benchmark"):
         for picture in sorted(folder.glob("*.png")):
             (OUT / picture.name).write_bytes(picture.read_bytes())
-    rows = [*baselines, {"kind": "BlockDrop", "flops": own["flops_mean"], "accuracy": own["accuracy"]}]
+    rows = [*baselines, {"kind": "BlockDrop", **point}]
     common.write_csv(
         TRADE_OFF, [{name: row[name] for name in ("kind", "flops", "accuracy")} for row in rows]
     )

@@ -3,7 +3,9 @@
 Shapes: B images of a batch, M test images, K blocks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +65,7 @@ class Rounds:
 
         return [[policies_for(images) for images in batches] for batches in self.batches]
 
-    def forced(self, execute: Run, policy: Run, policies: list[list[Tensor]]) -> Call:
+    def forced(self, execute: Callable[..., Any], policy: Run, policies: list[list[Tensor]]) -> Call:
         """Run the policy network, then an executor's ResNet under other actions than it chose.
 
         So the images are normalised twice; the real executor does it once and is that much faster.

@@ -86,8 +86,8 @@ def test_every_stage_runs_on_a_streamed_tree(project, monkeypatch):
     measured = json.loads(Path("plots/benchmark/benchmark.json").read_text())
     assert "CIFAR's ResNets alone" in measured["left_out"]["native fp32"]
     timed = [row for row in measured["times"] if row["kind"] == "blockdrop"]
-    assert {row["contestant"] for row in timed} == {"masked", "gather", "grouped"}
-    assert all(row["agrees"] for row in timed)
+    assert {row["candidate"] for row in timed} == {"masked", "gather", "grouped"}
+    assert all(row["agreement"]["agrees"] for row in timed)
     assert "ResNet-26" in Path("report/report.md").read_text()
     monkeypatch.setenv("BLOCKDROP_WORKERS", "2")
     before = Path("models/pretrain/model.safetensors").read_bytes()

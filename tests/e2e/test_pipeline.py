@@ -42,7 +42,7 @@ def test_one_command_runs_every_stage(copy):
     )
     benchmark = json.loads((copy.folder / "plots/benchmark/benchmark.json").read_text())
     assert [answer["batch"] for answer in benchmark["answers"]] == [4, 40]
-    assert all(row["agrees"] for row in benchmark["times"] if row["kind"] == "blockdrop")
+    assert all(row["agreement"]["agrees"] for row in benchmark["times"] if row["kind"] == "blockdrop")
     report = (copy.folder / "report/report.md").read_text()
     assert "## Does it pay in time?" in report
     assert "Another machine" not in report
