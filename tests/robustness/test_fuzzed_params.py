@@ -127,13 +127,7 @@ def test_value_that_holds_itself_is_shown_shortened(path):
 )
 def test_tag_that_its_value_does_not_fit_is_refused(path, tag):
     message = refusal(path, DIGITS.replace("gamma: 2.0", f"gamma: {tag}", 1))
-    assert "mend it there" in message
-
-
-def test_merged_sections_are_refused(path):
-    assert "<< in line 115 takes keys over" in refusal(
-        path, DIGITS + "more: &m {a: 1}\nothers:\n  <<: *m\n"
-    )
+    assert "correct it there" in message
 
 
 def test_second_document_is_refused(path):
@@ -153,9 +147,8 @@ def test_file_larger_than_parameters_are_is_not_read(path):
 
 
 def test_largest_file_is_read_in_bounded_time(path):
-    content = DIGITS.replace("gamma: 2.0", "gamma: 1:1", 1)  # to the base of 60, and now much longer
-    content = content.replace("1:1", "1" + ":1" * ((MAX_BYTES - len(content)) // 2), 1)
-    assert "is read in two ways" in refusal(path, content)
+    base_of_60 = "1:" * ((MAX_BYTES - len(DIGITS)) // 2 - 1)  # which YAML 1.1 would compute for seconds
+    assert "gamma: is " in refusal(path, DIGITS.replace("2.0", f"{base_of_60}1", 1))
 
 
 def test_pipe_is_not_waited_for(path):
@@ -167,7 +160,7 @@ def test_pipe_is_not_waited_for(path):
 def test_thousands_of_unknown_keys_are_counted_and_not_listed(path):
     message = refusal(path, DIGITS + "".join(f"k{n}: 1\n" for n in range(3000)))
     assert len(message.splitlines()) == config.MAX_PROBLEMS + 2
-    assert "and 2980 more" in message
+    assert f"and {3000 - config.MAX_PROBLEMS} more" in message
 
 
 @pytest.mark.parametrize(
