@@ -121,7 +121,7 @@ def draw(
     stages: tuple[int, ...],
 ) -> None:
     """The figures of the test images: which blocks run for which classes and which images."""
-    images, labels = test.pictures(), test.labels.cpu().numpy()
+    images, labels = test.image_array(), test.labels.cpu().numpy()
     taken = actions.numpy().astype(np.bool_)
     policy_figures.policy_overview(
         OUT / "policy.png",

@@ -43,7 +43,7 @@ class Arrays:
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
 
-    def at(self, rows: NDArray[np.int64]) -> "Arrays":
+    def take(self, rows: NDArray[np.int64]) -> "Arrays":
         """The images and labels of some rows."""
         return Arrays(images=self.images[rows], labels=self.labels[rows])
 
@@ -71,7 +71,7 @@ def split_by_seed(
         DataError: a split would be empty.
     """
     drawn = split_rows(len(arrays.labels), shares=shares, seed=seed)
-    return {name: arrays.at(rows) for name, rows in drawn.items()}
+    return {name: arrays.take(rows) for name, rows in drawn.items()}
 
 
 def split_rows(

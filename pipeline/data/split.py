@@ -55,13 +55,13 @@ class ImageSplit(Protocol):
             drawn: what `augmentation` drew, a row for each image of the split.
         """
 
-    def in_order(self, size: int) -> Iterator[Tensor]:
+    def iter_batches(self, size: int) -> Iterator[Tensor]:
         """All images without augmentation, `size` at a time."""
 
-    def some(self, count: int) -> "Split":
+    def subset(self, count: int) -> "Split":
         """Images to measure times with: `count` of them, or all that are at hand anyway."""
 
-    def pictures(self) -> ImageArray:
+    def image_array(self) -> ImageArray:
         """The images for figures."""
 
 
@@ -106,15 +106,15 @@ class Split:
             assert drawn is not None
             yield augmentation(self.images[rows], drawn[rows])
 
-    def in_order(self, size: int) -> Iterator[Tensor]:
+    def iter_batches(self, size: int) -> Iterator[Tensor]:
         """All images, `size` at a time."""
         return iter(self.images.split(size))
 
-    def some(self, count: int) -> "Split":
+    def subset(self, count: int) -> "Split":
         """All of them: they are at hand."""
         return self
 
-    def pictures(self) -> NDArray[np.uint8]:
+    def image_array(self) -> NDArray[np.uint8]:
         """[M, H, W, 3]."""
         return self.images.cpu().numpy()
 

@@ -174,7 +174,7 @@ def _ignore_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-class Pictures:
+class StreamedImages:
     """The images by their rows, decoded when they are asked for."""
 
     def __init__(self, reader: Reader) -> None:
@@ -254,7 +254,7 @@ class StreamedSplit:
                 raise DataError(images)
             yield images.to(self.device, non_blocking=True)
 
-    def in_order(self, size: int) -> Iterator[Tensor]:
+    def iter_batches(self, size: int) -> Iterator[Tensor]:
         """All images as they are evaluated, `size` at a time; decoded once, where they can be kept."""
         if self._held is None and self._can_be_held():
             held = torch.empty(len(self), self.image_size, self.image_size, 3, dtype=torch.uint8)
@@ -273,12 +273,12 @@ class StreamedSplit:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return len(self) * self.image_size**2 * 3 <= HELD_SHARE * memory
 
-    def some(self, count: int) -> Split:
+    def subset(self, count: int) -> Split:
         """At most `count` images, evenly spaced over all of them and so over the classes."""
         rows = torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()
         images = torch.cat(list(self.batches(rows.split(256))))
         return Split(images=images, labels=self.labels[rows.to(self.device)])
 
-    def pictures(self) -> Pictures:
+    def image_array(self) -> StreamedImages:
         """The images for figures, which show few of them."""
-        return Pictures(self.reader)
+        return StreamedImages(self.reader)

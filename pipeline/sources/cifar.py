@@ -81,8 +81,8 @@ def cifar100(raw: Path) -> Dataset:
 def _cifar_splits(train: Arrays, test: Arrays) -> dict[SplitName, Arrays]:
     rows = np.arange(len(train.labels))
     return {
-        "train": train.at(rows[:-CIFAR_VALIDATION]),
-        "validation": train.at(rows[-CIFAR_VALIDATION:]),
+        "train": train.take(rows[:-CIFAR_VALIDATION]),
+        "validation": train.take(rows[-CIFAR_VALIDATION:]),
         "test": test,
     }
 
