@@ -1,6 +1,6 @@
-"""params.yaml as frozen, validated objects. The only reader of that file.
+"""params.yaml as frozen, validated objects.
 
-No field has a default: every value stands in params.yaml, where DVC tracks it. So this module says
+No field has a default: every value stands in params.yaml, where DVC tracks it. So this module decides
 which values are allowed and never what a result is, and no stage needs to rerun when it changes.
 """
 
@@ -23,21 +23,21 @@ MAX_BYTES = 1 << 16  # presets have 5 KB; YAML is read at about 100 KB a second
 MAX_PROBLEMS = 30  # lines of a message; a file of before the renaming has 25
 NO_FILE = "import/none"  # stands for "nothing is imported": DVC needs a path that exists
 
-# The upper ends are far from all that serves anybody: beyond them numbers leave float32 or int64, and
-# networks and tables the memory, with an error that names no key.
+# The upper bounds are far above useful values. Beyond them numbers overflow float32 or int64, or networks
+# and tables the memory, with an error that names no key.
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 NonNegative = Annotated[float, Field(ge=0, le=1e9)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 CountOrNone = Annotated[int, Field(ge=0, le=10**9)]
-Few = Annotated[int, Field(ge=1, le=10**5)]  # what takes time or memory for each
+Few = Annotated[int, Field(ge=1, le=10**5)]  # of things that each take time or memory
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Depth = Annotated[int, Field(ge=1, le=2000)]  # as checkpoints may have it
+Depth = Annotated[int, Field(ge=1, le=2000)]  # the same bound as for checkpoints
 Width = Annotated[int, Field(ge=1, le=4096)]
 PathText = Annotated[str, Field(min_length=1)]
-Share = Annotated[float, Field(gt=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 # the shortcut pools 2x2 twice where the strided convolution rounds up: they agree on multiples of 4
 Side = Annotated[int, Field(ge=8, le=512, multiple_of=4)]
-Mean = Annotated[float, Field(ge=-10, le=10)]  # a share of full brightness, and so is the next
+Mean = Annotated[float, Field(ge=-10, le=10)]  # of pixels in [0, 1], as is the next
 Deviation = Annotated[float, Field(ge=1e-3, le=1e3)]
 Schedule = Literal["constant", "cosine", "step"]
 Precision = Literal["fp32", "bf16"]
@@ -90,8 +90,8 @@ class Data(Section):
     source: Literal["digits", "cifar10", "cifar100", "imagefolder", "imagefolder_stream"]
     folder: PathText
     image_size: Side
-    validation_fraction: Share | None
-    test_fraction: Share | None
+    validation_fraction: Fraction | None
+    test_fraction: Fraction | None
     split_seed: Seed
 
     @model_validator(mode="after")
@@ -155,7 +155,7 @@ class PolicyNetParams(Section):
     depth: Depth
     width: Width
     input_size: Side | None
-    initial_keep_prob: Share
+    initial_keep_prob: Fraction
 
     @model_validator(mode="after")
     def _depth(self) -> "PolicyNetParams":
@@ -224,7 +224,7 @@ class FinetunePolicy(Section):
 
 
 class Checkpoints(Section):
-    """Checkpoints to take instead of training, or NO_FILE; of `sole` and `static` folders of several."""
+    """Checkpoints to take instead of training, or NO_FILE; for `sole` and `static` folders of several."""
 
     pretrain: PathText
     curriculum: PathText
@@ -234,7 +234,7 @@ class Checkpoints(Section):
 
 
 class Evaluate(Section):
-    """How thoroughly the result is questioned."""
+    """How thoroughly the result is evaluated."""
 
     shuffles: Few
     single_policies: Few
@@ -275,7 +275,7 @@ class Sole(Section):
 
 
 class Static(Section):
-    """Rules that drop blocks without looking at the image, finetuned as `finetune` finetunes."""
+    """Rules that drop blocks without looking at the image, each finetuned by the recipe of `finetune`."""
 
     rules: Annotated[tuple[RuleName, ...], Field(strict=False)]
     num_kept: Annotated[tuple[Count, ...], Field(strict=False)]
@@ -324,11 +324,11 @@ class Params(Section):
         if self.curriculum.epochs < needed and self.checkpoints.curriculum == NO_FILE:
             raise ValueError(
                 f"curriculum.epochs {self.curriculum.epochs} end before the first of the "
-                f"{self.resnet.num_blocks} blocks is learnt; with epochs_per_block "
+                f"{self.resnet.num_blocks} blocks is active; with epochs_per_block "
                 f"{self.curriculum.epochs_per_block} it takes {math.ceil(needed)} epochs or more"
             )
         self._check_policy_epochs()
-        self._check_rivals()
+        self._check_other_networks()
         streamed = self.data.source == "imagefolder_stream"
         if streamed and self.augmentation.crop_padding:
             raise ValueError(
@@ -341,26 +341,26 @@ class Params(Section):
         epochs, policy = self.finetune.epochs, self.finetune_policy
         if not epochs:  # nothing is trained: both networks are taken as they are
             return
-        left = epochs - policy.frozen_epochs
-        if left < 1:
+        remaining = epochs - policy.frozen_epochs
+        if remaining < 1:
             raise ValueError(
                 f"finetune_policy.frozen_epochs {policy.frozen_epochs} leave none of finetune.epochs "
                 f"{epochs} for the policy; lower them, 0 for none"
             )
-        if policy.train_epochs is not None and policy.train_epochs > left:
+        if policy.train_epochs is not None and policy.train_epochs > remaining:
             after = f" after frozen_epochs {policy.frozen_epochs}" if policy.frozen_epochs else ""
             raise ValueError(
                 f"finetune_policy.train_epochs {policy.train_epochs} are more than finetune.epochs "
                 f"{epochs}{after}; lower them, or null for all epochs"
             )
 
-    def _check_rivals(self) -> None:
+    def _check_other_networks(self) -> None:
         depth, blocks = self.resnet.depth, self.resnet.num_blocks
-        of_others = {
+        depths_of = {
             "benchmark.sole_depths": self.benchmark.sole_depths,
             "sole.depths": self.sole.depths,
         }
-        for key, depths in of_others.items():
+        for key, depths in depths_of.items():
             for other in depths:
                 try:
                     num_blocks(self.resnet.family, other)

@@ -51,7 +51,7 @@ def main(params: Params) -> None:
         benchmark = Benchmark(
             Networks(resnet=resnet, policy_net=policy_net, normalisation=tuned.normalisation),
             full=full,
-            images=test.some(TIMED).images,
+            images=test.subset(TIMED).images,
             cost=measure(resnet, policy_net, test.image_size),
             settings=Settings(**dict(params.benchmark)),
         )

@@ -1,7 +1,7 @@
 """check: params.yaml as a whole, before any other stage runs.
 
-DVC gives a stage only the parameters that it names, so a mistyped key would change nothing and pass
-unseen. This stage depends on the file, and its out never changes, so it makes no other stage rerun.
+DVC compares only the parameters that a stage names, so a mistyped key would rerun nothing and go
+unnoticed. This stage depends on the whole file. Its out never changes, so it makes no other stage rerun.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ OUT = Path("data/params.ok")
 
 def main() -> None:
     """Refuse a params.yaml that can't be used."""
-    mode()  # refuses a BLOCKDROP_TRACKING that it does not know
+    mode()  # refuses an unknown BLOCKDROP_TRACKING
     load()
     write_text(OUT, "params.yaml was read and can be used\n")
     require_unchanged()

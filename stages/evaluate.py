@@ -171,7 +171,7 @@ def draw(networks: Trained, evaluation: Evaluation, results: TestResults) -> Non
     """The figures of the test images: which blocks run for which classes and which images."""
     test, resnet = networks.test, networks.resnet
     shown = policy_figures.ShownPolicies(
-        images=test.pictures(),
+        images=test.image_array(),
         labels=test.labels.cpu().numpy(),
         predicted=results.dropping.classes.numpy(),
         actions=results.actions.numpy().astype(np.bool_),

@@ -1,4 +1,4 @@
-"""prepare: fetch or read the data set, split it, write it as uint8 arrays, or as lists of its images."""
+"""prepare: read or download the data set, split it, write it as uint8 arrays or as lists of image files."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ RAW = project_root() / "data/raw"  # archives, kept between runs and out of DVC 
 
 
 def read(data: Data) -> Dataset:
-    """The data set that params.yaml names, when it has fixed classes."""
+    """The data set that params.yaml names; not a folder of images."""
     if data.source == "cifar10":
         return cifar.cifar10(RAW)
     if data.source == "cifar100":
@@ -25,29 +25,29 @@ def read(data: Data) -> Dataset:
 
 
 def shares_of(data: Data) -> dict[SplitName, float]:
-    """The shares of the splits that are drawn."""
-    named: dict[SplitName, float | None] = {
+    """The fractions of the splits that are drawn at random."""
+    fractions: dict[SplitName, float | None] = {
         "validation": data.validation_fraction,
         "test": data.test_fraction,
     }
-    return {name: share for name, share in named.items() if share is not None}
+    return {name: fraction for name, fraction in fractions.items() if fraction is not None}
 
 
 def write(data: Data) -> dict[str, int]:
-    """Write data/prepared; how many images each split has, classes there are, files were passed over."""
+    """Write data/prepared; counts of the images of each split, of classes, of skipped files."""
     shares, seed = shares_of(data), data.split_seed
     if data.source == "imagefolder_stream":
         tree = class_folders.scan(project_root() / IMAGES)
         listings = image_folder.imagefolder_stream(tree, shares=shares, seed=seed)
         streaming.save(listings, PREPARED, classes=tree.classes, image_size=data.image_size)
         counts = {f"{name}_images": len(split.paths) for name, split in listings.items()}
-        return {**counts, "classes": len(tree.classes), "passed_over": _told(tree)}
+        return {**counts, "classes": len(tree.classes), "passed_over": _report_skipped(tree)}
     more = {}
     if data.source == "imagefolder":
         tree = class_folders.scan(Path(data.folder))
         require_seen(tree.folder, [path for images in tree.splits.values() for path, _ in images])
         dataset = image_folder.imagefolder(tree, image_size=data.image_size, shares=shares, seed=seed)
-        more = {"passed_over": _told(tree)}
+        more = {"passed_over": _report_skipped(tree)}
     else:
         dataset = read(data)
     save(dataset, PREPARED)
@@ -55,14 +55,14 @@ def write(data: Data) -> dict[str, int]:
     return {**counts, "classes": len(dataset.classes), **more}
 
 
-def _told(tree: Tree) -> int:
+def _report_skipped(tree: Tree) -> int:
     if tree.passed_over:
         print(f"prepare: of {tree.folder} {class_folders.account(tree.passed_over)}", flush=True)
     return len(tree.passed_over)
 
 
 def main(params: Params) -> None:
-    """Write data/prepared and how many images each split has."""
+    """Write data/prepared and metrics/prepare.json."""
     with stage_run("prepare", params.flat()) as mlflow_run:
         about = write(params.data)
         write_json(METRICS / "prepare.json", {"data": about})  # DVC names them data.train_images, ...

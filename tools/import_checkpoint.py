@@ -20,7 +20,7 @@ from pipeline.infra.atomic_io import write_atomically, write_text
 from pipeline.infra.errors import UserError
 from pipeline.infra.safe_io import truncate
 from pipeline.models import checkpoint
-from pipeline.sources.cifar import patience
+from pipeline.sources.cifar import download_timeout
 from pipeline.training import legacy_checkpoints
 from tools.command import Parser, command
 
@@ -110,7 +110,7 @@ def download(name: str, wanted: ResNetParams) -> Path:
     path = IMPORT / urls[name].rsplit("/", 1)[1]
     print(f"downloading {urls[name]} ...", flush=True)
     try:
-        with patience():
+        with download_timeout():
             prefix = path.stem.rsplit("-", 1)[1]  # the beginning of the file's SHA-256
             download_url_to_file(urls[name], str(path), hash_prefix=prefix, progress=sys.stderr.isatty())
     except (OSError, RuntimeError) as error:  # urllib's are OSErrors

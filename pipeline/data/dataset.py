@@ -1,8 +1,8 @@
-"""Prepared data sets: a few files of uint8 arrays, written by `prepare`, read by all later stages.
+"""Prepared data sets on disk: arrays that `prepare` writes and all later stages read.
 
 A prepared folder holds, for each split, `SPLIT_images.npy` [M, H, W, 3] uint8 and `SPLIT_labels.npy`
-[M] int64, and `dataset.json` with the names of the classes and a digest of every file. For images that
-do not fit into the memory it holds lists of them instead (streaming.py).
+[M] int64, and `dataset.json` with the names of the classes and a digest of every array. Images that do
+not fit into the memory are only listed there (streaming.py).
 Shapes: M images of a split, H and W pixels.
 """
 
@@ -43,8 +43,8 @@ class Arrays:
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
 
-    def at(self, rows: NDArray[np.int64]) -> "Arrays":
-        """The images and labels of some rows."""
+    def take(self, rows: NDArray[np.int64]) -> "Arrays":
+        """The images and labels of these rows."""
         return Arrays(images=self.images[rows], labels=self.labels[rows])
 
 
@@ -65,19 +65,19 @@ def digest(array: NDArray[np.generic]) -> str:
 def split_by_seed(
     arrays: Arrays, *, shares: dict[SplitName, float], seed: int
 ) -> dict[SplitName, Arrays]:
-    """Draw disjoint splits of the given shares; what is left is the training split.
+    """Draw disjoint splits of the given shares at random; all other images are the training split.
 
     Raises:
         DataError: a split would be empty.
     """
-    drawn = split_rows(len(arrays.labels), shares=shares, seed=seed)
-    return {name: arrays.at(rows) for name, rows in drawn.items()}
+    splits = split_rows(len(arrays.labels), shares=shares, seed=seed)
+    return {name: arrays.take(rows) for name, rows in splits.items()}
 
 
 def split_rows(
     images: int, *, shares: dict[SplitName, float], seed: int
 ) -> dict[SplitName, NDArray[np.int64]]:
-    """The rows of each split, in their order, as `split_by_seed` draws them.
+    """The row numbers of each split, ascending, as `split_by_seed` draws them.
 
     Raises:
         DataError: a split would be empty.
@@ -171,26 +171,28 @@ def _streamed(
 
 
 def _read_array(path: Path, sha256: str) -> NDArray[np.generic]:
-    """An array as np.save writes it; memory is taken once the file is as large as its header says.
+    """An array as np.save writes it, in C order: its digest is that of all bytes after the header.
 
-    In C order, so that the digest of the array is the digest of the file's rest.
+    A damaged header takes no memory: its size must be that of the file.
     """
     try:
         with open_regular(path) as file:
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError("it is of another version of the format")
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            promised = math.prod(shape) * dtype.itemsize
-            held = os.fstat(file.fileno()).st_size - file.tell()
-            if fortran or promised != held:
-                raise ValueError(f"its header says {promised:,} bytes of {dtype}, and it holds {held:,}")
             start = file.tell()
+            expected = math.prod(shape) * dtype.itemsize
+            actual = os.fstat(file.fileno()).st_size - start
+            if fortran or expected != actual:
+                raise ValueError(
+                    f"its header says {expected:,} bytes of {dtype}, and it holds {actual:,}"
+                )
             genuine = hashlib.file_digest(file, "sha256").hexdigest() == sha256  # takes no memory
             file.seek(start)
             array = np.fromfile(file, dtype).reshape(shape) if genuine else None
     except Exception as error:  # numpy raises what the damaged bytes of a header happen to break
-        said = error.strerror if isinstance(error, OSError) else truncate(error)
-        raise DataError(f"{path} can't be read ({said}); {REMEDY}") from None
+        reason = error.strerror if isinstance(error, OSError) else truncate(error)
+        raise DataError(f"{path} can't be read ({reason}); {REMEDY}") from None
     if array is None:
         raise DataError(f"{path} is not what {DESCRIPTION} beside it says; {REMEDY}")
     return array

@@ -1,4 +1,4 @@
-"""Image files of unknown hands, opened as upright RGB pictures or refused by name."""
+"""Image files from outside: decoded as upright RGB images, or refused by name."""
 
 import os
 from pathlib import Path
@@ -9,8 +9,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pipeline.infra.errors import DataError
 from pipeline.infra.safe_io import open_regular, truncate
 
-# Left out of what PIL opens: EPS and WMF, which other programs draw; formats without a signature (TGA,
-# PCX); floats (PFM), whose brightness has no known range; icons and layers, which are several images.
+# Not among them, though PIL opens them: EPS and WMF, which take other programs to draw; formats without a
+# signature (TGA, PCX); floats (PFM), whose brightness has no known range; icons and layers, which are
+# several images.
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 IMAGE_SUFFIXES = frozenset({
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif",
@@ -18,14 +19,15 @@ IMAGE_SUFFIXES = frozenset({
 })  # fmt: skip
 MAX_BYTES = 1 << 30  # of a file; some decoders take all of it into memory
 MAX_SIDE = 65_535  # what JPEG allows; PIL refuses over 179 million pixels
-BEHIND = (128, 128, 128, 255)  # what is transparent: dark and light drawings both stand out from it
+BACKGROUND = (128, 128, 128, 255)  # of transparent images: dark and light drawings stand out from it
+BILINEAR = Image.Resampling.BILINEAR
 
 
 def open_image(path: Path, *, size: int | None = None) -> Image.Image:
     """An upright RGB image, decoded.
 
     Args:
-        size: bytes that the file must have; None where nobody has said it.
+        size: bytes that the file must have; None: any number.
 
     Raises:
         DataError: the file is missing, changed or damaged, no image, or one whose brightness has no
@@ -33,11 +35,11 @@ def open_image(path: Path, *, size: int | None = None) -> Image.Image:
     """
     try:
         with open_regular(path, MAX_BYTES) as file, Image.open(file, formats=IMAGE_FORMATS) as opened:
-            if max(opened.size) > MAX_SIDE:  # a narrow one of few pixels takes as much memory as many
+            if max(opened.size) > MAX_SIDE:  # decoding a long narrow image takes much memory too
                 raise ValueError(f"its side of {max(opened.size)} pixels is over {MAX_SIDE}")
-            held = os.fstat(file.fileno()).st_size
-            if size is not None and held != size:
-                raise ValueError(f"it has {held:,} bytes and had {size:,} at `prepare`; {_ANEW}")
+            actual = os.fstat(file.fileno()).st_size
+            if size is not None and actual != size:
+                raise ValueError(f"it has {actual:,} bytes and had {size:,} at `prepare`; {_LIST_AGAIN}")
             image = ImageOps.exif_transpose(opened)
             is_16_bit = image.mode.startswith("I;16") or (opened.format, image.mode) == ("PPM", "I")
             if image.mode in ("F", "I") and not is_16_bit:
@@ -47,30 +49,30 @@ def open_image(path: Path, *, size: int | None = None) -> Image.Image:
             return _opaque(image).convert("RGB")
     except Exception as error:  # each decoder raises what the damaged bytes happen to break
         raise DataError(
-            f"{truncate(path)} can't be read as an image ({_said(error)}); {_MEND}"
+            f"{truncate(path)} can't be read as an image ({_reason(error)}); repair or remove it"
         ) from None
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """As it is shown: colours that lie under full transparency mean nothing.
+    """The image on BACKGROUND, as a viewer shows it: the colours of transparent pixels mean nothing.
 
     Raises:
         ValueError: all of it is transparent.
     """
     if not image.has_transparency_data:
         return image
-    seen = image.convert("RGBA")
-    least, most = seen.getchannel("A").getextrema()
-    if most == 0:
+    rgba = image.convert("RGBA")
+    lowest, highest = rgba.getchannel("A").getextrema()
+    if highest == 0:
         raise ValueError("all of it is transparent, so it shows nothing")
-    if least == 255:
-        return seen
-    behind = Image.new("RGBA", seen.size, BEHIND)
-    behind.alpha_composite(seen)
-    return behind
+    if lowest == 255:
+        return rgba
+    background = Image.new("RGBA", rgba.size, BACKGROUND)
+    background.alpha_composite(rgba)
+    return background
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"it is none of {', '.join(IMAGE_FORMATS)}, or its beginning is damaged"
     if isinstance(error, OSError) and error.strerror:
@@ -78,5 +80,4 @@ def _said(error: Exception) -> str:
     return truncate(error) or type(error).__name__
 
 
-_MEND = "repair or remove it"
-_ANEW = "`dvc repro -f prepare` lists it anew"
+_LIST_AGAIN = "`dvc repro -f prepare` lists it again"

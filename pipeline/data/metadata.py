@@ -1,4 +1,4 @@
-"""What a prepared folder says of itself: `dataset.json`, written last, read by all later stages."""
+"""`dataset.json`, which describes a prepared folder: `prepare` writes it last, later stages read it."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -28,14 +28,14 @@ class SplitRecord(_Record):
 
 
 class ListedRecord(_Record):
-    """A split of which the folder has a list."""
+    """A split whose images the folder lists (streaming.py)."""
 
     images: int
     manifest_sha256: str
 
 
 class Description(_Record):
-    """dataset.json. Splits that are listed and not copied have an image size, as arrays have theirs."""
+    """dataset.json. Only listed splits need an image size: arrays have one."""
 
     source: str
     classes: Annotated[tuple[str, ...], Field(strict=False, min_length=2)]
@@ -75,8 +75,8 @@ def read_description(folder: Path) -> Description:
         return Description.model_validate(read_json(path, MAX_DESCRIPTION))
     except ValidationError as error:
         first = error.errors()[0]
-        where = truncate(".".join(map(str, first["loc"])), 80)
-        raise DataError(f"{path}: {where}: {truncate(first['msg'])}; {REMEDY}") from None
+        key = truncate(".".join(map(str, first["loc"])), 80)
+        raise DataError(f"{path}: {key}: {truncate(first['msg'])}; {REMEDY}") from None
     except (OSError, ValueError) as error:
-        said = error.strerror if isinstance(error, OSError) else truncate(error)
-        raise DataError(f"{path} can't be read ({said}); {REMEDY}") from None
+        reason = error.strerror if isinstance(error, OSError) else truncate(error)
+        raise DataError(f"{path} can't be read ({reason}); {REMEDY}") from None

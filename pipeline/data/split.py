@@ -1,9 +1,9 @@
-"""Prepared images on the device: one uint8 tensor a split, normalised and augmented there.
+"""One split of a data set: its images by batches, and its labels.
 
-Images that do not fit into the memory come as batches of the same kind (`Images`; streaming.py).
+`ImageSplit` is what training, prediction and evaluation take. `Split` holds all images in one tensor on
+the device; `StreamedSplit` (streaming.py) decodes images that do not fit into the memory.
 
-Shapes: B images of a batch, M images of a split, H and W pixels. Images are [.., H, W, 3] uint8 at
-rest and [.., 3, H, W] float (channels_last) when a network sees them.
+Shapes: B images of a batch, M images of a split, H and W pixels.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from pipeline.data.transforms import AnyAugmentation, Augmentation
 
 
 class ImageArray(Protocol):
-    """Images by their rows: an array [M, H, W, 3] is one."""
+    """Images that are read by row number: an array [M, H, W, 3] is one."""
 
     def __getitem__(self, row: int, /) -> NDArray[np.uint8]:
         """[H, W, 3]."""
@@ -46,22 +46,23 @@ class ImageSplit(Protocol):
     def batches(
         self,
         parts: Sequence[Tensor],
-        augmentation: "AnyAugmentation | None" = None,
-        drawn: Tensor | None = None,
+        augmentation: AnyAugmentation | None = None,
+        augmentation_state: Tensor | None = None,
     ) -> Iterator[Tensor]:
-        """For each part, the images of its rows, [B, H, W, 3] uint8.
+        """The images of each part's rows, [B, H, W, 3] uint8.
 
         Args:
-            drawn: what `augmentation` drew, a row for each image of the split.
+            parts: row numbers [B] of each batch.
+            augmentation_state: what `augmentation.draw` gave for the whole split [M, ..].
         """
 
-    def in_order(self, size: int) -> Iterator[Tensor]:
+    def iter_batches(self, size: int) -> Iterator[Tensor]:
         """All images without augmentation, `size` at a time."""
 
-    def some(self, count: int) -> "Split":
-        """Images to measure times with: `count` of them, or all that are at hand anyway."""
+    def subset(self, count: int) -> "Split":
+        """Images to time inference on: `count` of them, or all of a split that is in memory."""
 
-    def pictures(self) -> ImageArray:
+    def image_array(self) -> ImageArray:
         """The images for figures."""
 
 
@@ -93,28 +94,28 @@ class Split:
     def batches(
         self,
         parts: Sequence[Tensor],
-        augmentation: "AnyAugmentation | None" = None,
-        drawn: Tensor | None = None,
+        augmentation: AnyAugmentation | None = None,
+        augmentation_state: Tensor | None = None,
     ) -> Iterator[Tensor]:
-        """For each part, the images of its rows, [B, H, W, 3] uint8."""
-        drawn = None if drawn is None else drawn.to(self.device)
+        """The images of each part's rows, [B, H, W, 3] uint8."""
+        state = None if augmentation_state is None else augmentation_state.to(self.device)
         for rows in parts:
             if augmentation is None:
                 yield self.images[rows]
                 continue
             assert isinstance(augmentation, Augmentation)
-            assert drawn is not None
-            yield augmentation(self.images[rows], drawn[rows])
+            assert state is not None
+            yield augmentation(self.images[rows], state[rows])
 
-    def in_order(self, size: int) -> Iterator[Tensor]:
+    def iter_batches(self, size: int) -> Iterator[Tensor]:
         """All images, `size` at a time."""
         return iter(self.images.split(size))
 
-    def some(self, count: int) -> "Split":
-        """All of them: they are at hand."""
+    def subset(self, count: int) -> "Split":
+        """All of them, as they are in memory."""
         return self
 
-    def pictures(self) -> NDArray[np.uint8]:
+    def image_array(self) -> NDArray[np.uint8]:
         """[M, H, W, 3]."""
         return self.images.cpu().numpy()
 

@@ -1,11 +1,11 @@
-"""Image folders too large for the memory: a manifest in data/prepared, the images where they are.
+"""Image folders that do not fit into the memory: data/prepared lists them, stages decode them.
 
-`prepare` writes for each split `SPLIT_manifest.tsv`, a line for each image: label, bytes, path below
-data/images; and `dataset.json` with the manifests' digests. Later stages decode the images as they need
-them, in processes that work ahead of the device.
+`prepare` writes for each split `SPLIT_manifest.tsv` with a line for each image (label, bytes, path below
+data/images) and `dataset.json` with the manifests' digests. Later stages decode the images when they
+need them, in worker processes that run ahead of the device.
 
-What augmentation does to an image depends on one number drawn for it in that epoch (SeededCrop), so
-neither on the process that decodes it, nor on their number, nor on where a training was resumed.
+An image's augmentation depends on one seed drawn for it in that epoch (SeededCrop). So it depends
+neither on the worker that decodes it, nor on how many there are, nor on where a training was resumed.
 Shapes: B images of a batch, M images of a split, S pixels of a side.
 """
 
@@ -36,9 +36,9 @@ from pipeline.infra.safe_io import read_bytes, truncate
 SOURCE = "imagefolder_stream"
 MAX_MANIFEST = 1 << 30  # bytes; ImageNet's has 60 MB
 RESIZED = 256 / 224  # the shorter side before the central crop, in crops: torchvision's evaluation
-AHEAD = 4  # batches that each process decodes before they are asked for
-HELD_SHARE = 1 / 8  # of the memory, up to which a split that is read in order is kept decoded
-AS_IT_IS = -1  # in place of a seed: no augmentation
+PREFETCH = 4  # batches that each worker decodes ahead
+CACHE_FRACTION = 1 / 8  # of the memory: a split that takes no more is kept decoded for evaluation
+NO_AUGMENTATION = -1  # in place of a seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,18 +99,19 @@ def read_manifest(path: Path, *, sha256: str, images: int, classes: int) -> List
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in paths):
             raise ValueError("it has a path that leaves the folder of the images")
     except (OSError, ValueError, OverflowError) as error:
-        said = error.strerror if isinstance(error, OSError) else truncate(error)
-        raise DataError(f"{path} can't be read ({said}); {REMEDY}") from None
+        reason = error.strerror if isinstance(error, OSError) else truncate(error)
+        raise DataError(f"{path} can't be read ({reason}); {REMEDY}") from None
     return Listing(paths=paths, labels=labels, sizes=sizes)
 
 
-Item = tuple[int, int, bool]  # row, seed of its augmentation or AS_IT_IS, whether it may be mirrored
+Item = tuple[int, int, bool]  # row, seed of its augmentation or NO_AUGMENTATION, may be mirrored
 
 
 class Reader(Dataset[Tensor | str]):
-    """Decodes images of a listing, in whichever process; what can't be read comes back as words.
+    """Decodes images of a listing, in a worker or in this process.
 
-    An exception would reach the user as the traceback of a process that they know nothing of.
+    For a file that can't be read it returns the message: a worker's exception would reach the user with
+    the worker's traceback.
     """
 
     def __init__(self, root: Path, listing: Listing, image_size: int) -> None:
@@ -133,7 +134,7 @@ class Reader(Dataset[Tensor | str]):
             image: Any = open_image(path, size=int(self.sizes[row]))
         except DataError as error:
             return str(error)
-        if seed == AS_IT_IS:
+        if seed == NO_AUGMENTATION:
             image = self.centre(image)
         else:
             with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
@@ -143,13 +144,13 @@ class Reader(Dataset[Tensor | str]):
 
 
 def collate(items: list[Tensor | str]) -> Tensor | str:
-    """A batch [B, S, S, 3], or the first thing that is wrong."""
-    wrong = next((item for item in items if isinstance(item, str)), None)
-    return wrong if wrong is not None else torch.stack([i for i in items if isinstance(i, Tensor)])
+    """A batch [B, S, S, 3], or the message on the first image that can't be read."""
+    message = next((item for item in items if isinstance(item, str)), None)
+    return message if message is not None else torch.stack([i for i in items if isinstance(i, Tensor)])
 
 
 class _Plan:
-    """What the loader reads next: set anew for each pass, since its processes stay."""
+    """The rows and seeds of the next pass: the loader's batch sampler, as its workers outlive a pass."""
 
     def __init__(self) -> None:
         self.parts: Sequence[Tensor] = ()
@@ -162,38 +163,38 @@ class _Plan:
     def __iter__(self) -> Iterator[list[Item]]:
         for rows in self.parts:
             if self.seeds is None:
-                yield [(row, AS_IT_IS, False) for row in rows.tolist()]
+                yield [(row, NO_AUGMENTATION, False) for row in rows.tolist()]
             else:
                 seeds = self.seeds[rows].tolist()
                 yield [(row, seed, self.flip) for row, seed in zip(rows.tolist(), seeds, strict=True)]
 
 
 def _ignore_signals(_: int) -> None:
-    """The process that reads ends these by itself; Ctrl-C goes to all of a terminal's processes."""
+    """The stage ends its workers itself; a terminal sends Ctrl-C to them too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-class Pictures:
-    """The images by their rows, decoded when they are asked for."""
+class StreamedImages:
+    """An ImageArray that decodes each image when it is read."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
 
     def __getitem__(self, row: int) -> NDArray[np.uint8]:
-        image = self.reader[int(row), AS_IT_IS, False]
+        image = self.reader[int(row), NO_AUGMENTATION, False]
         if isinstance(image, str):
             raise DataError(image)
         return image.numpy()
 
 
 class StreamedSplit:
-    """A split whose images are decoded as they are needed; see tensors.Images.
+    """An ImageSplit (split.py) whose images are decoded when they are needed.
 
     Args:
         root: the folder of all images.
-        device: where the batches are wanted.
-        workers: processes that decode; 0: this one.
+        device: of the batches and labels.
+        workers: processes that decode; 0: this process does.
     """
 
     def __init__(
@@ -213,7 +214,7 @@ class StreamedSplit:
         count = loader_workers(device) if workers is None else workers
         options: dict[str, Any] = {}
         if count:
-            options = {"prefetch_factor": AHEAD, "persistent_workers": True}
+            options = {"prefetch_factor": PREFETCH, "persistent_workers": True}
         self._loader: DataLoader[Tensor | str] = DataLoader(
             self.reader,
             batch_sampler=self._plan,
@@ -224,7 +225,7 @@ class StreamedSplit:
             generator=torch.Generator(),  # else it draws from the global one
             **options,
         )
-        self._held: Tensor | None = None
+        self._cache: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -233,16 +234,16 @@ class StreamedSplit:
         self,
         parts: Sequence[Tensor],
         augmentation: AnyAugmentation | None = None,
-        drawn: Tensor | None = None,
+        augmentation_state: Tensor | None = None,
     ) -> Iterator[Tensor]:
-        """The images of these rows, [B, S, S, 3] uint8 on the device; `drawn` [M, 1] are seeds."""
-        # of several processes one may have no rows of a small batch; the loader knows no empty ones
+        """The images of each part's rows, [B, S, S, 3] uint8; `augmentation_state` [M, 1] are seeds."""
+        # with several processes, one may have no rows of a small batch; DataLoader takes no empty batch
         self._plan.parts = [rows.cpu() for rows in parts if len(rows)]
         self._plan.seeds = None
         if augmentation is not None:
             assert isinstance(augmentation, SeededCrop)
-            assert drawn is not None
-            self._plan.seeds, self._plan.flip = drawn[:, 0].cpu(), augmentation.flip
+            assert augmentation_state is not None
+            self._plan.seeds, self._plan.flip = augmentation_state[:, 0].cpu(), augmentation.flip
         loaded = iter(self._loader)
         for rows in parts:
             if len(rows) == 0:
@@ -254,31 +255,31 @@ class StreamedSplit:
                 raise DataError(images)
             yield images.to(self.device, non_blocking=True)
 
-    def in_order(self, size: int) -> Iterator[Tensor]:
-        """All images as they are evaluated, `size` at a time; decoded once, where they can be kept."""
-        if self._held is None and self._can_be_held():
-            held = torch.empty(len(self), self.image_size, self.image_size, 3, dtype=torch.uint8)
+    def iter_batches(self, size: int) -> Iterator[Tensor]:
+        """All images without augmentation, `size` at a time; decoded once, where they can be cached."""
+        if self._cache is None and self._fits_cache():
+            cache = torch.empty(len(self), self.image_size, self.image_size, 3, dtype=torch.uint8)
             start = 0
             for images in self.batches(torch.arange(len(self)).split(size)):
-                held[start : start + len(images)] = images.cpu()
+                cache[start : start + len(images)] = images.cpu()
                 start += len(images)
-            self._held = held
-        if self._held is not None:
-            for images in self._held.split(size):
+            self._cache = cache
+        if self._cache is not None:
+            for images in self._cache.split(size):
                 yield images.to(self.device)
             return
         yield from self.batches(torch.arange(len(self)).split(size))
 
-    def _can_be_held(self) -> bool:
+    def _fits_cache(self) -> bool:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return len(self) * self.image_size**2 * 3 <= HELD_SHARE * memory
+        return len(self) * self.image_size**2 * 3 <= CACHE_FRACTION * memory
 
-    def some(self, count: int) -> Split:
+    def subset(self, count: int) -> Split:
         """At most `count` images, evenly spaced over all of them and so over the classes."""
         rows = torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()
         images = torch.cat(list(self.batches(rows.split(256))))
         return Split(images=images, labels=self.labels[rows.to(self.device)])
 
-    def pictures(self) -> Pictures:
-        """The images for figures, which show few of them."""
-        return Pictures(self.reader)
+    def image_array(self) -> StreamedImages:
+        """The images for figures, which read few of them."""
+        return StreamedImages(self.reader)

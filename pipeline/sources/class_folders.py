@@ -1,4 +1,4 @@
-"""Folders of images: which are splits and classes, what is read of them and what is passed over."""
+"""Which folders of images are splits and which are classes, and which files are skipped."""
 
 import os
 import unicodedata
@@ -17,21 +17,23 @@ SPLIT_NAMES: dict[str, SplitName] = {  # of folders, in any case
     "validation": "validation", "val": "validation", "valid": "validation", "dev": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-OF_TOOLS = frozenset({"__macosx", "thumbs.db", "desktop.ini", "@eadir"})  # as are names with a dot first
-NO_LETTERS = ("Cc", "Cs", "Zl", "Zp")  # controls, half characters, separators of lines and paragraphs
+TOOL_FILES = frozenset(
+    {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
+)  # and names that begin with a dot
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # controls, surrogates, separators of lines and paragraphs
 
 Labelled = list[tuple[Path, int]]  # images, each with the index of its class
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tree:
-    """What is to be read of a folder.
+    """The images of a folder by splits and classes.
 
     Attributes:
-        folder: where it all lies.
+        folder: the root of all paths.
         classes: their names, sorted.
-        splits: the images of each split that has a folder; without such folders all are train.
-        passed_over: files and links to folders that are not read, as paths below `folder`.
+        splits: the images of each split that has a folder; without such folders all are in train.
+        passed_over: skipped files and links to folders, as paths below `folder`.
     """
 
     folder: Path
@@ -63,33 +65,33 @@ class Tree:
 def scan(folder: Path) -> Tree:
     """List the images of `folder/CLASS/...`, or of `folder/train/CLASS/...` and other splits' folders.
 
-    Folders of splits are those that SPLIT_NAMES has and that hold folders themselves. What systems and
-    tools put beside images is passed over without a word.
+    A folder is a split when SPLIT_NAMES has its name and it holds folders itself. What systems and tools
+    put beside images is skipped and not reported.
 
     Raises:
-        DataError: it can't be said what the classes are, one has no images, or a folder can't be listed.
+        DataError: the classes are ambiguous, one has no images, or a folder can't be listed.
     """
     if not os.path.isdir(folder):  # noqa: PTH112 (it also answers for a name that no file can have)
         raise DataError(
             f"{truncate(folder)} is no folder; set data.folder to one with class folders in it"
         )
-    places = _split_folders(folder)
-    first = places.get("train", folder)
+    split_folders = _split_folders(folder)
+    first = split_folders.get("train", folder)
     classes = tuple(sorted(_class_folders(first)))
     passed_over: list[Path] = []
-    if places:
-        passed_over += _loose_files(folder) + _beside_splits(folder, places, classes)
+    if split_folders:
+        passed_over += _loose_files(folder) + _beside_splits(folder, split_folders, classes)
     _require_several(first, classes)
     splits: dict[SplitName, Labelled] = {}
-    for split, place in (places or {"train": folder}).items():
-        splits[split], others = _images_of(place, classes)
-        passed_over += _loose_files(place) + others
+    for split, split_folder in (split_folders or {"train": folder}).items():
+        splits[split], others = _images_of(split_folder, classes)
+        passed_over += _loose_files(split_folder) + others
     names = sorted(path.relative_to(folder).as_posix() for path in passed_over)
     return Tree(folder=folder, classes=classes, splits=splits, passed_over=tuple(names))
 
 
 def account(passed_over: Sequence[str]) -> str:
-    """How many files were passed over, by the ends of their names, with a few of these names."""
+    """How many files were skipped, by suffix, with a few of their names."""
     ends = Counter(Path(name).suffix.lower() or "no ending" for name in passed_over)
     most = [f"{count} {short_repr(end)[1:-1]}" for end, count in ends.most_common(5)]
     most += ["others"] if len(ends) > 5 else []
@@ -98,31 +100,33 @@ def account(passed_over: Sequence[str]) -> str:
 
 
 def _split_folders(folder: Path) -> dict[SplitName, Path]:
-    """The folders of splits, train first; none where the classes lie in `folder` itself."""
-    places: dict[SplitName, Path] = {}
+    """The folders of splits, train first; empty where the classes lie in `folder` itself."""
+    split_folders: dict[SplitName, Path] = {}
     for path in _folders(folder):
         split = SPLIT_NAMES.get(path.name.casefold())
         if split is None or not _folders(path):  # with images alone in it, it is a class of that name
             continue
-        if split in places:
-            both = f"{places[split].name}/ and {path.name}/"
+        if split in split_folders:
+            both = f"{split_folders[split].name}/ and {path.name}/"
             raise DataError(f"{folder} has {both}, which are both {split}; keep one of them")
-        places[split] = path
-    if places and "train" not in places:
+        split_folders[split] = path
+    if split_folders and "train" not in split_folders:
         raise DataError(
-            f"{folder} has {', '.join(p.name for p in places.values())} but no train; add it"
+            f"{folder} has {', '.join(p.name for p in split_folders.values())} but no train; add it"
         )
-    return dict(sorted(places.items(), key=lambda item: item[0] != "train"))
+    return dict(sorted(split_folders.items(), key=lambda item: item[0] != "train"))
 
 
-def _beside_splits(folder: Path, places: dict[SplitName, Path], classes: Sequence[str]) -> list[Path]:
+def _beside_splits(
+    folder: Path, split_folders: dict[SplitName, Path], classes: Sequence[str]
+) -> list[Path]:
     """The files in folders beside those of splits.
 
     Raises:
         DataError: such a folder is a split by its name or by the classes in it.
     """
     files: list[Path] = []
-    for path in sorted(set(_folders(folder)) - set(places.values())):
+    for path in sorted(set(_folders(folder)) - set(split_folders.values())):
         if path.name.casefold() in SPLIT_NAMES:
             raise DataError(
                 f"{path} has no class folders in it, so its images have no labels; sort them into "
@@ -130,8 +134,8 @@ def _beside_splits(folder: Path, places: dict[SplitName, Path], classes: Sequenc
             )
         if {inner.name for inner in _folders(path)} & set(classes):
             raise DataError(
-                f"{path} has folders of the same classes as {places['train'].name}/; rename it to "
-                "validation or test if it is that, else take it away"
+                f"{path} has folders of the same classes as {split_folders['train'].name}/; rename it "
+                "to validation or test if it is that, else take it away"
             )
         images, others = _walk(path)
         files += images + others
@@ -146,7 +150,7 @@ def _class_folders(folder: Path) -> set[str]:
     """
     names: dict[str, str] = {}
     for path in _folders(folder):
-        if any(unicodedata.category(letter) in NO_LETTERS for letter in path.name):
+        if any(unicodedata.category(letter) in UNPRINTABLE for letter in path.name):
             raise DataError(
                 f"{str(path)!r} is no name for a class, which reports show; rename it in UTF-8"
             )
@@ -176,24 +180,24 @@ def _require_several(folder: Path, classes: Sequence[str]) -> None:
 
 def _images_of(folder: Path, classes: Sequence[str]) -> tuple[Labelled, list[Path]]:
     """The images of all classes, class by class, each with its label, and the other files."""
-    there = _class_folders(folder)
-    if there != set(classes):
-        odd = sorted(there.symmetric_difference(classes))
+    folders = _class_folders(folder)
+    if folders != set(classes):
+        odd = sorted(folders.symmetric_difference(classes))
         names = ", ".join(n if unicodedata.is_normalized("NFC", n) else ascii(n) for n in odd)
         raise DataError(f"{folder} and train differ in their classes: {names}; add or remove these")
     images: Labelled = []
     passed_over: list[Path] = []
     folders_in: list[set[str]] = []  # of each class, those that hold images; "" for the class itself
     for label, name in enumerate(classes):
-        own, others = _walk(folder / name)
-        if not own:
+        class_images, others = _walk(folder / name)
+        if not class_images:
             raise DataError(
                 f"{folder / name} holds no image; add some or remove the folder (images end in "
                 f"{', '.join(sorted(IMAGE_SUFFIXES))}{_but(others, folder)})"
             )
-        below = (path.relative_to(folder / name).parts for path in own)
+        below = (path.relative_to(folder / name).parts for path in class_images)
         folders_in.append({parts[0] if len(parts) > 1 else "" for parts in below})
-        images += [(path, label) for path in own]
+        images += [(path, label) for path in class_images]
         passed_over += others
     _refuse_same_folders(folder, classes, set.intersection(*folders_in) - {""}, folders_in)
     return images, passed_over
@@ -222,7 +226,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _is_of_a_tool(name: str) -> bool:
-    return name.startswith(".") or name.casefold() in OF_TOOLS
+    return name.startswith(".") or name.casefold() in TOOL_FILES
 
 
 def _entries(folder: Path) -> list["os.DirEntry[str]"]:
@@ -242,10 +246,10 @@ def _loose_files(folder: Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
-    """All that is named as an image, in folders below too, and the other files; both sorted.
+    """All files named as images, those in subfolders too, and all other files; both sorted.
 
-    A broken link is among the images: reading it says so, and none is lost in silence. Links to folders
-    are not followed, and are among the others.
+    A broken link counts as an image, so that reading it ends in a message. Links to folders are not
+    followed and count as other files.
 
     Raises:
         DataError: a folder can't be listed.
@@ -256,10 +260,10 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
 
     images: list[Path] = []
     others: list[Path] = []
-    for place, folders, files in os.walk(folder, onerror=refuse):
+    for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not _is_of_a_tool(name)]
-        others += [path for name in folders if (path := Path(place, name)).is_symlink()]
-        for path in (Path(place, name) for name in files if not _is_of_a_tool(name)):
+        others += [path for name in folders if (path := Path(parent, name)).is_symlink()]
+        for path in (Path(parent, name) for name in files if not _is_of_a_tool(name)):
             (images if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
     return sorted(images), sorted(others)
 

@@ -1,14 +1,11 @@
-"""Where images come from: scikit-learn's digits, CIFAR-10 and CIFAR-100, folders of images.
-
-Shapes: M images, H and W pixels.
-"""
+"""scikit-learn's digits: small real images that need no download."""
 
 import numpy as np
 from PIL import Image
 
 from pipeline.data.dataset import Arrays, Dataset, split_by_seed
+from pipeline.data.image_io import BILINEAR
 from pipeline.data.metadata import SplitName
-from pipeline.sources.cifar import BILINEAR
 
 
 def digits(*, image_size: int, shares: dict[SplitName, float], seed: int) -> Dataset:
@@ -16,9 +13,10 @@ def digits(*, image_size: int, shares: dict[SplitName, float], seed: int) -> Dat
     from sklearn.datasets import load_digits
 
     loaded = load_digits()
-    small = np.rint(loaded.images * (255 / 16)).astype(np.uint8)  # 17 levels of grey
-    grey = [np.asarray(Image.fromarray(s).resize((image_size,) * 2, BILINEAR)) for s in small]
-    images = np.repeat(np.stack(grey)[..., None], 3, axis=3)
+    scans = np.rint(loaded.images * (255 / 16)).astype(np.uint8)  # [M, 8, 8], from 17 levels of grey
+    size = (image_size, image_size)
+    grey = np.stack([np.asarray(Image.fromarray(scan).resize(size, BILINEAR)) for scan in scans])
+    images = np.repeat(grey[..., None], 3, axis=3)  # [M, H, W, 3]
     arrays = Arrays(images=images, labels=loaded.target.astype(np.int64))
     return Dataset(
         source="digits",

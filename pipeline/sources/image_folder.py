@@ -1,6 +1,6 @@
-"""Where images come from: scikit-learn's digits, CIFAR-10 and CIFAR-100, folders of images.
+"""Folders of images as data sets: read into memory (imagefolder), or only listed (imagefolder_stream).
 
-Shapes: M images, H and W pixels.
+class_folders.py says which files belong to which split and class.
 """
 
 import os
@@ -14,17 +14,16 @@ from PIL import ImageOps
 from tqdm import tqdm
 
 from pipeline.data.dataset import Arrays, Dataset, split_by_seed, split_rows
-from pipeline.data.image_io import open_image
+from pipeline.data.image_io import BILINEAR, open_image
 from pipeline.data.metadata import SplitName
 from pipeline.data.streaming import Listing
 from pipeline.infra.errors import DataError
 from pipeline.infra.safe_io import open_regular
-from pipeline.sources.cifar import BILINEAR
 from pipeline.sources.class_folders import Labelled, Tree
 
 
 def imagefolder(tree: Tree, *, image_size: int, shares: dict[SplitName, float], seed: int) -> Dataset:
-    """Images of any size and kind, cut to squares of `image_size`; splits without a folder are drawn.
+    """Images of any size and kind, as squares of `image_size`; splits without a folder are drawn.
 
     Raises:
         DataError: the tree and the shares don't fit together, or an image can't be read.
@@ -39,7 +38,7 @@ def imagefolder(tree: Tree, *, image_size: int, shares: dict[SplitName, float], 
 def imagefolder_stream(
     tree: Tree, *, shares: dict[SplitName, float], seed: int
 ) -> dict[SplitName, Listing]:
-    """The images of each split, listed and not opened: for trees of any size.
+    """The images of each split, listed and not decoded: for trees of any size.
 
     Raises:
         DataError: the tree and the shares don't fit together, or a file is missing, empty or misnamed.
@@ -77,7 +76,7 @@ def _list(split: str, images: Labelled, root: Path) -> Listing:
     for path, _ in tqdm(images, desc=split, unit="image", disable=None):
         name = path.relative_to(root).as_posix()
         if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
-            raise DataError(f"{name!r} is no name that a manifest can hold; rename it in UTF-8")
+            raise DataError(f"{name!r} can't stand in a manifest; rename it in UTF-8")
         try:
             with open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -92,7 +91,7 @@ def _list(split: str, images: Labelled, root: Path) -> Listing:
 
 
 def read_image(path: Path, image_size: int) -> NDArray[np.uint8]:
-    """An upright RGB square: the shorter side scaled to `image_size`, the longer one cut to it.
+    """An upright RGB square: the shorter side resized to `image_size`, the longer one cropped to it.
 
     Raises:
         DataError: the file is missing or damaged, no image, or one whose brightness has no known range.

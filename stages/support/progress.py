@@ -73,9 +73,9 @@ class _Watched:
     def __len__(self) -> int:
         return len(self.split)
 
-    def in_order(self, size: int) -> Iterator[Tensor]:
+    def iter_batches(self, size: int) -> Iterator[Tensor]:
         """As the split's, counted when the work on a batch is done."""
-        for images in self.split.in_order(size):
+        for images in self.split.iter_batches(size):
             yield images
             self.taken(len(images))
 

@@ -81,7 +81,7 @@ def test_batches_do_not_depend_on_the_processes_that_decode(project, workers):
             alone.batches(rows, crop, seeds), others.batches(rows, crop, seeds), strict=True
         ):
             assert torch.equal(one, other)
-        for one, other in zip(alone.in_order(5), others.in_order(5), strict=True):
+        for one, other in zip(alone.iter_batches(5), others.iter_batches(5), strict=True):
             assert torch.equal(one, other)
 
 
@@ -152,26 +152,26 @@ def test_evaluation_takes_the_middle_of_the_scaled_image(project):
     path = project / "data/images" / test.reader.paths[0].decode()
     scaled = v2.Compose([v2.Resize(37, antialias=True), v2.CenterCrop(32)])
     expected = np.asarray(scaled(Image.open(path).convert("RGB")))
-    assert np.array_equal(test.pictures()[0], expected)
-    assert np.array_equal(next(iter(test.in_order(4)))[0].numpy(), expected)
+    assert np.array_equal(test.image_array()[0], expected)
+    assert np.array_equal(next(iter(test.iter_batches(4)))[0].numpy(), expected)
 
 
 def test_split_in_order_is_decoded_once_where_it_can_be_kept(project, monkeypatch):
     test = split(project, "test")
-    first = torch.cat(list(test.in_order(4)))
+    first = torch.cat(list(test.iter_batches(4)))
     shutil.rmtree(project / "data/images/test")
-    assert torch.equal(torch.cat(list(test.in_order(7))), first)
+    assert torch.equal(torch.cat(list(test.iter_batches(7))), first)
     monkeypatch.setattr(streaming, "HELD_SHARE", 0)
     with pytest.raises(DataError):
-        list(split(project, "test").in_order(4))
+        list(split(project, "test").iter_batches(4))
 
 
 def test_some_images_are_spread_over_all(project):
     test = split(project, "test")
-    some = test.some(3)
+    some = test.subset(3)
     assert some.labels.tolist() == [0, 1, 2]
-    assert torch.equal(some.images[1], torch.from_numpy(test.pictures()[4]))
-    assert len(test.some(100)) == 9
+    assert torch.equal(some.images[1], torch.from_numpy(test.image_array()[4]))
+    assert len(test.subset(100)) == 9
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -202,7 +202,7 @@ def test_image_of_another_size_than_listed_says_how_to_list_it_anew(project):
     with pytest.raises(
         DataError, match=r"had [\d,]+ at `prepare`; `dvc repro -f prepare` lists it anew"
     ):
-        list(train.in_order(4))
+        list(train.iter_batches(4))
 
 
 def test_process_that_is_killed_is_explained():
@@ -228,7 +228,7 @@ def test_folder_of_the_images_that_is_not_there_is_named(project):
     with pytest.raises(DataError, match=r"data/images is no folder.*docs/imagenet.md"):
         split(project)
     (project / "data/images").symlink_to(project / "elsewhere")
-    assert len(list(split(project).in_order(4))) == 4
+    assert len(list(split(project).iter_batches(4))) == 4
 
 
 def test_one_changed_byte_of_a_manifest_is_noticed(project):
@@ -307,5 +307,5 @@ def test_device_or_pipe_in_the_tree_is_refused_when_it_is_listed(project, target
 def test_another_split_may_be_read_within_a_pass(project):
     train, test = split(project, workers=1), split(project, "test", workers=1)
     rows = parts(len(train))
-    seen = [len(list(test.in_order(4))) for _ in train.batches(rows)]
+    seen = [len(list(test.iter_batches(4))) for _ in train.batches(rows)]
     assert seen == [3] * len(rows)

@@ -127,7 +127,7 @@ def test_pipe_is_not_waited_for(path):
 def test_thousands_of_unknown_keys_are_counted_and_not_listed(path):
     message = refusal(path, DIGITS + "".join(f"k{n}: 1\n" for n in range(3000)))
     assert len(message.splitlines()) == config.MAX_PROBLEMS + 2
-    assert "and 2980 more" in message
+    assert f"and {3000 - config.MAX_PROBLEMS} more" in message
 
 
 @pytest.mark.parametrize(

@@ -354,7 +354,7 @@ def test_cifar100_without_host_names_the_file_to_copy(raw):
 def downloads(monkeypatch, members: dict[str, bytes], source: type[CIFAR10]) -> None:
     def download(url, root, filename=None, md5=None):
         assert (url, md5) == (source.url, source.tgz_md5)
-        assert socket.getdefaulttimeout() == cifar.DOWNLOAD_PATIENCE
+        assert socket.getdefaulttimeout() == cifar.DOWNLOAD_TIMEOUT
         write_tar(Path(root) / filename, members)
 
     monkeypatch.setattr("torchvision.datasets.utils.download_url", download)
@@ -544,7 +544,7 @@ def test_split_with_both_a_folder_and_a_share_is_refused_with_the_key(tmp_path, 
     fill(tmp_path / "train")
     fill(tmp_path / name, count=3)
     message = refusal(read, tmp_path)
-    assert f"has a folder of {name} images and data.{name}_share is 0.25; set it to null" in message
+    assert f"has a folder of {name} images and data.{name}_fraction is 0.25; set it to null" in message
 
 
 @pytest.mark.parametrize(
@@ -730,4 +730,4 @@ def test_test_folder_without_train_is_refused(tmp_path):
 def test_split_with_neither_folder_nor_share_names_the_key(tmp_path, missing):
     shares = {name: share for name, share in SHARES.items() if name != missing}
     message = refusal(read, fill(tmp_path), shares)
-    assert f"{tmp_path} has no {missing}/ and data.{missing}_share is null; set one" in message
+    assert f"{tmp_path} has no {missing}/ and data.{missing}_fraction is null; set one" in message

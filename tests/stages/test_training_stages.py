@@ -204,7 +204,7 @@ def test_a_stage_that_trains_nothing_has_a_bar_of_what_it_has_done(terminal):
     images = Split(images=torch.zeros(10, 8, 8, 3).byte(), labels=torch.zeros(10).long())
     with redirect_stderr(terminal), Steps("evaluate") as steps:
         steps.total(40)
-        assert [len(part) for part in steps.over(images, 2).in_order(5)] == [5, 5]
+        assert [len(part) for part in steps.over(images, 2).iter_batches(5)] == [5, 5]
         assert steps.over(images).image_size == 8
         assert steps.bar.n == 20
         steps.reach(30)

@@ -14,7 +14,8 @@ import torch
 import yaml
 from builders import NORMALISATION
 
-from pipeline.config import ResNetParams
+from pipeline import config
+from pipeline.config import ResNetParams, flatten
 from pipeline.inference.auto import make_executor
 from pipeline.infra.errors import UserError
 from pipeline.models import checkpoint
@@ -44,56 +45,117 @@ def place(tmp_path, monkeypatch) -> Path:
 # preset
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "presets").glob("*.yaml")))
-def test_preset_is_copied_byte_for_byte(place, name, capsys):
+NAMES = sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))
+
+
+def write_own(name: str, text: str) -> None:
+    Path(f"presets/{name}.yaml").write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_preset_is_written_whole_with_its_values(place, name):
     preset.use(name)
-    assert PARAMS.read_bytes() == (ROOT / "presets" / f"{name}.yaml").read_bytes()
-    assert name in capsys.readouterr().out
+    values = dict(flatten(config.read(PARAMS)))
+    changes = dict(flatten(config.read(f"presets/{name}.yaml")))
+    assert values == dict(flatten(config.read("presets/digits.yaml"))) | changes
+    assert [type(values[key]) for key in changes] == [type(value) for value in changes.values()]
+    assert config.load(PARAMS) == preset.load(name)
+    assert {"imagefolder_stream": "imagenet"}.get(values["data.source"], values["data.source"]) in name
 
 
-def test_preset_is_copied_where_there_is_no_params_file(place):
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"digits"}))
+def test_preset_holds_a_header_and_what_differs_alone(place, name):
+    defaults = dict(flatten(config.read("presets/digits.yaml")))
+    for key, value in flatten(config.read(f"presets/{name}.yaml")):
+        assert value != defaults[key], key
+    header, values = Path(f"presets/{name}.yaml").read_text().split("\n\n", 1)
+    assert all(line.startswith("# ") for line in header.splitlines())
+    assert header in preset.whole_text(name)
+    assert values
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("cifar")])
+def test_cifar_presets_have_the_authors_gamma_but_for_our_own(place, name):
+    assert (preset.load(name).gamma == 10) == (not name.endswith(("_quick", "_demo")))
+
+
+def test_defaults_are_the_params_file_of_the_repository():
+    assert (ROOT / "params.yaml").read_bytes() == (ROOT / "presets/digits.yaml").read_bytes()
+
+
+def test_preset_keeps_the_comments_of_the_defaults_unless_it_has_its_own(place):
+    lists = "benchmark:\n  batch_sizes:\n  - 3\n  - 5\n"
+    write_own("mine", f"# Mine.\n\ngamma: 4.5 # guessed\n{lists}pretrain: {{lr: 1e-05}}\n")
+    preset.use("mine")
+    before, after = (Path(path).read_text() for path in ("presets/digits.yaml", PARAMS))
+    expected = before.replace("gamma: 2.0", "gamma: 4.5 # guessed", 1)
+    expected = expected.replace("batch_sizes: [1, 32, 128]", "batch_sizes: [3, 5]")
+    expected = expected.replace("  lr: 0.1\n", "  lr: 1.0e-05\n")
+    assert after == f"# Mine.\n\n{expected}"
+    assert config.load(PARAMS).pretrain.lr == 1e-5
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10_demo"])
+def test_shown_preset_is_what_would_be_written(place, name, monkeypatch, capsys):
+    before = PARAMS.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["preset", "--show", name])
+    preset.main()
+    shown = capsys.readouterr().out
+    assert PARAMS.read_bytes() == before
+    preset.use(name)
+    assert PARAMS.read_text() == shown
+
+
+def test_preset_is_written_where_there_is_no_params_file(place):
     PARAMS.unlink()
     preset.use("digits")
-    assert PARAMS.exists()
+    assert PARAMS.read_bytes() == Path("presets/digits.yaml").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["digit", "", "../params", "digits.yaml"])
 def test_unknown_preset_lists_those_that_there_are(place, name):
     before = PARAMS.read_bytes()
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(UserError) as caught:
         preset.use(name)
-    message = str(caught.value)
-    assert f"NAME={name}: there is no such preset" in message
-    known = "cifar10_resnet110, cifar10_resnet110_quick, cifar10_resnet32, cifar10_resnet32_quick"
-    assert f"cifar10_demo, {known}, digits" in message
+    assert f"there is no preset {name!r}; choose {', '.join(NAMES)}" in str(caught.value)
     assert PARAMS.read_bytes() == before
 
 
-def test_changed_params_file_is_kept(place):
-    PARAMS.write_text(PARAMS.read_text().replace("gamma: 2.0", "gamma: 3.0"))
-    with pytest.raises(SystemExit) as caught:
-        preset.use("cifar10_resnet32")
+def test_written_presets_may_be_replaced_and_changed_ones_are_kept(place):
+    preset.use("cifar10_resnet32")
+    preset.use("cifar10_demo")
+    changed = PARAMS.read_text().replace("gamma: 5.0", "gamma: 3.0")
+    PARAMS.write_text(changed)
+    with pytest.raises(UserError) as caught:
+        preset.use("digits")
     message = str(caught.value)
-    assert "params.yaml was changed and would be lost" in message
-    assert "cp params.yaml presets/mine.yaml" in message
-    assert "rm params.yaml" in message
-    assert "gamma: 3.0" in PARAMS.read_text()
-
-
-def test_changed_params_file_may_go_once_it_is_kept_as_a_preset(place):
-    PARAMS.write_text(PARAMS.read_text().replace("gamma: 2.0", "gamma: 3.0"))
-    shutil.copyfile(PARAMS, "presets/mine.yaml")
+    for words in ("params.yaml was changed and would be lost", "cp params.yaml presets/mine.yaml",
+                  "rm params.yaml"):  # fmt: skip
+        assert words in message
+    assert PARAMS.read_text() == changed
+    write_own("mine", changed)  # as the message says
+    write_own("broken", "gama: 1\n")
     preset.use("digits")
     preset.use("mine")
-    assert "gamma: 3.0" in PARAMS.read_text()
+    assert PARAMS.read_text() == changed
 
 
-def test_preset_that_cannot_be_used_is_named_and_not_put_in_place(place):
-    Path("presets/mine.yaml").write_text("gamma: 1\n")
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("gama: 1\n", "gama: no such key; did you mean gamma?"),
+        ("resnet:\n", "resnet: is None, but it is a section"),
+        ("gamma: {a: 1}\n", "gamma: is a section"),
+        ("finetune: {policy_lr: 1.0}\n", "finetune.policy_lr: renamed; use finetune_policy.lr"),
+        ("gamma: [\n", "is no valid YAML"),
+    ],
+)
+def test_preset_that_cannot_be_used_is_named_and_not_put_in_place(place, text, words):
+    write_own("mine", text)
     before = PARAMS.read_bytes()
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(UserError, match="presets/mine") as caught:
         preset.use("mine")
-    assert "presets/mine.yaml" in str(caught.value)
+    assert words in str(caught.value)
     assert PARAMS.read_bytes() == before
 
 
@@ -104,17 +166,13 @@ def test_preset_that_cannot_be_written_leaves_the_file_as_it_was(place, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pipeline.infra.atomic_io.os.fsync", stop)
-    with pytest.raises(SystemExit, match=r"error: params\.yaml: No space left on device; mend that"):
-        preset.use("cifar10_resnet32")
+    monkeypatch.setattr(sys, "argv", ["preset", "cifar10_resnet32"])
+    with pytest.raises(
+        SystemExit, match=r"error: params\.yaml: No space left on device; free some space"
+    ):
+        preset.main()
     assert PARAMS.read_bytes() == before
     assert [path.name for path in place.iterdir() if path.name.startswith(".")] == []
-
-
-def test_folder_in_the_place_of_params_is_named(place):
-    PARAMS.unlink()
-    PARAMS.mkdir()
-    with pytest.raises(SystemExit, match=r"error: params\.yaml: Is a directory; mend that"):
-        preset.use("digits")
 
 
 # import

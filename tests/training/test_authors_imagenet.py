@@ -212,7 +212,7 @@ def test_policy_is_evaluated_straight_after_the_curriculum_as_by_the_authors(tmp
     rows = Path("plots/evaluate/images.csv").read_text().splitlines()[1:]
     own = checkpoint.load(Path("models/finetune"))
     test = load_split(Path("data/prepared"), "test", torch.device("cpu"))
-    images = torch.cat([own.normalisation(part) for part in test.in_order(100)])
+    images = torch.cat([own.normalisation(part) for part in test.iter_batches(100)])
     with torch.no_grad():
         policy = authors.decide(agent, images) >= 0
         classes = authors.classify(resnet, images, policy).argmax(dim=1)
