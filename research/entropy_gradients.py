@@ -18,7 +18,8 @@ from pipeline.device import generator, seed_everything
 from pipeline.infra.resume import project_root
 from pipeline.models import checkpoint
 from pipeline.policy import objectives as pg
-from pipeline.policy.learner import PolicyLearner, PolicyOutput
+from pipeline.policy.estimators import PolicyOutput
+from pipeline.policy.learner import PolicyLearner
 from pipeline.training.loop import Batch
 from research.ablation import in_memory, preset_of
 from stages import curriculum
@@ -47,11 +48,11 @@ def bonuses(decisions: PolicyOutput, learnt: Tensor) -> dict[str, Tensor]:
 def cosines(learner: PolicyLearner, batch: Batch) -> dict[str, float]:
     """Between the gradient of a step with the authors' entropy and with each other form."""
     learner.policy_net.train()
-    decisions = learner._decide(batch)
-    loss, _ = learner._self_critical(batch, decisions)
+    decisions = learner.decide(batch)
+    loss, _ = learner.estimator(batch, decisions)
     weights = list(learner.policy_net.parameters())
     gradients = {}
-    for name, bonus in bonuses(decisions, learner.learnt).items():
+    for name, bonus in bonuses(decisions, learner.active).items():
         whole = loss - learner.entropy_coef * bonus
         parts = torch.autograd.grad(whole, weights, retain_graph=True)
         gradients[name] = torch.cat([part.flatten() for part in parts])

@@ -242,7 +242,7 @@ class Checkpointer:
         blocks = cast(PolicyNet, self.learner.modules["policy_net"]).num_blocks
         if found["active_blocks"] < blocks:
             return
-        objective = cast(Any, self.learner).rules
+        objective = cast(Any, self.learner).objective
         settles = objective.entropy_epochs is not None
         problem = collapse(
             keep_ratio=found["blocks_mean"] / blocks, entropy=None if settles else found["entropy"]

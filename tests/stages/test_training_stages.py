@@ -309,7 +309,7 @@ def test_the_entropy_falls_while_the_policy_learns(params, train_epochs, falls_i
         params.model_copy(update={"finetune": section}),
         both.need_resnet(), both.need_policy_net(), both.normalisation,
     )  # fmt: skip
-    assert learner.rules.entropy_epochs == falls_in
+    assert learner.objective.entropy_epochs == falls_in
 
 
 def test_recipes_of_params_reach_the_learners_and_train(params, tmp_path, monkeypatch):
@@ -329,21 +329,21 @@ def test_recipes_of_params_reach_the_learners_and_train(params, tmp_path, monkey
     curriculum.main(params)
     finetune.main(params)
     static.main(params, rule="random", kept=params.static.num_kept[0])
-    rules = learners["curriculum"].rules
+    rules = learners["curriculum"].objective
     assert (rules.estimator, rules.num_flips, rules.soft_reward) == ("local_expectation", 2, True)
     assert sum(rules.block_shares) == pytest.approx(1)
     assert len(set(rules.block_shares)) > 1
-    of_both = learners["finetune"].rules
+    of_both = learners["finetune"].objective
     assert (of_both.estimator, of_both.marginal_entropy_coef) == ("reinmax", 0.1)
     assert (of_both.frozen_epochs, of_both.entropy_epochs, of_both.train_epochs) == (1, 2, 2)
     assert rules.entropy_epochs is rules.train_epochs is None
     assert rules.frozen_epochs == 0
-    assert learners["finetune"].rules.block_shares == rules.block_shares
+    assert learners["finetune"].objective.block_shares == rules.block_shares
     adam, sgd = learners["finetune"].optimizer.parts
     assert [type(part).__name__ for part in (adam, sgd)] == ["AdamW", "SGD"]
     assert type(learners["static"].optimizer).__name__ == "SGD"
     for name in ("finetune", "static"):
-        assert learners[name].distillation.share == 0.5
+        assert learners[name].distillation.teacher_weight == 0.5
         assert learners[name].distillation.teacher is not None
 
 
