@@ -1,15 +1,15 @@
 """One network trained by several processes, as one process would train it, but for float noise.
 
-`fit` draws everything random as tables with a row for each image; a process takes its share of the rows
+`fit` draws everything random as tables with a row for each image; a process takes its part of the rows
 of each batch. What a step means is thereby the same for every number of processes:
 
-- gradients are those of the mean over the whole batch: a process weighs its own mean by its share of the
-  rows, then gradients are added up (`add_gradients`);
+- gradients are those of the mean over the whole batch: a process weights its own mean by its fraction
+  of the rows, then gradients are summed (`all_reduce_gradients`);
 - batch norm, while it trains, normalises by the statistics of all rows (`SyncedBatchNorm`);
 - a block that trains runs in all processes or in none, on no rows where need be, so that none waits
-  for another in batch norm (`ran_anywhere`); one that no image runs is left as it is, weight decay
-  included (`add_gradients`);
-- metrics are added up, so every process knows them (`add_up`).
+  for another in batch norm (`any_rank_ran`); one that no image runs is left as it is, weight decay
+  included (`all_reduce_gradients`);
+- metrics are summed, so every process knows them (`all_reduce_sum`).
 
 Why not `DistributedDataParallel`: it averages over processes, which weigh unevenly here, wraps the
 forward pass of one module, of which a step makes several in two, and must search for blocks that did not
@@ -18,7 +18,8 @@ ResNet-110.
 Why not `nn.SyncBatchNorm`: it has no form for CPUs. `SyncedBatchNorm` is the same on every device, so
 that the tests, which have no GPU, see what trains on one.
 
-Numbers that steer (flags, counts) are added up on the CPU by gloo, so that no step waits for the device.
+Flags and counts that decide what runs are reduced on the CPU by gloo, so that no step waits for the
+device.
 Without other processes every function is the identity.
 Shapes: R rows of this process, W processes, C channels, H and W pixels, P parameters.
 """
@@ -35,86 +36,86 @@ from pipeline.infra.processes import RankInfo, rank_info
 T = TypeVar("T")
 
 
-def here() -> RankInfo:
-    """Which of the processes that know each other this is; the only one where none do."""
+def current_rank() -> RankInfo:
+    """Which process of the process group this is; the only one where there is no group."""
     return rank_info() if distributed.is_initialized() else RankInfo()
 
 
 def shard_rows(rows: Tensor) -> Tensor:
-    """The share of a batch's rows that is this process's: as even as can be, maybe none."""
-    own = here()
-    return rows if own.size == 1 else torch.tensor_split(rows, own.size)[own.rank]
+    """This process's part of a batch's rows, [R]: parts differ by one row at most and may be empty."""
+    info = current_rank()
+    return rows if info.size == 1 else torch.tensor_split(rows, info.size)[info.rank]
 
 
 def all_reduce_max(numbers: Sequence[int]) -> list[int]:
-    """Of each number the largest that any process has. All processes wait for each other here."""
-    if here().size == 1:
+    """The maximum of each number over all processes, which wait for each other for it."""
+    if current_rank().size == 1:
         return list(numbers)
-    found = torch.tensor(numbers, dtype=torch.int64)
-    distributed.all_reduce(found, distributed.ReduceOp.MAX)
-    return found.tolist()
+    maxima = torch.tensor(numbers, dtype=torch.int64)
+    distributed.all_reduce(maxima, distributed.ReduceOp.MAX)
+    return maxima.tolist()
 
 
 def broadcast_from_rank0(make: Callable[[], T]) -> T:
-    """What `make` gives in process 0, for all; it is called there alone."""
-    own = here()
-    if own.size == 1:
+    """What `make` returns in process 0, for all processes; it is called there alone."""
+    info = current_rank()
+    if info.size == 1:
         return make()
-    found: list[Any] = [make() if own.rank == 0 else None]
-    distributed.broadcast_object_list(found, device=torch.device("cpu"))
-    return found[0]
+    values: list[Any] = [make() if info.rank == 0 else None]
+    distributed.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
 
 
 def all_reduce_sum(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scalars of one device, each the sum of those of all processes."""
-    if here().size == 1 or not sums:
+    """Scalars of one device, each summed over all processes."""
+    if current_rank().size == 1 or not sums:
         return sums
-    together = torch.stack([value.float() for value in sums.values()])
-    distributed.all_reduce(together)
-    return dict(zip(sums, together.unbind(), strict=True))
+    stacked = torch.stack([value.float() for value in sums.values()])  # one message
+    distributed.all_reduce(stacked)
+    return dict(zip(sums, stacked.unbind(), strict=True))
 
 
-def all_reduce_mean(rows: Tensor, share: float) -> Tensor:
+def all_reduce_mean(rows: Tensor, weight: float) -> Tensor:
     """Mean over the rows of all processes, [R, K] to [K]; without gradients.
 
     Args:
-        share: of this process in the rows of all.
+        weight: R over the rows of all processes.
     """
-    own = rows.detach().sum(dim=0) * (share / max(1, len(rows)))
-    if here().size > 1:
-        distributed.all_reduce(own)
-    return own
+    mean = rows.detach().sum(dim=0) * (weight / max(1, len(rows)))  # this process's part of it
+    if current_rank().size > 1:
+        distributed.all_reduce(mean)
+    return mean
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Give every process the sum of all processes' gradients.
 
-    A parameter that has a gradient nowhere stays without one, so that the optimiser passes it by, as in
-    one process; one that has none here has zeros.
+    A parameter without a gradient in any process stays without one, so that the optimiser skips it, as
+    in one process. One without a gradient in this process alone takes part with zeros.
     """
-    if here().size == 1:
+    if current_rank().size == 1:
         return
-    every = list(parameters)
-    learnt = all_reduce_max([int(p.grad is not None) for p in every])
-    moved = [p for p, somewhere in zip(every, learnt, strict=True) if somewhere]
-    if not moved:
+    parameters = list(parameters)
+    has_gradient = all_reduce_max([int(p.grad is not None) for p in parameters])  # in any process
+    trained = [p for p, has in zip(parameters, has_gradient, strict=True) if has]
+    if not trained:
         return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in moved]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])  # one message
     distributed.all_reduce(flat)
-    pieces = flat.split([p.numel() for p in moved])
-    for parameter, gradient, piece in zip(moved, gradients, pieces, strict=True):
+    pieces = flat.split([p.numel() for p in trained])
+    for parameter, gradient, piece in zip(trained, gradients, pieces, strict=True):
         parameter.grad = gradient.copy_(piece.view(gradient.shape))
 
 
 def any_rank_ran(ran: Sequence[bool]) -> list[bool]:
-    """Of each block whether an image of any process runs it."""
-    return [bool(somewhere) for somewhere in all_reduce_max([int(one) for one in ran])]
+    """Whether each block is run by an image of any process."""
+    return [bool(maximum) for maximum in all_reduce_max([int(block_ran) for block_ran in ran])]
 
 
 def broadcast_modules(modules: Iterable[nn.Module]) -> None:
-    """Give all processes the weights and buffers of process 0, and batch norm that knows of all."""
-    if here().size == 1:
+    """Give all processes the weights and buffers of process 0, and batch norm over all of them."""
+    if current_rank().size == 1:
         return
     for module in modules:
         for tensor in module.state_dict().values():
@@ -123,7 +124,7 @@ def broadcast_modules(modules: Iterable[nn.Module]) -> None:
 
 
 def synchronise(module: nn.Module) -> None:
-    """Make batch norm in it `SyncedBatchNorm`, in place: optimisers keep the parameters they hold."""
+    """Turn its batch norms into `SyncedBatchNorm`, in place: optimisers keep the parameters they hold."""
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.__class__ = SyncedBatchNorm
@@ -132,8 +133,8 @@ def synchronise(module: nn.Module) -> None:
 class SyncedBatchNorm(nn.BatchNorm2d):
     """Batch norm which in training takes mean and variance over the rows of all processes.
 
-    All of them must come by here equally often, with or without rows. A single value of each channel in
-    all processes together is normalised by the running statistics, as `resnet.BatchNorm` does.
+    All of them must call it equally often, with or without rows. A single value of each channel in all
+    processes together is normalised by the running statistics, as `resnet.BatchNorm` does.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -156,9 +157,9 @@ class SyncedBatchNorm(nn.BatchNorm2d):
 class _Normalise(torch.autograd.Function):
     """(x - mean) / sqrt(variance + eps) * weight + bias, over rows and pixels of all processes.
 
-    Ioffe and Szegedy 2015; the variances of parts are put together as in Chan, Golub and LeVeque 1979,
-    which loses no digits where a mean is large. With one value alone they are the running ones, without
-    a branch, for which a step would wait.
+    Ioffe and Szegedy 2015; the variances of the processes are combined as in Chan, Golub and LeVeque
+    1979, which loses no digits where a mean is large. For a single value the running statistics are
+    taken, by `where` and not by a branch, for which a step would wait.
     """
 
     @staticmethod
@@ -166,21 +167,23 @@ class _Normalise(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, *running: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         channels = x.shape[1]
-        own = weight.new_zeros(2 * channels + 1)  # mean, sum of squared differences from it, values
+        # this process's mean, sum of squared differences from it, and number of values: [2C + 1]
+        local = weight.new_zeros(2 * channels + 1)
         if x.numel():
-            variance, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
+            variance, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)  # [C] each
             count = x.numel() // channels
-            own = torch.cat([mean, variance * count, mean.new_full((1,), count)])
-        gathered = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(gathered, own)
+            local = torch.cat([mean, variance * count, mean.new_full((1,), count)])
+        gathered = [torch.empty_like(local) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(gathered, local)
+        # combine: [W, C], [W, C] and [W, 1] to [C] each
         means, squares, counts = torch.stack(gathered).split([channels, channels, 1], dim=1)
         count = counts.sum()
         mean = (counts * means).sum(dim=0) / count
         variance = (squares + counts * (means - mean).square()).sum(dim=0) / count
-        mean, variance = (
-            torch.where(count > 1, of_batch, kept)
-            for of_batch, kept in zip((mean, variance), running, strict=True)
-        )
+        # one value has no variance
+        running_mean, running_var = running
+        mean = torch.where(count > 1, mean, running_mean)
+        variance = torch.where(count > 1, variance, running_var)
         ctx.save_for_backward(x, weight, mean, variance, count)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, variance, count)
@@ -191,12 +194,14 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance, count = ctx.saved_tensors
         shape = (1, -1, 1, 1)
-        scale = (variance + ctx.eps).rsqrt()
-        normalised = (x.float() - mean.view(shape)) * scale.view(shape)
+        scale = (variance + ctx.eps).rsqrt()  # [C]
+        normalised = (x.float() - mean.view(shape)) * scale.view(shape)  # [R, C, H, W]
         grad = grads[0].float()
+        # this process's part of the weights' gradients, which `all_reduce_gradients` sums later
         grad_bias = grad.sum(dim=(0, 2, 3))
         grad_weight = (grad * normalised).sum(dim=(0, 2, 3))
-        sums = torch.stack([grad_bias, grad_weight])  # of this process; `add_gradients` adds these up
+        # x also moves the mean and the variance of all processes; running statistics it does not move
+        sums = torch.stack([grad_bias, grad_weight])  # [2, C]
         distributed.all_reduce(sums)
         of_mean, of_variance = (sums / count * (count > 1)).view(2, *shape).unbind()
         grad_x = (grad - of_mean - normalised * of_variance) * (weight * scale).view(shape)

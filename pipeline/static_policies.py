@@ -16,20 +16,21 @@ from pipeline.architectures import CIFAR_STAGES
 StaticRule = Callable[[Tensor], Tensor]  # noise [B, K] to actions [B, K] bool
 
 
-def first(noise: Tensor, *, kept: int, stages: Sequence[int] | None = None) -> Tensor:
+def first_k(noise: Tensor, *, num_kept: int, stages: Sequence[int] | None = None) -> Tensor:
     """FirstK: the first K' blocks on every image. The noise gives the shape alone."""
-    return (torch.arange(noise.shape[1], device=noise.device) < kept).expand(noise.shape)
+    return (torch.arange(noise.shape[1], device=noise.device) < num_kept).expand(noise.shape)
 
 
-def random(noise: Tensor, *, kept: int, stages: Sequence[int] | None = None) -> Tensor:
+def random_k(noise: Tensor, *, num_kept: int, stages: Sequence[int] | None = None) -> Tensor:
     """RandomK: K' blocks of its own for each image, those with the smallest noise.
 
     Uniform noise makes every set of K' blocks equally likely.
     """
-    return noise.argsort(dim=1, stable=True).argsort(dim=1) < kept
+    rank_of_block = noise.argsort(dim=1, stable=True).argsort(dim=1)  # [B, K]
+    return rank_of_block < num_kept
 
 
-def distribute(noise: Tensor, *, kept: int, stages: Sequence[int] | None = None) -> Tensor:
+def distribute_k(noise: Tensor, *, num_kept: int, stages: Sequence[int] | None = None) -> Tensor:
     """DistributeK: K' blocks spread evenly over the stages. The noise gives the shape alone.
 
     The paper says no more. Here a stage runs its first blocks, the one that changes the shape among
@@ -41,32 +42,33 @@ def distribute(noise: Tensor, *, kept: int, stages: Sequence[int] | None = None)
     """
     num_blocks = noise.shape[1]
     sizes = (num_blocks // CIFAR_STAGES,) * CIFAR_STAGES if stages is None else tuple(stages)
-    return _distributed(sizes, kept, noise.device).expand(noise.shape)
+    return _distributed_mask(sizes, num_kept, noise.device).expand(noise.shape)
 
 
 @cache  # a copy to the device in every step would be a wait in every step
-def _distributed(sizes: tuple[int, ...], kept: int, device: torch.device) -> Tensor:
+def _distributed_mask(sizes: tuple[int, ...], num_kept: int, device: torch.device) -> Tensor:
     """[K] bool."""
-    places = [(index, stage) for stage, size in enumerate(sizes) for index in range(size)]
-    order = sorted(range(len(places)), key=places.__getitem__)  # each stage's first, then its second
-    runs = torch.zeros(len(places), dtype=torch.bool)
-    runs[order[:kept]] = True
-    return runs.to(device)
+    # blocks as (index in its stage, stage); sorted, each stage's first comes first, then its second
+    positions = [(index, stage) for stage, size in enumerate(sizes) for index in range(size)]
+    order = sorted(range(len(positions)), key=positions.__getitem__)
+    mask = torch.zeros(len(positions), dtype=torch.bool)
+    mask[order[:num_kept]] = True
+    return mask.to(device)
 
 
 RULES: dict[str, Callable[..., Tensor]] = {
-    "first": first,
-    "random": random,
-    "distribute": distribute,
+    "first": first_k,
+    "random": random_k,
+    "distribute": distribute_k,
 }
 
 
-def static_rule(name: str, kept: int, stages: Sequence[int] | None = None) -> StaticRule:
-    """The rule of that name that keeps `kept` blocks of a ResNet with so many in each stage.
+def static_rule(name: str, num_kept: int, stages: Sequence[int] | None = None) -> StaticRule:
+    """The rule of that name that keeps `num_kept` blocks of a ResNet with so many in each stage.
 
     Raises:
         ValueError: no rule has that name.
     """
     if name not in RULES:
         raise ValueError(f"no static rule {name!r}; choose one of {', '.join(RULES)}")
-    return partial(RULES[name], kept=kept, stages=stages)
+    return partial(RULES[name], num_kept=num_kept, stages=stages)

@@ -19,7 +19,8 @@ from pipeline.device import generator, seed_everything
 from pipeline.infra.resume import project_root
 from pipeline.models import checkpoint
 from pipeline.policy import objectives as pg
-from pipeline.policy.learner import PolicyLearner, PolicyOutput
+from pipeline.policy.estimators import PolicyOutput
+from pipeline.policy.learner import PolicyLearner
 from pipeline.training.loop import Batch
 from research.ablation import in_memory
 from research.tables import markdown_table, mean_and_std
@@ -50,11 +51,11 @@ def bonuses(decisions: PolicyOutput, active: Tensor) -> dict[str, Tensor]:
 def cosines(learner: PolicyLearner, batch: Batch) -> dict[str, float]:
     """Between the gradient of a step with the authors' entropy and with each other form."""
     learner.policy_net.train()
-    decisions = learner._decide(batch)
-    loss, _ = learner._self_critical(batch, decisions)
+    decisions = learner.decide(batch)
+    loss, _ = learner.estimator(batch, decisions)
     weights = list(learner.policy_net.parameters())
     gradients = {}
-    for name, bonus in bonuses(decisions, learner.learnt).items():
+    for name, bonus in bonuses(decisions, learner.active).items():
         parts = torch.autograd.grad(loss - learner.entropy_coef * bonus, weights, retain_graph=True)
         gradients[name] = torch.cat([part.flatten() for part in parts])  # [number of weights]
     authors = gradients.pop("authors")

@@ -37,7 +37,8 @@ from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
 from pipeline.models.resnet_cifar import cifar_resnet
 from pipeline.policy import objectives as pg
-from pipeline.policy.learner import PolicyLearner, PolicyObjective
+from pipeline.policy.learner import PolicyLearner
+from pipeline.policy.objectives import PolicyObjective
 from pipeline.training.classification import Classification
 from pipeline.training.distillation import Distillation
 from pipeline.training.loop import Learner, Position, fit
@@ -192,13 +193,13 @@ def learner_of(
     finetune = stage == "finetune"
     estimator = ("reinmax" if finetune else "local_expectation") if fast else "self_critical"
     distillation = Distillation(
-        resnet, share=0.5 if fast else 0.0, normalisation=NORMALISATION, precision="bf16"
+        resnet, teacher_weight=0.5 if fast else 0.0, normalisation=NORMALISATION, precision="bf16"
     )
     return PolicyLearner(
         resnet,
         policy_net,
         optimizer=ChainedOptimizer(of_policy, adam) if finetune else of_policy,
-        rules=PolicyObjective(
+        objective=PolicyObjective(
             gamma=GAMMA, alpha=ALPHA, entropy_coef=0.0, estimator=estimator, num_flips=4
         ),
         normalisation=NORMALISATION,

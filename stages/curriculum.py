@@ -11,7 +11,8 @@ from pipeline.models import checkpoint
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
-from pipeline.policy.learner import PolicyLearner, PolicyObjective
+from pipeline.policy.learner import PolicyLearner
+from pipeline.policy.objectives import PolicyObjective
 from pipeline.training import legacy_checkpoints
 from pipeline.training.optim import make_optimizer
 from stages.support import common, compatibility, training
@@ -60,7 +61,7 @@ def learner_of(params: Params, resnet: ResNet, normalisation: Normalisation) -> 
             [{"params": list(policy_net.parameters()), "lr": section.lr}],
             weight_decay=section.weight_decay,
         ),
-        rules=PolicyObjective(
+        objective=PolicyObjective(
             gamma=section.gamma,
             alpha=section.alpha,
             entropy=section.entropy,

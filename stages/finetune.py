@@ -11,7 +11,8 @@ from pipeline.models import checkpoint
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
-from pipeline.policy.learner import PolicyLearner, PolicyObjective
+from pipeline.policy.learner import PolicyLearner
+from pipeline.policy.objectives import PolicyObjective
 from pipeline.training import legacy_checkpoints
 from pipeline.training.optim import ChainedOptimizer, make_optimizer
 from stages.support import common, compatibility, recipes, training
@@ -67,7 +68,7 @@ def learner_of(
             ),
             recipes.resnet_optimizer_of(resnet, section),
         ),
-        rules=PolicyObjective(
+        objective=PolicyObjective(
             gamma=params.gamma,
             alpha=policy.alpha,
             entropy_coef=policy.entropy_coef,

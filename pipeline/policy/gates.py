@@ -110,7 +110,7 @@ class GateGradient(torch.autograd.Function):
 
 
 class CounterfactualGate(torch.autograd.Function):
-    """x as it is; backward, the gradient of the gates of `rows`, had a block changed them by `change`."""
+    """x as it is; backward, the gradient of the gates of `rows`, had their block added `change`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, change: Tensor, gate: Tensor) -> Tensor:

@@ -1,8 +1,4 @@
-"""The one training loop, and pretraining as the simplest thing that it can train. No I/O here.
-
-Everything random in an epoch is drawn when the epoch starts, as one table with a row for each image,
-from (seed, stage, epoch) alone. So what happens to an image depends neither on the batch it is in nor
-on the device, and a run that is resumed after any step goes on exactly as it would have.
+"""Learning to classify without a policy: pretraining, and finetuning under a static rule.
 
 Shapes: B images of a batch, M images of a split, K blocks, N classes.
 """
@@ -20,7 +16,7 @@ from pipeline.inference.predict import predict
 from pipeline.models.resnet import ResNet
 from pipeline.training.distillation import Distillation
 from pipeline.training.loop import Batch, Metrics
-from pipeline.training.optim import descend
+from pipeline.training.optim import backward, optimizer_step
 
 
 class Classification:
@@ -63,23 +59,25 @@ class Classification:
         self.resnet.train()
         with autocast(batch.images.device, self.precision):
             logits = self.resnet(batch.images, self._actions(batch.noise))
-        logits = logits.float()
+        logits = logits.float()  # [B, N]
         if self.distillation is None:
             loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
         else:
             loss = self.distillation(logits, batch).mean()
-        descend(self.optimizer, loss, batch)
+        self.optimizer.zero_grad()
+        backward(loss, batch)
+        optimizer_step(self.optimizer)
         correct = logits.argmax(dim=1) == batch.labels
         return {"loss": loss.detach(), "accuracy": correct.float().mean()}
 
     def validate(self, split: ImageSplit) -> Metrics:
         """Loss and accuracy with the blocks that run; what a rule draws is the same at every call."""
-        noise = torch.rand(len(split), self.noise_columns, generator=generator("validation"))
+        noise = torch.rand(len(split), self.noise_columns, generator=generator("validation"))  # [M, K]
         actions = self._actions(noise)
-        found = predict(
+        predictions = predict(
             self.resnet, split, actions, normalisation=self.normalisation, precision=self.precision
         )
-        return {"loss": float(found.losses.mean()), "accuracy": found.accuracy}
+        return {"loss": float(predictions.losses.mean()), "accuracy": predictions.accuracy}
 
     def _actions(self, noise: Tensor) -> Tensor | None:
         return None if self.rule is None else self.rule(noise)

@@ -1,10 +1,6 @@
-"""The one training loop, and pretraining as the simplest thing that it can train. No I/O here.
+"""Learning-rate schedules, optimisers, and a step of one, by one process or several.
 
-Everything random in an epoch is drawn when the epoch starts, as one table with a row for each image,
-from (seed, stage, epoch) alone. So what happens to an image depends neither on the batch it is in nor
-on the device, and a run that is resumed after any step goes on exactly as it would have.
-
-Shapes: B images of a batch, M images of a split, K blocks, N classes.
+A schedule takes the progress of the training, [0, 1), to a factor of the learning rates, [0, 1].
 """
 
 import math
@@ -24,19 +20,19 @@ def constant(progress: float) -> float:
 
 
 def cosine(progress: float, *, warmup: float = 0.0) -> float:
-    """Linear warm-up over the first share `warmup`, then half a cosine down to 0."""
+    """Linear warm-up over the first fraction `warmup`, then half a cosine down to 0."""
     if progress < warmup:
         return progress / warmup
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
 def step_down(progress: float, *, at: float, factor: float = 0.1) -> float:
-    """The authors' finetuning: times 0.1 from a share `at` of the training on."""
+    """The authors' finetuning: times 0.1 from the fraction `at` of the training on."""
     return factor if progress >= at else 1.0
 
 
 def warmed_up(progress: float, *, warmup: float, schedule: Callable[[float], float]) -> float:
-    """A schedule whose first share `warmup` rises from 0 in a straight line."""
+    """A schedule whose first fraction `warmup` rises linearly from 0."""
     return schedule(progress) * (progress / warmup if progress < warmup else 1.0)
 
 
@@ -55,21 +51,18 @@ def make_optimizer(
 
 
 def backward(loss: Tensor, batch: Batch) -> None:
-    """Leave the gradients of a loss that is a mean over the batch, as a part of the whole batch's."""
-    loss.backward(torch.full_like(loss, batch.share))  # over no images the loss is no number, this is 0
+    """Leave the gradients of a loss that is a mean over this process's part of the batch.
+
+    They are weighted: summed over all processes they are those of the mean over the whole batch.
+    """
+    # a factor of the gradient, not of the loss, which over no images is NaN: 0 NaN is NaN
+    loss.backward(torch.full_like(loss, batch.weight))
 
 
-def update(optimizer: torch.optim.Optimizer) -> None:
+def optimizer_step(optimizer: torch.optim.Optimizer) -> None:
     """One step down the gradients that all processes have left."""
     distributed.all_reduce_gradients(p for group in optimizer.param_groups for p in group["params"])
     optimizer.step()
-
-
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor, batch: Batch) -> None:
-    """One step down the gradient of a loss that is a mean over the batch, that of all processes."""
-    optimizer.zero_grad()
-    backward(loss, batch)
-    update(optimizer)
 
 
 class ChainedOptimizer(torch.optim.Optimizer):

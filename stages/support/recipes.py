@@ -68,7 +68,7 @@ def distillation_of(resnet: ResNet, params: Params) -> Distillation:
     section = params.finetune
     return Distillation(
         resnet,
-        share=section.distillation,
+        teacher_weight=section.distillation,
         normalisation=normalisation_of(params),
         precision=section.precision,
     )

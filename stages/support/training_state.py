@@ -245,7 +245,7 @@ class Checkpointer:
         if metrics["active_blocks"] < num_blocks:
             return
         # a policy whose entropy bonus falls to 0 is meant to settle
-        settles = cast(Any, self.learner).rules.entropy_epochs is not None
+        settles = cast(Any, self.learner).objective.entropy_epochs is not None
         problem = collapse(
             keep_ratio=metrics["blocks_mean"] / num_blocks,
             entropy=None if settles else metrics["entropy"],

@@ -19,7 +19,8 @@ from pipeline.infra import processes
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import BatchNorm, ResNet
 from pipeline.models.resnet_cifar import cifar_resnet
-from pipeline.policy.learner import PolicyLearner, PolicyObjective
+from pipeline.policy.learner import PolicyLearner
+from pipeline.policy.objectives import PolicyObjective
 from pipeline.static_policies import static_rule
 from pipeline.training.classification import Classification
 from pipeline.training.distillation import Distillation
@@ -75,14 +76,16 @@ def policy(
     train_epochs: int | None = None,
 ) -> PolicyLearner:
     networks = resnet(), PolicyNet(num_blocks=6, width=4)
-    distillation = Distillation(networks[0], share=0.5, normalisation=NORMALISATION, precision="fp32")
+    distillation = Distillation(
+        networks[0], teacher_weight=0.5, normalisation=NORMALISATION, precision="fp32"
+    )
     groups = [{"params": list(networks[1].parameters()), "lr": 0.01}]
     if finetune:
         groups.append({"params": list(networks[0].parameters()), "lr": 0.001})
     return PolicyLearner(
         *networks,
         optimizer=make_optimizer(optimizer, groups, weight_decay=0.01),
-        rules=PolicyObjective(
+        objective=PolicyObjective(
             gamma=2.0,
             alpha=0.8,
             entropy_coef=0.01,
@@ -118,7 +121,9 @@ def trained(
     with torch.no_grad():
         for module in learner.modules.values():
             for parameter in module.parameters():
-                parameter.add_(distributed.here().rank)  # the weights of process 0 are what counts
+                parameter.add_(
+                    distributed.current_rank().rank
+                )  # the weights of process 0 are what counts
     distributed.broadcast_modules(learner.modules.values())
     every = fit(
         learner,
@@ -144,7 +149,11 @@ def trained(
         "optimizer": learner.optimizer.state_dict()["state"],
         "steps": results.count(None),
         "results": [
-            {"train": r.train, "validation": r.validation, "wrong_step": r.wrong_step}
+            {
+                "train": r.train,
+                "validation": r.validation,
+                "first_nonfinite_step": r.first_nonfinite_step,
+            }
             for r in results
             if r is not None
         ],
@@ -201,4 +210,4 @@ if __name__ == "__main__":
     processes.COLLECTIVE_TIMEOUT = timedelta(minutes=5)  # one that waits in vain fails the test
     with processes.process_group(torch.device("cpu")):
         made = {name: make() for name, make in CASES.items()}
-        torch.save(made, Path(sys.argv[1]) / f"{distributed.here().rank}.pt")
+        torch.save(made, Path(sys.argv[1]) / f"{distributed.current_rank().rank}.pt")

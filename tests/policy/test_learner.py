@@ -9,12 +9,13 @@ from builders import NORMALISATION
 
 from pipeline.models.policies import greedy_actions
 from pipeline.policy import objectives as pg
-from pipeline.policy.learner import PolicyLearner, PolicyObjective
+from pipeline.policy.learner import PolicyLearner
+from pipeline.policy.objectives import PolicyObjective
 from pipeline.training.distillation import Distillation
 from pipeline.training.loop import Batch
 from pipeline.training.optim import make_optimizer
 
-pytestmark = pytest.mark.usefixtures("stand_ins")
+pytestmark = pytest.mark.usefixtures("stand_ins", "gates")
 
 K = 3
 ALPHA, GAMMA = 0.8, 2.0
@@ -48,7 +49,7 @@ class ModeNet(RuleNet):
         return torch.stack([right, 1 - right], dim=1)
 
 
-LABELS_ALONE = Distillation(RuleNet(), share=0.0, normalisation=NORMALISATION, precision="fp32")
+LABELS_ALONE = Distillation(RuleNet(), teacher_weight=0.0, normalisation=NORMALISATION, precision="fp32")
 
 
 class LinearNet(RuleNet):
@@ -59,12 +60,17 @@ class LinearNet(RuleNet):
     def right(self, kept):
         return 0.9 - (1 - kept) @ self.SLOPES
 
-    def forward(self, images, actions=None, gates=None, *, try_dropped=False):
-        kept = actions.float()
-        if gates is not None:  # ones: their slope is to be that of a block's share
-            kept = kept + (gates - 1) * (1 if try_dropped else actions)
+    def forward(self, images, actions):
+        return self.logits(actions.float())
+
+    def logits(self, kept):
         right = self.right(kept)
         return torch.stack([right, 1 - right], dim=1).log()
+
+    def forward_with_gates(self, actions, *, try_dropped):
+        gates = torch.ones(actions.shape, requires_grad=True)
+        # the gates are 1, and their slope is that of the fraction of a block that runs
+        return self.logits(actions.float() + (gates - 1) * (1 if try_dropped else actions)), gates
 
 
 class FlatNet(LinearNet):
@@ -72,6 +78,17 @@ class FlatNet(LinearNet):
 
     def right(self, kept):
         return 0.9 - (1 - kept).square() @ self.SLOPES
+
+
+@pytest.fixture
+def gates(monkeypatch) -> None:
+    """Gates of the networks above, which have no blocks."""
+    monkeypatch.setattr(
+        "pipeline.policy.trained_resnet.forward_with_gates",
+        lambda net, images, actions, *, try_dropped: net.forward_with_gates(
+            actions, try_dropped=try_dropped
+        ),
+    )
 
 
 class SameForAll(torch.nn.Module):
@@ -94,7 +111,7 @@ def gradient_of_step(
     finetune: bool = False,
     estimator: str = "self_critical",
     num_flips: int = 0,
-    **rules: object,
+    **options: object,
 ) -> torch.Tensor:
     """What one step on a single image leaves as the gradient of the logits."""
     policy_net = SameForAll()
@@ -102,9 +119,9 @@ def gradient_of_step(
         resnet or RuleNet(),
         policy_net,
         optimizer=make_optimizer("sgd", [{"params": [policy_net.logits], "lr": 0.0}], weight_decay=0),
-        rules=PolicyObjective(
-            gamma=GAMMA, alpha=ALPHA, entropy_coef=entropy_coef,
-            epochs_per_block=None if epoch is None else 1.0, estimator=estimator, num_flips=num_flips, **rules,
+        objective=PolicyObjective(
+            gamma=GAMMA, alpha=ALPHA, entropy_coef=entropy_coef, num_flips=num_flips,
+            epochs_per_block=None if epoch is None else 1.0, estimator=estimator, **options,
         ),
         normalisation=NORMALISATION,
         precision="fp32",
@@ -238,7 +255,12 @@ def test_slopes_stay_finite_where_the_policy_is_certain(logit):
     prob = torch.sigmoid(logits)
     for actions in (torch.zeros(2, 3).bool(), torch.ones(2, 3).bool()):
         slopes = pg.reward_gradient(
-            torch.full((2,), 0.9), torch.full((2, 3), -3.0), actions, prob.detach(), 10.0, both_ends=True
+            torch.full((2,), 0.9),
+            torch.full((2, 3), -3.0),
+            actions,
+            prob.detach(),
+            10.0,
+            trapezoidal=True,
         )
         (gradient,) = torch.autograd.grad(pg.expectation_loss(slopes, torch.sigmoid(logits)), logits)
         assert torch.isfinite(gradient).all()
@@ -284,7 +306,7 @@ def test_the_entropy_bonus_falls_over_its_epochs(epoch, left):
         RuleNet(),
         policy_net,
         optimizer=make_optimizer("sgd", [{"params": [policy_net.logits], "lr": 0.0}], weight_decay=0),
-        rules=PolicyObjective(gamma=GAMMA, alpha=ALPHA, entropy_coef=0.3, entropy_epochs=4),
+        objective=PolicyObjective(gamma=GAMMA, alpha=ALPHA, entropy_coef=0.3, entropy_epochs=4),
         normalisation=NORMALISATION,
         precision="fp32",
         distillation=None,
@@ -349,7 +371,7 @@ def test_metrics_are_those_of_the_step():
         RuleNet(),
         policy_net,
         optimizer=make_optimizer("sgd", [{"params": [policy_net.logits], "lr": 0.0}], weight_decay=0),
-        rules=PolicyObjective(gamma=GAMMA, alpha=ALPHA, entropy_coef=0.0),
+        objective=PolicyObjective(gamma=GAMMA, alpha=ALPHA, entropy_coef=0.0),
         normalisation=NORMALISATION,
         precision="fp32",
         distillation=None,

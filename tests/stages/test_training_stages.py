@@ -307,7 +307,7 @@ def test_the_entropy_falls_while_the_policy_learns(params, train_epochs, entropy
         params.model_copy(update={"finetune_policy": section}),
         both.need_resnet(), both.need_policy_net(), both.normalisation,
     )  # fmt: skip
-    assert learner.rules.entropy_epochs == entropy_epochs
+    assert learner.objective.entropy_epochs == entropy_epochs
 
 
 def test_recipes_of_params_reach_the_learners_and_train(params, tmp_path, monkeypatch):
@@ -326,7 +326,7 @@ def test_recipes_of_params_reach_the_learners_and_train(params, tmp_path, monkey
     curriculum.main(params)
     finetune.main(params)
     static.main(params, rule="random", num_kept=params.static.num_kept[0])
-    first, second = learners["curriculum"].rules, learners["finetune"].rules
+    first, second = learners["curriculum"].objective, learners["finetune"].objective
     assert (first.estimator, first.num_flips, first.soft_reward) == ("local_expectation", 2, True)
     assert sum(first.block_shares) == pytest.approx(1)
     assert len(set(first.block_shares)) > 1
@@ -339,7 +339,7 @@ def test_recipes_of_params_reach_the_learners_and_train(params, tmp_path, monkey
     assert [type(part).__name__ for part in (adam, sgd)] == ["AdamW", "SGD"]
     assert type(learners["static"].optimizer).__name__ == "SGD"
     for name in ("finetune", "static"):
-        assert learners[name].distillation.share == 0.5
+        assert learners[name].distillation.teacher_weight == 0.5
         assert learners[name].distillation.teacher is not None
 
 

@@ -16,7 +16,8 @@ from pipeline.models.build import make_resnet
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
 from pipeline.models.resnet_cifar import cifar_resnet
-from pipeline.policy.learner import PolicyLearner, PolicyObjective
+from pipeline.policy.learner import PolicyLearner
+from pipeline.policy.objectives import PolicyObjective
 from pipeline.training.classification import Classification
 from pipeline.training.distillation import Distillation, soft_targets
 from pipeline.training.loop import Batch, NotFiniteError, Position, fit, require_finite
@@ -65,13 +66,13 @@ def policy_learner(
         groups = [{"params": list(resnet.parameters()), "lr": 0.01}]
         optimizer = ChainedOptimizer(optimizer, make_optimizer("adam", groups, weight_decay=0.0))
         distillation = Distillation(
-            resnet, share=teacher_share, normalisation=NORMALISATION, precision="fp32"
+            resnet, teacher_weight=teacher_share, normalisation=NORMALISATION, precision="fp32"
         )
     return PolicyLearner(
         resnet,
         policy_net,
         optimizer=optimizer,
-        rules=PolicyObjective(
+        objective=PolicyObjective(
             gamma=gamma, alpha=alpha, entropy_coef=0.01, epochs_per_block=epochs_per_block,
             estimator=estimator, num_flips=2, frozen_epochs=frozen_epochs, train_epochs=train_epochs,
             entropy_epochs=entropy_epochs,
@@ -170,11 +171,11 @@ def test_position_moves_with_the_steps_and_holds_the_sums_of_the_epoch(small_res
     position = Position()
     learner = classifier(small_resnet, lr=0.0)
     run(learner, train_split, train_split, epochs=1, position=position, steps=2)
-    assert (position.epoch, position.step, int(position.finite)) == (0, 2, 2)
+    assert (position.epoch, position.step, int(position.finite_steps)) == (0, 2, 2)
     assert set(position.totals) == {"loss", "accuracy"}
     (result,) = run(learner, train_split, train_split, epochs=1, position=position)
-    assert (position.epoch, position.step, int(position.finite), position.totals) == (1, 0, 0, {})
-    assert result.wrong_step is None
+    assert (position.epoch, position.step, int(position.finite_steps), position.totals) == (1, 0, 0, {})
+    assert result.first_nonfinite_step is None
 
 
 class Spoiled:
@@ -396,7 +397,7 @@ def test_a_policy_that_drops_every_block_goes_on(estimator, train_split, small_r
 def test_a_teacher_stays_as_it_was(small_resnet, train_split):
     images = NORMALISATION(train_split.images)
     batch = Batch(images=images, labels=train_split.labels, noise=torch.empty(len(images), 0))
-    loss = Distillation(small_resnet, share=1.0, normalisation=NORMALISATION, precision="fp32")
+    loss = Distillation(small_resnet, teacher_weight=1.0, normalisation=NORMALISATION, precision="fp32")
     logits = small_resnet.eval()(images).detach()
     before = loss(logits, batch)
     torch.testing.assert_close(before, torch.zeros(len(images)), atol=1e-5, rtol=0)
@@ -411,65 +412,6 @@ def test_targets_are_softened_by_the_share_of_the_teacher():
     labels, logits = torch.tensor([1]), torch.tensor([[0.0, 0.0]])
     assert soft_targets(labels, logits, 0.0).tolist() == [[0.0, 1.0]]
     assert soft_targets(labels, logits, 0.5).tolist() == [[0.25, 0.75]]
-
-
-class PartBlock(torch.nn.Module):
-    """So much of the way from what comes out without a block to what comes out with it."""
-
-    def __init__(self, block: torch.nn.Module, share: torch.Tensor) -> None:
-        super().__init__()
-        self.block, self.share = block, share
-
-    def forward(self, x):
-        without = self.block.shortcut(x)
-        return without + self.share[:, None, None, None] * (self.block(x) - without)
-
-
-@pytest.mark.parametrize("try_dropped", [False, True])
-def test_gates_tell_the_slope_of_the_loss_in_the_share_of_a_block(
-    small_resnet, train_split, try_dropped
-):
-    """Against finite differences."""
-    small_resnet.double().eval()
-    images = NORMALISATION(train_split.images[:4]).double()
-    actions = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 0, 0], [0, 1, 0]]).bool()
-    gates = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
-    logits = small_resnet(images, actions, gates, try_dropped=try_dropped)
-    torch.testing.assert_close(logits, small_resnet(images, actions))
-    logits[:, 0].sum().backward()
-    step = 1e-6
-    for number in range(small_resnet.num_blocks):
-        ends = []
-        for change in (-step, step):
-            parts = [PartBlock(b, actions[:, k].double()) for k, b in enumerate(small_resnet.blocks)]
-            parts[number].share += change
-            x = small_resnet.stem(images)
-            for part in parts:
-                x = part(x)
-            ends.append(small_resnet.head(x)[:, 0].detach())
-        slope = (ends[1] - ends[0]) / (2 * step)
-        assert (slope != 0).all()
-        expected = slope if try_dropped else slope * actions[:, number]
-        torch.testing.assert_close(gates.grad[:, number], expected, rtol=1e-3, atol=1e-6)
-
-
-def test_trying_a_dropped_block_moves_no_statistic_and_no_weight(train_split):
-    torch.manual_seed(0)
-    one, other = (cifar_resnet(depth=8, width=4, num_classes=3) for _ in range(2))
-    other.load_state_dict(one.state_dict())
-    images = NORMALISATION(train_split.images)
-    actions = torch.rand(len(images), 3, generator=torch.Generator().manual_seed(0)) < 0.5
-    actions[:, 1] = False  # nobody runs it
-    gates = torch.ones(len(images), 3, requires_grad=True)
-    one(images, actions, gates, try_dropped=True).square().sum().backward()
-    other(images, actions).square().sum().backward()
-    for (name, found), expected in zip(one.named_parameters(), other.parameters(), strict=True):
-        assert (found.grad is None) == (expected.grad is None) == name.startswith("blocks.1.")
-        if found.grad is not None:
-            torch.testing.assert_close(found.grad, expected.grad)
-    for found, expected in zip(one.buffers(), other.buffers(), strict=True):
-        assert torch.equal(found, expected)
-    assert (gates.grad != 0).all()
 
 
 def test_a_high_penalty_keeps_more_blocks_than_none(train_split, validation_split):
@@ -617,10 +559,12 @@ def test_finetuning_of_small_images_of_the_family_imagenet(estimator):
             [{"params": [*resnet.parameters(), *policy_net.parameters()], "lr": 0.001}],
             weight_decay=0.0,
         ),
-        rules=PolicyObjective(gamma=2.0, alpha=0.8, entropy_coef=0.1, estimator=estimator),
+        objective=PolicyObjective(gamma=2.0, alpha=0.8, entropy_coef=0.1, estimator=estimator),
         normalisation=NORMALISATION,
         precision="fp32",
-        distillation=Distillation(resnet, share=0.0, normalisation=NORMALISATION, precision="fp32"),
+        distillation=Distillation(
+            resnet, teacher_weight=0.0, normalisation=NORMALISATION, precision="fp32"
+        ),
     )
     train = make_split(21, size=16)
     results = run(learner, train, make_split(6, size=16), epochs=2, batch_size=2)
