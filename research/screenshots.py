@@ -1,6 +1,6 @@
 """The README's pictures: pages of the MLflow UI in headless Chromium, and the report's figures.
 
-`python -m research.screenshots` after `make sync`. It needs the dependency group `docs` of pyproject.toml
+`python -m research.screenshots` after `make sync`. It needs pyproject.toml's dependency group `docs`
 (`pip install playwright`), a Chromium (`apt-get install chromium` or `playwright install chromium`), and
 a sweep to compare: `dvc exp run --queue -S 'gamma=1,2,5,10'`, `dvc queue start -j 2`.
 """
