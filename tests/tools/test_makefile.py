@@ -343,7 +343,13 @@ def test_recipes_hold_no_name_that_users_give():
 
 def test_help_lists_every_target():
     done = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    listed = [line.split(" - ")[0] for line in done.stdout.splitlines()]
+    listed = re.findall(r"^  ([a-z0-9-]+) - \w", done.stdout, re.MULTILINE)
     phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert phony
     assert sorted(listed) == sorted(phony[1].split())
+
+
+def test_named_test_files_exist():
+    names = re.findall(r"tests/[\w/.]+", (ROOT / "Makefile").read_text())
+    assert names
+    assert [name for name in names if not (ROOT / name).exists()] == []
