@@ -35,7 +35,7 @@ def server() -> Iterator[str]:
         free.bind((HOST, 0))
         port = free.getsockname()[1]
     start = ["mlflow", "ui", "--backend-store-uri", store_uri(), "--host", HOST, "--port", str(port)]
-    process = subprocess.Popen(start, cwd=project_root(), stdout=subprocess.DEVNULL,
+    process = subprocess.Popen([*start, "--workers", "1"], cwd=project_root(), stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)  # fmt: skip
     address = f"http://{HOST}:{port}"
     try:
