@@ -14,12 +14,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 RESULTS = ("dvc.lock", "metrics/", "plots/", "report/", "data/", "models/")  # not copied
 OUTS = ("data/prepared", "models", "metrics", "plots", "report")
-TIMED = {
-    "times",
-    "benchmark",
-    "benchmark.json",
-    "report",
-}  # parts of paths whose content depends on time
+TIMED = {"times", "benchmark", "benchmark.json", "report"}  # parts of paths whose content is timed
 
 # parameters with which the trainings take seconds
 TINY: dict[str, dict[str, Any]] = {

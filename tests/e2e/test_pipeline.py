@@ -83,11 +83,16 @@ def test_a_second_repro_runs_nothing_in_under_two_seconds(copy):
     assert min(seconds() for _ in range(3)) < 2
 
 
-def test_status_is_clean_and_bytecode_does_not_matter(copy):
+def test_status_is_clean_beside_bytecode_and_editors_files(copy):
     for package in ("pipeline", "pipeline/policy", "stages"):  # DVC tracks the second as a folder
         assert list((copy.folder / package).glob("__pycache__/*.pyc"))
-    assert "up to date" in copy.run("dvc", "status")
     assert copy.run("git", "status", "--porcelain") == ""
+    editors = [copy.folder / "pipeline/policy" / name for name in (".learner.py.swp", "learner.py~")]
+    for file in editors:
+        file.touch()
+    assert "up to date" in copy.run("dvc", "status")
+    for file in editors:
+        file.unlink()
 
 
 def test_stages_again_give_the_same_bytes(copy):
