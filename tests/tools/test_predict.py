@@ -73,7 +73,8 @@ def test_plain_lines_say_what_the_predictor_says(run, files, images, networks):
         strip = "".join("#" if is_kept else "." for is_kept in prediction.kept_blocks)
         assert line.split() == [
             file, prediction.name, f"{100 * prediction.confidence:.1f}", "%", strip,
-            f"{prediction.blocks}/6", f"{prediction.flops:.3g}", f"{100 * prediction.flops_saved:.1f}", "%",
+            f"{prediction.blocks}/6", f"{prediction.flops:.3g}",
+            f"{100 * prediction.flops_saved:.1f}", "%",
         ]  # fmt: skip
 
 
