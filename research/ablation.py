@@ -24,7 +24,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from pipeline import config
+from pipeline import config as params_file
 from pipeline.config import Curriculum, Finetune, Loader, Params
 from pipeline.data.dataset import load_split
 from pipeline.data.metadata import load_classes
@@ -176,7 +176,7 @@ def changed(preset: Params, text: str, *, flag: str = "--vary") -> Params:
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{flag} {config.explain(error.errors()[0])}") from None
+        raise UserError(f"{flag} {params_file.explain(error.errors()[0])}") from None
 
 
 def variant_of(setting: Setting, text: str) -> Params:
@@ -398,7 +398,7 @@ def preset_of(name: str) -> Params:
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
         raise UserError(f"--preset {name}: there is no such preset; choose {', '.join(known)}")
-    return config.load(folder / f"{name}.yaml")
+    return params_file.load(folder / f"{name}.yaml")
 
 
 def provenance_of(preset: str, changes: str) -> Provenance:
