@@ -24,7 +24,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from pipeline import config
+from pipeline import config as params_file
 from pipeline.config import Curriculum, Finetune, Loader, Params
 from pipeline.data.dataset import load_split
 from pipeline.data.metadata import load_classes
@@ -177,7 +177,7 @@ def changed(preset: Params, text: str, *, flag: str = "--vary") -> Params:
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{flag} {config.explain(error.errors()[0])}") from None
+        raise UserError(f"{flag} {params_file.explain(error.errors()[0])}") from None
 
 
 def variant_of(setting: Setting, text: str) -> Params:

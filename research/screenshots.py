@@ -1,6 +1,6 @@
 """The README's pictures: pages of the MLflow UI in headless Chromium, and the report's figures.
 
-`python -m research.screenshots` after `make sync`. It needs the dependency group `docs` of pyproject.toml
+`python -m research.screenshots` after `make sync`. It needs pyproject.toml's dependency group `docs`
 (`pip install playwright`), a Chromium (`apt-get install chromium` or `playwright install chromium`), and
 a sweep to compare: `dvc exp run --queue -S 'gamma=1,2,5,10'`, `dvc queue start -j 2`.
 """
@@ -23,7 +23,7 @@ from tools.command import Parser, command
 
 WIDTH = 1500
 SETTLING = 3000  # milliseconds that a page takes to redraw
-START = 120  # seconds that the server may take
+START = 120  # seconds that the server and each page may take
 PAGES = {"all runs": "ui_runs", "this experiment": "ui_experiment", "its gammas compared": "ui_gammas"}
 FIGURES = ("policy", "policies_by_class", "easy_and_hard", "trade_off", "learning_curves")
 
@@ -35,7 +35,7 @@ def server() -> Iterator[str]:
         free.bind((HOST, 0))
         port = free.getsockname()[1]
     start = ["mlflow", "ui", "--backend-store-uri", store_uri(), "--host", HOST, "--port", str(port)]
-    process = subprocess.Popen(start, cwd=project_root(), stdout=subprocess.DEVNULL,
+    process = subprocess.Popen([*start, "--workers", "1"], cwd=project_root(), stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)  # fmt: skip
     address = f"http://{HOST}:{port}"
     try:
@@ -43,7 +43,10 @@ def server() -> Iterator[str]:
         yield address
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
@@ -57,8 +60,11 @@ def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
     raise UserError(f"the MLflow UI does not answer; try `mlflow ui --backend-store-uri {shown_uri()}`")
 
 
-def photograph(links: Mapping[str, str], out: Path) -> None:
+def photograph(links: Mapping[str, str], name: str, out: Path) -> None:
     """Save all pages; the comparison adds FLOPs and blocks, and lists only what differs.
+
+    Args:
+        name: of the experiment, which every page shows once it has loaded.
 
     Raises:
         UserError: Playwright is not installed.
@@ -72,7 +78,10 @@ def photograph(links: Mapping[str, str], out: Path) -> None:
         for title, link in links.items():
             compares = PAGES[title] == "ui_gammas"
             page = browser.new_page(viewport={"width": WIDTH, "height": 1500 if compares else 1000})
-            page.goto(link, wait_until="networkidle")
+            page.set_default_timeout(1000 * START)
+            page.goto(link)
+            page.get_by_text(name).locator("visible=true").first.wait_for()
+            page.wait_for_timeout(SETTLING)
             if compares:
                 metrics = page.get_by_role("combobox").nth(1)
                 for metric in ("flops_mean", "blocks_mean"):
@@ -102,9 +111,8 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError("no such experiment has finished; `make repro`, then `make sync`")
     arguments.out.mkdir(exist_ok=True)
     with server() as address:
-        photograph(
-            overview.links(experiment_id, experiments, named[0].run_id, address=address), arguments.out
-        )
+        links = overview.links(experiment_id, experiments, named[0].run_id, address=address)
+        photograph(links, named[0].name, arguments.out)
     for name in FIGURES:
         shutil.copyfile(Path("report") / f"{name}.png", arguments.out / f"{name}.png")
     print(f"figures of report/: {arguments.out}")

@@ -1,4 +1,4 @@
-"""The hook of tests/serial.py, in a session of two workers of its own."""
+"""The hook of tests/helpers/serial.py, in a pytest session with two workers."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def test_works(number):
 @pytest.mark.parametrize(
     ("mark", "failures"), [("@pytest.mark.serial", False), ("", True)], ids=["serial", "unmarked"]
 )
-def test_a_test_marked_alone_has_no_other_beside_it(tmp_path, mark, failures):
+def test_marked_test_has_no_other_beside_it(tmp_path, mark, failures):
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = serial")
     (tmp_path / "test_measures.py").write_text(WAITS.format(mark=mark))
     (tmp_path / "test_works.py").write_text(WORKS)

@@ -1,10 +1,11 @@
-"""Make .venv from requirements.txt where it is not as it should be: `make setup`.
+"""Make .venv from requirements.txt, unless it is usable and complete: `make setup`.
 
-Standard library alone, and nothing newer than Python 3.6: it tells older ones that they are too old.
-.venv's own Python runs it with `--check` first: status 0 when nothing is to be done, 3 when packages are
-to be installed, else 1 and a line on why .venv can't be used.
+It uses the standard library alone and nothing newer than Python 3.6, so that every old Python can say
+that it is too old. .venv's own Python runs it with `--check` first: status 0 when nothing is to be done,
+3 when packages are to be installed, else 1 and a line on why .venv can't be used.
 """
 
+import argparse
 import fcntl
 import os
 import re
@@ -12,17 +13,24 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 VENV = Path(".venv")
 PYTHON = VENV / "bin/python"
 REQUIREMENTS = Path("requirements.txt")
-INSTALLED = VENV / "requirements.txt"  # a copy of those that were installed
-UNDER_WAY = VENV / "being-set-up"  # there from the beginning of a set-up to its end
-PROGRAMS = ("pip", "dvc")  # the first that is there shows for which folder all were written
+INSTALLED = VENV / "requirements.txt"  # a copy of the one whose packages are installed
+UNFINISHED = VENV / "being-set-up"  # exists from the beginning of a set-up to its end
+PROGRAMS = ("pip", "dvc")  # the first that exists shows for which folder all were written
 STALE = 3
 NO_PYTHON = "has no Python that runs"
-LACKING = "has not the packages of this requirements.txt"
+LACKING = "lacks packages of this requirements.txt"
+
+
+class Parser(argparse.ArgumentParser):
+    """As tools.command's, which old Pythons can't import: a usage error is one line, and status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; `--help` says what there is\n")
 
 
 def versions() -> str:
@@ -32,30 +40,30 @@ def versions() -> str:
 
 
 def is_supported() -> bool:
-    """Whether this Python is one of them."""
+    """Whether pyproject.toml allows this Python's version."""
     low, high = (tuple(map(int, pair)) for pair in re.findall(r"(\d+)\.(\d+)", versions()))
     return low <= sys.version_info[:2] < high
 
 
-def written_for() -> Path | None:
-    """The environment whose Python the programs of .venv start; None where none of them says."""
+def written_for() -> "Path | None":
+    """The environment whose Python the programs of .venv start; None where no program names one."""
     for program in (VENV / "bin" / name for name in PROGRAMS):
         if program.exists():
             with program.open("rb") as file:
                 head = os.fsdecode(file.read(4096))
-            found = re.search(r"""^(?:#!|'''exec' "?)(/.*)/bin/python""", head, re.MULTILINE)
-            return Path(found.group(1)) if found else None
+            match = re.search(r"""^(?:#!|'''exec' "?)(/.*)/bin/python""", head, re.MULTILINE)
+            return Path(match.group(1)) if match else None
     return None
 
 
 def fault() -> str:
-    """Why .venv can't be used, as its own Python sees it; nothing when it can."""
+    """Why .venv can't be used, found out by its own Python; empty when it can."""
     home = written_for()
     if not VENV.samefile(sys.prefix):
         return NO_PYTHON
     if not is_supported():
         return f"has Python {version()}, not {versions()}"
-    if UNDER_WAY.exists():
+    if UNFINISHED.exists():
         return "was not set up to its end"
     if home is not None and not (home.exists() and VENV.samefile(home)):
         return f"was made in {home.parent}"
@@ -68,17 +76,17 @@ def version() -> str:
 
 
 def check() -> int:
-    """Say what is wrong with .venv, to be called by its own Python; the exit status."""
-    said = fault()
-    if said:
-        print(said)
+    """Print what is wrong with .venv, whose own Python calls this; returns the exit status."""
+    why = fault()
+    if why:
+        print(why)
         return 1
     installed = INSTALLED.exists() and INSTALLED.read_bytes() == REQUIREMENTS.read_bytes()
     return 0 if installed else STALE
 
 
-def ask() -> tuple[int, str]:
-    """Status and words of `check`, run by .venv's Python."""
+def run_check() -> "tuple[int, str]":
+    """Let .venv's Python run `check`: its exit status, and what is wrong with .venv."""
     try:
         command = [str(PYTHON), "-m", "tools.environment", "--check"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -88,28 +96,28 @@ def ask() -> tuple[int, str]:
     return done.returncode, LACKING if done.returncode == STALE else why
 
 
-def require_ours(why: str) -> None:
-    """See that nobody loses what is in the place of .venv.
+def require_replaceable(why: str) -> None:
+    """Refuse to replace what `make setup` did not make.
 
     Raises:
-        SystemExit: it is a link to another folder's environment, or no environment.
+        SystemExit: .venv is a link to another folder's environment, or no environment.
     """
     if VENV.is_symlink():
         sys.exit(
             f"error: .venv is a link to {VENV.resolve()}, which {why} and is left as it is; `rm .venv`, "
             "and repeat: this folder gets an environment of its own"
         )
-    whose = (UNDER_WAY, VENV / "pyvenv.cfg")
+    marks = (UNFINISHED, VENV / "pyvenv.cfg")
     is_empty = VENV.is_dir() and not any(VENV.iterdir())
-    if VENV.exists() and not is_empty and not any(path.exists() for path in whose):
+    if VENV.exists() and not is_empty and not any(path.exists() for path in marks):
         sys.exit("error: .venv is no environment of Python; move it away, and repeat")
 
 
-def make_anew(why: str) -> None:
-    """An environment without packages, in the place of one that can't be used.
+def make_environment(why: str) -> None:
+    """Make an environment without packages, in the place of one that can't be used.
 
     Raises:
-        SystemExit: the project does not take this Python.
+        SystemExit: pyproject.toml does not allow this Python.
     """
     if not is_supported():
         sys.exit(
@@ -117,31 +125,31 @@ def make_anew(why: str) -> None:
             "another one, as in `make setup PYTHON=python3.12`, and repeat"
         )
     if VENV.exists():
-        print(f".venv {why}: it is made anew", flush=True)
+        print(f".venv {why}: it is made again", flush=True)
     VENV.mkdir(exist_ok=True)
-    UNDER_WAY.touch()
+    UNFINISHED.touch()
     for path in VENV.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(str(path))
-        elif path != UNDER_WAY:
+        elif path != UNFINISHED:
             path.unlink()
-    python = getattr(sys, "_base_executable", sys.executable)  # .venv's own, where it runs this, is gone
+    python = getattr(sys, "_base_executable", sys.executable)  # not .venv's own, which is deleted
     subprocess.run([python, "-m", "venv", str(VENV)], check=True)
 
 
 def install() -> None:
-    """Bring in what requirements.txt lists."""
-    UNDER_WAY.touch()
+    """Install the packages of requirements.txt."""
+    UNFINISHED.touch()
     if not (VENV / "bin/pip").exists():  # uv makes environments without it
         subprocess.run([str(PYTHON), "-m", "ensurepip", "--default-pip"], check=True)
     command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*command, "-r", str(REQUIREMENTS)], check=True)
     shutil.copyfile(str(REQUIREMENTS), str(INSTALLED))
-    UNDER_WAY.unlink()
+    UNFINISHED.unlink()
 
 
 def wait_for_others(file: IO[str]) -> None:
-    """Lock a file, so that two `make` at once do not set up the same .venv."""
+    """Lock a file, so that two `make` at a time do not set up the same .venv."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -152,18 +160,20 @@ def wait_for_others(file: IO[str]) -> None:
 
 
 def main() -> int:
-    """Check, or set up; the exit status."""
-    if sys.argv[1:] == ["--check"]:
+    """Check, or set up; returns the exit status."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="see what is to be done, and do nothing")
+    if parser.parse_args().check:
         return check()
-    with REQUIREMENTS.open() as held:
-        wait_for_others(held)
-        status, why = ask()
+    with REQUIREMENTS.open() as lock:
+        wait_for_others(lock)
+        status, why = run_check()
         if status == 0:
             return 0
-        require_ours(why)
+        require_replaceable(why)
         try:
             if status != STALE:
-                make_anew(why)
+                make_environment(why)
             print("setting up .venv (about two minutes, 6 GB) ...", flush=True)
             install()
         except subprocess.CalledProcessError as error:

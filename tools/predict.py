@@ -43,7 +43,7 @@ def folder_of(model: str) -> Iterator[Path]:
         UserError: there is no such folder, or no such model in MLflow.
     """
     if model.startswith(REGISTRY):
-        from pipeline.tracking.registry import fetched  # slow to import, and needed for this alone
+        from pipeline.tracking.registry import fetched  # slow to import
 
         with fetched(model) as folder:
             yield folder
@@ -69,7 +69,7 @@ def load(model: str, image_size: int | None) -> Predictor:
 
 
 def paths_of(words: str) -> list[Path]:
-    """The files that a line names, as `--words` says.
+    """The files that the text of `--words` names.
 
     Raises:
         UserError: a quotation mark has no partner.
@@ -116,9 +116,9 @@ def read(paths: Sequence[Path], image_size: int) -> tuple[list[Path], NDArray[np
     return readable, stacked, errors
 
 
-def strip(kept: NDArray[np.bool_]) -> str:
-    """[K] bool as `#` for a block that ran and `.` for one that did not, in their order."""
-    return "".join("#" if block else "." for block in kept)
+def strip(kept_blocks: NDArray[np.bool_]) -> str:
+    """[K] bool as text: `#` for each block that ran, `.` for each that was skipped."""
+    return "".join("#" if is_kept else "." for is_kept in kept_blocks)
 
 
 def cells(path: Path, prediction: Prediction) -> tuple[str, ...]:
@@ -135,7 +135,7 @@ def cells(path: Path, prediction: Prediction) -> tuple[str, ...]:
 
 
 def show(paths: Sequence[Path], predictions: Sequence[Prediction]) -> None:
-    """A table on a terminal; otherwise aligned lines, whole however long they are."""
+    """Print a table on a terminal; otherwise aligned lines, which are not cut at any width."""
     rows = [cells(*pair) for pair in zip(paths, predictions, strict=True)]
     console = Console()
     if console.is_terminal:
@@ -156,7 +156,7 @@ def show(paths: Sequence[Path], predictions: Sequence[Prediction]) -> None:
 
 
 def show_json(paths: Sequence[Path], predictions: Sequence[Prediction], classes: Sequence[str]) -> None:
-    """One object a line; probabilities by the names of the classes."""
+    """Print one JSON object a line; probabilities by the names of the classes."""
     for path, prediction in zip(paths, predictions, strict=True):
         record = {"image": str(path)} | prediction.record()
         record["probabilities"] = dict(zip(classes, record["probabilities"], strict=True))

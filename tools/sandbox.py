@@ -1,4 +1,4 @@
-"""A copy of this repository in a folder of its own, in which DVC may run, fail and be killed."""
+"""A copy of this repository in another folder, in which tests run, fail and kill DVC."""
 
 import hashlib
 import os
@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
-MADE = ("dvc.lock", "metrics/", "plots/", "report/", "data/", "models/")  # results, which are left out
+RESULTS = ("dvc.lock", "metrics/", "plots/", "report/", "data/", "models/")  # not copied
 OUTS = ("data/prepared", "models", "metrics", "plots", "report")
-CLOCKED = {"times", "benchmark", "benchmark.json", "report"}  # parts of paths that depend on the clock
+TIMED = {"times", "benchmark", "benchmark.json", "report"}  # parts of paths whose content is timed
 
-# trainings of seconds
+# parameters with which the trainings take seconds
 TINY: dict[str, dict[str, Any]] = {
     "data": {"image_size": 8},
     "resnet": {"depth": 14, "width": 4},
@@ -32,13 +32,13 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 def environment(*, tracking: bool = False) -> dict[str, str]:
-    """What commands see. MLflow takes seconds of every stage, so it is on only where it is looked at."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_"))}
-    for name in ("PYTHONDONTWRITEBYTECODE", "BLOCKDROP_TRACKING"):  # users write bytecode
-        kept.pop(name, None)
+    """The environment of commands in a copy; without MLflow, which takes seconds of every stage."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_"))}
+    for name in ("PYTHONDONTWRITEBYTECODE", "BLOCKDROP_TRACKING"):  # users' Pythons write bytecode
+        variables.pop(name, None)
     if not tracking:
-        kept["BLOCKDROP_TRACKING"] = "off"
-    return kept | {
+        variables["BLOCKDROP_TRACKING"] = "off"
+    return variables | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "DVC_NO_ANALYTICS": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -48,7 +48,7 @@ def environment(*, tracking: bool = False) -> dict[str, str]:
 
 
 def changed(changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The digits preset with other values."""
+    """The digits preset with changed values."""
     params = yaml.safe_load((ROOT / "presets/digits.yaml").read_text())
     for section, values in changes.items():
         params[section].update(values)
@@ -56,30 +56,30 @@ def changed(changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def make(folder: Path, *, changes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Commit what the work tree holds (results left out), with changes to the digits preset."""
-    listed = subprocess.run(
+    """Copy the work tree without results, with changes to the digits preset, and commit it."""
+    names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"],
         cwd=ROOT, check=True, capture_output=True, text=True,
     ).stdout.split("\n")  # fmt: skip
-    for name in filter(None, listed):
-        if not name.startswith(MADE) and (ROOT / name).is_file():
+    for name in filter(None, names):
+        if not name.startswith(RESULTS) and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
     if changes:
         (folder / "params.yaml").write_text(yaml.safe_dump(changed(changes), sort_keys=False))
-    own = ["-c", "user.email=test@example.org", "-c", "user.name=test"]
-    for words in (["init", "-q", "-b", "main"], ["add", "-A"], [*own, "commit", "-qm", "copy"]):
-        subprocess.run(["git", *words], cwd=folder, env=environment(), check=True)
+    user = ["-c", "user.email=test@example.org", "-c", "user.name=test"]
+    for arguments in (["init", "-q", "-b", "main"], ["add", "-A"], [*user, "commit", "-qm", "copy"]):
+        subprocess.run(["git", *arguments], cwd=folder, env=environment(), check=True)
 
 
 def digests(folder: Path, *, timed: bool = False) -> dict[str, str]:
-    """Digests of what the stages wrote, without or with what depends on the clock."""
-    found = {}
+    """Digests of the stages' results, by path; `timed`: also of those that depend on time."""
+    digest_of = {}
     for top in OUTS:
         for path in sorted((folder / top).rglob("*")):
             if not path.is_file() or path.name == ".gitignore":
                 continue
-            if timed or not CLOCKED & set(path.relative_to(folder).parts):
+            if timed or not TIMED & set(path.relative_to(folder).parts):
                 name = path.relative_to(folder).as_posix()
-                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+                digest_of[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digest_of

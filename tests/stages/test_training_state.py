@@ -508,7 +508,7 @@ class Learner:
 
     def __init__(self, *, entropy_epochs: int | None = None) -> None:
         self.modules: dict = {"policy_net": PolicyNet(num_blocks=6, width=4)}
-        self.rules = SimpleNamespace(entropy_epochs=entropy_epochs)
+        self.objective = SimpleNamespace(entropy_epochs=entropy_epochs)
 
 
 class Run:

@@ -1,4 +1,4 @@
-"""What all tools share: `--help` shows help and does nothing, bad usage ends in one line."""
+"""What all commands share: `--help` shows help and does nothing, errors end in one line."""
 
 import runpy
 import subprocess
@@ -9,50 +9,55 @@ import pytest
 
 from pipeline.infra.errors import UserError
 from tools import front
-from tools.command import Parser, one_line_errors
+from tools.command import Parser, command
 from tools.predict import paths_of
 
-TOOLS = Path(__file__).parents[2] / "tools"
-WITHOUT_OPTIONS = ("environment",)  # runs before there is anything to import
-NAMES = sorted(
-    path.stem
-    for path in TOOLS.glob("*.py")
-    if 'if __name__ == "__main__"' in path.read_text() and path.stem not in WITHOUT_OPTIONS
+ROOT = Path(__file__).parents[2]
+LIBRARY = {"tools.command", "tools.sandbox", "research.tables"}  # modules that are no commands
+COMMANDS = sorted(
+    name
+    for path in [*ROOT.glob("tools/[a-z]*.py"), *ROOT.glob("research/[a-z]*.py")]
+    if (name := f"{path.parent.name}.{path.stem}") not in LIBRARY
 )
+REQUIRED = {  # arguments without which a command says that they are missing
+    "research.ablation": ("finetune",),
+    "research.results": ("table",),
+    "tools.import_checkpoint": ("a", "pretrain"),
+    "tools.preset": ("a",),
+    "tools.promote": ("a",),
+}
 
 
 @pytest.fixture
 def start(monkeypatch, tmp_path, capsys):
-    """Start a tool in an empty folder, where it makes nothing: status, output, complaints."""
+    """Start a command in an empty folder, where it makes nothing: status, output, complaints."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
 
     def start(name: str, *words: str) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(TOOLS / f"{name}.py"), *words])
-        monkeypatch.delitem(sys.modules, f"tools.{name}", raising=False)  # else runpy warns
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        monkeypatch.delitem(sys.modules, name, raising=False)  # else runpy warns
         with pytest.raises(SystemExit) as caught:
-            runpy.run_module(f"tools.{name}", run_name="__main__")
+            runpy.run_module(name, run_name="__main__")
         assert list(tmp_path.iterdir()) == []
         return caught.value.code, *capsys.readouterr()
 
     return start
 
 
-@pytest.mark.parametrize("name", [*NAMES, "chaos"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_is_shown_and_nothing_is_done(start, name):
-    status, said, complaints = start(name, "--help")
+    status, output, complaints = start(name, "--help")
     assert (status, complaints) == (0, "")
-    assert said.startswith("usage: ")
-    assert "--help" in said
+    assert output.startswith("usage: ")
+    assert "--help" in output
+    assert ".\n" in output  # the module's docstring
 
 
-@pytest.mark.parametrize("name", [*NAMES, "chaos"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_unknown_option_is_one_line_with_the_remedy_and_nothing_is_done(start, name):
-    needed = {"import_checkpoint": ("a", "pretrain"), "ablation": ("finetune",), "results": ("table",)}
-    status, said, complaints = start(
-        name, *needed.get(name, ("a",) * (name in ("preset", "promote"))), "--no-such"
-    )
-    assert (status, said) == (2, "")
+    status, output, complaints = start(name, *REQUIRED.get(name, ()), "--no-such")
+    assert (status, output) == (2, "")
     assert complaints.startswith("error: ")
     assert "--no-such" in complaints
     assert complaints.endswith("`--help` says what there is\n")
@@ -60,7 +65,7 @@ def test_unknown_option_is_one_line_with_the_remedy_and_nothing_is_done(start, n
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "said"),
+    ("name", "words", "message"),
     [
         (
             "import_checkpoint",
@@ -74,17 +79,27 @@ def test_unknown_option_is_one_line_with_the_remedy_and_nothing_is_done(start, n
         ("ui", ("--port=x",), "invalid int value: 'x'"),
     ],
 )
-def test_bad_usage_is_one_line_with_the_remedy(start, name, words, said):
-    status, printed, complaints = start(name, *words)
-    told = complaints if status == 2 else f"{status}\n"
-    assert printed == ""
-    assert said in told
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
+def test_bad_usage_is_one_line_with_the_remedy(start, name, words, message):
+    status, output, complaints = start(f"tools.{name}", *words)
+    line = complaints if status == 2 else f"{status}\n"
+    assert output == ""
+    assert message in line
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+
+
+def failing(error: BaseException) -> None:
+    """A command that raises an error."""
+
+    @command()
+    def main(_: object) -> None:
+        raise error
+
+    main()
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (UserError("it is wrong"), "error: it is wrong"),
         (FileNotFoundError(2, "No such file", "a.png"), "error: a.png: No such file; `dvc repro` makes"),
@@ -92,13 +107,28 @@ def test_bad_usage_is_one_line_with_the_remedy(start, name, words, said):
         (subprocess.CalledProcessError(1, ["dvc"], stderr="a\nbad\n"), "error: `dvc` failed (bad)"),
     ],
 )
-def test_what_a_user_can_mend_ends_in_one_line(error, said):
-    with pytest.raises(SystemExit) as caught, one_line_errors():
-        raise error
-    assert str(caught.value).startswith(said)
+def test_what_a_user_can_mend_ends_in_one_line(monkeypatch, error, message):
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit) as caught:
+        failing(error)
+    assert str(caught.value).startswith(message)
 
 
-def test_a_description_may_hold_a_percent_sign(capsys):
+def test_ctrl_c_ends_in_one_line_and_status_130(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit) as caught:
+        failing(KeyboardInterrupt())
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(ZeroDivisionError):
+        failing(ZeroDivisionError())
+
+
+def test_description_may_hold_a_percent_sign(capsys):
     with pytest.raises(SystemExit):
         Parser(description="95 % of `x`\nsecond line").parse_args(["--help"])
     assert "95 % of `x`\nsecond line" in capsys.readouterr().out
@@ -161,14 +191,12 @@ def test_front_leaves_the_figure_of_the_repository(tmp_path, monkeypatch):
         path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
     )
     assert made == ["results/own/front.csv", "results/own/front.png"]
-    ignored = subprocess.run(
-        ["git", "check-ignore", *made], cwd=TOOLS.parent, capture_output=True, text=True
-    )
+    ignored = subprocess.run(["git", "check-ignore", *made], cwd=ROOT, capture_output=True, text=True)
     assert ignored.stdout.split() == made  # and so none is tracked
 
 
 def test_next_step_needs_no_activated_environment():
     for name in ("preset", "import_checkpoint"):
-        text = (TOOLS / f"{name}.py").read_text()
+        text = (ROOT / "tools" / f"{name}.py").read_text()
         assert "run `make repro`" in text
         assert "dvc repro" not in text

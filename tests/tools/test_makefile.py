@@ -92,14 +92,14 @@ def copy(set_up, tmp_path) -> Path:
 
 
 @pytest.fixture
-def own(tmp_path) -> Path:
+def installed(tmp_path) -> Path:
     """One that a test may change."""
     folder = project(tmp_path / "own")
     assert make(folder, "setup").returncode == 0
     return folder
 
 
-def told(done: subprocess.CompletedProcess[str], status: int = 2) -> str:
+def error_line(done: subprocess.CompletedProcess[str], status: int = 2) -> str:
     """The one line of error, of a make that failed and did nothing."""
     assert done.returncode == status, (done.stdout, done.stderr)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("make:")]
@@ -138,32 +138,32 @@ def test_copied_or_moved_environment_is_made_anew(set_up, copy, original_stays):
     assert is_whole(set_up)
 
 
-def test_python_that_is_gone_is_replaced(own):
-    (own / ".venv/bin/python").unlink()
-    (own / ".venv/bin/python").symlink_to("/nowhere/python3.11")
-    assert ".venv has no Python that runs: it is made anew" in make(own, "setup").stdout
-    assert is_whole(own)
+def test_python_that_is_gone_is_replaced(installed):
+    (installed / ".venv/bin/python").unlink()
+    (installed / ".venv/bin/python").symlink_to("/nowhere/python3.11")
+    assert ".venv has no Python that runs: it is made again" in make(installed, "setup").stdout
+    assert is_whole(installed)
 
 
-def test_set_up_that_was_killed_half_way_is_repeated(own):
-    (own / "requirements.txt").write_text("no-such-package-at-all\n")
-    done = make(own, "setup")
+def test_set_up_that_was_killed_half_way_is_repeated(installed):
+    (installed / "requirements.txt").write_text("no-such-package-at-all\n")
+    done = make(installed, "setup")
     assert done.returncode == 2
     assert "error: `.venv/bin/python -m pip install" in done.stderr
     assert "failed, see above; mend that, and repeat" in done.stderr
-    (own / "requirements.txt").write_text("")
-    assert ".venv was not set up to its end: it is made anew" in make(own, "setup").stdout
-    assert is_whole(own)
+    (installed / "requirements.txt").write_text("")
+    assert ".venv was not set up to its end: it is made again" in make(installed, "setup").stdout
+    assert is_whole(installed)
 
 
-def test_other_requirements_are_installed_beside_what_is_there(own):
-    (own / ".venv/mine").touch()
-    (own / "requirements.txt").write_text("# another one\n")
-    done = make(own, "setup", PYTHON="no-such-python-3", PATH="/usr/bin:/bin")
-    assert "no-such-python-3" in told(done)
-    assert "setting up" in make(own, "setup").stdout
-    assert (own / ".venv/mine").exists()
-    assert is_whole(own)
+def test_other_requirements_are_installed_beside_what_is_there(installed):
+    (installed / ".venv/mine").touch()
+    (installed / "requirements.txt").write_text("# another one\n")
+    done = make(installed, "setup", PYTHON="no-such-python-3", PATH="/usr/bin:/bin")
+    assert "no-such-python-3" in error_line(done)
+    assert "setting up" in make(installed, "setup").stdout
+    assert (installed / ".venv/mine").exists()
+    assert is_whole(installed)
 
 
 def other_versions(folder: Path) -> None:
@@ -177,23 +177,25 @@ def other_versions(folder: Path) -> None:
 def test_unsupported_python_is_refused_with_the_remedy_and_nothing_is_made(tmp_path):
     folder = project(tmp_path / "new")
     other_versions(folder)
-    said = told(make(folder, "setup"))
-    assert f"is Python {environment.version()}, and this project takes >=3.97,<3.99" in said
-    assert "`make setup PYTHON=python3.12`" in said
+    message = error_line(make(folder, "setup"))
+    assert f"is Python {environment.version()}, and this project takes >=3.97,<3.99" in message
+    assert "`make setup PYTHON=python3.12`" in message
     assert not (folder / ".venv").exists()
 
 
-def test_environment_of_an_unsupported_python_is_not_used(own, monkeypatch):
-    other_versions(own)
-    told(make(own, "setup"))
-    assert (own / ".venv/bin/pip").exists()  # there is no other Python to replace it by
-    monkeypatch.chdir(own)
-    assert environment.ask() == (1, f"has Python {environment.version()}, not >=3.97,<3.99")
+def test_environment_of_an_unsupported_python_is_not_used(installed, monkeypatch):
+    other_versions(installed)
+    error_line(make(installed, "setup"))
+    assert (installed / ".venv/bin/pip").exists()  # there is no other Python to replace it by
+    monkeypatch.chdir(installed)
+    assert environment.run_check() == (1, f"has Python {environment.version()}, not >=3.97,<3.99")
 
 
 def test_python_that_is_not_there_is_named_with_the_remedy(tmp_path):
-    said = told(make(project(tmp_path / "new"), "setup", "PYTHON=python3.99"))
-    assert said == "error: there is no python3.99; name a Python, as in `make setup PYTHON=python3.12`"
+    message = error_line(make(project(tmp_path / "new"), "setup", "PYTHON=python3.99"))
+    assert (
+        message == "error: there is no python3.99; name a Python, as in `make setup PYTHON=python3.12`"
+    )
 
 
 def test_link_to_a_whole_environment_is_used(set_up, tmp_path):
@@ -204,16 +206,16 @@ def test_link_to_a_whole_environment_is_used(set_up, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["stale", "moved", "dangling"])
-def test_what_a_link_leads_to_is_left_as_it_is(own, tmp_path, fault):
+def test_what_a_link_leads_to_is_left_as_it_is(installed, tmp_path, fault):
     folder = project(tmp_path / "linked", requirements="# more\n" if fault == "stale" else "")
-    (folder / ".venv").symlink_to(tmp_path / "nowhere" if fault == "dangling" else own / ".venv")
+    (folder / ".venv").symlink_to(tmp_path / "nowhere" if fault == "dangling" else installed / ".venv")
     if fault == "moved":
-        (own / ".venv/bin/pip").write_text("#!/old/.venv/bin/python\n")
-    before = sorted(path.name for path in (own / ".venv").iterdir())
-    said = told(make(folder, "setup"))
-    assert "error: .venv is a link to" in said
-    assert "`rm .venv`" in said
-    assert sorted(path.name for path in (own / ".venv").iterdir()) == before
+        (installed / ".venv/bin/pip").write_text("#!/old/.venv/bin/python\n")
+    before = sorted(path.name for path in (installed / ".venv").iterdir())
+    message = error_line(make(folder, "setup"))
+    assert "error: .venv is a link to" in message
+    assert "`rm .venv`" in message
+    assert sorted(path.name for path in (installed / ".venv").iterdir()) == before
 
 
 @pytest.mark.parametrize("in_place", ["folder", "file"])
@@ -222,7 +224,7 @@ def test_what_is_no_environment_is_not_removed(tmp_path, in_place):
     mine = folder / ".venv" / "thesis.tex" if in_place == "folder" else folder / ".venv"
     mine.parent.mkdir(exist_ok=True)
     mine.write_text("mine")
-    assert ".venv is no environment of Python; move it away" in told(make(folder, "setup"))
+    assert ".venv is no environment of Python; move it away" in error_line(make(folder, "setup"))
     assert mine.read_text() == "mine"
 
 
@@ -233,14 +235,21 @@ def test_two_makes_at_once_set_up_once(tmp_path):
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for _ in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=120)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert "".join(said).count("setting up") == 1
+    message = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], message
+    assert "".join(message).count("setting up") == 1
     assert is_whole(folder)
 
 
-def test_the_oldest_python_can_say_that_it_is_too_old():
-    ast.parse((ROOT / "tools/environment.py").read_text(), feature_version=(3, 6))
+@pytest.mark.parametrize("file", ["tools/environment.py", "tools/__init__.py", "pipeline/__init__.py"])
+def test_old_python_can_say_that_it_is_too_old(file):
+    tree = ast.parse((ROOT / file).read_text(), feature_version=(3, 6))
+    for node in ast.walk(tree):  # `Path | None` and `tuple[int, str]` raise there, unless quoted
+        if isinstance(node, ast.FunctionDef):
+            annotations = [node.returns, *(argument.annotation for argument in node.args.args)]
+            for annotation in filter(None, annotations):
+                assert not isinstance(annotation, ast.BinOp), ast.unparse(annotation)
+                assert not ast.unparse(annotation).startswith(("tuple[", "list[", "dict["))
 
 
 @pytest.mark.parametrize(
@@ -337,7 +346,13 @@ def test_recipes_hold_no_name_that_users_give():
 
 def test_help_lists_every_target():
     done = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    listed = [line.split(" - ")[0] for line in done.stdout.splitlines()]
+    listed = re.findall(r"^  ([a-z0-9-]+) - \w", done.stdout, re.MULTILINE)
     phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert phony
     assert sorted(listed) == sorted(phony[1].split())
+
+
+def test_named_test_files_exist():
+    names = re.findall(r"tests/[\w/.]+", (ROOT / "Makefile").read_text())
+    assert names
+    assert [name for name in names if not (ROOT / name).exists()] == []

@@ -65,15 +65,16 @@ def run(monkeypatch, capsys):
 
 
 def test_plain_lines_say_what_the_predictor_says(run, files, images, networks):
-    status, said, complaints = run(*files)
+    status, output, complaints = run(*files)
     assert (status, complaints) == (0, "")
-    header, *lines = said.splitlines()
+    header, *lines = output.splitlines()
     assert header.split() == ["image", "class", "confidence", "blocks", "kept", "FLOPs", "saved"]
-    for line, file, one in zip(lines, files, Predictor(networks)(images), strict=True):
-        strip = "".join("#" if kept else "." for kept in one.kept_blocks)
+    for line, file, prediction in zip(lines, files, Predictor(networks)(images), strict=True):
+        strip = "".join("#" if is_kept else "." for is_kept in prediction.kept_blocks)
         assert line.split() == [
-            file, one.name, f"{100 * one.confidence:.1f}", "%", strip, f"{one.blocks}/6",
-            f"{one.flops:.3g}", f"{100 * one.flops_saved:.1f}", "%",
+            file, prediction.name, f"{100 * prediction.confidence:.1f}", "%", strip,
+            f"{prediction.blocks}/6", f"{prediction.flops:.3g}",
+            f"{100 * prediction.flops_saved:.1f}", "%",
         ]  # fmt: skip
 
 
@@ -85,12 +86,12 @@ def test_columns_are_aligned(run, files):
 
 
 def test_json_is_one_object_a_line(run, files, images, networks):
-    status, said, _ = run("--json", *files)
+    status, output, _ = run("--json", *files)
     assert status == 0
-    found = [json.loads(line) for line in said.splitlines()]
-    for record, file, one in zip(found, files, Predictor(networks)(images), strict=True):
-        probabilities = dict(zip(CLASSES, one.probabilities.tolist(), strict=True))
-        assert record == one.record() | {"image": file, "probabilities": probabilities}
+    records = [json.loads(line) for line in output.splitlines()]
+    for record, file, prediction in zip(records, files, Predictor(networks)(images), strict=True):
+        probabilities = dict(zip(CLASSES, prediction.probabilities.tolist(), strict=True))
+        assert record == prediction.record() | {"image": file, "probabilities": probabilities}
 
 
 def test_table_on_a_terminal_holds_the_same_and_takes_no_name_for_markup(
@@ -125,8 +126,8 @@ def test_options_may_stand_between_images(run, files):
 
 def test_resnet_alone_runs_every_block(run, files, networks, tmp_path):
     checkpoint.save(replace(networks, policy_net=None), tmp_path / "models" / "pretrain")
-    _, said, _ = run("--model", "models/pretrain", *files)
-    assert all("######" in line and line.endswith(" 0.0 %") for line in said.splitlines()[1:])
+    _, output, _ = run("--model", "models/pretrain", *files)
+    assert all("######" in line and line.endswith(" 0.0 %") for line in output.splitlines()[1:])
 
 
 # images of every kind
@@ -150,10 +151,10 @@ def grey(level: int, mode: str = "L") -> Image.Image:
 def test_images_of_every_kind_are_read_as_training_reads_them(run, name, image):
     image.save(name)
     Image.new("RGB", (SIZE, SIZE), (128, 128, 128)).save("plain.png")
-    found = [json.loads(line) for line in run("--json", name, "plain.png")[1].splitlines()]
-    assert found[0].pop("image") == name
-    assert found[1].pop("image") == "plain.png"
-    assert found[0] == found[1]
+    records = [json.loads(line) for line in run("--json", name, "plain.png")[1].splitlines()]
+    assert records[0].pop("image") == name
+    assert records[1].pop("image") == "plain.png"
+    assert records[0] == records[1]
 
 
 def test_photo_is_turned_as_its_exif_says(run, images):
@@ -162,8 +163,8 @@ def test_photo_is_turned_as_its_exif_says(run, images):
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     photo.save("lying.png", exif=exif)
     photo.transpose(Image.Transpose.ROTATE_270).save("upright.png")
-    found = [json.loads(line) for line in run("--json", "lying.png", "upright.png")[1].splitlines()]
-    assert found[0]["probabilities"] == found[1]["probabilities"]
+    records = [json.loads(line) for line in run("--json", "lying.png", "upright.png")[1].splitlines()]
+    assert records[0]["probabilities"] == records[1]["probabilities"]
 
 
 # failures
@@ -190,9 +191,9 @@ def damage(name: str) -> None:
 def test_image_that_can_not_be_read_is_named_and_the_others_are_predicted(run, files, name, make):
     make(name)
     expected = run(*files)[1].splitlines()
-    status, said, complaints = run(files[0], name, *files[1:])
+    status, output, complaints = run(files[0], name, *files[1:])
     assert status == 1
-    assert [line.split() for line in said.splitlines()] == [line.split() for line in expected]
+    assert [line.split() for line in output.splitlines()] == [line.split() for line in expected]
     assert complaints.startswith(f"error: {name} can't be read as an image")
     assert complaints.count("\n") == 1
 
@@ -211,9 +212,9 @@ def test_name_that_is_no_utf8_is_printed_escaped(run, files, words, monkeypatch)
 
 def test_pipe_in_place_of_an_image_is_not_waited_for(run, files):
     os.mkfifo("pipe.png")
-    status, said, complaints = run("pipe.png", *files)
+    status, output, complaints = run("pipe.png", *files)
     assert status == 1
-    assert len(said.splitlines()) == 1 + len(files)
+    assert len(output.splitlines()) == 1 + len(files)
     assert complaints.startswith("error: pipe.png can't be read as an image (Not a plain file)")
 
 
@@ -223,8 +224,8 @@ def test_nothing_to_read_prints_no_table(run):
 
 def test_missing_model_says_how_to_get_one(run, files, tmp_path):
     (tmp_path / "models").rename(tmp_path / "away")
-    status, said, _ = run(*files)
-    assert said == ""
+    status, output, _ = run(*files)
+    assert output == ""
     assert str(status).startswith("error: models/finetune is no folder with a trained model")
     assert "`make repro`" in str(status)
     assert "`dvc pull`" in str(status)
