@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from chaos import __main__ as chaos
@@ -197,20 +198,21 @@ def test_unclear_messages(output, status, place, clear):
     assert (unclear_messages(output, status, place) == []) == clear
 
 
-def test_missing_points_are_those_that_the_server_lacks(tmp_path):
-    from mlflow import MlflowClient
-
+def test_missing_points_are_those_that_the_server_lacks(tmp_path, monkeypatch):
     (tmp_path / "plots").mkdir()
     with (tmp_path / "plots/pretrain.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("epoch", "loss"), (1, 0.5), (2, 0.25)])
-    uri = f"sqlite:///{tmp_path / 'server.db'}"
-    client = MlflowClient(tracking_uri=uri)
-    experiment = client.create_experiment("a", artifact_location=tmp_path.as_uri())
-    run = client.create_run(experiment, tags={"blockdrop.role": "parent"}).info.run_id
-    client.log_metric(run, "pretrain/loss", 0.5, step=1)
-    assert missing_points(tmp_path, uri) == ["1 points of pretrain/loss are not in MLflow"]
-    client.log_metric(run, "pretrain/loss", 0.25, step=2)
-    assert missing_points(tmp_path, uri) == []
+    client = Mock()
+    client.search_experiments.return_value = []
+    client.search_runs.return_value = [Mock()]
+    points = [Mock(step=1, value=0.5)]
+    client.get_metric_history.return_value = points
+    monkeypatch.setitem(sys.modules, "mlflow", Mock(MlflowClient=lambda tracking_uri: client))
+    assert missing_points(tmp_path, "") == ["1 points of pretrain/loss are not in MLflow"]
+    points.append(Mock(step=2, value=0.25))
+    assert missing_points(tmp_path, "") == []
+    client.search_runs.return_value = []
+    assert missing_points(tmp_path, "") == ["0 runs of experiments instead of one"]
 
 
 # what is drawn

@@ -59,7 +59,7 @@ def refusal(path: Path, content: str | bytes) -> str:
     return message
 
 
-@fuzz(60)
+@fuzz(30)
 @given(data=st.data())
 def test_values_of_every_kind_in_every_place_are_taken_or_named(path, data):
     content = copy.deepcopy(VALUES)
