@@ -164,7 +164,7 @@ def _length(weights: Weights, name: str, path: Path) -> int:
 
 
 def _complete(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with batch counters, which files from before PyTorch 0.4.1 lack (no result uses them)."""
+    """The weights with batch counters, which files from before PyTorch 0.4.1 lack and no result uses."""
     counters = {
         name.replace("running_mean", "num_batches_tracked"): torch.tensor(0)
         for name in weights
