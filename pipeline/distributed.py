@@ -42,7 +42,7 @@ def current_rank() -> RankInfo:
 
 
 def shard_rows(rows: Tensor) -> Tensor:
-    """This process's part of a batch's rows, [R]: parts differ by one row at most and may be empty."""
+    """The part of a batch's rows that is for this process, [R]; parts differ by one row at most."""
     info = current_rank()
     return rows if info.size == 1 else torch.tensor_split(rows, info.size)[info.rank]
 
@@ -124,7 +124,7 @@ def broadcast_modules(modules: Iterable[nn.Module]) -> None:
 
 
 def synchronise(module: nn.Module) -> None:
-    """Turn its batch norms into `SyncedBatchNorm`, in place: optimisers keep the parameters they hold."""
+    """Turn its batch norms into `SyncedBatchNorm`, in place: an optimiser keeps its parameters."""
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.__class__ = SyncedBatchNorm

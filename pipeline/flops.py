@@ -69,10 +69,11 @@ def measure(resnet: ResNet, policy_net: PolicyNet | None, image_size: int) -> Co
     """Count the FLOPs of one image of `image_size` by `image_size` pixels."""
     resnet = _on_meta(resnet)
     image = torch.empty(1, 3, image_size, image_size, device="meta")
-    always, x = _count(resnet.stem, image)
+    always, x = _count(resnet.stem, image)  # x: [1, C, H, W], what the first block sees
     blocks = []
     for block in resnet.flat_blocks():
         blocks.append(_count(block.residual, x)[0])
+        # the shortcut runs for every image, and its output has the shape of the block's
         shortcut_flops, x = _count(block.shortcut, x)
         always += shortcut_flops
     always += _count(resnet.head, x)[0]

@@ -24,11 +24,11 @@ def noise_of(count: int, blocks: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("blocks", [3, 15, 54])
 def test_every_image_keeps_as_many_blocks_as_asked_for(name, blocks):
     noise = noise_of(20, blocks)
-    for kept in range(blocks + 1):
-        actions = static_rule(name, kept)(noise)
+    for num_kept in range(blocks + 1):
+        actions = static_rule(name, num_kept)(noise)
         assert actions.dtype == torch.bool
         assert actions.shape == noise.shape
-        assert (actions.sum(dim=1) == kept).all()
+        assert (actions.sum(dim=1) == num_kept).all()
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -46,9 +46,9 @@ def test_first_is_a_prefix():
 
 @pytest.mark.parametrize("blocks", [3, 15, 54])
 def test_distribute_differs_by_one_block_between_stages_and_the_earliest_have_it(blocks):
-    for kept in range(blocks + 1):
-        stages = static_rule("distribute", kept)(noise_of(1, blocks))[0].view(CIFAR_STAGES, -1)
-        whole, over = divmod(kept, CIFAR_STAGES)
+    for num_kept in range(blocks + 1):
+        stages = static_rule("distribute", num_kept)(noise_of(1, blocks))[0].view(CIFAR_STAGES, -1)
+        whole, over = divmod(num_kept, CIFAR_STAGES)
         assert stages.sum(dim=1).tolist() == [whole + (stage < over) for stage in range(CIFAR_STAGES)]
         assert torch.equal(stages, stages.sort(dim=1, descending=True).values)  # a stage's first blocks
 
@@ -56,8 +56,8 @@ def test_distribute_differs_by_one_block_between_stages_and_the_earliest_have_it
 @pytest.mark.parametrize("name", RULES)
 def test_one_more_block_leaves_the_others_in(name):
     noise = noise_of(50, 15)
-    for kept in range(15):
-        fewer, more = (static_rule(name, k)(noise) for k in (kept, kept + 1))
+    for num_kept in range(15):
+        fewer, more = (static_rule(name, k)(noise) for k in (num_kept, num_kept + 1))
         assert (fewer <= more).all()
 
 
@@ -77,12 +77,12 @@ def test_random_keeps_the_blocks_of_the_smallest_noise():
 
 def test_random_draws_every_set_of_blocks_equally_often():
     """20,000 images and the C(6, 2) = 15 sets: each count is binomial, within four deviations."""
-    images, share = 20_000, 1 / math.comb(6, 2)
+    images, prob = 20_000, 1 / math.comb(6, 2)
     actions = static_rule("random", 2)(noise_of(images, 6))
     _, counts = actions.unique(dim=0, return_counts=True)
     assert len(counts) == 15
-    bound = 4 * math.sqrt(images * share * (1 - share))
-    assert all(abs(count - images * share) < bound for count in counts.tolist())
+    bound = 4 * math.sqrt(images * prob * (1 - prob))
+    assert all(abs(count - images * prob) < bound for count in counts.tolist())
 
 
 def test_a_rows_draw_depends_on_that_row_alone():
@@ -96,7 +96,7 @@ def test_unknown_rule_names_those_there_are():
         static_rule("last", 3)
 
 
-def learner_of(resnet: ResNet, name: str | None, kept: int = 0, weight_decay: float = 0.1):
+def learner_of(resnet: ResNet, name: str | None, num_kept: int = 0, weight_decay: float = 0.1):
     return Classification(
         resnet,
         optimizer=make_optimizer(
@@ -104,7 +104,7 @@ def learner_of(resnet: ResNet, name: str | None, kept: int = 0, weight_decay: fl
         ),
         normalisation=NORMALISATION,
         precision="fp32",
-        rule=None if name is None else static_rule(name, kept),
+        rule=None if name is None else static_rule(name, num_kept),
     )
 
 
@@ -155,14 +155,14 @@ def test_the_gradient_is_that_of_the_paths_that_ran(train_split):
 
 @pytest.mark.parametrize("name", RULES)
 def test_keeping_every_block_trains_as_pretraining_does_bit_for_bit(name, train_split, validation_split):
-    found = []
+    trainings = []
     for rule in (None, name):
         torch.manual_seed(0)
         resnet = cifar_resnet(depth=8, width=4, num_classes=3)
         learner = learner_of(resnet, rule, 3)
         metrics = [step(learner, batch_of(train_split, 3)) for _ in range(2)]
-        found.append((metrics, resnet.state_dict(), learner.validate(validation_split)))
-    (metrics, weights, validation), other = found[0], found[1]
+        trainings.append((metrics, resnet.state_dict(), learner.validate(validation_split)))
+    (metrics, weights, validation), other = trainings
     assert [{k: float(v) for k, v in row.items()} for row in metrics] == [
         {k: float(v) for k, v in row.items()} for row in other[0]
     ]
@@ -185,15 +185,15 @@ def test_validation_runs_the_rule_and_draws_the_same_each_time(validation_split)
         return drawn[-1]
 
     learner.rule = watched
-    found = []
+    validations = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        found.append(learner.validate(validation_split))
-    assert found[0] == found[1]
+        validations.append(learner.validate(validation_split))
+    assert validations[0] == validations[1]
     assert torch.equal(drawn[0], drawn[1])
     with torch.no_grad():
         logits = resnet.eval()(NORMALISATION(validation_split.images), drawn[0])
-    right = logits.argmax(dim=1) == validation_split.labels
-    assert found[0]["accuracy"] == float(right.double().mean())
+    correct = logits.argmax(dim=1) == validation_split.labels
+    assert validations[0]["accuracy"] == float(correct.double().mean())
     loss = torch.nn.functional.cross_entropy(logits, validation_split.labels)
-    assert found[0]["loss"] == pytest.approx(float(loss), abs=1e-5)
+    assert validations[0]["loss"] == pytest.approx(float(loss), abs=1e-5)

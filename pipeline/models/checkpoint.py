@@ -37,7 +37,7 @@ from pipeline.models.resnet import ResNet
 WEIGHTS = "model.safetensors"
 SIDECAR = "model.json"
 FORMAT: Literal[1] = 1
-MAX_BYTES = 2 << 30  # refuse to read more: the largest network here has under 1 GB of weights
+MAX_BYTES = 2 << 30  # refuse to read more: the largest network of the families has under 1 GB of weights
 MAX_SIDECAR = 16 << 20
 
 
@@ -229,7 +229,9 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
     write_text(folder / SIDECAR, text)
 
 
-_ANEW = "copy both files of the checkpoint anew, or `make repro`, which mends what its stages made"
+_COPY_AGAIN = (
+    "copy both files of the checkpoint again, or `make repro`, which repairs what its stages made"
+)
 
 
 def load(folder: Path) -> Checkpoint:
@@ -245,24 +247,24 @@ def load(folder: Path) -> Checkpoint:
         tensors = load_safetensors(content)
     except Exception as error:  # types and shapes that PyTorch lacks raise what they happen to break
         raise CheckpointError(
-            f"{path} is no valid safetensors file ({truncate(error)}); {_ANEW}"
+            f"{path} is no valid safetensors file ({truncate(error)}); {_COPY_AGAIN}"
         ) from None
     known = tuple(f"{prefix}." for prefix in ("resnet", "policy_net") if getattr(sidecar, prefix))
     strays = sorted(name for name in tensors if not name.startswith(known))
     if strays:
         raise CheckpointError(
-            f"{path} holds weights of no network of {SIDECAR}: {_some(strays)}; {_ANEW}"
+            f"{path} holds weights of no network of {SIDECAR}: {_first_three(strays)}; {_COPY_AGAIN}"
         )
     networks: dict[str, nn.Module | None] = {}
     for prefix, architecture in (("resnet", sidecar.resnet), ("policy_net", sidecar.policy_net)):
         networks[prefix] = None
         if architecture is not None:
-            own = {
+            weights = {
                 name.removeprefix(f"{prefix}."): tensor
                 for name, tensor in tensors.items()
                 if name.startswith(f"{prefix}.")
             }
-            networks[prefix] = fill(architecture.build, own, path)
+            networks[prefix] = fill(architecture.build, weights, path)
     record = sidecar.normalisation
     return Checkpoint(
         stage=sidecar.stage,
@@ -302,7 +304,7 @@ class _Uninitialised(TorchFunctionMode):
 
 
 def fill(
-    build: Callable[[], nn.Module], weights: Mapping[str, Tensor], path: Path, remedy: str = _ANEW
+    build: Callable[[], nn.Module], weights: Mapping[str, Tensor], path: Path, remedy: str = _COPY_AGAIN
 ) -> nn.Module:
     """A network with these weights.
 
@@ -317,26 +319,27 @@ def fill(
 
 
 def require_fit(
-    network: nn.Module, weights: Mapping[str, Tensor], path: Path, remedy: str = _ANEW
+    network: nn.Module, weights: Mapping[str, Tensor], path: Path, remedy: str = _COPY_AGAIN
 ) -> None:
-    """All of the network's weights, no others, of the right shapes and types, finite, no variance
-    below 0.
+    """Check that these are all of the network's weights and no others, of its shapes and types, finite,
+    no variance below 0.
 
     Raises:
         CheckpointError: anything else.
     """
-    own = network.state_dict()
-    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    expected = network.state_dict()
+    missing = sorted(expected.keys() - weights.keys())
+    unknown = sorted(weights.keys() - expected.keys())
     if missing or unknown:
         raise CheckpointError(
             f"{path} does not hold the weights of its {type(network).__name__}: "
-            f"missing {_some(missing)}, unknown {_some(unknown)}; {remedy}"
+            f"missing {_first_three(missing)}, unknown {_first_three(unknown)}; {remedy}"
         )
     for name, tensor in weights.items():
-        if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
+        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
             raise CheckpointError(
                 f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
-                f"expected {own[name].dtype} {tuple(own[name].shape)}; {remedy}"
+                f"expected {expected[name].dtype} {tuple(expected[name].shape)}; {remedy}"
             )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: {name} holds NaN or infinite numbers; {remedy}")
@@ -344,7 +347,7 @@ def require_fit(
             raise CheckpointError(f"{path}: {name} holds variances below 0; {remedy}")
 
 
-def _some(names: list[str]) -> str:
+def _first_three(names: list[str]) -> str:
     if not names:
         return "none"
     return ", ".join(truncate(name, 80) for name in names[:3]) + (
@@ -353,18 +356,19 @@ def _some(names: list[str]) -> str:
 
 
 def _read_weights(path: Path, sha256: str) -> bytes:
-    """All of the file, once its digest is the right one: what a false file says takes no memory."""
+    """The file's content, read once its digest is the expected one: a false file takes no memory."""
     try:
         with open_regular(path, MAX_BYTES) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
                 file.seek(0)
                 return file.read()
     except OSError as error:
-        raise CheckpointError(f"{path} can't be read ({error.strerror}); {_ANEW}") from None
+        raise CheckpointError(f"{path} can't be read ({error.strerror}); {_COPY_AGAIN}") from None
     if (other := other_content(path)) is not None:
         raise CheckpointError(f"{path} is {other}")
     raise CheckpointError(
-        f"{path} is damaged or of another checkpoint: its SHA-256 is not the one in {SIDECAR}; {_ANEW}"
+        f"{path} is damaged or of another checkpoint: its SHA-256 is not the one in {SIDECAR}; "
+        f"{_COPY_AGAIN}"
     )
 
 
@@ -379,11 +383,13 @@ def _read_sidecar(path: Path) -> Sidecar:
     except ValueError as error:
         if (other := other_content(path)) is not None:
             raise CheckpointError(f"{path} is {other}") from None
-        raise CheckpointError(f"{path} is no valid JSON ({truncate(error)}); {_ANEW}") from None
+        raise CheckpointError(f"{path} is no valid JSON ({truncate(error)}); {_COPY_AGAIN}") from None
     try:
         return Sidecar.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = truncate(".".join(str(part) for part in first["loc"]), 80)
         value = "" if isinstance(first["input"], dict) else f"is {short_repr(first['input'])}: "
-        raise CheckpointError(f"{path}: {where}: {value}{truncate(first['msg'])}; {_ANEW}") from None
+        raise CheckpointError(
+            f"{path}: {where}: {value}{truncate(first['msg'])}; {_COPY_AGAIN}"
+        ) from None

@@ -1,4 +1,4 @@
-"""The curriculum: from the output backwards, one block after another is left to the policy.
+"""The curriculum: from the last block to the first, one after another is left to the policy.
 
 Shapes: B images, K blocks.
 """
@@ -24,6 +24,6 @@ def active_mask(count: int, num_blocks: int, device: torch.device | str = "cpu")
     return torch.arange(num_blocks, device=device) >= num_blocks - count
 
 
-def keep_inactive(actions: Tensor, learnt: Tensor) -> Tensor:
-    """Actions [B, K] in which every block that is not learnt yet is kept."""
-    return actions | ~learnt
+def keep_inactive(actions: Tensor, active: Tensor) -> Tensor:
+    """Actions [B, K] in which every block that is not active [K] yet is kept."""
+    return actions | ~active

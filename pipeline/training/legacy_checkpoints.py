@@ -1,8 +1,8 @@
-"""Checkpoints of the authors (Tushar-N/blockdrop and its fork), and of torchvision and PyTorch's
-ImageNet example: pickles of unknown hands.
+"""Checkpoints of the authors (Tushar-N/blockdrop and its fork), of torchvision, and of PyTorch's
+ImageNet example: pickles from untrusted sources.
 
-They open only under `torch.load(weights_only=True)`, with `argparse.Namespace` as the one further type
-that may be in them, so no code in a file can run.
+They are read by `torch.load(weights_only=True)` alone, with `argparse.Namespace` as the one further type
+that they may hold, so no code in a file can run.
 """
 
 import pickle
@@ -29,6 +29,7 @@ from pipeline.models.checkpoint import (
 )
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_imagenet import from_torchvision, stages_of
 
 Weights = Mapping[str, Tensor]
 OF_RESNET = ("resnet", "state_dict", "model")  # the authors', PyTorch's example, torchvision's training
@@ -85,9 +86,9 @@ def load(path: Path) -> LegacyCheckpoint:
 
 
 def _first(content: dict[str, object], names: tuple[str, ...]) -> str | None:
-    """The first of these keys, and rather one with a table: `model` may be a network's name."""
-    there = [name for name in names if name in content]
-    return next((name for name in there if isinstance(content[name], Mapping)), next(iter(there), None))
+    """The first of these keys, preferably one with a table: `model` may be a network's name."""
+    keys = [name for name in names if name in content]
+    return next((key for key in keys if isinstance(content[key], Mapping)), next(iter(keys), None))
 
 
 def _unwrapped(name: object) -> str:
@@ -103,15 +104,15 @@ def _open(path: Path) -> dict[str, object]:
             raise CheckpointError(f"{path} is {what}; {_TAKEN}")
         content = safe_pickle.load(path, MAX_BYTES)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        if named is None:
+        forbidden = re.search(r"GLOBAL (\S+)", str(error))
+        if forbidden is None:
             raise CheckpointError(f"{path} is refused: {_UNREADABLE}") from None
-        if named[1].startswith("__torch__."):
+        if forbidden[1].startswith("__torch__."):
             raise CheckpointError(f"{path} is TorchScript, not plain weights; {_TAKEN}") from None
         raise CheckpointError(
-            f"{path} is refused: it builds more than plain weights ({truncate(named[1], 80)}), which may run "
-            "code; take the file from its authors as weights alone (a state_dict), and never load it in "
-            "another way"
+            f"{path} is refused: it builds more than plain weights ({truncate(forbidden[1], 80)}), "
+            "which may run code; take the file from its authors as weights alone (a state_dict), and "
+            "never load it in another way"
         ) from None
     except CheckpointError:
         raise
@@ -125,7 +126,7 @@ def _open(path: Path) -> dict[str, object]:
 
 
 def _weights(content: dict[str, object], key: str, path: Path) -> Weights:
-    """Under the names of torchvision, or of the authors' policy network, without wrappers."""
+    """The table under a key, with the names of torchvision or of the authors' policy network."""
     table = content[key]
     if not isinstance(table, Mapping) or not table:
         raise CheckpointError(f"{path}: {key} is no table of weights; {_TAKEN}")
@@ -148,7 +149,7 @@ def _as_torchvision(name: str) -> str:
 
 
 def _is_plain(value: object) -> bool:
-    """Numbers in memory, one for each element: not sparse, nested or without data."""
+    """Whether it is a dense tensor in memory: not sparse, nested or without data."""
     if not isinstance(value, Tensor):
         return False
     strided = value.layout == torch.strided and value.device.type == "cpu"
@@ -163,7 +164,7 @@ def _length(weights: Weights, name: str, path: Path) -> int:
 
 
 def _complete(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With the batch counters that files of before PyTorch 0.4.1 lack (no result depends on them)."""
+    """The weights with batch counters, which files from before PyTorch 0.4.1 lack and no result uses."""
     counters = {
         name.replace("running_mean", "num_batches_tracked"): torch.tensor(0)
         for name in weights
@@ -198,9 +199,7 @@ def _policy_net(weights: Weights, path: Path) -> PolicyNet:
 
 
 def _trunk(weights: Weights, path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """Family, depth and width that the weights of a ResNet make, and the weights as ours are named."""
-    from pipeline.models.resnet_imagenet import from_torchvision, stages_of
-
+    """Family, depth and width of the ResNet that has these weights, and the weights under our names."""
     sizes = stages_of(weights)
     width = _length(weights, "conv1.weight", path)
     family: Family = "imagenet" if weights["conv1.weight"].shape[2:] == (7, 7) else "cifar"
@@ -216,7 +215,7 @@ def _trunk(weights: Weights, path: Path) -> tuple[dict[str, object], dict[str, T
 
 
 def _depth(family: Family, sizes: tuple[int, ...], *, bottlenecks: bool) -> int | None:
-    """Of the network with so many blocks in each of four stages; None: there is none here."""
+    """Depth of the network with so many blocks in each of four stages; None: there is none."""
     if family == "cifar":
         equal = sizes == (sizes[0],) * CIFAR_STAGES + (0,)
         return 2 * CIFAR_STAGES * sizes[0] + 2 if sizes[0] and equal else None
@@ -232,7 +231,7 @@ def _built(
 ) -> nn.Module:
     try:
         network = architecture.model_validate(shape)
-    except ValidationError as error:  # of a network that nobody can have meant
+    except ValidationError as error:  # a network outside of what a sidecar allows
         first = error.errors()[0]
         what = f"{first['loc'][0]} {short_repr(first['input'])}: {first['msg']}"
         raise CheckpointError(f"{path} has weights of a network of {what}; {_TAKEN}") from None

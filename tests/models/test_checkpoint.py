@@ -9,13 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (
-    change_tensors,
-    edit,
-    folder,  # noqa: F401 - a fixture
-    networks,
-    replace_weights,
-)
+from checkpoints import change_tensors, edit, networks, replace_weights
 
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import SIDECAR, WEIGHTS, CheckpointError

@@ -8,7 +8,7 @@ import torch
 from builders import NORMALISATION
 
 from pipeline.models.policies import greedy_actions
-from pipeline.policy import objectives as pg
+from pipeline.policy import objectives
 from pipeline.policy.learner import PolicyLearner
 from pipeline.policy.objectives import PolicyObjective
 from pipeline.training.distillation import Distillation
@@ -23,30 +23,30 @@ ALL_POLICIES = torch.tensor(list(itertools.product([0, 1], repeat=K))).bool()  #
 START = torch.tensor([0.6, -0.3, 1.1])
 
 
-def is_right(actions: torch.Tensor) -> torch.Tensor:
+def is_correct(actions: torch.Tensor) -> torch.Tensor:
     return actions[:, 2] & (actions[:, 0] | ~actions[:, 1])
 
 
 class RuleNet(torch.nn.Module):
-    """Predicts class 0 (the true one) where the actions are right, else class 1."""
+    """Predicts class 0 (the true one) where the actions are correct, else class 1."""
 
     num_blocks = K
 
     def forward(self, images, actions=None):
-        right = is_right(actions).float()
-        return torch.stack([right, 1 - right], dim=1)
+        correct = is_correct(actions).float()
+        return torch.stack([correct, 1 - correct], dim=1)
 
 
 class ModeNet(RuleNet):
-    """Right in evaluation mode, wrong in training mode, as batch statistics can make a network."""
+    """Correct in evaluation mode, wrong in training mode, as batch statistics can make a network."""
 
     def __init__(self) -> None:
         super().__init__()
         self.nothing = torch.nn.Parameter(torch.zeros(()))  # that a loss may be differentiated
 
     def forward(self, images, actions=None):
-        right = torch.full((len(images),), float(not self.training)) + self.nothing
-        return torch.stack([right, 1 - right], dim=1)
+        correct = torch.full((len(images),), float(not self.training)) + self.nothing
+        return torch.stack([correct, 1 - correct], dim=1)
 
 
 LABELS_ALONE = Distillation(RuleNet(), teacher_weight=0.0, normalisation=NORMALISATION, precision="fp32")
@@ -57,15 +57,15 @@ class LinearNet(RuleNet):
 
     SLOPES = torch.tensor([0.1, 0.02, 0.3])
 
-    def right(self, kept):
+    def correct_prob(self, kept):
         return 0.9 - (1 - kept) @ self.SLOPES
 
     def forward(self, images, actions):
         return self.logits(actions.float())
 
     def logits(self, kept):
-        right = self.right(kept)
-        return torch.stack([right, 1 - right], dim=1).log()
+        correct = self.correct_prob(kept)
+        return torch.stack([correct, 1 - correct], dim=1).log()
 
     def forward_with_gates(self, actions, *, try_dropped):
         gates = torch.ones(actions.shape, requires_grad=True)
@@ -76,7 +76,7 @@ class LinearNet(RuleNet):
 class FlatNet(LinearNet):
     """Where a block runs a little more or less of it makes no difference, as after training."""
 
-    def right(self, kept):
+    def correct_prob(self, kept):
         return 0.9 - (1 - kept).square() @ self.SLOPES
 
 
@@ -139,21 +139,21 @@ def noise_that_samples(actions: torch.Tensor) -> torch.Tensor:
 
 
 def expected_reward(
-    logits: torch.Tensor, right: torch.Tensor | None = None, shares: torch.Tensor | None = None
+    logits: torch.Tensor, correct: torch.Tensor | None = None, shares: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Over all policies; Eq. 3 written out, with the probability of the label and shares of blocks."""
-    right = is_right(ALL_POLICIES).float() if right is None else right
+    correct = is_correct(ALL_POLICIES).float() if correct is None else correct
     shares = torch.full((K,), 1 / K) if shares is None else shares
-    prob = pg.bounded_sampling_prob(torch.sigmoid(logits), ALPHA)
+    prob = objectives.bounded_sampling_prob(torch.sigmoid(logits), ALPHA)
     weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
     kept = (ALL_POLICIES * shares).sum(dim=1)
-    return (weights * (right * (1 - kept**2) - (1 - right) * GAMMA)).sum()
+    return (weights * (correct * (1 - kept**2) - (1 - correct) * GAMMA)).sum()
 
 
 def test_the_expected_step_follows_the_exact_gradient_of_the_expected_reward():
     logits = START.clone().requires_grad_()
     exact = torch.autograd.grad(expected_reward(logits), logits)[0]
-    prob = pg.bounded_sampling_prob(torch.sigmoid(START), ALPHA)
+    prob = objectives.bounded_sampling_prob(torch.sigmoid(START), ALPHA)
     weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
     steps = torch.stack([gradient_of_step(noise_that_samples(a)) for a in ALL_POLICIES])
     torch.testing.assert_close(-(weights[:, None] * steps).sum(dim=0), exact)
@@ -163,20 +163,20 @@ def test_the_expected_step_follows_the_exact_gradient_of_the_expected_reward():
 def test_the_expected_step_of_local_expectation_follows_the_exact_gradient(num_flips):
     logits = START.clone().requires_grad_()
     exact = torch.autograd.grad(expected_reward(logits), logits)[0]
-    prob = pg.bounded_sampling_prob(torch.sigmoid(START), ALPHA)
+    prob = objectives.bounded_sampling_prob(torch.sigmoid(START), ALPHA)
     weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
-    lots = [torch.tensor([order]) / K for order in itertools.permutations(range(K))]
+    scores = [torch.tensor([order]) / K for order in itertools.permutations(range(K))]
     steps = torch.stack(
         [
             sum(
                 gradient_of_step(
-                    torch.cat([noise_that_samples(a), lot], dim=1),
+                    torch.cat([noise_that_samples(a), score], dim=1),
                     estimator="local_expectation",
                     num_flips=num_flips,
                 )
-                for lot in lots
+                for score in scores
             )
-            / len(lots)
+            / len(scores)
             for a in ALL_POLICIES
         ]
     )
@@ -186,10 +186,12 @@ def test_the_expected_step_of_local_expectation_follows_the_exact_gradient(num_f
 def test_a_soft_reward_and_shares_of_blocks_are_what_local_expectation_follows():
     shares = (0.2, 0.5, 0.3)
     logits = START.clone().requires_grad_()
-    right = torch.where(is_right(ALL_POLICIES), math.e / (1 + math.e), 1 / (1 + math.e))  # of RuleNet
-    reward = expected_reward(logits, right, torch.tensor(shares))
+    correct = torch.where(
+        is_correct(ALL_POLICIES), math.e / (1 + math.e), 1 / (1 + math.e)
+    )  # of RuleNet
+    reward = expected_reward(logits, correct, torch.tensor(shares))
     exact = torch.autograd.grad(reward, logits)[0]
-    prob = pg.bounded_sampling_prob(torch.sigmoid(START), ALPHA)
+    prob = objectives.bounded_sampling_prob(torch.sigmoid(START), ALPHA)
     weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
     steps = torch.stack(
         [
@@ -207,7 +209,7 @@ def test_a_soft_reward_and_shares_of_blocks_are_what_local_expectation_follows()
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
-def test_local_expectation_tries_learnt_blocks_alone(epoch):
+def test_local_expectation_tries_active_blocks_alone(epoch):
     noise = torch.cat([noise_that_samples(ALL_POLICIES[-1]), torch.tensor([[0.9, 0.5, 0.1]])], dim=1)
     gradient = gradient_of_step(noise, epoch=epoch, estimator="local_expectation", num_flips=7)
     assert ((gradient != 0) == (torch.arange(K) >= K - 1 - epoch)).all()
@@ -215,7 +217,7 @@ def test_local_expectation_tries_learnt_blocks_alone(epoch):
 
 def expected_step(net: LinearNet, estimator: str, shares: tuple[float, ...] | None) -> torch.Tensor:
     """Ascent of the logits, the mean over the actions that may be sampled."""
-    prob = pg.bounded_sampling_prob(torch.sigmoid(START), ALPHA)
+    prob = objectives.bounded_sampling_prob(torch.sigmoid(START), ALPHA)
     weights = torch.where(ALL_POLICIES, prob, 1 - prob).prod(dim=1)
     steps = [
         gradient_of_step(
@@ -228,8 +230,8 @@ def expected_step(net: LinearNet, estimator: str, shares: tuple[float, ...] | No
 
 def exact_step(net: LinearNet, shares: tuple[float, ...] | None) -> torch.Tensor:
     logits = START.clone().requires_grad_()
-    right = net.right(ALL_POLICIES.float())
-    reward = expected_reward(logits, right, None if shares is None else torch.tensor(shares))
+    correct = net.correct_prob(ALL_POLICIES.float())
+    reward = expected_reward(logits, correct, None if shares is None else torch.tensor(shares))
     return torch.autograd.grad(reward, logits)[0]
 
 
@@ -239,8 +241,8 @@ def exact_step(net: LinearNet, shares: tuple[float, ...] | None) -> torch.Tensor
     [("straight_through", LinearNet()), ("reinmax", LinearNet()), ("reinmax", FlatNet())],
 )
 def test_the_expected_step_by_slopes_is_the_exact_gradient_to_its_order(estimator, net, shares):
-    found = expected_step(net, estimator, shares)
-    torch.testing.assert_close(found, exact_step(net, shares), rtol=1e-4, atol=1e-6)
+    step = expected_step(net, estimator, shares)
+    torch.testing.assert_close(step, exact_step(net, shares), rtol=1e-4, atol=1e-6)
 
 
 def test_straight_through_takes_a_block_whose_slope_is_nought_for_worthless():
@@ -254,7 +256,7 @@ def test_slopes_stay_finite_where_the_policy_is_certain(logit):
     logits = torch.full((2, 3), logit, requires_grad=True)
     prob = torch.sigmoid(logits)
     for actions in (torch.zeros(2, 3).bool(), torch.ones(2, 3).bool()):
-        slopes = pg.reward_gradient(
+        gradient = objectives.reward_gradient(
             torch.full((2,), 0.9),
             torch.full((2, 3), -3.0),
             actions,
@@ -262,8 +264,8 @@ def test_slopes_stay_finite_where_the_policy_is_certain(logit):
             10.0,
             trapezoidal=True,
         )
-        (gradient,) = torch.autograd.grad(pg.expectation_loss(slopes, torch.sigmoid(logits)), logits)
-        assert torch.isfinite(gradient).all()
+        objectives.expectation_loss(gradient, torch.sigmoid(logits)).backward()
+    assert torch.isfinite(logits.grad).all()
 
 
 def test_an_estimator_that_does_not_fit_the_resnet_is_refused():
@@ -285,14 +287,14 @@ def test_the_entropy_bonus_pushes_towards_one_half():
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
-def test_the_authors_bonus_reaches_blocks_that_are_not_learnt_yet(epoch):
+def test_the_authors_bonus_reaches_blocks_that_are_not_active_yet(epoch):
     """Their loss: minus beta times the sum over all K of -p log p, the mean over the batch."""
     greedy = greedy_actions(torch.sigmoid(START)) | (torch.arange(K) < K - 1 - epoch)
     bonus = gradient_of_step(
         noise_that_samples(greedy), entropy="authors", entropy_coef=0.7, epoch=epoch
     )
     logits = START.clone().requires_grad_()
-    prob = pg.bounded_sampling_prob(torch.sigmoid(logits), ALPHA)
+    prob = objectives.bounded_sampling_prob(torch.sigmoid(logits), ALPHA)
     loss = 0.7 * (prob * prob.log()).sum()
     torch.testing.assert_close(bonus, torch.autograd.grad(loss, logits)[0])
     assert (bonus[START > 0] > 0).all()  # descent moves what is kept towards dropping
@@ -318,7 +320,7 @@ def test_the_entropy_bonus_falls_over_its_epochs(epoch, left):
     torch.testing.assert_close(policy_net.logits.grad, left * whole)
 
 
-def test_the_diversity_bonus_is_the_slope_of_the_mean_policys_entropy():
+def test_the_marginal_entropy_bonus_is_the_slope_of_the_mean_policys_entropy():
     greedy = greedy_actions(torch.sigmoid(START))
     bonus = gradient_of_step(noise_that_samples(greedy), marginal_entropy_coef=0.3)
     logits = START.clone().requires_grad_()  # one image: the mean policy is its own
@@ -326,21 +328,21 @@ def test_the_diversity_bonus_is_the_slope_of_the_mean_policys_entropy():
     torch.testing.assert_close(bonus, -0.3 * torch.autograd.grad(entropy, logits)[0])
 
 
-@pytest.mark.parametrize("learnt", [None, torch.tensor([False, True, True])])
-def test_sameness_has_the_gradient_of_the_mean_policys_entropy(learnt):
+@pytest.mark.parametrize("active", [None, torch.tensor([False, True, True])])
+def test_marginal_entropy_loss_has_the_gradient_of_the_mean_policys_entropy(active):
     logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
     keep_prob = torch.sigmoid(logits)
     mean = keep_prob.mean(dim=0)
     each = torch.distributions.Bernoulli(probs=mean).entropy()
-    exact = torch.autograd.grad((each if learnt is None else each[learnt]).sum(), logits)[0]
+    exact = torch.autograd.grad((each if active is None else each[active]).sum(), logits)[0]
     keep_prob = torch.sigmoid(logits)
-    parts = [pg.marginal_entropy_loss(part, mean, learnt) / 2 for part in keep_prob.split(3)]
+    parts = [objectives.marginal_entropy_loss(part, mean, active) / 2 for part in keep_prob.split(3)]
     torch.testing.assert_close(torch.autograd.grad(sum(parts), logits)[0], -exact)
 
 
-def test_sameness_stays_finite_where_everybody_agrees():
+def test_marginal_entropy_loss_stays_finite_where_everybody_agrees():
     keep_prob = torch.ones(2, 3, requires_grad=True)
-    pg.marginal_entropy_loss(keep_prob, torch.tensor([1.0, 0.0, 0.5])).backward()
+    objectives.marginal_entropy_loss(keep_prob, torch.tensor([1.0, 0.0, 0.5])).backward()
     assert torch.isfinite(keep_prob.grad).all()
 
 
@@ -358,11 +360,11 @@ def test_the_two_kinds_of_batch_statistics_make_no_advantage_of_the_same_policy(
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
-def test_the_curriculum_lets_gradients_reach_learnt_blocks_alone(epoch):
+def test_the_curriculum_lets_gradients_reach_active_blocks_alone(epoch):
     other = ~greedy_actions(torch.sigmoid(START))
     gradient = gradient_of_step(noise_that_samples(other), entropy_coef=0.1, epoch=epoch)
-    learnt = torch.arange(K) >= K - 1 - epoch
-    assert ((gradient != 0) == learnt).all()
+    active = torch.arange(K) >= K - 1 - epoch
+    assert ((gradient != 0) == active).all()
 
 
 def test_metrics_are_those_of_the_step():
@@ -378,19 +380,19 @@ def test_metrics_are_those_of_the_step():
     )
     learner.begin_epoch(0)
     wrong = torch.tensor([True, True, False])
-    found = learner.step(
+    metrics = learner.step(
         Batch(
             images=torch.zeros(2, 3, 8, 8),
             labels=torch.zeros(2, dtype=torch.int64),
             noise=torch.cat([noise_that_samples(wrong), noise_that_samples(ALL_POLICIES[-1])]),
         )
     )
-    greedy = greedy_actions(torch.sigmoid(START))  # block 1 dropped: right, two of three blocks
+    greedy = greedy_actions(torch.sigmoid(START))  # block 1 dropped: correct, two of three blocks
     assert greedy.tolist() == [True, False, True]
-    assert found["greedy_reward"].item() == pytest.approx(1 - 4 / 9)
-    assert found["reward"].item() == pytest.approx((-GAMMA + 0.0) / 2)
-    assert found["blocks"].item() == 2
+    assert metrics["greedy_reward"].item() == pytest.approx(1 - 4 / 9)
+    assert metrics["reward"].item() == pytest.approx((-GAMMA + 0.0) / 2)
+    assert metrics["blocks"].item() == 2
     prob = torch.sigmoid(START)
     entropy = -(prob * prob.log() + (1 - prob) * (1 - prob).log()).mean()
-    assert found["entropy"].item() == pytest.approx(entropy.item(), rel=1e-5)
-    assert found["entropy"].item() < math.log(2)
+    assert metrics["entropy"].item() == pytest.approx(entropy.item(), rel=1e-5)
+    assert metrics["entropy"].item() < math.log(2)

@@ -172,7 +172,8 @@ def test_a_file_of_the_first_format_is_called_so(path, tmp_path):
 
 SMALL = {
     "data": {
-        "source": "imagefolder_stream", "image_size": 224, "validation_fraction": 0.25, "test_fraction": None,
+        "source": "imagefolder_stream", "image_size": 224, "validation_fraction": 0.25,
+        "test_fraction": None,
     },
     "augmentation": {"crop_padding": 0, "flip": True},
     "resnet": {"family": "imagenet", "depth": 26, "width": 8},

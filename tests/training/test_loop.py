@@ -51,7 +51,7 @@ def policy_learner(
     epochs_per_block: float | None = None,
     gamma: float = 2.0,
     estimator: str = "self_critical",
-    teacher_share: float = 0.0,
+    teacher_weight: float = 0.0,
     alpha: float = 0.8,
     frozen_epochs: int = 0,
     train_epochs: int | None = None,
@@ -66,7 +66,7 @@ def policy_learner(
         groups = [{"params": list(resnet.parameters()), "lr": 0.01}]
         optimizer = ChainedOptimizer(optimizer, make_optimizer("adam", groups, weight_decay=0.0))
         distillation = Distillation(
-            resnet, teacher_weight=teacher_share, normalisation=NORMALISATION, precision="fp32"
+            resnet, teacher_weight=teacher_weight, normalisation=NORMALISATION, precision="fp32"
         )
     return PolicyLearner(
         resnet,
@@ -145,7 +145,7 @@ def test_resumed_training_ends_in_the_same_bytes(
         torch.manual_seed(0)
         resnet = cifar_resnet(depth=8, width=4, num_classes=3)
         return policy_learner(
-            resnet, finetune=finetune, epochs_per_block=1, estimator=estimator, teacher_share=0.5,
+            resnet, finetune=finetune, epochs_per_block=1, estimator=estimator, teacher_weight=0.5,
             train_epochs=2 if estimator == "reinmax" else None,
         )  # fmt: skip
 
@@ -375,10 +375,10 @@ def test_beside_a_policy_that_waits_the_resnet_learns_on_the_paths(estimator, he
     torch.testing.assert_close(gradients, list(torch.autograd.grad(losses.mean(), kept)))
     assert all(p.grad is None for p in learner.policy_net.parameters())
     assert found["blocks"] == 2
-    right = (
+    correct = (
         logits.argmax(dim=1) == train_split.labels if estimator == "self_critical" else (-losses).exp()
     )
-    reward = right.float() * (1 - (2 / 3) ** 2) - (1 - right.float()) * 2.0
+    reward = correct.float() * (1 - (2 / 3) ** 2) - (1 - correct.float()) * 2.0
     torch.testing.assert_close(found["reward"], reward.mean().detach())
 
 
@@ -415,7 +415,7 @@ def test_targets_are_softened_by_the_share_of_the_teacher():
 
 
 def test_a_high_penalty_keeps_more_blocks_than_none(train_split, validation_split):
-    """A network that is right only with its blocks: without a penalty they are not worth it."""
+    """A network that is correct only with its blocks: without a penalty they are not worth it."""
     kept = {}
     for gamma in (0.0, 20.0):
         torch.manual_seed(0)
