@@ -12,7 +12,6 @@ It uses the stages' own learners, and no DVC, MLflow or test image.
 
 import io
 import re
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from pipeline.flops import measure, rewarded_shares
 from pipeline.inference.predict import predict, predict_policy
 from pipeline.infra.atomic_io import write_text
 from pipeline.infra.errors import UserError
+from pipeline.infra.git import git
 from pipeline.infra.locks import exclusive
 from pipeline.infra.resume import digest_of_files, key_of, project_root
 from pipeline.models import checkpoint
@@ -360,11 +360,9 @@ def preset_of(name: str) -> Params:
 
 def provenance(preset: str, changes: str) -> dict[str, str]:
     """What a row says of where it comes from."""
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True
-    )
-    told = {"preset": preset, "set": changes, "commit": done.stdout.strip(), "torch": torch.__version__}
-    return {name: value or "-" for name, value in told.items()}
+    commit = git("rev-parse", "--short", "HEAD")
+    fields = {"preset": preset, "set": changes, "commit": commit, "torch": torch.__version__}
+    return {name: value or "-" for name, value in fields.items()}
 
 
 def positive(text: str) -> int:

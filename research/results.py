@@ -8,7 +8,6 @@ that is a network of its own: its rivals are finetuned from these weights too.
 
 import csv
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from pipeline.config import Params
 from pipeline.device import choose_device, describe_machine
 from pipeline.infra.atomic_io import write_text
 from pipeline.infra.errors import UserError
+from pipeline.infra.git import git
 from pipeline.infra.resume import project_root
 from pipeline.report.markdown import PAPER
 from pipeline.report.paired import paired_difference
@@ -120,7 +120,7 @@ def row_of(root: Path, preset: str) -> dict[str, Any]:
         "preset": preset,
         "changes": changes(params, params_file.load(root / "presets" / f"{preset}.yaml")),
         "params": params.flat(),
-        "commit": _git(root, "rev-parse", "--short", "HEAD"),
+        "commit": git("rev-parse", "--short", "HEAD", folder=root),
         "machine": describe_machine(choose_device()),
         "test_images": len(outcomes["blockdrop"]),
         "evaluate": evaluated,
@@ -135,11 +135,6 @@ def _speedups(root: Path) -> dict[str, float]:
     path = root / "metrics/benchmark.json"
     found = json.loads(path.read_text(encoding="utf-8"))["benchmark"] if path.exists() else {}
     return {name: value for name, value in found.items() if name.startswith("speedup_")}
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 def _read(root: Path, name: str) -> dict[str, Any]:
