@@ -44,9 +44,7 @@ def test_predictions_are_those_of_the_reference(networks, images):
     cost = measure(networks.resnet, networks.policy_net, SIZE)
     predictions = Predictor(networks)(images)
     assert len(predictions) == len(images)
-    assert (
-        len({prediction.blocks for prediction in predictions}) > 1
-    )  # else the rest of this test proves little
+    assert len({p.blocks for p in predictions}) > 1  # else the rest of this test proves little
     for prediction, logits, actions in zip(predictions, expected.logits, expected.actions, strict=True):
         assert prediction.name == CLASSES[int(logits.argmax())]
         assert prediction.probabilities == pytest.approx(logits.softmax(dim=0).numpy(), abs=1e-4)
