@@ -25,8 +25,8 @@ CLASSES = ("cat", "dog", "hält")
 
 @pytest.fixture(scope="module")
 def networks() -> Checkpoint:
-    made = small_pair(classes=CLASSES, image_size=SIZE)
-    return replace(made, path=Path("models/finetune"))
+    pair = small_pair(classes=CLASSES, image_size=SIZE)
+    return replace(pair, path=Path("models/finetune"))
 
 
 @pytest.fixture(scope="module")
@@ -34,39 +34,39 @@ def images() -> torch.Tensor:
     return make_split(20, size=SIZE).images
 
 
-def same(found, expected) -> bool:
-    return [one.record() for one in found] == [one.record() for one in expected]
+def same(predictions, expected) -> bool:
+    return [p.record() for p in predictions] == [p.record() for p in expected]
 
 
 def test_predictions_are_those_of_the_reference(networks, images):
     pair = Networks(resnet=networks.resnet, policy_net=networks.policy_net, normalisation=NORMALISATION)
     expected = Masked(pair)(images)
     cost = measure(networks.resnet, networks.policy_net, SIZE)
-    found = Predictor(networks)(images)
-    assert len(found) == len(images)
-    assert len({one.blocks for one in found}) > 1  # else the rest of this test says little
-    for one, logits, actions in zip(found, expected.logits, expected.actions, strict=True):
-        assert one.name == CLASSES[int(logits.argmax())]
-        assert one.probabilities == pytest.approx(logits.softmax(dim=0).numpy(), abs=1e-4)
-        assert one.confidence == one.probabilities.max()
-        assert one.kept_blocks.tolist() == actions.tolist()
-        assert one.blocks == int(actions.sum())
-        assert one.flops == float(cost.of(actions[None])[0])
-        assert one.flops_saved == 1 - one.flops / cost.full
+    predictions = Predictor(networks)(images)
+    assert len(predictions) == len(images)
+    assert len({p.blocks for p in predictions}) > 1  # else the rest of this test proves little
+    for prediction, logits, actions in zip(predictions, expected.logits, expected.actions, strict=True):
+        assert prediction.name == CLASSES[int(logits.argmax())]
+        assert prediction.probabilities == pytest.approx(logits.softmax(dim=0).numpy(), abs=1e-4)
+        assert prediction.confidence == prediction.probabilities.max()
+        assert prediction.kept_blocks.tolist() == actions.tolist()
+        assert prediction.blocks == int(actions.sum())
+        assert prediction.flops == float(cost.of(actions[None])[0])
+        assert prediction.flops_saved == 1 - prediction.flops / cost.full
 
 
 def test_probabilities_sum_to_one(networks, images):
-    for one in Predictor(networks)(images):
-        assert one.probabilities.shape == (3,)
-        assert one.probabilities.sum() == pytest.approx(1)
+    for prediction in Predictor(networks)(images):
+        assert prediction.probabilities.shape == (3,)
+        assert prediction.probabilities.sum() == pytest.approx(1)
 
 
 def test_resnet_alone_runs_every_block_and_saves_nothing(networks, images):
-    found = Predictor(replace(networks, policy_net=None))(images)
-    assert all(one.kept_blocks.tolist() == [True] * 6 for one in found)
-    assert {one.flops_saved for one in found} == {0.0}
+    predictions = Predictor(replace(networks, policy_net=None))(images)
+    assert all(prediction.kept_blocks.tolist() == [True] * 6 for prediction in predictions)
+    assert {prediction.flops_saved for prediction in predictions} == {0.0}
     expected = networks.resnet(NORMALISATION(images)).softmax(dim=1)
-    probabilities = torch.from_numpy(np.stack([one.probabilities for one in found]))
+    probabilities = torch.from_numpy(np.stack([prediction.probabilities for prediction in predictions]))
     assert torch.allclose(probabilities.float(), expected, atol=1e-4)
 
 
@@ -87,9 +87,9 @@ def test_more_images_than_a_batch_holds_are_predicted_in_parts(networks, images,
     predict = Predictor(networks)
     whole = predict(images)
     monkeypatch.setattr(module, "evaluation_batch", lambda image_size: 7)
-    for one, other in zip(predict(images), whole, strict=True):
-        assert one.kept_blocks.tolist() == other.kept_blocks.tolist()
-        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+    for prediction, other in zip(predict(images), whole, strict=True):
+        assert prediction.kept_blocks.tolist() == other.kept_blocks.tolist()
+        assert prediction.probabilities == pytest.approx(other.probabilities, abs=1e-5)
 
 
 def test_threads_may_share_a_predictor(networks, images):
@@ -97,20 +97,20 @@ def test_threads_may_share_a_predictor(networks, images):
     parts = [images[start : start + 1 + start % 4] for start in range(16)]
     expected = [predict(part) for part in parts]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(predict, parts * 5))
-    assert all(same(*pair) for pair in zip(found, expected * 5, strict=True))
+        predictions = list(pool.map(predict, parts * 5))
+    assert all(same(*pair) for pair in zip(predictions, expected * 5, strict=True))
 
 
 def test_record_is_plain_json(networks, images):
-    one = Predictor(networks)(images[:1])[0]
-    assert json.loads(json.dumps(one.record())) == {
-        "class": one.name,
-        "confidence": one.confidence,
-        "probabilities": list(one.probabilities),
-        "kept_blocks": list(one.kept_blocks),
-        "blocks": one.blocks,
-        "flops": one.flops,
-        "flops_saved": one.flops_saved,
+    prediction = Predictor(networks)(images[:1])[0]
+    assert json.loads(json.dumps(prediction.record())) == {
+        "class": prediction.name,
+        "confidence": prediction.confidence,
+        "probabilities": list(prediction.probabilities),
+        "kept_blocks": list(prediction.kept_blocks),
+        "blocks": prediction.blocks,
+        "flops": prediction.flops,
+        "flops_saved": prediction.flops_saved,
     }
 
 
@@ -151,7 +151,7 @@ def test_answer_that_is_no_number_is_refused(networks, images, monkeypatch, valu
 
     overflowing.device = execute.device
     monkeypatch.setattr(predict, "_execute", overflowing)
-    with pytest.raises(PredictionError, match=r"no number \(NaN or infinite\).*train it anew"):
+    with pytest.raises(PredictionError, match=r"logits are NaN or infinite.*train it again"):
         predict(images)
 
 
@@ -214,9 +214,9 @@ def test_shipped_code_compiles_into_the_users_cache(shipped, tmp_path, monkeypat
 def test_shipped_code_compiles_for_its_process_where_there_is_no_cache(shipped, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    found = Path(native.library()._name).parent
-    assert found.name.startswith("blockdrop-")
-    assert found.stat().st_mode & 0o077 == 0  # nobody else puts a library there
+    folder = Path(native.library()._name).parent
+    assert folder.name.startswith("blockdrop-")
+    assert folder.stat().st_mode & 0o077 == 0  # nobody else puts a library there
     assert not shipped.exists()
 
 

@@ -42,12 +42,12 @@ def test_models_have_dvcs_digest(folder):
 
 
 def test_artifacts_are_what_one_looks_at(folder):
-    found = read(folder).artifacts()
-    assert set(found) == {
+    artifacts = read(folder).artifacts()
+    assert set(artifacts) == {
         "params.yaml", "dvc.lock", "report/report.md", "report/policy.png", "plots/evaluate/policy.png",
         "plots/finetune.csv", "plots/pretrain.csv",
     }  # fmt: skip
-    assert found["report/policy.png"] == experiment_files.PNG
+    assert artifacts["report/policy.png"] == experiment_files.PNG
 
 
 def test_record_is_whole_when_report_and_model_can_be_read(folder):

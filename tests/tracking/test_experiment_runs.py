@@ -31,8 +31,8 @@ def _here(home, monkeypatch):
 
 @pytest.fixture
 def client(home) -> MlflowClient:
-    with store() as (found, _):
-        return found
+    with store() as (client, _):
+        return client
 
 
 def record_of(folder, name, *, revision="r1", baseline="abc", **changes):

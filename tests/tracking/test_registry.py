@@ -61,8 +61,8 @@ def _here(home, monkeypatch):
 
 @pytest.fixture
 def client() -> MlflowClient:
-    with store() as (found, _):
-        return found
+    with store() as (client, _):
+        return client
 
 
 @pytest.fixture
@@ -128,9 +128,9 @@ def test_model_has_the_metrics_of_its_run_but_no_learning_curves(client, start, 
     points = [Metric("finetune/loss", 1 / step, 1000, step) for step in (1, 2)]
     client.log_batch(run_id, metrics=points)
     model_id = log_model(run_id, folder)
-    found = {metric.key: metric for metric in client.get_logged_model(model_id).metrics}
-    assert {name: metric.value for name, metric in found.items()} == {"accuracy": 0.75, "loss": 0.5}
-    assert {metric.timestamp for metric in found.values()} == {1000}
+    metrics = {metric.key: metric for metric in client.get_logged_model(model_id).metrics}
+    assert {name: metric.value for name, metric in metrics.items()} == {"accuracy": 0.75, "loss": 0.5}
+    assert {metric.timestamp for metric in metrics.values()} == {1000}
     for name, count in (("accuracy", 1), ("finetune/loss", 2)):  # the run has no point twice
         assert len(client.get_metric_history(run_id, name)) == count
 
@@ -148,8 +148,9 @@ def test_metrics_that_come_later_are_linked_to_the_same_model(client, start, fol
     run_id = start()
     first = log_model(run_id, folder, metrics={"accuracy": 0.75})
     assert log_model(run_id, folder, metrics={"accuracy": 0.75, "flops": 4.0}) == first
-    found = client.get_logged_model(first).metrics
-    assert sorted((metric.key, metric.value) for metric in found) == [("accuracy", 0.75), ("flops", 4.0)]
+    metrics = client.get_logged_model(first).metrics
+    assert {metric.key: metric.value for metric in metrics} == {"accuracy": 0.75, "flops": 4.0}
+    assert len(metrics) == 2
 
 
 def test_other_weights_and_other_runs_are_other_models(start, folder, tmp_path):
@@ -171,8 +172,8 @@ def test_model_that_a_killed_process_left_unfinished_is_logged_anew(client, star
             log_model(run_id, folder)
     model_id = log_model(run_id, folder)
     run = client.get_run(run_id)
-    found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
-    assert [(model.model_id, model.status) for model in found] == [(model_id, "READY")]
+    models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
+    assert [(model.model_id, model.status) for model in models] == [(model_id, "READY")]
 
 
 def test_logging_leaves_mlflow_as_it_was(start, folder, capfd):
@@ -197,9 +198,9 @@ def test_logging_leaves_mlflow_as_it_was(start, folder, capfd):
 
 def test_logged_checkpoint_is_the_one_that_was_given(start, folder):
     model_id = log_model(start(), folder)
-    with fetched(f"models:/{model_id}") as found:
+    with fetched(f"models:/{model_id}") as fetched_folder:
         for name in (WEIGHTS, SIDECAR):
-            assert (found / name).read_bytes() == (folder / name).read_bytes()
+            assert (fetched_folder / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_size_of_an_older_checkpoint_is_its_examples_or_its_runs(client, start, tmp_path, images):
@@ -207,12 +208,12 @@ def test_size_of_an_older_checkpoint_is_its_examples_or_its_runs(client, start, 
     run_id = start()
     with pytest.raises(PredictionError, match="is older and does not say"):
         log_model(run_id, tmp_path)
-    with fetched(f"models:/{log_model(run_id, tmp_path, example=images)}") as found:
-        assert checkpoint.load(found).image_size == SIZE
+    with fetched(f"models:/{log_model(run_id, tmp_path, example=images)}") as fetched_folder:
+        assert checkpoint.load(fetched_folder).image_size == SIZE
     run_id = start()
     client.log_param(run_id, "data.image_size", "12")
-    with fetched(f"models:/{log_model(run_id, tmp_path)}") as found:
-        assert checkpoint.load(found).image_size == 12
+    with fetched(f"models:/{log_model(run_id, tmp_path)}") as fetched_folder:
+        assert checkpoint.load(fetched_folder).image_size == 12
 
 
 def test_example_of_another_size_is_refused(start, folder):
@@ -285,7 +286,7 @@ def with_one(images: np.ndarray, value: object) -> list:
 
 @pytest.mark.parametrize("key", ["inputs", "instances"])
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda x: (x / 255).tolist(), f"; {WHOLE}"),  # which was answered as black
         (lambda x: (x / 127.5 - 1).tolist(), f"; {WHOLE}"),
@@ -316,10 +317,10 @@ def with_one(images: np.ndarray, value: object) -> list:
         (lambda x: {"a": 1}, ""),
     ],
 )
-def test_server_casts_nothing(server_of, images, change, said, key):
+def test_server_casts_nothing(server_of, images, change, message, key):
     status, answer = server_of(change(images), key)
     assert status == 400
-    assert said in answer
+    assert message in answer
 
 
 @pytest.mark.parametrize("form", [int, float])
@@ -379,17 +380,18 @@ def test_model_of_another_kind_is_refused(client, start, registered):
 def test_promoting_makes_a_version_and_names_it(client, start, folder, registered, images):
     run_id = start("first")
     model_id = log_model(run_id, folder)
-    made = promote(run_id, registered_name=registered)
-    assert (made.version, made.previous, made.model_id) == (1, None, model_id)
-    assert (made.run_id, made.run_name) == (run_id, "first")
+    promotion = promote(run_id, registered_name=registered)
+    assert (promotion.version, promotion.previous, promotion.model_id) == (1, None, model_id)
+    assert (promotion.run_id, promotion.run_name) == (run_id, "first")
     version = client.get_model_version_by_alias(registered, "champion")
     assert (int(version.version), version.run_id) == (1, run_id)
     tag = client.get_logged_model(model_id).tags["mlflow.modelVersions"]
     assert json.loads(tag) == [{"name": registered, "version": version.version}]
     expected = [one.record() for one in Predictor(checkpoint.load(folder))(images)]
-    for uri in (made.uri, f"models:/{registered}/1"):
-        with fetched(uri) as found:
-            assert [one.record() for one in Predictor(checkpoint.load(found))(images)] == expected
+    for uri in (promotion.uri, f"models:/{registered}/1"):
+        with fetched(uri) as fetched_folder:
+            predictions = Predictor(checkpoint.load(fetched_folder))(images)
+            assert [prediction.record() for prediction in predictions] == expected
 
 
 def test_promoting_twice_makes_one_version(client, start, folder, registered):
@@ -404,8 +406,8 @@ def test_champion_changes_and_the_one_before_is_told(start, folder, registered):
     for number, before in ((1, None), (2, 1)):
         run_id = start(f"{registered}-{number}")
         log_model(run_id, folder)
-        made = promote(f"{registered}-{number}", registered_name=registered)
-        assert (made.version, made.previous, made.run_id) == (number, before, run_id)
+        promotion = promote(f"{registered}-{number}", registered_name=registered)
+        assert (promotion.version, promotion.previous, promotion.run_id) == (number, before, run_id)
     back = promote(f"{registered}-1", registered_name=registered)
     assert (back.version, back.previous) == (1, 2)
     other = promote(f"{registered}-1", registered_name=registered, alias="candidate")
@@ -475,18 +477,18 @@ def run_command(monkeypatch, *words: str) -> None:
 
 
 def test_command_says_the_old_and_the_new_champion(start, folder, registered, monkeypatch, capsys):
-    said = []
+    outputs = []
     for name in ("one", "two", "two"):
-        if name not in "".join(said):
+        if name not in "".join(outputs):
             log_model(start(f"{registered}-{name}"), folder)
         run_command(monkeypatch, f"{registered}-{name}", "--registered-name", registered)
-        said.append(capsys.readouterr().out)
-    assert f"champion of {registered}: version 1 (run {registered}-one, m-" in said[0]
-    assert "before: there was none" in said[0]
-    assert f"champion of {registered}: version 2 (run {registered}-two, m-" in said[1]
-    assert f"before: version 1 (models:/{registered}/1)" in said[1]
-    assert "before: the same" in said[2]
-    assert f"--model models:/{registered}@champion" in said[2]
+        outputs.append(capsys.readouterr().out)
+    assert f"champion of {registered}: version 1 (run {registered}-one, m-" in outputs[0]
+    assert "before: there was none" in outputs[0]
+    assert f"champion of {registered}: version 2 (run {registered}-two, m-" in outputs[1]
+    assert f"before: version 1 (models:/{registered}/1)" in outputs[1]
+    assert "before: the same" in outputs[2]
+    assert f"--model models:/{registered}@champion" in outputs[2]
 
 
 def test_command_ends_in_one_line(monkeypatch):
@@ -509,23 +511,23 @@ def test_predict_takes_the_champion(start, folder, registered, images, tmp_path,
     uri = promote(run_id, registered_name=registered).uri
     Image.fromarray(images[0]).save(tmp_path / "a.png")
     monkeypatch.setenv("BLOCKDROP_DEVICE", "cpu")
-    said = []
+    outputs = []
     for model in (str(folder), uri):
         words = ["predict", str(tmp_path / "a.png"), "--json", "--model", model]
         monkeypatch.setattr(sys, "argv", words)
         predict.main()
-        said.append(capsys.readouterr())
-    assert said[0].out
-    assert said[0] == said[1]
+        outputs.append(capsys.readouterr())
+    assert outputs[0].out
+    assert outputs[0] == outputs[1]
 
 
 # serving
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -585,8 +587,8 @@ def ask(address: str, content: object) -> tuple[int, object]:
 
 def files_of(folder: Path) -> set[str]:
     """A logged model's files, but for what Python and MLflow add when they load it."""
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    return {name for name in found if "__pycache__" not in name} - {"registered_model_meta"}
+    paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {name for name in paths if "__pycache__" not in name} - {"registered_model_meta"}
 
 
 @pytest.mark.slow
@@ -618,7 +620,7 @@ def test_champion_is_served_where_there_is_no_checkout(
 
 
 def test_named_requirements_are_what_the_served_code_imports():
-    used = {"pandas"}  # served.py's own
+    used = {"pandas"}  # of mlflow_model.py
     for file in closure("pipeline/serving/predictor.py") | closure("pipeline/device.py"):
         # of what is imported later, in functions, the served model does without
         for node in ast.parse((ROOT / file).read_text()).body if file.endswith(".py") else ():
@@ -626,16 +628,16 @@ def test_named_requirements_are_what_the_served_code_imports():
                 used |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 used.add((node.module or "").partition(".")[0])
-    own = used - {"pipeline", *sys.stdlib_module_names}
-    assert own == {*registry.PACKAGES, "torchvision"}
+    third_party = used - {"pipeline", *sys.stdlib_module_names}
+    assert third_party == {*registry.PACKAGES, "torchvision"}
 
 
 @pytest.mark.parametrize("family", ["cifar", "imagenet"])
 def test_torchvision_is_required_by_networks_of_its_blocks_alone(family):
     resnet = make_resnet(family=family, depth=14, width=4, num_classes=2)
-    own = Checkpoint(
+    networks = Checkpoint(
         stage="pretrain", resnet=resnet, policy_net=None, normalisation=NORMALISATION, image_size=8,
         classes=("a", "b"), metrics={},
     )  # fmt: skip
-    named = {line.partition("==")[0] for line in registry._requirements(own)}
+    named = {line.partition("==")[0] for line in registry._requirements(networks)}
     assert ("torchvision" in named) == (family == "imagenet")
