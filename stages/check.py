@@ -1,7 +1,7 @@
 """check: params.yaml as a whole, before any other stage runs.
 
-DVC gives a stage only the parameters that it names, so a mistyped key would change nothing and pass
-unseen. This stage depends on the file, and its out never changes, so it makes no other stage rerun.
+DVC gives a stage only the parameters that it lists, so a mistyped key would change nothing and nobody
+would notice. This stage depends on all of params.yaml. Its out never changes, so no other stage reruns.
 """
 
 from pathlib import Path

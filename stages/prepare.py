@@ -21,33 +21,33 @@ def read(data: Data) -> Dataset:
         return cifar.cifar10(RAW)
     if data.source == "cifar100":
         return cifar.cifar100(RAW)
-    return digits.digits(image_size=data.image_size, shares=shares_of(data), seed=data.split_seed)
+    return digits.digits(image_size=data.image_size, shares=fractions_of(data), seed=data.split_seed)
 
 
-def shares_of(data: Data) -> dict[SplitName, float]:
-    """The shares of the splits that are drawn."""
-    named: dict[SplitName, float | None] = {
+def fractions_of(data: Data) -> dict[SplitName, float]:
+    """The fractions of the images that become validation and test images, where they are drawn."""
+    fractions: dict[SplitName, float | None] = {
         "validation": data.validation_fraction,
         "test": data.test_fraction,
     }
-    return {name: share for name, share in named.items() if share is not None}
+    return {name: fraction for name, fraction in fractions.items() if fraction is not None}
 
 
 def write(data: Data) -> dict[str, int]:
-    """Write data/prepared; how many images each split has, classes there are, files were passed over."""
-    shares, seed = shares_of(data), data.split_seed
+    """Write data/prepared; return the numbers of images, classes and passed-over files."""
+    fractions, seed = fractions_of(data), data.split_seed
     if data.source == "imagefolder_stream":
         tree = class_folders.scan(project_root() / IMAGES)
-        listings = image_folder.imagefolder_stream(tree, shares=shares, seed=seed)
+        listings = image_folder.imagefolder_stream(tree, shares=fractions, seed=seed)
         streaming.save(listings, PREPARED, classes=tree.classes, image_size=data.image_size)
         counts = {f"{name}_images": len(split.paths) for name, split in listings.items()}
-        return {**counts, "classes": len(tree.classes), "passed_over": _told(tree)}
+        return {**counts, "classes": len(tree.classes), "passed_over": _report_passed_over(tree)}
     more = {}
     if data.source == "imagefolder":
         tree = class_folders.scan(Path(data.folder))
         require_seen(tree.folder, [path for images in tree.splits.values() for path, _ in images])
-        dataset = image_folder.imagefolder(tree, image_size=data.image_size, shares=shares, seed=seed)
-        more = {"passed_over": _told(tree)}
+        dataset = image_folder.imagefolder(tree, image_size=data.image_size, shares=fractions, seed=seed)
+        more = {"passed_over": _report_passed_over(tree)}
     else:
         dataset = read(data)
     save(dataset, PREPARED)
@@ -55,19 +55,19 @@ def write(data: Data) -> dict[str, int]:
     return {**counts, "classes": len(dataset.classes), **more}
 
 
-def _told(tree: Tree) -> int:
+def _report_passed_over(tree: Tree) -> int:
     if tree.passed_over:
         print(f"prepare: of {tree.folder} {class_folders.account(tree.passed_over)}", flush=True)
     return len(tree.passed_over)
 
 
 def main(params: Params) -> None:
-    """Write data/prepared and how many images each split has."""
+    """Write data/prepared and metrics/prepare.json."""
     with stage_run("prepare", params.flat()) as mlflow_run:
-        about = write(params.data)
-        write_json(METRICS / "prepare.json", {"data": about})  # DVC names them data.train_images, ...
-        mlflow_run.log_metrics({name: n for name, n in about.items() if name != "classes"})
-    print(f"prepare: {params.data.source}, " + ", ".join(f"{k} {v}" for k, v in about.items()))
+        counts = write(params.data)
+        write_json(METRICS / "prepare.json", {"data": counts})  # DVC names them data.train_images, ...
+        mlflow_run.log_metrics({name: n for name, n in counts.items() if name != "classes"})
+    print(f"prepare: {params.data.source}, " + ", ".join(f"{k} {v}" for k, v in counts.items()))
 
 
 if __name__ == "__main__":

@@ -310,7 +310,7 @@ def test_no_training_goes_on_with_other(what, params, monkeypatch, capsys):
     ("stage", "change", "differs"),
     [
         ("pretrain", {"pretrain": {"lr": 0.5}}, True),
-        ("pretrain", {"data": {"image_size": 9}}, True),
+        ("pretrain", {"data": {"image_size": 16}}, True),
         ("pretrain", {"data": {"test_fraction": 0.5}}, False),  # data/prepared changes with it
         ("pretrain", {"finetune": {"lr": 0.5}}, False),
         ("pretrain", {"gamma": 7}, False),
@@ -319,7 +319,7 @@ def test_no_training_goes_on_with_other(what, params, monkeypatch, capsys):
         ("finetune", {"curriculum": {"gamma": 7}}, False),
         ("static", {"finetune_policy": {"alpha": 0.7}}, False),
         ("sole", {"resnet": {"width": 8}}, True),
-        ("sole", {"resnet": {"depth": 20}}, False),
+        ("sole", {"resnet": {"depth": 20}, "curriculum": {"epochs": 8}}, False),
     ],
 )
 def test_a_parameter_changes_the_key_where_dvc_yaml_lists_it(stage, change, differs, params):
