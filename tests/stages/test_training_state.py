@@ -20,7 +20,7 @@ from builders import enter_project
 from repository_copy import ROOT, TINY, make_workplace
 
 from pipeline.config import Params
-from pipeline.inference import auto, predict
+from pipeline.inference import auto
 from pipeline.inference.auto import Auto
 from pipeline.inference.gather import Gather
 from pipeline.inference.masked import Masked
@@ -161,7 +161,7 @@ class Contest(Auto):
 @pytest.mark.parametrize("name", ["pretrain", "curriculum", "finetune"])
 def test_what_won_a_race_before_an_interruption_runs_after_it(name, params, monkeypatch, capsys):
     """By the stopwatch another executor might win, which rounds otherwise: another training."""
-    monkeypatch.setattr(predict, "Auto", Contest)
+    monkeypatch.setattr(auto, "Auto", Contest)
     monkeypatch.setattr(auto, "CHOICES", {})
     monkeypatch.setattr(Contest, "seconds", {"gather": 2.0, "masked": 1.0})
     with monkeypatch.context() as patch:
