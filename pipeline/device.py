@@ -19,7 +19,7 @@ from pipeline.infra.errors import UserError
 DEVICE_VARIABLE = "BLOCKDROP_DEVICE"
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 WORKERS_VARIABLE = "BLOCKDROP_WORKERS"
-MOST_WORKERS = 64
+MAX_WORKERS = 64
 
 
 def choose_device() -> torch.device:
@@ -49,14 +49,14 @@ def loader_workers(device: torch.device) -> int:
     Raises:
         UserError: BLOCKDROP_WORKERS is no number from 0 to 64.
     """
-    told = os.environ.get(WORKERS_VARIABLE)
-    if told is not None:
-        if not (told.isascii() and told.isdigit() and int(told[:9]) <= MOST_WORKERS):
-            raise UserError(f"{WORKERS_VARIABLE}={told[:20]!r}: set a number from 0 to {MOST_WORKERS}")
-        return int(told)
+    text = os.environ.get(WORKERS_VARIABLE)
+    if text is not None:
+        if not (text.isascii() and text.isdigit() and int(text[:9]) <= MAX_WORKERS):
+            raise UserError(f"{WORKERS_VARIABLE}={text[:20]!r}: set a number from 0 to {MAX_WORKERS}")
+        return int(text)
     if device.type == "cpu":
         return 0
-    return min(len(usable_cores()), MOST_WORKERS)
+    return min(len(usable_cores()), MAX_WORKERS)
 
 
 def describe_device(device: torch.device) -> str:
@@ -84,19 +84,19 @@ def describe_machine(device: torch.device) -> dict[str, str | int | None]:
 
 
 def _processor() -> str:
-    """The CPU's name where Linux tells it, and its instructions for small numbers."""
+    """The CPU's name, and its instructions for bfloat16 and wide vectors, where Linux lists them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     facts = dict(line.split(":", 1) for line in lines if ":" in line)
-    told = {key.strip(): value.strip() for key, value in facts.items()}
-    extras = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in told.get("flags", "")]
-    return " ".join([told.get("model name", platform.processor()), *extras])
+    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    extras = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in facts.get("flags", "")]
+    return " ".join([facts.get("model name", platform.processor()), *extras])
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory that tensors free, for the next ones; whether that worked.
+    """Let this process keep the memory that tensors free, for the next ones; return whether it does.
 
     glibc gives large blocks back to the kernel at once and fetches them anew, zeroed page by page, for
     every activation of every step: 8 % of a ResNet-32's training step on 2 CPU cores.
@@ -153,13 +153,13 @@ def seed_everything(*key: int | str) -> None:
 def random_states() -> dict[str, Any]:
     """The state of every global generator, as plain types and tensors.
 
-    What a training draws comes from keys alone (`generator`); these are kept with it all the same, so
-    that code or a library that draws from them one day resumes as exactly.
+    A training draws from keyed generators alone (`generator`). The global ones are saved all the same,
+    for code or a library that will draw from them.
     """
     kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        # of the device that is trained on, if it is one: others may be other processes', and full
+        # of the current device alone: others may belong to other processes, and have no free memory
         "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
@@ -167,7 +167,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put the global generators where `random_states` found them (CUDA's where there is one)."""
+    """Set the global generators to what `random_states` returned (CUDA's where there is one)."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states["cuda"][0])
@@ -177,7 +177,7 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of a call; on CUDA between two events, its kernels ended."""
+    """Wall-clock seconds of a call; on CUDA between two events, when its kernels have ended."""
     if device.type != "cuda":
         started = time.perf_counter()
         call()

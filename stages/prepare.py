@@ -1,4 +1,4 @@
-"""prepare: read or download the data set, split it, write it as uint8 arrays or as lists of image files."""
+"""prepare: fetch or read the data set, split it, write it as uint8 arrays, or as lists of its images."""
 
 from pathlib import Path
 
@@ -16,16 +16,16 @@ RAW = project_root() / "data/raw"  # archives, kept between runs and out of DVC 
 
 
 def read(data: Data) -> Dataset:
-    """The data set that params.yaml names; not a folder of images."""
+    """The data set that params.yaml names, when it has fixed classes."""
     if data.source == "cifar10":
         return cifar.cifar10(RAW)
     if data.source == "cifar100":
         return cifar.cifar100(RAW)
-    return digits.digits(image_size=data.image_size, shares=shares_of(data), seed=data.split_seed)
+    return digits.digits(image_size=data.image_size, shares=fractions_of(data), seed=data.split_seed)
 
 
-def shares_of(data: Data) -> dict[SplitName, float]:
-    """The fractions of the splits that are drawn at random."""
+def fractions_of(data: Data) -> dict[SplitName, float]:
+    """The fractions of the images that become validation and test images, where they are drawn."""
     fractions: dict[SplitName, float | None] = {
         "validation": data.validation_fraction,
         "test": data.test_fraction,
@@ -34,20 +34,20 @@ def shares_of(data: Data) -> dict[SplitName, float]:
 
 
 def write(data: Data) -> dict[str, int]:
-    """Write data/prepared; counts of the images of each split, of classes, of skipped files."""
-    shares, seed = shares_of(data), data.split_seed
+    """Write data/prepared; return the numbers of images, classes and passed-over files."""
+    fractions, seed = fractions_of(data), data.split_seed
     if data.source == "imagefolder_stream":
         tree = class_folders.scan(project_root() / IMAGES)
-        listings = image_folder.imagefolder_stream(tree, shares=shares, seed=seed)
+        listings = image_folder.imagefolder_stream(tree, shares=fractions, seed=seed)
         streaming.save(listings, PREPARED, classes=tree.classes, image_size=data.image_size)
         counts = {f"{name}_images": len(split.paths) for name, split in listings.items()}
-        return {**counts, "classes": len(tree.classes), "passed_over": _report_skipped(tree)}
+        return {**counts, "classes": len(tree.classes), "passed_over": _report_passed_over(tree)}
     more = {}
     if data.source == "imagefolder":
         tree = class_folders.scan(Path(data.folder))
         require_seen(tree.folder, [path for images in tree.splits.values() for path, _ in images])
-        dataset = image_folder.imagefolder(tree, image_size=data.image_size, shares=shares, seed=seed)
-        more = {"passed_over": _report_skipped(tree)}
+        dataset = image_folder.imagefolder(tree, image_size=data.image_size, shares=fractions, seed=seed)
+        more = {"passed_over": _report_passed_over(tree)}
     else:
         dataset = read(data)
     save(dataset, PREPARED)
@@ -55,7 +55,7 @@ def write(data: Data) -> dict[str, int]:
     return {**counts, "classes": len(dataset.classes), **more}
 
 
-def _report_skipped(tree: Tree) -> int:
+def _report_passed_over(tree: Tree) -> int:
     if tree.passed_over:
         print(f"prepare: of {tree.folder} {class_folders.account(tree.passed_over)}", flush=True)
     return len(tree.passed_over)
@@ -64,10 +64,10 @@ def _report_skipped(tree: Tree) -> int:
 def main(params: Params) -> None:
     """Write data/prepared and metrics/prepare.json."""
     with stage_run("prepare", params.flat()) as mlflow_run:
-        about = write(params.data)
-        write_json(METRICS / "prepare.json", {"data": about})  # DVC names them data.train_images, ...
-        mlflow_run.log_metrics({name: n for name, n in about.items() if name != "classes"})
-    print(f"prepare: {params.data.source}, " + ", ".join(f"{k} {v}" for k, v in about.items()))
+        counts = write(params.data)
+        write_json(METRICS / "prepare.json", {"data": counts})  # DVC names them data.train_images, ...
+        mlflow_run.log_metrics({name: n for name, n in counts.items() if name != "classes"})
+    print(f"prepare: {params.data.source}, " + ", ".join(f"{k} {v}" for k, v in counts.items()))
 
 
 if __name__ == "__main__":

@@ -170,7 +170,11 @@ class _Plan:
 
 
 def _ignore_signals(_: int) -> None:
-    """The stage ends its workers itself; a terminal sends Ctrl-C to them too."""
+    """Leave signals to the process that reads, which ends these by itself.
+
+    A terminal's Ctrl-C and torchrun's signals go to the whole process group.
+    """
+    os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

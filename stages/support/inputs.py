@@ -1,12 +1,12 @@
-"""What a stage's result depends on, as it was when the stage began, and whether it is so still.
+"""What dvc.yaml lists for a stage, and whether any of it has changed since the stage began.
 
 DVC 3.67 reads parameters and hashes files after the stage has ended, and records them beside its outs,
-in dvc.lock and in the run cache. What was edited meanwhile would stand there beside a result of what was
-there before. So a stage ends with status 1 when anything that dvc.yaml lists for it has changed.
+in dvc.lock and in the run cache. It would record an edit made meanwhile beside a result of the values
+before the edit. So a stage ends with status 1 when anything that dvc.yaml lists for it has changed.
 
 Parameters are compared by value and files by content; once READ_BYTES are read, by size, time and inode.
 
-Not noticed: an edit between this stage's last look and DVC's reading, a tenth of a second later.
+Not noticed: an edit between this stage's last comparison and DVC's reading, a tenth of a second later.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 PARAMS = Path("params.yaml")
 CODE = ("pipeline/", "stages/")
-READ_BYTES = 256 << 20  # half a second
+READ_BYTES = 256 << 20  # of a stage's files, which takes half a second
 MAX_SHOWN = 20  # lines of a message
 VARIABLE = re.compile(r"\$\{([\w.]+)\}")  # in dvc.yaml: the value of a parameter
 
@@ -47,7 +47,7 @@ class FileState:
 
     @classmethod
     def of(cls, path: Path, *, read: bool) -> "FileState":
-        """The file as it is.
+        """The state of the file now.
 
         Raises:
             OSError: it is missing or can't be read.
@@ -60,7 +60,7 @@ class FileState:
         return cls((status.st_size, status.st_mtime_ns, status.st_ino), digest)
 
     def holds(self, path: Path) -> bool:
-        """Whether the file is as it was, or has the same content at least."""
+        """Whether the file still has this state, or at least its content."""
         now = FileState.of(path, read=False)
         if now.status == self.status:
             return True
@@ -75,8 +75,8 @@ class StageInputs:
         stage: its name.
         params: the bytes of params.yaml.
         keys: the parameters that are listed; None: all.
-        deps: files and folders, by what dvc.yaml calls them.
-        files: the state of those files, and of those in the folders.
+        deps: files and folders, by their names in dvc.yaml.
+        files: the states of those files, and of the files in the folders.
         outs: what the stage writes.
     """
 
@@ -89,10 +89,10 @@ class StageInputs:
 
     @classmethod
     def of(cls, stage: str, *arguments: str) -> "StageInputs":
-        """Those of a stage, as they are now.
+        """What is listed for a stage, as it is now.
 
         Args:
-            arguments: of the command; they name the item of a matrix.
+            arguments: of the command line; they name the item of a matrix.
 
         Raises:
             OSError, yaml.YAMLError, LookupError, TypeError: dvc.yaml or params.yaml can't be read.
@@ -135,10 +135,7 @@ class StageInputs:
                 yield f"{name} is gone"
 
     def _changed_params(self) -> Iterator[str]:
-        from pipeline.config import (  # here: the code it needs is compared, so read before
-            Loader,
-            flatten,
-        )
+        from pipeline.config import Loader, flatten  # here: after its own state was read
 
         try:
             params = PARAMS.read_bytes()
@@ -154,9 +151,9 @@ class StageInputs:
                 yield f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
 
     def remove_outs(self) -> None:
-        """Leave no result where DVC would take it (`dvc commit`, `dvc exp save`)."""
+        """Remove the result, which `dvc commit` or `dvc exp save` would record."""
         for path in self.outs:
-            if Path.cwd() not in path.absolute().parents:  # what dvc.yaml can't mean
+            if Path.cwd() not in path.absolute().parents:  # a mistake in dvc.yaml
                 raise ValueError(f"{self.stage} has the out {path}, which is not below the project")
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -165,13 +162,13 @@ class StageInputs:
 
 
 def code_of(stage: str) -> list[Path]:
-    """The code on which a stage's result depends: dvc.yaml lists it, and a test holds it to that."""
+    """The code that dvc.yaml lists for a stage; a test compares the list with the imports."""
     names = [name for name in _entry(stage)["deps"] if name.startswith(CODE)]
     return sorted(path for _, path in _paths({name: ROOT / name for name in names}))
 
 
 def inputs_of(stage: str) -> list[Path]:
-    """The data and checkpoints of other stages on which a stage's result depends, by dvc.yaml."""
+    """The data and the checkpoints of other stages that dvc.yaml lists for a stage."""
     return [Path(name) for name in _entry(stage)["deps"] if not name.startswith((*CODE, "$"))]
 
 
@@ -197,7 +194,7 @@ def require_unchanged() -> None:
         f"{AT_START.stage}: what its result depends on was changed while it ran, and DVC would record "
         f"the change beside a result of what was there before:\n{listing}\n"
         "Put it back and repeat: a training goes on from its resume point. Or repeat as it is: the "
-        "stage then runs anew."
+        "stage then runs from its beginning."
     )
 
 
@@ -206,7 +203,7 @@ def _entry(stage: str) -> dict[str, Any]:
 
 
 def _names(*lists: list[Any]) -> Iterator[str]:
-    """Paths of outs and metrics, which stand there alone or with settings."""
+    """Paths of outs and metrics: an entry is a path, or a path with settings."""
     for entry in (entry for entries in lists for entry in entries):
         yield from [entry] if isinstance(entry, str) else entry
 
@@ -218,12 +215,12 @@ def _value(values: Any, key: str) -> str:
 
 
 def _paths(deps: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
-    """Every file that is listed or lies in a folder that is."""
+    """Every file that is listed, and every file in a listed folder."""
     for name, path in deps.items():
         if not path.is_dir():
             yield name, path
         for folder, folders, files in os.walk(path):
-            folders[:] = [each for each in folders if each != "__pycache__"]
+            folders[:] = [subfolder for subfolder in folders if subfolder != "__pycache__"]
             for file in files:
                 if file != ".gitignore":  # DVC writes it meanwhile
                     full = Path(folder) / file
@@ -231,17 +228,17 @@ def _paths(deps: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
 
 
 def _states(deps: Mapping[str, Path]) -> Iterator[tuple[str, FileState]]:
-    left = READ_BYTES
+    bytes_left = READ_BYTES
     for name, path in _paths(deps):
         try:
-            left -= path.stat().st_size
-            yield name, FileState.of(path, read=left >= 0)
+            bytes_left -= path.stat().st_size
+            yield name, FileState.of(path, read=bytes_left >= 0)
         except FileNotFoundError:  # DVC or the stage says that it is missing
             continue
 
 
 def _of_this_process() -> StageInputs | None:
-    """None where this is no stage (`python -m stages.NAME ...`), or one that will not get far."""
+    """None where this process is no `python -m stages.NAME ...`, or its files can't be read."""
     words = sys.orig_argv
     module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
     if not module.startswith("stages."):

@@ -1,4 +1,4 @@
-"""What a training shows while it runs."""
+"""Progress bars on a terminal; in a log, a line for each epoch."""
 
 import os
 import sys
@@ -17,14 +17,14 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| {remaining} left"
 
 
 class Steps:
-    """How far a stage is that trains nothing: a bar on a terminal, elsewhere nothing.
+    """The bar of a stage that trains nothing, on a terminal; elsewhere nothing.
 
     Args:
-        total: what makes all of it, in any unit; it may be told later.
+        total: amount of all the work, in any unit; `total()` may set it later.
     """
 
     def __init__(self, name: str, total: float = 0) -> None:
-        self.all = total
+        self.amount = total
         self.bar = tqdm(
             desc=name, total=total, disable=not _can_draw(), dynamic_ncols=True, bar_format=BAR
         )
@@ -38,34 +38,34 @@ class Steps:
         self.bar.close()
 
     def total(self, amount: float) -> None:
-        """So much makes all of it."""
-        self.all = self.bar.total = amount
+        """Set the amount of all the work."""
+        self.amount = self.bar.total = amount
         self.bar.refresh()
 
     def step(self, amount: float = 1) -> None:
-        """So much more is done."""
+        """Add to what is done."""
         self.bar.update(amount)
 
     def reach(self, done: float) -> None:
-        """So much is done by now; more than all of it is shown as all."""
-        self.bar.update(min(done, self.all) - self.bar.n)
+        """Set what is done, at most all of it."""
+        self.bar.update(min(done, self.amount) - self.bar.n)
 
     def say(self, line: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         self.bar.write(line)
         sys.stdout.flush()
 
     def over(self, split: ImageSplit, passes: int = 1) -> ImageSplit:
-        """The same images; each batch of them that is taken is a step for each of `passes` policies."""
-        return cast(ImageSplit, _Watched(split, lambda taken: self.step(taken * passes)))
+        """The same images; a batch that is done counts `passes` times, once for each policy."""
+        return cast(ImageSplit, _CountedSplit(split, lambda images: self.step(images * passes)))
 
 
-class _Watched:
-    """A split whose batches are counted as they are taken."""
+class _CountedSplit:
+    """A split that counts the images of its batches when the work on them is done."""
 
-    def __init__(self, split: ImageSplit, taken: Callable[[int], None]) -> None:
+    def __init__(self, split: ImageSplit, count: Callable[[int], None]) -> None:
         self.split = split
-        self.taken = taken
+        self.count = count
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.split, name)
@@ -77,18 +77,18 @@ class _Watched:
         """As the split's, counted when the work on a batch is done."""
         for images in self.split.iter_batches(size):
             yield images
-            self.taken(len(images))
+            self.count(len(images))  # the caller asks for the next batch
 
 
 class Progress:
-    """How far a training is: on a terminal one bar for all of it, elsewhere a line for each epoch.
+    """The progress of a training: on a terminal one bar for all of it, elsewhere a line for each epoch.
 
     A log file beside a terminal (`dvc repro > log`) gets the lines too.
 
     Args:
         steps: of an epoch.
-        history: the epochs that are done already, when a training is resumed.
-        step: the steps of the next one that are.
+        history: rows of the epochs that are done already, when a training is resumed.
+        step: how many steps of the next epoch are done.
     """
 
     IN_BAR = ("accuracy", "blocks_mean", "reward")  # what a narrow terminal has room for
@@ -111,7 +111,7 @@ class Progress:
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
         )
         if history:
-            self.bar.set_postfix_str(_shown(history[-1], self.IN_BAR))
+            self.bar.set_postfix_str(_summary(history[-1], self.IN_BAR))
 
     def __enter__(self) -> "Progress":
         return self
@@ -122,22 +122,22 @@ class Progress:
         self.bar.close()  # what comes next begins on a line of its own
 
     def step(self) -> None:
-        """One more step is done."""
+        """Count a step."""
         self.bar.update()
 
     def note(self, message: str) -> None:
-        """Say something while the bar stands."""
+        """Print a message above the bar."""
         if is_main():
             self.bar.write(f"{self.name}: {message}")
 
     def epoch_done(self, row: Metrics, seconds: float) -> None:
-        """Say what the epoch gave on the validation images, `seconds` after the training began."""
-        self.bar.set_postfix_str(_shown(row, self.IN_BAR))
+        """Show an epoch's validation metrics, `seconds` after the training began."""
+        self.bar.set_postfix_str(_summary(row, self.IN_BAR))
         if self.lines:
-            done = int(row["epoch"])
-            left = seconds / done * (self.epochs - done)
+            epoch = int(row["epoch"])
+            left = seconds / epoch * (self.epochs - epoch)
             print(
-                f"{self.name} epoch {done}/{self.epochs}: {_shown(row, self.IN_LINE)}, "
+                f"{self.name} epoch {epoch}/{self.epochs}: {_summary(row, self.IN_LINE)}, "
                 f"{tqdm.format_interval(seconds)} elapsed, {tqdm.format_interval(left)} left",
                 flush=True,
             )
@@ -150,8 +150,8 @@ def _can_draw() -> bool:
     return os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
-def _shown(row: Metrics, names: Sequence[str]) -> str:
-    """Metrics of the validation images, those of `names` that there are."""
+def _summary(row: Metrics, names: Sequence[str]) -> str:
+    """The validation metrics of these names, those that the row has."""
     return ", ".join(
         f"{name.removesuffix('_mean')} {row[f'validation_{name}']:.4g}"
         for name in names

@@ -1,4 +1,4 @@
-"""How many threads a training takes of a machine that others use too."""
+"""The number of threads of a training on a machine that other programs use too."""
 
 import contextlib
 import os
@@ -17,50 +17,50 @@ class SparedCores:
     another program holds one of the cores, each of the hundreds of operations of a step waits for that
     program's time slice to end. One thread waits for nobody.
 
-    The number of threads decides in which order numbers are added up, so beside other work a training
+    The number of threads decides the order in which numbers are summed, so beside other work a training
     repeats its results but for float noise. OMP_NUM_THREADS fixes the number, and with it the bytes.
 
     Attributes:
-        most: threads at the start, of which there are never more.
-        fewest: threads that there have been at least so far.
+        most: threads at the start, which are never exceeded.
+        fewest: the least number of threads so far.
     """
 
-    SECONDS = 1.0  # between two looks at the machine
-    FEWER_AFTER = 2  # looks in a row that find cores taken; a short burst of other work changes nothing
-    MORE_AFTER = 5  # looks in a row that find cores free again
+    SECONDS = 1.0  # between two measurements of the machine
+    FEWER_AFTER = 2  # measurements in a row with cores taken; a short burst changes nothing
+    MORE_AFTER = 5  # measurements in a row with cores free again
 
     def __init__(self, device: torch.device) -> None:
         self.most = self.fewest = torch.get_num_threads()
         self.fixed = device.type != "cpu" or self.most == 1 or bool(os.environ.get("OMP_NUM_THREADS"))
         self._process = psutil.Process()
-        self._taken = self._free = 0  # looks in a row
-        self._last = self._look()
+        self._taken = self._free = 0  # measurements in a row
+        self._last = self._measure()
 
     def adapt(self) -> int | None:
-        """Between two steps: the new number of threads where it has just changed."""
+        """Measure, between two steps; return the new number of threads if it has just changed."""
         if self.fixed or time.monotonic() - self._last[0] < self.SECONDS:
             return None
-        before, self._last = self._last, self._look()
+        before, self._last = self._last, self._measure()
         seconds, all_busy, own_busy = (now - then for now, then in zip(self._last, before, strict=True))
         cores_left = len(usable_cores()) - (all_busy - own_busy) / seconds
-        threads, wanted = torch.get_num_threads(), min(self.most, max(1, int(cores_left + 0.5)))
-        self._taken = self._taken + 1 if wanted < threads else 0
-        self._free = self._free + 1 if wanted > threads else 0
+        threads, target = torch.get_num_threads(), min(self.most, max(1, int(cores_left + 0.5)))
+        self._taken = self._taken + 1 if target < threads else 0
+        self._free = self._free + 1 if target > threads else 0
         if self._taken < self.FEWER_AFTER and self._free < self.MORE_AFTER:
             return None
         self._taken = self._free = 0
-        torch.set_num_threads(wanted)
-        self.fewest = min(self.fewest, wanted)
-        return wanted
+        torch.set_num_threads(target)
+        self.fewest = min(self.fewest, target)
+        return target
 
-    def _look(self) -> tuple[float, float, float]:
-        """Seconds on the clock, that our cores were busy, and that this training kept cores busy."""
+    def _measure(self) -> tuple[float, float, float]:
+        """Seconds of the clock, of work on all usable cores, and of work by this training."""
         times = psutil.cpu_times(percpu=True)
         busy = sum(sum(times[core][:8]) - times[core].idle - getattr(times[core], "iowait", 0.0)
                    for core in usable_cores())  # fmt: skip
-        own = self._process.cpu_times()  # and of processes that decode its images
-        ours = own.user + own.system + own.children_user + own.children_system
-        for child in self._process.children(recursive=True):
+        this = self._process.cpu_times()
+        ours = this.user + this.system + this.children_user + this.children_system
+        for child in self._process.children(recursive=True):  # they decode images
             with contextlib.suppress(psutil.Error):  # it has ended
                 ours += sum(child.cpu_times()[:2])
         return time.monotonic(), busy, ours

@@ -48,7 +48,7 @@ def machine(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(spared_cores, "usable_cores", lambda: [0, 1, 2, 3])
     state = {"clock": 0.0, "busy": 0.0, "own": 0.0}
-    monkeypatch.setattr(SparedCores, "_look", lambda self: tuple(state.values()))
+    monkeypatch.setattr(SparedCores, "_measure", lambda self: tuple(state.values()))
     monkeypatch.setattr(spared_cores.time, "monotonic", lambda: state["clock"])
     before = torch.get_num_threads()
     torch.set_num_threads(4)
@@ -102,12 +102,12 @@ def test_the_number_of_threads_that_the_user_set_stays(machine, monkeypatch):
 def test_processes_that_decode_images_count_as_own():
     child = subprocess.Popen([sys.executable, "-c", BUSY.format(30)])
     cores = SparedCores(CPU)
-    _, _, before = cores._look()
+    _, _, before = cores._measure()
     used = os.times()  # of this process alone
     child_used = 0.0
     while child_used < 0.5:
         child_used = sum(spared_cores.psutil.Process(child.pid).cpu_times()[:2])
-    _, _, after = cores._look()
+    _, _, after = cores._measure()
     alone = sum(os.times()[:2]) - sum(used[:2])
     child.kill()
     child.wait()

@@ -20,7 +20,7 @@ from builders import enter_project
 from repository_copy import ROOT, TINY, make_workplace
 
 from pipeline.config import Params
-from pipeline.inference import auto, predict
+from pipeline.inference import auto
 from pipeline.inference.auto import Auto
 from pipeline.inference.gather import Gather
 from pipeline.inference.masked import Masked
@@ -161,7 +161,7 @@ class Contest(Auto):
 @pytest.mark.parametrize("name", ["pretrain", "curriculum", "finetune"])
 def test_what_won_a_race_before_an_interruption_runs_after_it(name, params, monkeypatch, capsys):
     """By the stopwatch another executor might win, which rounds otherwise: another training."""
-    monkeypatch.setattr(predict, "Auto", Contest)
+    monkeypatch.setattr(auto, "Auto", Contest)
     monkeypatch.setattr(auto, "CHOICES", {})
     monkeypatch.setattr(Contest, "seconds", {"gather": 2.0, "masked": 1.0})
     with monkeypatch.context() as patch:
@@ -310,7 +310,7 @@ def test_no_training_goes_on_with_other(what, params, monkeypatch, capsys):
     ("stage", "change", "differs"),
     [
         ("pretrain", {"pretrain": {"lr": 0.5}}, True),
-        ("pretrain", {"data": {"image_size": 9}}, True),
+        ("pretrain", {"data": {"image_size": 16}}, True),
         ("pretrain", {"data": {"test_fraction": 0.5}}, False),  # data/prepared changes with it
         ("pretrain", {"finetune": {"lr": 0.5}}, False),
         ("pretrain", {"gamma": 7}, False),
@@ -319,7 +319,7 @@ def test_no_training_goes_on_with_other(what, params, monkeypatch, capsys):
         ("finetune", {"curriculum": {"gamma": 7}}, False),
         ("static", {"finetune_policy": {"alpha": 0.7}}, False),
         ("sole", {"resnet": {"width": 8}}, True),
-        ("sole", {"resnet": {"depth": 20}}, False),
+        ("sole", {"resnet": {"depth": 20}, "curriculum": {"epochs": 8}}, False),
     ],
 )
 def test_a_parameter_changes_the_key_where_dvc_yaml_lists_it(stage, change, differs, params):
