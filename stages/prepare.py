@@ -1,4 +1,4 @@
-"""prepare: read or download the data set, split it, write it as uint8 arrays or as lists of image files."""
+"""prepare: read or download the data set, split it, write it as uint8 arrays or lists of image files."""
 
 from pathlib import Path
 
