@@ -212,8 +212,9 @@ def _trainings(values: Mapping[str, Any]) -> dict[str, str]:
     """Their learning curves' files, by the name that a training's run has."""
     sole, static = (values.get(stage) or {} for stage in ("sole", "static"))
     items = [("sole", str(depth)) for depth in sole.get("depths") or ()]
-    rules, kepts = (static.get(name) or () for name in ("rules", "kept"))
-    items += [("static", f"{rule}-{kept}") for rule in rules for kept in kepts]
+    rules = static.get("rules") or ()
+    num_kepts = static.get("num_kept") or static.get("kept") or ()  # the second in older experiments
+    items += [("static", f"{rule}-{num_kept}") for rule in rules for num_kept in num_kepts]
     found = {stage: f"plots/{stage}.csv" for stage in TRAININGS}
     return found | {f"{stage}-{item}": f"plots/{stage}/{item}.csv" for stage, item in items}
 
