@@ -23,8 +23,8 @@ MAX_BYTES = 1 << 16  # presets have 5 KB; YAML is read at about 100 KB a second
 MAX_PROBLEMS = 30  # lines of a message; a file of before the renaming has 25
 NO_FILE = "import/none"  # stands for "nothing is imported": DVC needs a path that exists
 
-# The upper bounds are far above useful values. Beyond them numbers overflow float32 or int64, or networks
-# and tables the memory, with an error that names no key.
+# The upper bounds are far above useful values. Beyond them numbers overflow float32 or int64, or
+# networks and tables exceed the memory, with an error that names no key.
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 NonNegative = Annotated[float, Field(ge=0, le=1e9)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -224,7 +224,7 @@ class FinetunePolicy(Section):
 
 
 class Checkpoints(Section):
-    """Checkpoints to take instead of training, or NO_FILE; for `sole` and `static` folders of several."""
+    """Checkpoints to take instead of training, or NO_FILE; for `sole` and `static` a folder of them."""
 
     pretrain: PathText
     curriculum: PathText
@@ -275,7 +275,7 @@ class Sole(Section):
 
 
 class Static(Section):
-    """Rules that drop blocks without looking at the image, each finetuned by the recipe of `finetune`."""
+    """Rules that drop blocks without looking at the image, finetuned by the recipe of `finetune`."""
 
     rules: Annotated[tuple[RuleName, ...], Field(strict=False)]
     num_kept: Annotated[tuple[Count, ...], Field(strict=False)]

@@ -1,4 +1,4 @@
-"""prepare: fetch or read the data set, split it, write it as uint8 arrays, or as lists of its images."""
+"""prepare: read or download the data set, split it, write it as uint8 arrays or lists of image files."""
 
 from pathlib import Path
 

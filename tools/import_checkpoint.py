@@ -29,34 +29,36 @@ PARAMS = Path("params.yaml")
 TORCHVISION = "torchvision:"  # before the name of weights, in place of a file
 OWN_FILES = (checkpoint.WEIGHTS, checkpoint.SIDECAR)
 STAGES = ("pretrain", "curriculum", "finetune")
-SIGNS = re.compile(r"[^\w.+=@,()-]")  # dvc.yaml, DVC's targets or .gitignore read some of the others
+UNSAFE = re.compile(
+    r"[^\w.+=@,()-]"
+)  # some of these mean something in dvc.yaml, DVC's targets or .gitignore
 
 
 def check(path: Path, stage: str) -> None:
-    """Open the checkpoint and see that it holds what the stage makes.
+    """Check that the checkpoint can be read and holds the networks that the stage trains.
 
     Raises:
         UserError: it can't be read, or lacks a network.
     """
     if path.is_dir():
-        own = checkpoint.load(path)
+        loaded = checkpoint.load(path)
         if stage != "curriculum":
-            own.need_resnet()
+            loaded.need_resnet()
         if stage != "pretrain":
-            own.need_policy_net()
+            loaded.need_policy_net()
     else:
-        theirs = legacy_checkpoints.load(path)
+        legacy = legacy_checkpoints.load(path)
         if stage != "curriculum":
-            theirs.need_resnet(path)
+            legacy.need_resnet(path)
         if stage != "pretrain":
-            theirs.need_policy_net(path)
+            legacy.need_policy_net(path)
 
 
 def bring_in(path: Path, in_use: Collection[Path] = ()) -> Path:
     """Copy a legacy file, or both files of one of our own folders, into import/.
 
     Args:
-        in_use: imports that other stages name; they are not overwritten.
+        in_use: imports that params.yaml names for other stages; they are not overwritten.
 
     Raises:
         UserError: another stage uses an import of that name with other content.
@@ -65,11 +67,11 @@ def bring_in(path: Path, in_use: Collection[Path] = ()) -> Path:
     if path.parent == IMPORT.resolve():
         return IMPORT / path.name
     name = f"{path.parent.name}-{path.name}" if path.is_dir() else path.name
-    target = IMPORT / SIGNS.sub("_", name)
+    target = IMPORT / UNSAFE.sub("_", name)
     if target == Path(NO_FILE) or (target in in_use and not _same(path, target)):
         raise UserError(f"{target} is in use with other content; rename {path.name} and repeat")
     if path.is_dir():
-        for name in OWN_FILES:  # the sidecar last: it says which weights are its own
+        for name in OWN_FILES:  # the sidecar last, as it holds the digest of the weights
             write_atomically(target / name, (path / name).read_bytes())
     else:
         write_atomically(target, path.read_bytes())
@@ -83,12 +85,12 @@ def _same(one: Path, other: Path) -> bool:
     return all(a.read_bytes() == b.read_bytes() for a, b in pairs)
 
 
-def download(name: str, wanted: ResNetParams) -> Path:
+def download(name: str, resnet: ResNetParams) -> Path:
     """Fetch torchvision's pretrained weights into import/, checked by the digest in the file's name.
 
     Args:
         name: as torchvision names them, for example IMAGENET1K_V1.
-        wanted: says of which network.
+        resnet: the network that they are for.
 
     Raises:
         UserError: torchvision has no such weights, or they can't be fetched.
@@ -96,17 +98,18 @@ def download(name: str, wanted: ResNetParams) -> Path:
     from torch.hub import download_url_to_file
     from torchvision.models import get_model_weights
 
-    if wanted.family != "imagenet":
-        raise UserError(f"torchvision has no ResNets of the family {wanted.family}; set resnet.family")
+    if resnet.family != "imagenet":
+        raise UserError(f"torchvision has no ResNets of the family {resnet.family}; set resnet.family")
     try:
-        urls = {weights.name: weights.url for weights in get_model_weights(f"resnet{wanted.depth}")}
+        urls = {weights.name: weights.url for weights in get_model_weights(f"resnet{resnet.depth}")}
     except ValueError:
         raise UserError(
-            f"torchvision has no resnet{wanted.depth}; set resnet.depth to one it has"
+            f"torchvision has no resnet{resnet.depth}; set resnet.depth to one it has"
         ) from None
     if name not in urls:
-        known = " or ".join(urls)
-        raise UserError(f"resnet{wanted.depth} has no weights {truncate(name)}; choose {known}")
+        raise UserError(
+            f"resnet{resnet.depth} has no weights {truncate(name)}; choose {' or '.join(urls)}"
+        )
     path = IMPORT / urls[name].rsplit("/", 1)[1]
     print(f"downloading {urls[name]} ...", flush=True)
     try:
@@ -127,32 +130,33 @@ def used_by_others(stage: str) -> set[Path]:
     Raises:
         UserError: params.yaml can't be used.
     """
-    found = config.load(PARAMS)
-    return {Path(getattr(found.checkpoints, s)) for s in STAGES if s != stage}
+    checkpoints = config.load(PARAMS).checkpoints
+    return {Path(getattr(checkpoints, other)) for other in STAGES if other != stage}
 
 
 def name_in_params(stage: str, path: Path) -> list[str]:
-    """Set checkpoints.STAGE in params.yaml, comments kept; returns all that import.
+    """Set checkpoints.STAGE in params.yaml, comments kept; returns all stages that now import `path`.
 
-    A finetuned pair holds both networks, so the stages before it take them from the same file unless
-    they have one of their own: otherwise they would train networks that nobody uses.
+    A finetuned pair holds both networks, so the stages before it take them from the same file, unless
+    params.yaml names another for them: otherwise they would train networks that no stage uses.
     """
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 200
-    yaml.representer.add_representer(  # it would write null as nothing at all
+    yaml.representer.add_representer(  # else ruamel.yaml writes nothing for null
         type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null")
     )
     content = yaml.load(PARAMS)
-    named = [stage]
+    checkpoints = content["checkpoints"]
+    stages = [stage]
     if stage == "finetune":
-        named += [s for s in STAGES[:2] if content["checkpoints"][s] == NO_FILE]
-    for name in named:
-        content["checkpoints"][name] = path.as_posix()
+        stages += [earlier for earlier in STAGES[:2] if checkpoints[earlier] == NO_FILE]
+    for name in stages:
+        checkpoints[name] = path.as_posix()
     text = io.StringIO()
     yaml.dump(content, text)
     write_text(PARAMS, text.getvalue())
-    return named
+    return stages
 
 
 def add_options(parser: Parser) -> None:
@@ -166,27 +170,24 @@ def main(arguments: argparse.Namespace) -> None:
     path: Path = arguments.file
     if path == Path():
         raise UserError("FILE is empty; `make import FILE=path STAGE=pretrain` names a checkpoint")
-    named_weights = str(path).startswith(TORCHVISION)
     if path.name in OWN_FILES:  # one of our own folders, named by a file in it
         path = path.resolve().parent
     try:
-        others = used_by_others(
-            arguments.stage
-        )  # first, as a params.yaml that can't be used is found at once
-        if named_weights:
+        in_use = used_by_others(arguments.stage)  # first: it refuses a broken params.yaml
+        if str(path).startswith(TORCHVISION):
             path = download(str(path).removeprefix(TORCHVISION), config.load(PARAMS).resnet)
         check(path, arguments.stage)
-        target = bring_in(path, others)
+        target = bring_in(path, in_use)
         subprocess.run(["dvc", "add", "--quiet", str(target)], check=True)
         subprocess.run(["git", "add", f"{target}.dvc", str(IMPORT / ".gitignore")], check=True)
-        named = name_in_params(arguments.stage, target)
+        stages = name_in_params(arguments.stage, target)
     except subprocess.CalledProcessError as error:
         sys.exit(f"error: `{' '.join(error.cmd)}` failed; params.yaml is as it was")
     except OSError as error:
         sys.exit(
             f"error: {error.filename}: {error.strerror}; mend that and repeat (params.yaml is as it was)"
         )
-    for stage in named:
+    for stage in stages:
         print(f"checkpoints.{stage} in params.yaml is now {target}")
     print("run `make repro`")
 

@@ -9,8 +9,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pipeline.infra.errors import DataError
 from pipeline.infra.safe_io import open_regular, truncate
 
-# Not among them, though PIL opens them: EPS and WMF, which take other programs to draw; formats without a
-# signature (TGA, PCX); floats (PFM), whose brightness has no known range; icons and layers, which are
+# Not among them, though PIL opens them: EPS and WMF, which take other programs to draw; formats without
+# a signature (TGA, PCX); floats (PFM), whose brightness has no known range; icons and layers, which are
 # several images.
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 IMAGE_SUFFIXES = frozenset({

@@ -200,7 +200,7 @@ def test_image_of_another_size_than_listed_says_how_to_list_it_anew(project):
     path = project / "data/images" / train.reader.paths[0].decode()
     Image.new("RGB", (50, 50)).save(path)
     with pytest.raises(
-        DataError, match=r"had [\d,]+ at `prepare`; `dvc repro -f prepare` lists it anew"
+        DataError, match=r"had [\d,]+ at `prepare`; `dvc repro -f prepare` lists it again"
     ):
         list(train.iter_batches(4))
 
