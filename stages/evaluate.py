@@ -93,11 +93,7 @@ def evaluate(params: Params, networks: Trained, steps: Steps) -> tuple[Evaluatio
     test_actions, validation_actions = (
         _decide(networks.policy_net, steps.over(split), normalisation) for split in (test, validation)
     )
-    results = TestResults(
-        actions=test_actions,
-        dropping=predict(resnet, steps.over(test), test_actions, normalisation=normalisation),
-        full=predict(networks.full, steps.over(test), normalisation=normalisation),
-    )
+    results = _predict(networks, test_actions, steps)
     flops = cost.of(test_actions)  # [M]
     shuffled = shuffled_accuracy(
         resnet,
@@ -138,6 +134,16 @@ def evaluate(params: Params, networks: Trained, steps: Steps) -> tuple[Evaluatio
         difficulty_spearman_high=high,
     )
     return evaluation, results
+
+
+def _predict(networks: Trained, actions: Tensor, steps: Steps) -> TestResults:
+    """Classify the test images under actions [M, K], and with every block of the pretrained ResNet."""
+    test, normalisation = networks.test, networks.normalisation
+    return TestResults(
+        actions=actions,
+        dropping=predict(networks.resnet, steps.over(test), actions, normalisation=normalisation),
+        full=predict(networks.full, steps.over(test), normalisation=normalisation),
+    )
 
 
 def _best_single_policy(

@@ -84,3 +84,11 @@ def validation_split() -> Split:
 def small_resnet() -> ResNet:
     torch.manual_seed(0)
     return cifar_resnet(depth=8, width=4, num_classes=3)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figure that was saved last, and the texts in it."""
+    from drawing import Drawn  # matplotlib, which few tests need
+
+    return Drawn(monkeypatch)
