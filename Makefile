@@ -17,7 +17,7 @@ NAMED := FILE HOST IMAGES NAME PORT PYTHON STAGE
 $(foreach name,$(NAMED),$(eval override $(name) := $$(value $(name))))
 export $(NAMED)
 
-.PHONY: help setup repro benchmark test test-avx2 slow sweep chaos check sync ui front predict promote preset import lock
+.PHONY: help setup repro benchmark test test-avx2 slow sweep chaos check sync ui front predict promote preset preset-show import lock
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -78,8 +78,11 @@ predict: setup ## IMAGES="a.png 'b c.png' photos/*.jpg": class, confidence, whic
 promote: setup ## NAME=experiment: make its model the registry's champion
 	@python -m tools.promote -- "$$NAME"
 
-preset: setup ## NAME=cifar10_resnet32: put a file of presets/ in place of params.yaml
+preset: setup ## NAME=cifar10_resnet32: write params.yaml anew, the defaults with what presets/NAME.yaml changes
 	@python -m tools.preset -- "$$NAME"
+
+preset-show: setup ## NAME=cifar10_resnet32: print what `make preset` would write
+	@python -m tools.preset --show -- "$$NAME"
 
 import: setup ## FILE=path STAGE=pretrain|curriculum|finetune: start a stage from a checkpoint
 	@python -m tools.import_checkpoint -- "$$FILE" "$$STAGE"

@@ -13,13 +13,14 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml.constructor import ConstructorError
 
 from pipeline.architectures import Family, num_blocks, require_trainable
 from pipeline.infra.errors import UserError
 from pipeline.infra.safe_io import read_bytes, short_repr, truncate
 
 MAX_BYTES = 1 << 16  # presets have 5 KB; YAML is read at about 100 KB a second
-MAX_PROBLEMS = 20  # lines of a message
+MAX_PROBLEMS = 30  # lines of a message; a file of before the renaming has 25
 NO_FILE = "import/none"  # stands for "nothing is imported": DVC needs a path that exists
 
 # The upper ends are far from all that serves anybody: beyond them numbers leave float32 or int64, and
@@ -43,6 +44,34 @@ Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["sgd", "adam"]
 RuleName = Literal["first", "random", "distribute"]
 ExecutorName = Literal["masked", "gather", "grouped", "cuda_graphs", "native", "triton"]
+
+
+RENAMED = {  # keys of older versions
+    "data.validation_share": "data.validation_fraction",
+    "data.test_share": "data.test_fraction",
+    "pretrain.checkpoint": "checkpoints.pretrain",
+    "pretrain.warmup_share": "pretrain.warmup_fraction",
+    "curriculum.checkpoint": "checkpoints.curriculum",
+    "curriculum.flips": "curriculum.num_flips",
+    "curriculum.entropy_weight": "curriculum.entropy_coef",
+    "finetune.checkpoint": "checkpoints.finetune",
+    "finetune.estimator": "finetune_policy.estimator",
+    "finetune.alpha": "finetune_policy.alpha",
+    "finetune.entropy_weight": "finetune_policy.entropy_coef",
+    "finetune.entropy_schedule": "finetune_policy.entropy_schedule",
+    "finetune.diversity_weight": "finetune_policy.marginal_entropy_coef",
+    "finetune.hold_epochs": "finetune_policy.frozen_epochs",
+    "finetune.policy_epochs": "finetune_policy.train_epochs",
+    "finetune.policy_lr": "finetune_policy.lr",
+    "finetune.resnet_optimizer": "finetune.optimizer",
+    "finetune.resnet_lr": "finetune.lr",
+    "benchmark.kept_shares": "benchmark.keep_ratios",
+    "benchmark.few_policies": "benchmark.distinct_policies",
+    "sole.checkpoint": "checkpoints.sole",
+    "static.checkpoint": "checkpoints.static",
+    "static.kept": "static.num_kept",
+}
+RENAMED_EXECUTORS = {"graphed": "cuda_graphs", "persistent": "triton"}  # values of benchmark.executors
 
 
 class ParamsError(UserError):
@@ -349,8 +378,8 @@ class Params(Section):
             )
         if max(self.static.num_kept) >= blocks:
             raise ValueError(
-                f"static.num_kept {list(self.static.num_kept)} leaves nothing to drop of the {blocks} blocks of "
-                f"resnet.depth {depth}; name numbers from 1 to {blocks - 1}"
+                f"static.num_kept {list(self.static.num_kept)} leaves nothing to drop of the {blocks} "
+                f"blocks of resnet.depth {depth}; name numbers from 1 to {blocks - 1}"
             )
 
     def flat(self) -> dict[str, Any]:
@@ -375,55 +404,34 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 class Loader(yaml.SafeLoader):
-    """YAML as DVC reads it: 1e-05 is a number (`dvc exp run -S` writes it so), and no key twice."""
+    """YAML 1.2's numbers and truth values, as DVC reads them, and no key twice.
+
+    PyYAML itself reads YAML 1.1, in which 1e-05 (as `dvc exp run -S` writes it) is a text, 010 is eight
+    and `off` is false.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The keys with their values, those that `<<` takes over among them."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag not in (_STRING, _MERGE):
+                raise ConstructorError(None, None, "this is no name of a parameter", key.start_mark)
+            if key.value in seen:
+                raise ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-READ_OTHERWISE = re.compile(r"[-+]?0\d+|.+:.+|yes|no|on|off", re.IGNORECASE)
-
-
-def _as_dvc_reads_it(loader: Loader, node: yaml.ScalarNode) -> Any:
-    """A number or truth value, unless YAML 1.1 (PyYAML) and 1.2 (DVC) differ in it: 010 is 8 or 10."""
-    text = loader.construct_scalar(node)
-    if READ_OTHERWISE.fullmatch(text):
-        raise ParamsError(
-            f"{short_repr(text)} in line {node.start_mark.line + 1} is read in two ways, by DVC as another "
-            "value; write a number in decimal digits without zeros in front, or true or false"
-        )
-    kind = node.tag.rsplit(":", 1)[1]
-    return getattr(Loader, f"construct_yaml_{kind}")(loader, node)
-
-
-for _kind in ("int", "float", "bool"):
-    Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _as_dvc_reads_it)
-
-
-def _mapping_without_repeats(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            line = key_node.start_mark.line + 1
-            raise ParamsError(f"<< in line {line} takes keys over from elsewhere; write them out there")
-        key = loader.construct_object(key_node)
-        if not isinstance(key, str):
-            line = key_node.start_mark.line + 1
-            raise ParamsError(f"{short_repr(key)} in line {line} is no name of a parameter; remove it")
-        if key in seen:
-            line = key_node.start_mark.line + 1
-            raise ParamsError(
-                f"{short_repr(key)} stands twice (again in line {line}); keep one of the two"
-            )
-        seen.add(key)
-    return loader.construct_mapping(node)
-
-
-Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
+Loader.yaml_implicit_resolvers = {}  # those of YAML 1.1 go
+_STRING, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+for _kind, _pattern in {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9]\d*)",
+    "float": r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "merge": "<<",
+}.items():
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_pattern})$"), None)
 
 
 def load(path: Path | str = "params.yaml") -> Params:
@@ -432,81 +440,106 @@ def load(path: Path | str = "params.yaml") -> Params:
     Raises:
         ParamsError: it is missing, is no YAML mapping, or holds a key or value that can't be used.
     """
+    return check(read(path), path)
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """The keys and values of a file of parameters, not checked.
+
+    Raises:
+        ParamsError: it is missing, or no YAML mapping.
+    """
     path = Path(path)
     try:
         content = yaml.load(read_bytes(path, MAX_BYTES).decode(), Loader)
     except FileNotFoundError:
-        raise ParamsError(f"{path} is missing; `make preset NAME=digits` writes one") from None
+        raise ParamsError(f"{path} is missing; {_WRITE_ONE}") from None
     except OSError as error:
-        raise ParamsError(f"{path} can't be read ({error.strerror}); {_ANEW}") from None
+        raise ParamsError(f"{path} can't be read ({error.strerror}); {_WRITE_ONE}") from None
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
     except yaml.YAMLError as error:
-        raise ParamsError(*f"{path} is no valid YAML: {error}; mend it there".split("\n")) from None
-    except (ValueError, RecursionError) as error:  # ours, or a date or number that can't be
-        raise ParamsError(f"{path}: {truncate(error)}; mend it there, or {_ANEW}") from None
-    except Exception as error:  # PyYAML raises what a tag on another kind of value happens to break
-        said = f"a value is not what its tag says ({truncate(repr(error))})"
-        raise ParamsError(f"{path}: {said}; mend it there, or {_ANEW}") from None
+        raise ParamsError(*f"{path} is no valid YAML: {error}; correct it there".split("\n")) from None
+    except Exception as error:  # PyYAML's on a value that is not what its tag says, or nested too deeply
+        raise ParamsError(
+            f"{path} holds a value that can't be read ({truncate(repr(error))}); correct it there, or "
+            f"{_WRITE_ONE}"
+        ) from None
     if not isinstance(content, dict):
-        raise ParamsError(f"{path} holds {type(content).__name__}, not keys with values; {_ANEW}")
+        raise ParamsError(f"{path} holds {type(content).__name__}, not keys with values; {_WRITE_ONE}")
+    return content
+
+
+def check(content: Mapping[str, Any], path: Path | str) -> Params:
+    """The parameters that a file holds.
+
+    Args:
+        path: of the file, for the message.
+
+    Raises:
+        ParamsError: a key or value can't be used.
+    """
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        problems = [truncate(explain(item)) for item in error.errors()[:MAX_PROBLEMS]]
-        if error.error_count() > MAX_PROBLEMS:
-            problems.append(f"and {error.error_count() - MAX_PROBLEMS} more; {_ANEW}")
-        listing = [f"  - {problem}" for problem in problems]
-        raise ParamsError(f"{path} can't be used, and nothing was run:", *listing) from None
+        problems = [truncate(explain(item)) for item in _without_consequences(error.errors())]
+    if len(problems) > MAX_PROBLEMS:
+        problems[MAX_PROBLEMS:] = [f"and {len(problems) - MAX_PROBLEMS} more; {_WRITE_ONE}"]
+    raise ParamsError(f"{path} can't be used, and nothing was run:", *(f"  - {p}" for p in problems))
 
 
-_ANEW = "`make preset NAME=digits` writes one"
+_WRITE_ONE = "`make preset NAME=digits` writes one"
+
+
+def _without_consequences(errors: Sequence[Any]) -> list[Any]:
+    """Without keys and sections that are missing because they are there under their old names."""
+    present = {_key(error) for error in errors if error["type"] == "extra_forbidden"}
+    new_keys = [f"{new}." for old, new in RENAMED.items() if old in present]
+
+    def is_renamed(key: str) -> bool:
+        return any(new.startswith(f"{key}.") for new in new_keys)
+
+    return [error for error in errors if error["type"] != "missing" or not is_renamed(_key(error))]
+
+
+def _key(error: Any) -> str:
+    """The dotted key of a problem, without the places in a list."""
+    return ".".join(part for part in error["loc"] if isinstance(part, str))
 
 
 def explain(error: Any) -> str:
     """One line for one problem: key, value, what is wrong, what to do."""
-    parts = [str(part) for part in error["loc"] if part in _known_names() or isinstance(part, str)]
-    key = ".".join(parts)
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(parts[-1], _siblings(parts[:-1]), n=1)
-        hint = f"did you mean {'.'.join([*parts[:-1], near[0]])}?" if near else "remove it"
-        return f"{key}: no such key; {hint}"
-    if isinstance(error["input"], int) and error["input"].bit_length() > 1000:
-        return f"{key}: is {short_repr(error['input'])}; lower it"
-    if error["type"] == "missing" and isinstance(error["loc"][-1], int):
-        return (
-            f"{key}: is {short_repr(list(error['input']))}, but it takes 3 numbers, one for each channel"
+    key, kind, value = _key(error), error["type"], error["input"]
+    if kind == "extra_forbidden":
+        if key in RENAMED:
+            return f"{key}: renamed; use {RENAMED[key]}"
+        *sections, name = error["loc"]
+        near = difflib.get_close_matches(name, _names_in(sections), n=1)
+        return f"{key}: no such key; " + (
+            f"did you mean {'.'.join([*sections, near[0]])}?" if near else "remove it"
         )
-    if error["type"] == "missing":
+    if kind == "missing" and isinstance(error["loc"][-1], int):
+        return f"{key}: is {short_repr(list(value))}, but it takes 3 numbers, one for each channel"
+    if kind == "missing":
         return f"{key}: missing; add it (presets/digits.yaml has every key with a comment)"
-    if error["type"] == "value_error":
-        own = error["msg"].removeprefix("Value error, ")
-        return f"{key}: {own}" if key else own
-    if error["type"] == "model_type":
-        return (
-            f"{key}: is {short_repr(error['input'])}, but it is a section: give it its keys and values"
-        )
-    message = error["msg"][0].lower() + error["msg"][1:]
-    value = error["input"] if not isinstance(error["input"], dict) else "a section"
-    advice = " (a number in quotes is a text; write it without)" if _quoted_number(value) else ""
-    return f"{key}: is {short_repr(value)}, but {message.replace('input ', 'it ')}{advice}"
+    if kind == "value_error":
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
+    if kind == "model_type":
+        return f"{key}: is {short_repr(value)}, but it is a section: give it its keys and values"
+    if isinstance(value, str) and value in RENAMED_EXECUTORS and key == "benchmark.executors":
+        return f"{key}: {value} is renamed; use {RENAMED_EXECUTORS[value]}"
+    message = error["msg"][0].lower() + error["msg"][1:].replace("Input ", "it ")
+    shown = "a section" if isinstance(value, dict) else short_repr(value)
+    advice = ""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", value):
+        advice = " (write a number without quotes, and without zeros in front)"
+    return f"{key}: is {shown}, but {message.replace('input ', 'it ')}{advice}"
 
 
-def _quoted_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return isinstance(value, str)
-
-
-def _known_names() -> set[str]:
-    return set(Params.model_fields)
-
-
-def _siblings(parents: list[str]) -> list[str]:
-    """The keys that may stand beside an unknown one."""
+def _names_in(sections: Sequence[str]) -> list[str]:
+    """The keys that may stand in a section."""
     model: Any = Params
-    for parent in parents:
-        model = model.model_fields[parent].annotation
+    for section in sections:
+        model = model.model_fields[section].annotation
     return list(model.model_fields)

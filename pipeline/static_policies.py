@@ -11,7 +11,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from pipeline.models.resnet import STAGES
+from pipeline.architectures import CIFAR_STAGES
 
 StaticRule = Callable[[Tensor], Tensor]  # noise [B, K] to actions [B, K] bool
 
@@ -40,7 +40,7 @@ def distribute(noise: Tensor, *, kept: int, stages: Sequence[int] | None = None)
         stages: blocks in each; None: as many in each of a CIFAR ResNet's three.
     """
     num_blocks = noise.shape[1]
-    sizes = (num_blocks // STAGES,) * STAGES if stages is None else tuple(stages)
+    sizes = (num_blocks // CIFAR_STAGES,) * CIFAR_STAGES if stages is None else tuple(stages)
     return _distributed(sizes, kept, noise.device).expand(noise.shape)
 
 

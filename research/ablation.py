@@ -1,21 +1,21 @@
 """What each part of a recipe is worth: short trainings with one part changed, several seeds each.
 
-`python -m tools.ablation finetune --vary finetune.distillation=0 --vary finetune_policy.marginal_entropy_coef=0`
-trains the preset's stage as it is and with each change, on the first so many training images, from the
-checkpoints in pretrained/, and asks the validation images. One row a training in
-results/ablation_STAGE.csv, written as it finishes; what is there is not trained again, so that a killed
-one goes on, and two at once share the work. Needs data/prepared
+    python -m research.ablation finetune --vary finetune.distillation=0 --vary finetune_policy.lr=0.01
+
+trains the preset's stage unchanged and with each change, on the first `--images` training images, from
+the checkpoints in pretrained/, and evaluates on the validation images. It appends one row for each
+training to results/ablation_STAGE.csv as soon as the training ends, and trains no row twice: start it
+again after a kill, or start two processes to share the work. Needs data/prepared
 (`make preset NAME=cifar10_resnet32_quick`, `dvc repro prepare`).
 
-It uses the stages' own learners, and no DVC, MLflow or test image.
+It trains with the stages' own learners, and uses no DVC, MLflow or test image.
 """
 
-import io
+import argparse
 import re
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from pipeline import config as params_file
+from pipeline import config
 from pipeline.config import Curriculum, Finetune, Loader, Params
 from pipeline.data.dataset import load_split
 from pipeline.data.metadata import load_classes
@@ -35,6 +35,7 @@ from pipeline.flops import measure, rewarded_shares
 from pipeline.inference.predict import predict, predict_policy
 from pipeline.infra.atomic_io import write_text
 from pipeline.infra.errors import UserError
+from pipeline.infra.git import git
 from pipeline.infra.locks import exclusive
 from pipeline.infra.resume import digest_of_files, key_of, project_root
 from pipeline.models import checkpoint
@@ -42,18 +43,20 @@ from pipeline.models.policies import greedy_actions, policy_statistics
 from pipeline.policy import objectives as pg
 from pipeline.policy.learner import PolicyLearner
 from pipeline.training.loop import NotFiniteError, Position, fit, require_finite
+from research.tables import markdown_table, mean_and_std
 from stages import curriculum, finetune
 from stages.support import common, compatibility, recipes
-from tools.command import Parser, mendable
+from tools import preset as presets
+from tools.command import Parser, command
 
-READ = {  # the parameters that a stage reads, beside the seed
+READS = {  # the sections of params.yaml that a stage reads, beside the seed
     "curriculum": {"block_cost", "augmentation", "policy_net", "curriculum"},
-    "finetune": {"gamma", "block_cost", "augmentation", "finetune"},
+    "finetune": {"gamma", "block_cost", "augmentation", "finetune", "finetune_policy"},
 }
-AS_IT_IS = "the preset as it is"
+UNCHANGED = "the preset as it is"
 SHUFFLES = 5
-KEY = ["variant", "seed", "recipe"]  # rows that are the same in these are one
 PERCENT = ("validation_accuracy", "another_images_policy", "flops")
+DIGITS = {"seconds": 0, "reward": 3}  # of the others two
 COLUMNS = {
     "validation_accuracy": "validation accuracy",
     "blocks_mean": "blocks",
@@ -65,18 +68,67 @@ COLUMNS = {
 }
 
 
+@dataclass(frozen=True)
+class Key:
+    """Trainings with equal keys are one and the same.
+
+    Attributes:
+        recipe: digest of all that the result depends on but seed, code and libraries.
+    """
+
+    variant: str
+    seed: int
+    recipe: str
+
+
+KEY = list(Key.__dataclass_fields__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a row comes from.
+
+    Attributes:
+        set: the changes to the preset that all variants share.
+    """
+
+    preset: str
+    set: str
+    commit: str
+    torch: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The greedy policy on a split.
+
+    Attributes:
+        flops: of an image, as a fraction of the full ResNet's.
+        reward: Eq. 3, the mean over images.
+        another_images_policy: accuracy when each image takes another image's policy.
+    """
+
+    validation_accuracy: float
+    flops: float
+    reward: float
+    another_images_policy: float
+    blocks_mean: float
+    blocks_std: float
+    unique_policies: float
+    effective_policies: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What all trainings of an ablation share.
 
     Attributes:
-        preset: with the changes that are for all; its gamma and cost of blocks judge every variant.
-        told: as the rows say it: the preset's name, the changes for all.
+        preset: with the changes for all variants; its gamma and cost of blocks score every variant.
     """
 
     stage: str
     preset: Params
-    told: Mapping[str, str]
+    provenance: Provenance
     resnet: Path
     policy_net: Path
     train: Split
@@ -89,28 +141,28 @@ def section_of(stage: str, params: Params) -> Curriculum | Finetune:
 
 
 def parsed(text: str, *, flag: str) -> dict[str, Any]:
-    """`key=value`, or several with commas between, to values as params.yaml would have them.
+    """The values of `key=value,key=value`, each of the type that params.yaml would give it.
 
     Raises:
-        UserError: it is none.
+        UserError: the text is not of that form.
     """
-    found = {}
+    values = {}
     for part in re.split(r",(?=\s*[\w.]+=)", text) if text else []:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise UserError(f"{flag} {part}: write KEY=VALUE, as in finetune.distillation=0")
         try:
-            found[key.strip()] = yaml.load(value, Loader)
+            values[key.strip()] = yaml.load(value, Loader)
         except yaml.YAMLError:
             raise UserError(f"{flag} {part}: no value as params.yaml has them") from None
-    return found
+    return values
 
 
 def changed(preset: Params, text: str, *, flag: str = "--vary") -> Params:
     """The preset with other values under dotted keys.
 
     Raises:
-        UserError: there is no such key, or it does not take the value.
+        UserError: a key does not exist, or does not take its value.
     """
     values = preset.model_dump()
     known = preset.flat()
@@ -118,24 +170,24 @@ def changed(preset: Params, text: str, *, flag: str = "--vary") -> Params:
         if key not in known:
             raise UserError(f"{flag} {key}: there is no such parameter; params.yaml has them all")
         *sections, name = key.split(".")
-        place = values
+        section_values = values
         for section in sections:
-            place = place[section]
-        place[name] = value
+            section_values = section_values[section]
+        section_values[name] = value
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{flag} {params_file.explain(error.errors()[0])}") from None
+        raise UserError(f"{flag} {config.explain(error.errors()[0])}") from None
 
 
 def variant_of(setting: Setting, text: str) -> Params:
     """The preset with one change that the stage reads.
 
     Raises:
-        UserError: the stage does not read it, or the change is none.
+        UserError: the stage does not read the changed value, or it was the same before.
     """
     params = changed(setting.preset, text)
-    read = READ[setting.stage]
+    read = READS[setting.stage]
     if params.model_dump(include=read) == setting.preset.model_dump(include=read):
         names = ", ".join(sorted(read))
         raise UserError(f"--vary {text}: changes nothing that {setting.stage} reads; it reads {names}")
@@ -160,17 +212,17 @@ def checked(setting: Setting) -> Setting:
     return setting
 
 
-def key_values(setting: Setting, variant: str, params: Params) -> dict[str, Any]:
-    """What a row is known by; `recipe` digests all that its result depends on but code and libraries."""
-    used = [setting.resnet, *([setting.policy_net] if setting.stage == "finetune" else [])]
+def key_of_row(setting: Setting, variant: str, params: Params) -> Key:
+    """The key of the row that this training gives."""
+    checkpoints = [setting.resnet, *([setting.policy_net] if setting.stage == "finetune" else [])]
     recipe = key_of(
         stage=setting.stage,
-        networks=digest_of_files([folder / "model.json" for folder in used]),
-        params=params.model_dump(include=READ[setting.stage]),
-        judged_by=setting.preset.model_dump(include=READ[setting.stage]),
+        networks=digest_of_files([folder / "model.json" for folder in checkpoints]),
+        params=params.model_dump(include=READS[setting.stage]),
+        judged_by=setting.preset.model_dump(include=READS[setting.stage]),
         images=len(setting.train),
     )
-    return {"variant": variant, "seed": params.seed, "recipe": recipe}
+    return Key(variant=variant, seed=params.seed, recipe=recipe)
 
 
 def learner_of(setting: Setting, params: Params) -> PolicyLearner:
@@ -211,30 +263,31 @@ def trained(setting: Setting, params: Params) -> PolicyLearner:
     return learner
 
 
-def judged(learner: PolicyLearner, split: Split, preset: Params, *, gamma: float) -> dict[str, float]:
-    """Accuracy, cost and diversity of the greedy policy on a split, in fp32; Eq. 3's reward of it."""
+def scores_of(learner: PolicyLearner, split: Split, preset: Params, *, gamma: float) -> Scores:
+    """Accuracy, cost, reward and diversity of the greedy policy, in fp32."""
     normalisation = learner.normalisation
     logits = predict_policy(learner.policy_net, split, normalisation=normalisation)
     actions = greedy_actions(torch.sigmoid(logits))
-    found = predict(learner.resnet, split, actions, normalisation=normalisation)
+    predicted = predict(learner.resnet, split, actions, normalisation=normalisation)
     cost = measure(learner.resnet, learner.policy_net, split.image_size)
     shares = rewarded_shares(learner.resnet, split.image_size, preset.block_cost)
-    others = shuffled_accuracy(
+    shuffled = shuffled_accuracy(
         learner.resnet, split, actions, normalisation=normalisation, repeats=SHUFFLES,
         draw=generator(preset.seed, "ablation"),
     )  # fmt: skip
-    rewards = pg.reward(found.correct, actions, gamma, None if shares is None else torch.tensor(shares))
-    return {
-        "validation_accuracy": found.accuracy,
-        "flops": float(cost.of(actions).mean()) / cost.full,
-        "reward": float(rewards.mean()),
-        "another_images_policy": others,
+    block_shares = None if shares is None else torch.tensor(shares)
+    rewards = pg.reward(predicted.correct, actions, gamma, block_shares)
+    return Scores(
+        validation_accuracy=predicted.accuracy,
+        flops=float(cost.of(actions).mean()) / cost.full,
+        reward=float(rewards.mean()),
+        another_images_policy=shuffled,
         **policy_statistics(actions),
-    }
+    )
 
 
 def row_of(setting: Setting, variant: str, params: Params) -> dict[str, Any]:
-    """Train a variant, and its row.
+    """Train a variant, and its row of the table.
 
     Raises:
         UserError: its numbers went wrong.
@@ -248,20 +301,20 @@ def row_of(setting: Setting, variant: str, params: Params) -> dict[str, Any]:
     seconds = time.monotonic() - started
     gamma = preset.curriculum.gamma if setting.stage == "curriculum" else preset.gamma
     return {
-        **key_values(setting, variant, params),
+        **asdict(key_of_row(setting, variant, params)),
         "images": len(setting.train),
         "epochs": section_of(setting.stage, params).epochs,
-        **judged(learner, setting.validation, preset, gamma=gamma),
+        **asdict(scores_of(learner, setting.validation, preset, gamma=gamma)),
         "seconds": round(seconds, 1),  # validation after each epoch included
-        **setting.told,
+        **asdict(setting.provenance),
     }
 
 
 def rows_of(path: Path) -> pd.DataFrame:
-    """What is there already.
+    """The rows of a table; none where there is no file.
 
     Raises:
-        UserError: it is no such table.
+        UserError: the file is no such table.
     """
     if not path.exists():
         return pd.DataFrame(columns=KEY)
@@ -279,60 +332,52 @@ def rows_of(path: Path) -> pd.DataFrame:
 
 def summary(table: pd.DataFrame) -> str:
     """Mean and standard deviation over seeds for each variant, as Markdown, the preset itself first."""
-    lines = [
-        "| | n | " + " | ".join(COLUMNS.values()) + " |",
-        "|---" * (2 + len(COLUMNS)) + "|",
-    ]
-    variants = sorted(table["variant"].unique(), key=lambda variant: variant != AS_IT_IS)
-    for variant in variants:
+    rows = []
+    for variant in sorted(table["variant"].unique(), key=lambda variant: variant != UNCHANGED):
         group = table[table["variant"] == variant]
-        cells = []
-        for name in COLUMNS:
-            scale, unit = (100, " %") if name in PERCENT else (1, "")
-            digits = 0 if name == "seconds" else 3 if name == "reward" else 2
-            mean, std = scale * group[name].mean(), scale * group[name].std()
-            spread = "" if len(group) == 1 else f" +- {std:.{digits}f}"
-            cells.append(f"{mean:.{digits}f}{spread}{unit}")
-        lines.append(f"| {variant} | {len(group)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells = [
+            mean_and_std(group[name], digits=DIGITS.get(name, 2), percent=name in PERCENT)
+            for name in COLUMNS
+        ]
+        rows.append([variant, len(group), *cells])
+    return markdown_table(["", "n", *COLUMNS.values()], rows)
 
 
 def run(
     setting: Setting, variants: Mapping[str, Params], seeds: Sequence[int], out: Path
 ) -> pd.DataFrame:
-    """Train what is missing, seed by seed, writing each row as it finishes; the rows asked for."""
+    """Train the rows that the table lacks, seed by seed; returns the rows of all variants and seeds."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    wanted = set()
+    keys = set()
     for seed in seeds:
-        for variant, params in variants.items():
-            own = params.model_copy(update={"seed": seed})
-            key = tuple(key_values(setting, variant, own).values())
-            wanted.add(key)
-            if key not in keys_of(rows_of(out)):
-                row = row_of(setting, variant, own)
-                add_to(out, row)
-                told = f"{100 * row['validation_accuracy']:.2f} % with {row['blocks_mean']:.2f} blocks"
-                print(f"{variant}, seed {seed}: {told}", flush=True)
+        for variant, preset in variants.items():
+            params = preset.model_copy(update={"seed": seed})
+            key = astuple(key_of_row(setting, variant, params))
+            keys.add(key)
+            if key in keys_of(rows_of(out)):
+                continue
+            row = row_of(setting, variant, params)
+            add_row(out, row)
+            accuracy, blocks = 100 * row["validation_accuracy"], row["blocks_mean"]
+            print(f"{variant}, seed {seed}: {accuracy:.2f} % with {blocks:.2f} blocks", flush=True)
     table = rows_of(out)
-    return table[[key in wanted for key in table[KEY].itertuples(index=False, name=None)]]
+    return table[[key in keys for key in table[KEY].itertuples(index=False, name=None)]]
 
 
 def keys_of(table: pd.DataFrame) -> set[tuple[Any, ...]]:
-    """What its rows are known by."""
     return set(table[KEY].itertuples(index=False, name=None))
 
 
-def add_to(out: Path, row: Mapping[str, Any]) -> None:
-    """One more row, unless another process has trained it meanwhile."""
-    lock = out.with_name(f".{out.name}.lock")
-    with exclusive(lock, waiting_message=f"{out}: another ablation writes"):
-        there = rows_of(out)
-        if tuple(row[name] for name in KEY) in keys_of(there):
+def add_row(out: Path, row: Mapping[str, Any]) -> None:
+    """Append a row, unless another process has trained the same one meanwhile."""
+    with exclusive(
+        out.with_name(f".{out.name}.lock"), waiting_message=f"{out}: another ablation writes"
+    ):
+        rows = rows_of(out)
+        if tuple(row[name] for name in KEY) in keys_of(rows):
             return
         new = pd.DataFrame([row])
-        text = io.StringIO()
-        (pd.concat([there, new]) if len(there) else new).to_csv(text, index=False)
-        write_text(out, text.getvalue())
+        write_text(out, (pd.concat([rows, new]) if len(rows) else new).to_csv(index=False))
 
 
 def in_memory(split: ImageSplit, count: int | None = None) -> Split:
@@ -346,30 +391,13 @@ def in_memory(split: ImageSplit, count: int | None = None) -> Split:
     return Split(images=split.images[:count], labels=split.labels[:count])
 
 
-def preset_of(name: str) -> Params:
-    """A file of presets/.
-
-    Raises:
-        UserError: there is no such preset.
-    """
-    folder = project_root() / "presets"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in known:
-        raise UserError(f"--preset {name}: there is no such preset; choose {', '.join(known)}")
-    return params_file.load(folder / f"{name}.yaml")
-
-
-def provenance(preset: str, changes: str) -> dict[str, str]:
-    """What a row says of where it comes from."""
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True
-    )
-    told = {"preset": preset, "set": changes, "commit": done.stdout.strip(), "torch": torch.__version__}
-    return {name: value or "-" for name, value in told.items()}
+def provenance_of(preset: str, changes: str) -> Provenance:
+    commit = git("rev-parse", "--short", "HEAD")
+    return Provenance(preset=preset, set=changes or "-", commit=commit or "-", torch=torch.__version__)
 
 
 def positive(text: str) -> int:
-    """A number of images.
+    """A positive number.
 
     Raises:
         ValueError: it is none.
@@ -379,34 +407,37 @@ def positive(text: str) -> int:
     return number
 
 
-@mendable()
-def main() -> None:
-    """Train the variants that are asked for, and print the means over seeds."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("stage", choices=list(READ))
+def add_options(parser: Parser) -> None:
+    root = project_root()
+    parser.add_argument("stage", choices=list(READS))
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE[,KEY=VALUE]")
     parser.add_argument("--preset", default="cifar10_resnet32_quick")
     parser.add_argument("--set", default="", metavar="KEY=VALUE[,...]", help="for all variants")
     parser.add_argument("--images", type=positive, default=15_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    root = project_root()
     parser.add_argument("--resnet", type=Path, default=root / "pretrained/pretrain")
     parser.add_argument("--policy-net", type=Path, default=root / "pretrained/curriculum")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+
+
+@command(add_options)
+def main(arguments: argparse.Namespace) -> None:
+    """Train the variants, and print the means over seeds."""
     keep_freed_memory()
-    out = arguments.out or root / "results" / f"ablation_{arguments.stage}.csv"
+    out = arguments.out or project_root() / "results" / f"ablation_{arguments.stage}.csv"
     device = choose_device()
     setting = Setting(
         stage=arguments.stage,
-        preset=changed(preset_of(arguments.preset), arguments.set, flag="--set"),
-        told=provenance(arguments.preset, arguments.set),
+        preset=changed(
+            presets.load(arguments.preset, project_root() / "presets"), arguments.set, flag="--set"
+        ),
+        provenance=provenance_of(arguments.preset, arguments.set),
         resnet=arguments.resnet,
         policy_net=arguments.policy_net,
         train=in_memory(load_split(common.PREPARED, "train", device), arguments.images),
         validation=in_memory(load_split(common.PREPARED, "validation", device)),
     )
-    variants = {AS_IT_IS: setting.preset}
+    variants = {UNCHANGED: setting.preset}
     variants |= {text: variant_of(setting, text) for text in arguments.vary}
     table = run(checked(setting), variants, arguments.seeds, out)
     print(f"\nrows in {out}\n\n{summary(table)}")

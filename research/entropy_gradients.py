@@ -1,14 +1,15 @@
-"""How far the authors' entropy turns the policy's gradient: `python -m tools.entropy_gradients`.
+"""How far the authors' entropy turns the policy's gradient: `python -m research.entropy_gradients`.
 
 One step of the authors' curriculum (preset cifar10_resnet32) on 2,048 training images, with the frozen
-ResNet of pretrained/ and fresh policy networks. Under the same sampled actions, the cosine between the
-policy network's gradient with the authors' entropy and with another: each of its three differences
-taken back by itself, ours, none. Mean and standard deviation over seeds. Needs data/prepared, as
-tools.ablation does.
+ResNet of pretrained/ and fresh policy networks. Prints the cosine between the policy network's gradient
+with the authors' entropy and its gradient with another form, under the same sampled actions. The other
+forms undo each of the three differences from the binary entropy by itself, all three, and the whole
+term. Mean and standard deviation over seeds. Needs data/prepared, as research.ablation does.
 """
 
-from statistics import mean, stdev
+import argparse
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,27 +21,29 @@ from pipeline.models import checkpoint
 from pipeline.policy import objectives as pg
 from pipeline.policy.learner import PolicyLearner, PolicyOutput
 from pipeline.training.loop import Batch
-from research.ablation import in_memory, preset_of
+from research.ablation import in_memory
+from research.tables import markdown_table, mean_and_std
 from stages import curriculum
 from stages.support import common
-from tools.command import Parser, mendable
+from tools import preset as presets
+from tools.command import command
 
 SEEDS = range(3)
-BLOCKS = (1, 8, 15)  # learnt ones, of 15
+NUM_ACTIVE = (1, 8, 15)  # blocks whose decision is learnt, of 15
 
 
-def bonuses(decisions: PolicyOutput, learnt: Tensor) -> dict[str, Tensor]:
+def bonuses(decisions: PolicyOutput, active: Tensor) -> dict[str, Tensor]:
     """Forms of the entropy, each the mean over the batch; the authors' first."""
     prob, keep_prob = decisions.sampling_prob, torch.sigmoid(decisions.logits)
-    each = torch.special.entr(prob)
+    kept_term = torch.special.entr(prob)  # [B, K]
     forms = {
-        "authors": each,
+        "authors": kept_term,
         "of s, not s'": torch.special.entr(keep_prob),
-        "both terms": each + torch.special.entr(1 - prob),
-        "learnt blocks alone": each * learnt,
+        "both terms": kept_term + torch.special.entr(1 - prob),
+        "active blocks alone": kept_term * active,
     }
     bonus = {name: form.sum(dim=1).mean() for name, form in forms.items()}
-    bonus["binary (all three)"] = pg.entropy(decisions.logits, learnt).mean()
+    bonus["binary (all three)"] = pg.entropy(decisions.logits, active).mean()
     return bonus | {"none": torch.zeros(())}
 
 
@@ -52,42 +55,38 @@ def cosines(learner: PolicyLearner, batch: Batch) -> dict[str, float]:
     weights = list(learner.policy_net.parameters())
     gradients = {}
     for name, bonus in bonuses(decisions, learner.learnt).items():
-        whole = loss - learner.entropy_coef * bonus
-        parts = torch.autograd.grad(whole, weights, retain_graph=True)
-        gradients[name] = torch.cat([part.flatten() for part in parts])
-    first = gradients.pop("authors")
-    return {name: float(F.cosine_similarity(first, other, dim=0)) for name, other in gradients.items()}
+        parts = torch.autograd.grad(loss - learner.entropy_coef * bonus, weights, retain_graph=True)
+        gradients[name] = torch.cat([part.flatten() for part in parts])  # [number of weights]
+    authors = gradients.pop("authors")
+    return {name: float(F.cosine_similarity(authors, g, dim=0)) for name, g in gradients.items()}
 
 
-def main() -> None:
-    """Print a table: a row for each form, a column for each number of learnt blocks."""
-    Parser(description=__doc__).parse_args()
-    with mendable():
-        compare()
-
-
-def compare() -> None:
-    """Measure and print."""
-    params = preset_of("cifar10_resnet32")
+@command()
+def main(_: argparse.Namespace) -> None:
+    """Print a table: a row for each form, a column for each number of active blocks."""
+    params = presets.load("cifar10_resnet32", project_root() / "presets")
     start = checkpoint.load(project_root() / "pretrained/pretrain")
-    count = params.curriculum.batch_size
-    train = in_memory(load_split(common.PREPARED, "train", torch.device("cpu")), count)
+    batch_size = params.curriculum.batch_size
+    train = in_memory(load_split(common.PREPARED, "train", torch.device("cpu")), batch_size)
     images = start.normalisation(train.images)
-    print("| with | " + " | ".join(f"{blocks} learnt" for blocks in BLOCKS) + " |")
-    print("|---" * (1 + len(BLOCKS)) + "|")
-    found: dict[str, list[list[float]]] = {}
-    for index, blocks in enumerate(BLOCKS):
+    rows = []
+    for num_active in NUM_ACTIVE:
         for seed in SEEDS:
             seed_everything(seed, "entropy_gradients")
             learner = curriculum.learner_of(params, start.need_resnet(), start.normalisation)
-            learner.begin_epoch(blocks - 1)
-            noise = torch.rand(count, learner.noise_columns, generator=generator(seed, "noise"))
+            learner.begin_epoch(num_active - 1)
+            noise = torch.rand(batch_size, learner.noise_columns, generator=generator(seed, "noise"))
             batch = Batch(images=images, labels=train.labels, noise=noise)
-            for name, cosine in cosines(learner, batch).items():
-                found.setdefault(name, [[] for _ in BLOCKS])[index].append(cosine)
-    for name, columns in found.items():
-        cells = (f"{mean(values):.3f} +- {stdev(values):.3f}" for values in columns)
-        print(f"| {name} | " + " | ".join(cells) + " |")
+            rows += [
+                {"form": form, "num_active": num_active, "cosine": cosine}
+                for form, cosine in cosines(learner, batch).items()
+            ]
+    table = pd.DataFrame(rows).pivot_table(
+        index="form", columns="num_active", values="cosine", sort=False,
+        aggfunc=lambda values: mean_and_std(values, digits=3),
+    )  # fmt: skip
+    headers = ["with", *(f"{num_active} active" for num_active in NUM_ACTIVE)]
+    print(markdown_table(headers, [[form, *cells] for form, *cells in table.itertuples()]))
 
 
 if __name__ == "__main__":

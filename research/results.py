@@ -1,45 +1,124 @@
-"""The folder results/: rows of finished runs, and the table and figure of all of them.
+"""The folder results/: a row for each finished run, and the table and figures of all rows.
 
-`python -m tools.results record NAME --preset PRESET` after `dvc repro` writes results/rows/NAME.json
-from the metrics and outcomes in the working tree; `python -m tools.results table` writes
-results/README.md and a figure for each network from all rows. Where others' weights were the start,
-that is a network of its own: its rivals are finetuned from these weights too.
+`python -m research.results record NAME --preset PRESET` after `dvc repro` writes results/rows/NAME.json
+from the metrics and outcomes in the working tree; `python -m research.results table` writes
+results/README.md, and a figure for each network, from all rows. Networks that were trained from others'
+weights have a table of their own, because their rivals start from these weights too.
 """
 
-import csv
+import argparse
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import config as params_file
+from pipeline import config
 from pipeline.config import Params
 from pipeline.device import choose_device, describe_machine
 from pipeline.infra.atomic_io import write_text
 from pipeline.infra.errors import UserError
+from pipeline.infra.git import git
 from pipeline.infra.resume import project_root
 from pipeline.report.markdown import PAPER
 from pipeline.report.paired import paired_difference
 from pipeline.report.trade_off import trade_off
-from tools.command import Parser, mendable
+from research.tables import markdown_table
+from stages.support.common import read_csv, read_json
+from tools import preset as presets
+from tools.command import Parser, command
 
 FOLDER = project_root() / "results"
 ROWS = "rows"
-SPEEDUPS = (1, 32, 256)  # batch sizes whose speed-up the table shows
+SPEEDUP_BATCH_SIZES = (1, 32, 256)  # whose speed-up the table shows
 TRAININGS = ("pretrain", "curriculum", "finetune")
 OURS = ("import/none", "pretrained/")  # of checkpoints.pretrain: trained here
-Row = Mapping[str, Any]
+WITHOUT_RULE = ("full", "sole")  # kinds of networks that run every block
+INTRODUCTION = """\
+# Results
+
+Written by `python -m research.results table` from `rows/`, each of which holds all parameters,
+metrics, times, versions and hardware of one run. Every run measures the test images once. FLOPs:
+2 per multiply-add, the policy network included. Differences: Newcombe's 95 % interval for pairs over
+the test images; rows marked * have an older interval, by a paired bootstrap. The intervals hold for
+these trained networks, not for other seeds. Speed-up: the time of the fastest form of the full network
+divided by BlockDrop's, fp32, on the machine named below; - where it was not measured reliably.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """A static network beside BlockDrop.
+
+    Attributes:
+        kind: full, sole, or the static rule that it was finetuned under.
+        blocks: that run.
+        blockdrop_minus_it: difference in accuracy, with the ends of its 95 % interval.
+        right_alone: images that BlockDrop alone classifies correctly, and that the rival alone does;
+            None in older rows, whose interval is a paired bootstrap.
+    """
+
+    name: str
+    kind: str
+    depth: int
+    blocks: int
+    accuracy: float
+    flops: float
+    blockdrop_minus_it: Sequence[float]
+    right_alone: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A finished run, as a file of results/rows/ holds it.
+
+    Attributes:
+        changes: values of params.yaml that differ from the preset's, by dotted key.
+        params: all values of params.yaml, by dotted key.
+        evaluate: metrics/evaluate.json.
+        times: seconds and device of each training.
+        benchmark: speed-ups, empty where the benchmark did not run.
+    """
+
+    preset: str
+    changes: Mapping[str, Any]
+    params: Mapping[str, Any]
+    commit: str
+    machine: Mapping[str, Any]
+    test_images: int
+    evaluate: Mapping[str, float]
+    rivals: Sequence[Rival]
+    times: Mapping[str, Mapping[str, Any]]
+    benchmark: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    @classmethod
+    def load(cls, path: Path) -> "Row":
+        content = read_json(path)
+        return cls(**content | {"rivals": [Rival(**rival) for rival in content["rivals"]]})
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+    @property
+    def network(self) -> "Network":
+        start = self.params["checkpoints.pretrain"]
+        return Network(
+            source=self.params["data.source"],
+            depth=self.params["resnet.depth"],
+            start="" if start.startswith(OURS) else Path(start).name,
+        )
 
 
 class Network(NamedTuple):
-    """What rows of one table and figure have in common.
+    """What the rows of one table and figure have in common.
 
     Attributes:
-        start: the file of the weights it was started from; empty: it was trained from random weights.
+        start: the file of the weights that training started from; empty: from random weights.
     """
 
     source: str
@@ -48,269 +127,260 @@ class Network(NamedTuple):
 
     @property
     def title(self) -> str:
-        """In words."""
         return f"ResNet-{self.depth} on {self.source}" + (f", from {self.start}" if self.start else "")
 
     @property
-    def file(self) -> str:
-        """Of its figure."""
+    def figure_name(self) -> str:
         ending = f"_from_{Path(self.start).stem}" if self.start else ""
         return f"trade_off_{self.source}_resnet{self.depth}{ending}.png"
 
 
-def outcomes_of(root: Path) -> dict[str, NDArray[np.bool_]]:
-    """Whether each network is right on each test image, in order, [M] for each name."""
-    found: dict[str, list[str]] = {}
-    for name in ("evaluate", "baseline"):
-        path = root / "plots" / name / "images.csv"
-        if path.exists():
-            with path.open(encoding="utf-8", newline="") as file:
-                for row in csv.DictReader(file):
-                    for column, value in row.items():
-                        found.setdefault(f"{name}.{column}", []).append(value)
-    wanted = {
-        "blockdrop" if name == "evaluate.correct" else name.removeprefix("baseline."): values
-        for name, values in found.items()
-        if name == "evaluate.correct" or name.startswith("baseline.")
-    }
-    return {name: np.array(v) == "1" for name, v in wanted.items() if name != "image"}
+# --- a row, from a working tree
 
 
-def changes(own: Params, preset: Params) -> dict[str, Any]:
-    """What params.yaml has otherwise than the preset, by dotted key."""
-    before = preset.flat()
-    return {key: value for key, value in own.flat().items() if before[key] != value}
-
-
-def row_of(root: Path, preset: str) -> dict[str, Any]:
-    """The finished run in a working tree: parameters, results, rivals, seconds, hardware, commit.
+def row_of(root: Path, preset: str, *, note: str = "") -> Row:
+    """The finished run in a working tree.
 
     Raises:
-        UserError: the run is not finished there.
+        UserError: the run is not finished there, or Git knows no commit of it.
     """
-    params = params_file.load(root / "params.yaml")
-    evaluated = _read(root, "metrics/evaluate.json")
-    outcomes = outcomes_of(root)
-    rivals = []
-    curves = root / "plots/baseline/curves.csv"
-    table = csv.DictReader(curves.open(encoding="utf-8", newline="")) if curves.exists() else ()
-    for line in table:
-        name = {"full": "full", "sole": f"sole-{line['depth']}"}.get(
-            line["kind"], f"{line['kind']}-{line['blocks']}"
-        )
-        if line["kind"] in ("full", "sole") or line["finetuned"] == "1":
-            difference = paired_difference(outcomes["blockdrop"], outcomes[name])
-            rivals.append(
-                {
-                    "name": name,
-                    "depth": int(line["depth"]),
-                    "blocks": int(line["blocks"]),
-                    "kind": line["kind"],
-                    "accuracy": float(line["accuracy"]),
-                    "flops": float(line["flops"]),
-                    "blockdrop_minus_it": difference[:3],
-                    "right_alone": [difference.only_first, difference.only_second],
-                }
-            )
-    seconds = {}
-    for path in sorted((root / "metrics/times").glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        seconds[path.stem] = {key: content.get(key) for key in ("seconds", "device")}
-    return {
-        "preset": preset,
-        "changes": changes(params, params_file.load(root / "presets" / f"{preset}.yaml")),
-        "params": params.flat(),
-        "commit": _git(root, "rev-parse", "--short", "HEAD"),
-        "machine": describe_machine(choose_device()),
-        "test_images": len(outcomes["blockdrop"]),
-        "evaluate": evaluated,
-        "rivals": rivals,
-        "times": seconds,
-        "benchmark": _speedups(root),
-    }
-
-
-def _speedups(root: Path) -> dict[str, float]:
-    """How much faster, of the benchmark stage's metrics; nothing where it did not run."""
-    path = root / "metrics/benchmark.json"
-    found = json.loads(path.read_text(encoding="utf-8"))["benchmark"] if path.exists() else {}
-    return {name: value for name, value in found.items() if name.startswith("speedup_")}
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True)
-    return done.stdout.strip()
-
-
-def _read(root: Path, name: str) -> dict[str, Any]:
+    params = config.load(root / "params.yaml")
     try:
-        return json.loads((root / name).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        evaluate = read_json(root / "metrics/evaluate.json")
     except FileNotFoundError:
-        raise UserError(f"{name} is missing; finish `dvc repro` first") from None
-
-
-def command_of(row: Row) -> str:
-    """What a reader types to have the row again."""
-    text = f"make preset NAME={row['preset']}"
-    options = " ".join(f"-S {key}={json.dumps(value)}" for key, value in row["changes"].items())
-    return f"`{text} && " + (f"dvc exp run {options}`" if options else "make repro`")
-
-
-def minutes_of(row: Row) -> str:
-    """Minutes of training of the three stages, those that were trained."""
-    spent = [row["times"].get(stage, {}).get("seconds") for stage in TRAININGS]
-    return " + ".join("-" if s is None else f"{s / 60:.0f}" for s in spent)
-
-
-def speedup_of(row: Row, batch_size: int) -> str:
-    """The best static network's time by BlockDrop's in fp32, where the benchmark could tell."""
-    found = row.get("benchmark", {}).get(f"speedup_batch{batch_size}_fp32")
-    return "-" if found is None else f"{found:.2f}"
-
-
-def table(rows: Mapping[str, Row]) -> str:
-    """results/README.md: for each network one table, BlockDrop by rising FLOPs, rivals beside it."""
-    lines = [
-        "# Results",
-        "",
-        "Written by `python -m tools.results table` from `rows/`, each of which holds all parameters,",
-        "metrics, times, versions and hardware of one run. Test images are touched once a run. FLOPs:",
-        "2 per multiply-add, the policy network included. Differences: Newcombe's 95 % interval for",
-        "pairs over the test images; * marks rows of before, by a paired bootstrap. They hold for these",
-        "trained networks, not for other seeds. Faster: the time of",
-        "the best static form of the full network by BlockDrop's, fp32, on the machine below; none",
-        "where it was not measured reliably.",
-    ]
-    for network in sorted({_network(row) for row in rows.values()}):
-        own = {name: row for name, row in rows.items() if _network(row) == network}
-        lines += ["", f"## {network.title}", ""]
-        lines += _table(own)
-    for source in sorted({_network(row).source for row in rows.values()}):
-        lines += _published(source)
-    return "\n".join(lines) + "\n"
-
-
-def _network(row: Row) -> Network:
-    start = row["params"]["checkpoints.pretrain"]
-    return Network(
-        source=row["params"]["data.source"],
-        depth=row["params"]["resnet.depth"],
-        start="" if start.startswith(OURS) else Path(start).name,
+        raise UserError("metrics/evaluate.json is missing; finish `dvc repro` first") from None
+    commit = git("-C", str(root), "rev-parse", "--short", "HEAD")
+    if not commit:
+        raise UserError(f"{root} has no Git commit; commit what was run")
+    correct = correctness_of(root)
+    return Row(
+        preset=preset,
+        changes=changes(params, presets.load(preset, root / "presets")),
+        params=params.flat(),
+        commit=commit,
+        machine=describe_machine(choose_device()),
+        test_images=len(correct["blockdrop"]),
+        evaluate=evaluate,
+        rivals=rivals_of(root, correct),
+        times=times_of(root),
+        benchmark=speedups_of(root),
+        note=note,
     )
 
 
-def _published(source: str) -> list[str]:
-    """What papers say of networks on that data set."""
-    numbers = [number for (on, _), of_one in PAPER.items() if on == source for number in of_one]
+def changes(params: Params, preset: Params) -> dict[str, Any]:
+    """The values of params.yaml that differ from the preset's, by dotted key."""
+    preset_values = preset.flat()
+    return {key: value for key, value in params.flat().items() if preset_values[key] != value}
+
+
+def correctness_of(root: Path) -> dict[str, NDArray[np.bool_]]:
+    """Whether each network classifies each test image correctly, in order, [M] by the network's name."""
+    evaluated = read_csv(root / "plots/evaluate/images.csv")
+    correct = {"blockdrop": np.array([row["correct"] == "1" for row in evaluated])}
+    baseline = root / "plots/baseline/images.csv"
+    rows = read_csv(baseline) if baseline.exists() else []
+    for name in rows[0].keys() - {"image"} if rows else ():
+        correct[name] = np.array([row[name] == "1" for row in rows])
+    return correct
+
+
+def rivals_of(root: Path, correct: Mapping[str, NDArray[np.bool_]]) -> list[Rival]:
+    """The static networks that were trained: those with every block, and the finetuned rules."""
+    path = root / "plots/baseline/curves.csv"
+    rivals = []
+    for line in read_csv(path) if path.exists() else []:
+        kind = line["kind"]
+        if kind not in WITHOUT_RULE and line["finetuned"] != "1":
+            continue
+        name = {"full": "full", "sole": f"sole-{line['depth']}"}.get(kind, f"{kind}-{line['blocks']}")
+        difference = paired_difference(correct["blockdrop"], correct[name])
+        rivals.append(
+            Rival(
+                name=name,
+                kind=kind,
+                depth=int(line["depth"]),
+                blocks=int(line["blocks"]),
+                accuracy=float(line["accuracy"]),
+                flops=float(line["flops"]),
+                blockdrop_minus_it=difference[:3],
+                right_alone=(difference.only_first, difference.only_second),
+            )
+        )
+    return rivals
+
+
+def times_of(root: Path) -> dict[str, dict[str, Any]]:
+    """Seconds and device of each training."""
+    contents = {path.stem: read_json(path) for path in sorted((root / "metrics/times").glob("*.json"))}
+    return {
+        stage: {key: content.get(key) for key in ("seconds", "device")}
+        for stage, content in contents.items()
+    }
+
+
+def speedups_of(root: Path) -> dict[str, float]:
+    """BlockDrop's speed-ups that the benchmark measured; empty where it did not run."""
+    path = root / "metrics/benchmark.json"
+    metrics = read_json(path)["benchmark"] if path.exists() else {}
+    return {name: value for name, value in metrics.items() if name.startswith("speedup_")}
+
+
+# --- table and figures, from rows
+
+
+def table(rows: Mapping[str, Row]) -> str:
+    """results/README.md: for each network its runs by rising FLOPs, and their rivals."""
+    parts = [INTRODUCTION]
+    for network in sorted({row.network for row in rows.values()}):
+        of_network = {name: row for name, row in rows.items() if row.network == network}
+        parts += [
+            f"## {network.title}\n",
+            run_table(of_network) + "\n",
+            "Beside static networks:\n",
+            rival_table(of_network) + "\n",
+            "How:\n",
+            "\n".join(provenance(name, row) for name, row in of_network.items()) + "\n",
+        ]
+    for source in sorted({row.network.source for row in rows.values()}):
+        parts += published(source)
+    return "\n".join(parts)
+
+
+def run_table(rows: Mapping[str, Row]) -> str:
+    headers = [
+        "run", "gamma", "seed", "accuracy", "blocks", "FLOPs", "of the full", "policies (effective)",
+        "another image's policy", "speed-up at batch 1, 32, 256", "training (min)", "commit",
+    ]  # fmt: skip
+    cells = []
+    for name, row in sorted(rows.items(), key=lambda item: item[1].evaluate["flops_mean"]):
+        e = row.evaluate
+        cells.append(
+            [
+                name,
+                f"{row.params['gamma']:g}",
+                row.params["seed"],
+                f"{100 * e['accuracy']:.2f} %",
+                f"{e['blocks_mean']:.2f} ± {e['blocks_std']:.2f} of {e['num_blocks']}",
+                f"{e['flops_mean']:.3g}",
+                f"{100 * e['flops_mean'] / e['full_flops']:.1f} %",
+                f"{e['unique_policies']:.0f} ({e['effective_policies']:.1f})",
+                f"{100 * e['shuffled_accuracy']:.2f} %",
+                ", ".join(speedup_of(row, batch_size) for batch_size in SPEEDUP_BATCH_SIZES),
+                minutes_of(row),
+                row.commit,
+            ]
+        )
+    return markdown_table(headers, cells)
+
+
+def rival_table(rows: Mapping[str, Row]) -> str:
+    cells = []
+    for name, row in rows.items():
+        for rival in row.rivals:
+            mean, low, high = (100 * value for value in rival.blockdrop_minus_it)
+            mark = " *" if rival.right_alone is None else ""
+            cells.append(
+                [
+                    name,
+                    rival.name,
+                    f"{100 * rival.accuracy:.2f} %",
+                    f"{rival.flops:.3g}",
+                    f"{mean:+.2f} ({low:+.2f} to {high:+.2f}){mark}",
+                ]
+            )
+    headers = ["run", "rival", "its accuracy", "its FLOPs", "BlockDrop minus it, points"]
+    return markdown_table(headers, cells)
+
+
+def provenance(name: str, row: Row) -> str:
+    """How to run it again, on which machine it ran, and its note."""
+    devices = sorted({time["device"] for time in row.times.values() if time.get("device")})
+    machine = "; ".join([row.machine["processor"], *devices])
+    return f"- {name}: {command_of(row)}; {machine}" + (f". {row.note}" if row.note else "")
+
+
+def command_of(row: Row) -> str:
+    """The command that runs it again."""
+    preset = f"make preset NAME={row.preset}"
+    options = " ".join(f"-S {key}={json.dumps(value)}" for key, value in row.changes.items())
+    return f"`{preset} && " + (f"dvc exp run {options}`" if options else "make repro`")
+
+
+def minutes_of(row: Row) -> str:
+    """Minutes that each of the three trainings took; - for one that was imported."""
+    seconds = [row.times.get(stage, {}).get("seconds") for stage in TRAININGS]
+    return " + ".join("-" if s is None else f"{s / 60:.0f}" for s in seconds)
+
+
+def speedup_of(row: Row, batch_size: int) -> str:
+    """The fastest static network's time divided by BlockDrop's, fp32; - where it is not reliable."""
+    speedup = row.benchmark.get(f"speedup_batch{batch_size}_fp32")
+    return "-" if speedup is None else f"{speedup:.2f}"
+
+
+def published(source: str) -> list[str]:
+    """The section of what papers report on a data set; empty if there is none."""
+    numbers = [number for (of, _), group in PAPER.items() if of == source for number in group]
     if not numbers:
         return []
-    return [
-        "", f"## Published on {source}, by other recipes", "",
-        "| what | accuracy | FLOPs |", "|---|---|---|",
-        *(
-            f"| {said} | {100 * accuracy:.2f} % | {'-' if flops is None else f'{flops:.3g}'} |"
-            for said, accuracy, _, flops in numbers
-        ),
-    ]  # fmt: skip
-
-
-def _table(rows: Mapping[str, Row]) -> list[str]:
-    lines = [
-        "| run | gamma | seed | accuracy | blocks | FLOPs | of the full | policies (effective) | "
-        "another image's policy | faster at batch 1, 32, 256 | training (min) | commit |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    cells = [
+        [label, f"{100 * accuracy:.2f} %", "-" if flops is None else f"{flops:.3g}"]
+        for label, accuracy, _, flops in numbers
     ]
-    for name, row in sorted(rows.items(), key=lambda item: item[1]["evaluate"]["flops_mean"]):
-        e, p = row["evaluate"], row["params"]
-        lines.append(
-            f"| {name} | {p['gamma']:g} | {p['seed']} | {100 * e['accuracy']:.2f} % | "
-            f"{e['blocks_mean']:.2f} ± {e['blocks_std']:.2f} of {e['num_blocks']} | "
-            f"{e['flops_mean']:.3g} | {100 * e['flops_mean'] / e['full_flops']:.1f} % | "
-            f"{e['unique_policies']:.0f} ({e['effective_policies']:.1f}) | "
-            f"{100 * e['shuffled_accuracy']:.2f} % | "
-            f"{', '.join(speedup_of(row, size) for size in SPEEDUPS)} | "
-            f"{minutes_of(row)} | {row['commit']} |"
-        )
-    lines += ["", "Beside static networks:", ""]
-    lines += [
-        "| run | rival | its accuracy | its FLOPs | BlockDrop minus it, points |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        for rival in row["rivals"]:
-            mean, low, high = (100 * value for value in rival["blockdrop_minus_it"])
-            mark = "" if "right_alone" in rival else " *"
-            lines.append(
-                f"| {name} | {rival['name']} | {100 * rival['accuracy']:.2f} % | "
-                f"{rival['flops']:.3g} | {mean:+.2f} ({low:+.2f} to {high:+.2f}){mark} |"
-            )
-    lines += ["", "How:", ""]
-    for name, row in rows.items():
-        devices = {time["device"] for time in row["times"].values() if time.get("device")}
-        machine = f"{row['machine']['processor']}; {'; '.join(sorted(devices))}"
-        note = f". {row['note']}" if row.get("note") else ""
-        lines.append(f"- {name}: {command_of(row)}; {machine}{note}")
-    return lines
+    heading = f"## Published on {source}, by other recipes\n"
+    return [heading, markdown_table(["what", "accuracy", "FLOPs"], cells) + "\n"]
 
 
 def figure(path: Path, rows: Sequence[Row]) -> None:
     """The trade-off of one network's runs beside all of their rivals."""
-    rivals = {
-        (r["name"], r["accuracy"]): {
-            "kind": r["kind"], "depth": r["depth"], "blocks": r["blocks"], "flops": r["flops"],
-            "accuracy": r["accuracy"], "accuracy_std": 0.0,
-            "finetuned": int(r["kind"] not in ("full", "sole")),
+    rivals = {(rival.name, rival.accuracy): rival for row in rows for rival in row.rivals}
+    baselines = [
+        {
+            "kind": rival.kind, "depth": rival.depth, "blocks": rival.blocks, "flops": rival.flops,
+            "accuracy": rival.accuracy, "accuracy_std": 0.0,
+            "finetuned": int(rival.kind not in WITHOUT_RULE),
         }
-        for row in rows
-        for r in row["rivals"]
-    }  # fmt: skip
+        for rival in rivals.values()
+    ]  # fmt: skip
+    several_seeds = len({row.params["seed"] for row in rows}) > 1
     points = [
         {
-            "gamma": row["params"]["gamma"],
-            "label": _label(row, rows),
-            "flops": row["evaluate"]["flops_mean"],
-            "accuracy": row["evaluate"]["accuracy"],
-            "blocks": row["evaluate"]["blocks_mean"],
+            "gamma": row.params["gamma"],
+            "label": f"gamma {row.params['gamma']:g}"
+            + (f", seed {row.params['seed']}" if several_seeds else ""),
+            "flops": row.evaluate["flops_mean"],
+            "accuracy": row.evaluate["accuracy"],
+            "blocks": row.evaluate["blocks_mean"],
         }
         for row in rows
     ]
-    title = _network(rows[0]).title
-    trade_off(path, baselines=list(rivals.values()), blockdrop=points, title=title)
+    trade_off(path, baselines=baselines, blockdrop=points, title=rows[0].network.title)
 
 
-def _label(row: Row, rows: Sequence[Row]) -> str:
-    """The gamma, and the seed where rows differ in it."""
-    several = len({other["params"]["seed"] for other in rows}) > 1
-    said = f"gamma {row['params']['gamma']:g}"
-    return f"{said}, seed {row['params']['seed']}" if several else said
-
-
-@mendable()
-def main() -> None:
-    """Record a row, or write the table and the figures."""
-    parser = Parser(description=__doc__)
+def add_options(parser: Parser) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
-    record = commands.add_parser("record")
+    record = commands.add_parser("record", help="write the row of the run in the working tree")
     record.add_argument("name")
     record.add_argument("--preset", required=True)
     record.add_argument("--note", default="", help="what a reader of the row must know besides")
     record.add_argument("--root", type=Path, default=project_root())
-    commands.add_parser("table")
-    arguments = parser.parse_args()
+    commands.add_parser("table", help="write the table and the figures of all rows")
+
+
+@command(add_options)
+def main(arguments: argparse.Namespace) -> None:
+    """Record a row, or write the table and the figures."""
     if arguments.command == "record":
-        row = row_of(arguments.root, arguments.preset) | {"note": arguments.note}
+        row = row_of(arguments.root, arguments.preset, note=arguments.note)
         path = FOLDER / ROWS / f"{arguments.name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(row, indent=1, sort_keys=True) + "\n")
-        print(f"{path.relative_to(project_root())}: {100 * row['evaluate']['accuracy']:.2f} %")
+        row.save(path)
+        print(f"{path.relative_to(project_root())}: {100 * row.evaluate['accuracy']:.2f} %")
         return
-    rows = {
-        path.stem: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted((FOLDER / ROWS).glob("*.json"))
-    }
+    rows = {path.stem: Row.load(path) for path in sorted((FOLDER / ROWS).glob("*.json"))}
     write_text(FOLDER / "README.md", table(rows))
-    for network in sorted({_network(row) for row in rows.values()}):
-        figure(FOLDER / network.file, [row for row in rows.values() if _network(row) == network])
+    for network in sorted({row.network for row in rows.values()}):
+        figure(FOLDER / network.figure_name, [row for row in rows.values() if row.network == network])
 
 
 if __name__ == "__main__":

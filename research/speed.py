@@ -1,14 +1,15 @@
-"""The benchmark without a training: a ResNet with random weights whose policy keeps a given share.
+"""The benchmark without a training: a ResNet with random weights and a policy of a given keep ratio.
 
-    python -m tools.speed --depth 110 --kept 0.31 --out results/speed_cpu.json
+    python -m research.speed --depth 110 --keep-ratio 0.31 --out results/speed_cpu.json
 
-Time does not depend on what the weights have learnt, so this says what a trained policy of that kept
-share would give on this machine. It needs PyTorch alone, neither DVC nor MLflow. Images are random
-pixels, unless `--images` names a prepared array.
+Time does not depend on the weights' values, so this measures what a trained policy of that keep ratio
+would save on this machine. It needs neither DVC nor MLflow. Images are random pixels, unless `--images`
+names a prepared array.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,46 +17,51 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.benchmark.runner import Benchmark, Settings
+from pipeline.benchmark.candidates import Settings
+from pipeline.benchmark.runner import Benchmark
 from pipeline.data.transforms import Normalisation
 from pipeline.device import choose_device, describe_device, describe_machine, generator
 from pipeline.flops import measure
 from pipeline.inference.auto import EXECUTORS
 from pipeline.inference.base import Networks
-from pipeline.infra.errors import UserError
+from pipeline.infra.atomic_io import write_text
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
-from tools.command import Parser
+from pipeline.models.resnet_cifar import cifar_resnet
+from pipeline.results import TimingRow
+from tools.command import Parser, command
 
 NORMALISATION = Normalisation(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
 @torch.no_grad()
-def decide_at_random(policy_net: PolicyNet, images: Tensor, kept: float) -> None:
-    """Make the policy network keep each block on a share `kept` of the images, nearly independently.
+def decide_at_random(policy_net: PolicyNet, images: Tensor, keep_ratio: float) -> None:
+    """Make the policy network keep each block on a fraction `keep_ratio` of the images.
 
     Its last layer becomes random directions in the whitened space of its features, so that the decisions
-    of different blocks have little in common, with each bias at that quantile.
+    of different blocks are nearly independent. Each bias is set to the quantile that gives the ratio.
     """
     features: list[Tensor] = []
     hook = policy_net.features.fc.register_forward_pre_hook(lambda _, x: features.append(x[0]))
     for part in images.split(500):
         policy_net.eval()(NORMALISATION(part))
     hook.remove()
-    found = torch.cat(features).double()
-    mean = found.mean(dim=0)
-    _, scales, axes = torch.linalg.svd(found - mean, full_matrices=False)
-    whiten = axes / scales.clamp_min(1e-6 * scales.max())[:, None] * len(found) ** 0.5
-    weight = torch.randn(policy_net.num_blocks, len(whiten), dtype=torch.float64) @ whiten.cpu()
-    logits = (found - mean) @ weight.to(found.device).t()
-    threshold = logits.quantile(1 - kept, dim=0)
+    x = torch.cat(features).double()  # [M, F]
+    mean = x.mean(dim=0)
+    _, scales, axes = torch.linalg.svd(x - mean, full_matrices=False)
+    whiten = axes / scales.clamp_min(1e-6 * scales.max())[:, None] * len(x) ** 0.5  # [F, F]
+    weight = (
+        torch.randn(policy_net.num_blocks, len(whiten), dtype=torch.float64) @ whiten.cpu()
+    )  # [K, F]
+    logits = (x - mean) @ weight.to(x.device).t()  # [M, K]
+    threshold = logits.quantile(1 - keep_ratio, dim=0)
     fc = policy_net.features.fc
     fc.weight.copy_(weight)
     fc.bias.copy_(-threshold.cpu() - weight @ mean.cpu())
 
 
 def settle_batch_norm(module: nn.Module, images: Tensor) -> None:
-    """Running statistics as after a training, so that activations keep a sensible size."""
+    """Set running statistics as a training would, so that activations keep a sensible size."""
     module.train()
     with torch.no_grad():
         for _ in range(3):
@@ -63,16 +69,16 @@ def settle_batch_norm(module: nn.Module, images: Tensor) -> None:
     module.eval()
 
 
-def make_networks(depth: int, width: int, kept: float, images: Tensor) -> tuple[Networks, ResNet]:
+def make_networks(depth: int, width: int, keep_ratio: float, images: Tensor) -> tuple[Networks, ResNet]:
     """The pair, and the full network beside it."""
     torch.manual_seed(0)
-    resnet = ResNet(depth=depth, width=width).to(images.device)
+    resnet = cifar_resnet(depth=depth, width=width).to(images.device)
     policy_net = PolicyNet(num_blocks=resnet.num_blocks).to(images.device)
     for part in resnet, policy_net:
         for norm in (m for m in part.modules() if isinstance(m, nn.BatchNorm2d)):
             norm.momentum = None  # the plain mean over what it has seen
         settle_batch_norm(part, images)
-    decide_at_random(policy_net, images, kept)
+    decide_at_random(policy_net, images, keep_ratio)
     return Networks(resnet=resnet, policy_net=policy_net, normalisation=NORMALISATION), resnet
 
 
@@ -81,79 +87,91 @@ def numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",") if part]
 
 
-def main() -> None:
-    """Print the answers, write the tables."""
-    parser = Parser(description=__doc__)
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    return Settings(
+        batch_sizes=[int(size) for size in numbers(arguments.batches)],
+        precisions=arguments.precisions.split(","),
+        executors=arguments.executors.split(","),
+        keep_ratios=numbers(arguments.keep_ratios),
+        distinct_policies=4,
+        sole_depths=[int(depth) for depth in numbers(arguments.sole)],
+        rounds=arguments.rounds,
+        seconds=arguments.seconds,
+        with_compile=arguments.compile,
+    )
+
+
+def show_times(rows: Sequence[TimingRow]) -> None:
+    for row in rows:
+        itself = f", {row.speedup_over_itself:.2f} of itself" if row.speedup_over_itself else ""
+        print(
+            f"  batch {row.batch:5} {row.precision} {row.candidate:20} "
+            f"{row.time.milliseconds:9.3f} ms ({row.time.milliseconds_25:.3f} to "
+            f"{row.time.milliseconds_75:.3f}), {row.time.images_per_second:10,.0f} images/s, "
+            f"{row.speedup.ratio:.2f} of the best full-ResNet form{itself}"
+        )
+
+
+def write(arguments: argparse.Namespace, device: torch.device, benchmark: Benchmark) -> None:
+    """Write the machine, the settings, and the tables as far as they are measured."""
+    result = {
+        "machine": describe_machine(device),
+        "kept": arguments.keep_ratio,
+        "depth": arguments.depth,
+        "width": arguments.width,
+        "left_out": benchmark.left_out,
+        "settings": asdict(benchmark.settings),
+        **asdict(benchmark.tables),
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(arguments.out, json.dumps(result, indent=1) + "\n")
+
+
+def add_options(parser: Parser) -> None:
     parser.add_argument("--depth", type=int, default=110)
     parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--kept", type=float, default=0.31, help="share of the blocks")
+    parser.add_argument("--keep-ratio", "--kept", type=float, default=0.31, help="of the policy")
     parser.add_argument("--batches", default="1,32,256")
     parser.add_argument("--precisions", default="fp32")
     parser.add_argument("--executors", default=",".join(EXECUTORS))
-    parser.add_argument("--shares", default="0.1,0.3,0.5,0.7,0.9,1", help="of the sweep")
+    parser.add_argument(
+        "--keep-ratios", "--shares", default="0.1,0.3,0.5,0.7,0.9,1", help="of the sweep"
+    )
     parser.add_argument("--sole", default="", help="depths of full ResNets beside, e.g. 20,32")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--compile", action="store_true", help="torch.compile among the rivals")
     parser.add_argument("--images", type=Path, help="test images, [M, H, W, 3] uint8 .npy")
     parser.add_argument("--out", type=Path, help="JSON with everything measured")
-    args = parser.parse_args()
-    try:
-        device = choose_device()
-    except UserError as error:
-        parser.exit(1, f"error: {error}\n")
-    if args.images is None:
+
+
+@command(add_options)
+def main(arguments: argparse.Namespace) -> None:
+    """Print the answers, write the tables."""
+    device = choose_device()
+    if arguments.images is None:
         images = torch.randint(256, (2000, 32, 32, 3), generator=generator("speed")).byte()
     else:
-        images = torch.from_numpy(np.load(args.images))
+        images = torch.from_numpy(np.load(arguments.images))
     images = images.to(device)
-    networks, full = make_networks(args.depth, args.width, args.kept, images)
-    settings = Settings(
-        batch_sizes=[int(size) for size in numbers(args.batches)],
-        precisions=args.precisions.split(","),
-        executors=args.executors.split(","),
-        keep_ratios=numbers(args.shares),
-        distinct_policies=4,
-        sole_depths=[int(depth) for depth in numbers(args.sole)],
-        rounds=args.rounds,
-        seconds=args.seconds,
-        with_compile=args.compile,
+    networks, full = make_networks(arguments.depth, arguments.width, arguments.keep_ratio, images)
+    print(f"speed: ResNet-{arguments.depth} on {describe_device(device)}", flush=True)
+    benchmark = Benchmark(
+        networks,
+        full=full,
+        images=images,
+        cost=measure(networks.resnet, networks.policy_net, images.shape[1]),
+        settings=settings_of(arguments),
     )
-    print(f"speed: ResNet-{args.depth} on {describe_device(device)}", flush=True)
-    cost = measure(networks.resnet, networks.policy_net, images.shape[1])
-    benchmark = Benchmark(networks, full=full, images=images, cost=cost, settings=settings)
 
-    def say(line: str) -> None:
+    def report(line: str) -> None:
         print(f"speed: {line}", flush=True)
-        if args.out is not None:  # after every part: what is measured is not lost
-            write(args, device, benchmark)
+        if arguments.out is not None:  # after every part, so that a kill loses no measurement
+            write(arguments, device, benchmark)
 
-    tables = benchmark.run(say)
-    for row in tables["times"]:
-        own = f", {row['speedup_over_itself']:.2f} of itself" if "speedup_over_itself" in row else ""
-        print(
-            f"  batch {row['batch']:5} {row['precision']} {row['contestant']:20} "
-            f"{row['milliseconds']:9.3f} ms ({row['milliseconds_25']:.3f} to "
-            f"{row['milliseconds_75']:.3f}), {row['images_per_second']:10,.0f} images/s, "
-            f"{row['speedup']:.2f} of the best static{own}"
-        )
-    if args.out is not None:
-        print(f"speed: {args.out}")
-
-
-def write(args: argparse.Namespace, device: torch.device, benchmark: Benchmark) -> None:
-    """The machine, the settings, and the tables as far as they are."""
-    result = {
-        "machine": describe_machine(device),
-        "kept": args.kept,
-        "depth": args.depth,
-        "width": args.width,
-        "left_out": benchmark.left_out,
-        "settings": asdict(benchmark.settings),
-        **benchmark.tables,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    show_times(benchmark.run(report).times)
+    if arguments.out is not None:
+        print(f"speed: {arguments.out}")
 
 
 if __name__ == "__main__":

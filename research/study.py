@@ -1,9 +1,10 @@
-"""The trade-off as means over seeds: a grid of DVC experiments, and a table of what they gave.
+"""The trade-off as means over seeds: a grid of DVC experiments, and a table of their results.
 
-`python -m tools.study --gammas 1 2 5 10 --seeds 0 1 2 3 4` on the current commit and params.yaml. What
-does not depend on gamma runs once for each seed. Experiments that are there already are not repeated.
+`python -m research.study --gammas 1 2 5 10 --seeds 0 1 2 3 4` on the current commit and params.yaml.
+Stages that do not depend on gamma run once for each seed. Finished experiments are not repeated.
 """
 
+import argparse
 import io
 import subprocess
 import time
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from tools.command import Parser, mendable
+from pipeline.infra.errors import UserError
+from research.tables import markdown_table, mean_and_std
+from tools.command import Parser, command
 
 POLL_SECONDS = 5
 METRICS = {
@@ -42,32 +45,31 @@ def finished() -> pd.DataFrame:
 
 def run_missing(gammas: list[float], seeds: list[int], jobs: int) -> None:
     """Run what is missing: the first gamma of every seed first, which fills DVC's run cache."""
-    for round_of in (gammas[:1], gammas[1:]):
-        there = set(finished().index)
-        wanted = [(gamma, seed) for seed in seeds for gamma in round_of]
-        missing = [pair for pair in wanted if name_of(*pair) not in there]
+    for group in (gammas[:1], gammas[1:]):
+        names = set(finished().index)
+        grid = [(gamma, seed) for seed in seeds for gamma in group]
+        missing = [pair for pair in grid if name_of(*pair) not in names]
         for gamma, seed in missing:
-            change = ["-S", f"gamma={gamma}", "-S", f"seed={seed}"]
-            command = ["dvc", "exp", "run", "--queue", "--name", name_of(gamma, seed), *change]
-            subprocess.run(command, check=True)
+            changes = ["-S", f"gamma={gamma}", "-S", f"seed={seed}"]
+            queue = ["dvc", "exp", "run", "--queue", "--name", name_of(gamma, seed)]
+            subprocess.run([*queue, *changes], check=True)
         if missing:
-            start(jobs)
+            start_workers(jobs)
             wait_for({name_of(*pair) for pair in missing}, jobs)
 
 
-def start(jobs: int) -> None:
-    """Let workers take from the queue."""
+def start_workers(jobs: int) -> None:
     subprocess.run(["dvc", "queue", "start", "--jobs", str(jobs)], check=True)
 
 
 def wait_for(names: set[str], jobs: int) -> None:
-    """Return when the queue is done with these experiments.
+    """Return when the queue has run these experiments.
 
-    DVC 3.67's workers die now and then between two experiments (their broker reads a file that is
-    being written); then they are started again.
+    DVC 3.67's workers sometimes die between two experiments (their broker reads a file while it is
+    written); this starts them again.
 
     Raises:
-        SystemExit: one of them failed.
+        UserError: an experiment failed.
     """
     while True:
         status = subprocess.run(
@@ -77,39 +79,34 @@ def wait_for(names: set[str], jobs: int) -> None:
         states = {row[1]: row for row in words if len(row) > 1 and row[1] in names}
         failed = sorted(name for name, row in states.items() if "Failed" in row)
         if failed:
-            raise SystemExit(f"error: {failed[0]} failed; `dvc queue logs {failed[0]}` says why")
+            raise UserError(f"{failed[0]} failed; `dvc queue logs {failed[0]}` says why")
         if not any({"Queued", "Running"} & set(row) for row in states.values()):
             return
         if "0 active, 0 idle" in status:
-            start(jobs)
+            start_workers(jobs)
         time.sleep(POLL_SECONDS)
 
 
 def summary(table: pd.DataFrame) -> str:
     """Mean and standard deviation over seeds for each gamma, as Markdown."""
-    lines = [
-        "| gamma | " + " | ".join(METRICS.values()) + " |",
-        "|---" * (1 + len(METRICS)) + "|",
+    percent = {name for name in METRICS if name.endswith("accuracy")} | {"flops_saved"}
+    rows = [
+        [f"{gamma:g}", *(mean_and_std(group[name], percent=name in percent) for name in METRICS)]
+        for gamma, group in table.groupby("gamma")
     ]
-    for gamma, group in table.groupby("gamma"):
-        cells = []
-        for name in METRICS:
-            percent = name.endswith("accuracy") or name == "flops_saved"
-            scale, unit = (100, " %") if percent else (1, "")
-            cells.append(f"{scale * group[name].mean():.2f} +- {scale * group[name].std():.2f}{unit}")
-        lines.append(f"| {gamma:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return markdown_table(["gamma", *METRICS.values()], rows)
 
 
-@mendable()
-def main() -> None:
-    """Run the grid, write every experiment's row, print the means."""
-    parser = Parser(description=__doc__)
+def add_options(parser: Parser) -> None:
     parser.add_argument("--gammas", type=float, nargs="+", default=[1, 2, 5, 10])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("results/digits_seeds.csv"))
-    arguments = parser.parse_args()
+
+
+@command(add_options)
+def main(arguments: argparse.Namespace) -> None:
+    """Run the grid, write every experiment's row, print the means."""
     run_missing(arguments.gammas, arguments.seeds, arguments.jobs)
     names = [name_of(g, s) for g in arguments.gammas for s in arguments.seeds]
     table = finished().loc[names, ["gamma", "seed", *METRICS]].sort_values(["gamma", "seed"])

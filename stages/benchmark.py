@@ -1,12 +1,13 @@
-"""benchmark: what dropping blocks saves in time on this machine, against the best static networks."""
+"""benchmark: what dropping blocks saves in time on this machine, against the fastest full ResNet."""
 
-import dataclasses
 import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from pipeline.benchmark import figures
-from pipeline.benchmark.runner import Benchmark, Settings
+from pipeline.benchmark.candidates import Settings
+from pipeline.benchmark.runner import Benchmark
 from pipeline.config import Params
 from pipeline.data.dataset import load_split
 from pipeline.device import choose_device, describe_device, describe_machine
@@ -14,6 +15,7 @@ from pipeline.flops import measure
 from pipeline.inference.base import Networks
 from pipeline.infra.locks import exclusive
 from pipeline.models import checkpoint
+from pipeline.results import Answer, BenchmarkResult
 from pipeline.tracking.runs import stage_run
 from stages.support import common
 from stages.support.progress import Steps
@@ -23,17 +25,18 @@ TIMED = 2048  # test images, of a data set that is not in memory
 LOCK = Path(tempfile.gettempdir()) / "blockdrop-benchmark.lock"  # one benchmark at a time on a machine
 
 
-def headline(answers: list[dict[str, Any]]) -> dict[str, float]:
+def headline(answers: Sequence[Answer]) -> dict[str, float]:
     """Numbers for `dvc exp show` and MLflow: speed-ups that may be claimed, the others are left out."""
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for answer in answers:
-        where = f"batch{answer['batch']}_{answer['precision']}"
-        found[f"reliable_{where}"] = int(answer["reliable"])
-        if answer["reliable"]:
-            found[f"speedup_{where}"] = answer["speedup"]
-            if answer["share_of_ideal"] is not None:
-                found[f"share_of_ideal_{where}"] = answer["share_of_ideal"]
-    return found
+        where, winner = f"batch{answer.batch}_{answer.precision}", answer.winner
+        reliable = winner is not None and winner.speedup.reliable
+        metrics[f"reliable_{where}"] = int(reliable)
+        if winner is not None and reliable:
+            metrics[f"speedup_{where}"] = winner.speedup.ratio
+            if winner.share_of_ideal is not None:
+                metrics[f"share_of_ideal_{where}"] = winner.share_of_ideal
+    return metrics
 
 
 def main(params: Params) -> None:
@@ -57,21 +60,20 @@ def main(params: Params) -> None:
             Steps("benchmark", params.benchmark.seconds) as steps,
         ):
             tables = benchmark.run(lambda line: steps.say(f"benchmark: {line}"), steps.reach)
-        machine = describe_machine(device)
-        result = {
-            "machine": machine,
-            "left_out": benchmark.left_out,
-            "settings": dataclasses.asdict(benchmark.settings),
-            **tables,
-        }
-        metrics = headline(tables["answers"])
-        common.write_json(OUT / "benchmark.json", result)
+        result = BenchmarkResult(
+            machine=describe_machine(device),
+            settings=asdict(benchmark.settings),
+            left_out=benchmark.left_out,
+            **vars(tables),
+        )
+        metrics = headline(result.answers)
+        common.write_json(OUT / "benchmark.json", asdict(result))
         common.write_json(common.METRICS / "benchmark.json", {"benchmark": metrics})
-        title = f"ResNet-{resnet.depth}, {machine['device']}"
-        if any(row["kind"] == "blockdrop" for row in tables["times"]):
-            figures.speedups(OUT / "speedups.png", times=tables["times"], title=title)
-        if tables["sweep"]:
-            figures.break_evens(OUT / "break_evens.png", sweep=tables["sweep"], title=title)
+        title = f"ResNet-{resnet.depth}, {result.machine['device']}"
+        if any(row.kind == "blockdrop" for row in result.times):
+            figures.speedups(OUT / "speedups.png", times=result.times, title=title)
+        if result.sweep:
+            figures.break_evens(OUT / "break_evens.png", sweep=result.sweep, title=title)
         mlflow_run.log_metrics({f"benchmark.{name}": value for name, value in metrics.items()})
         for file in sorted(OUT.iterdir()):
             mlflow_run.log_artifact(file)

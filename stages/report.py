@@ -10,7 +10,8 @@ from pipeline.report import html, markdown
 from pipeline.report.markdown import Results
 from pipeline.report.trade_off import trade_off
 from pipeline.tracking import dvc_results, experiment_runs, overview
-from pipeline.tracking.runs import StageRun, baseline_commit, stage_run
+from pipeline.tracking.identity import baseline_commit
+from pipeline.tracking.runs import StageRun, stage_run
 from stages.support import common
 
 OUT = Path("report")

@@ -12,6 +12,7 @@ from pipeline.data.split import Split
 from pipeline.inference.auto import make_executor
 from pipeline.inference.base import Executor, Networks, Output
 from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 
 # decided before mlflow or dvc is imported: tests tell nobody, and log only where they say so
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -82,4 +83,4 @@ def validation_split() -> Split:
 @pytest.fixture
 def small_resnet() -> ResNet:
     torch.manual_seed(0)
-    return ResNet(depth=8, width=4, num_classes=3)
+    return cifar_resnet(depth=8, width=4, num_classes=3)

@@ -32,9 +32,7 @@ def files_in(*names: str) -> set[str]:
 # (training/test_loop.py), and several processes or threads give what one gives, but for float noise
 # (test_distributed.py).
 NEUTRAL = files_in("pipeline/config.py", "pipeline/infra", "pipeline/tracking", "stages/support")
-NEUTRAL -= {
-    f"stages/support/{name}.py" for name in ("common", "compatibility", "recipes", "training")
-}
+NEUTRAL -= {f"stages/support/{name}.py" for name in ("common", "compatibility", "recipes", "training")}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,44 +1,130 @@
-"""What the documents say of the tests is true."""
+"""What the documents promise holds: sizes, links, tests that are named, the picture of the stages."""
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 FAULTS = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
-NAMED = sorted(set(re.findall(r"`(tests/\w+\.py)::(\w+)`", FAULTS)))
+DOCUMENTS = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "results" / "README.md",
+        ROOT / "pretrained" / "README.md",
+    ]
+)
+NAMED_TESTS = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", FAULTS)))
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+ENDINGS = ("csv", "html", "json", "md", "py", "yaml")  # of files that are named as sections are
+
+each_document = pytest.mark.parametrize(
+    "text", [pytest.param(p.read_text(encoding="utf-8"), id=str(p.relative_to(ROOT))) for p in DOCUMENTS]
+)
 
 
-def tables() -> dict[str, list[list[str]]]:
+def fault_rows() -> dict[str, list[list[str]]]:
     """The rows of each section's table that name a test, by the section's heading."""
-    found = {}
+    tables = {}
     for section in FAULTS.split("\n## ")[1:]:
-        rows = [line.strip("| ").split(" | ") for line in section.splitlines() if "tests/" in line]
-        found[section.splitlines()[0]] = rows
-    return found
+        lines = section.splitlines()
+        rows = [line for line in lines if line.startswith("|") and "tests/" in line]
+        tables[lines[0]] = [row.strip("| ").split(" | ") for row in rows]
+    return tables
 
 
-@pytest.mark.parametrize("file", sorted({file for file, _ in NAMED}))
-def test_every_test_that_the_faults_name_is_there(file):
+def test_readme_is_short():
+    assert len(README.split()) <= 1500
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_to_files(document):
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        if not target.startswith(("http://", "https://")):
+            assert (document.parent / target).exists(), target
+
+
+@each_document
+def test_commands_name_modules_that_exist(text):
+    for name in re.findall(r"python -m ((?:stages|tools|research)\.\w+)", text):
+        assert name == "stages.NAME" or (ROOT / f"{name.replace('.', '/')}.py").exists(), name
+
+
+@each_document
+def test_commands_name_targets_of_the_makefile(text):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for name in re.findall(r"(?:`|^|&& )make ([a-z][\w-]*)", text, flags=re.MULTILINE):
+        assert re.search(rf"^{name}:", makefile, flags=re.MULTILINE), name
+
+
+@each_document
+def test_parameters_that_are_named_exist(text):
+    for section, key in re.findall(rf"(?<![\w./])({'|'.join(PARAMS)})\.([a-z_]+)\b", text):
+        assert key in ENDINGS or key in PARAMS[section], f"{section}.{key}"
+
+
+def test_index_has_every_document():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "docs").glob("*.md"):
+        assert path.name == "README.md" or f"]({path.name})" in index, path.name
+
+
+def test_paths_in_readme_and_contributing_exist():
+    for text in (README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
+        for name in re.findall(r"`((?:pipeline|stages|tests|tools|research)/[\w/]+(?:\.py)?/?)`", text):
+            assert (ROOT / name).exists(), name
+
+
+def test_picture_of_the_stages_is_the_map():
+    """The arrows of README's picture lead to the same stages as the files that dvc.yaml names."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    writers = {}
+    for name, body in stages.items():
+        metrics = [next(iter(m)) if isinstance(m, dict) else m for m in body.get("metrics", ())]
+        for out in (*body.get("outs", ()), *metrics):
+            writers[re.split(r"/?\$\{item|-\$\{item", out)[0]] = name
+    reads: dict[str, set[str]] = {name: set() for name in stages}
+    for name, body in stages.items():
+        for dep in body["deps"]:
+            reads[name] |= {w for out, w in writers.items() if f"{out}/".startswith(f"{dep}/")}
+        reads[name] -= {name}
+    (picture,) = re.findall(r"```mermaid\n(.*?)```", README, flags=re.DOTALL)
+    drawn: dict[str, set[str]] = {name: set() for name in stages}
+    for line in picture.splitlines():
+        for before, after in itertools.pairwise(line.strip().split(" --> ")):
+            drawn[after].add(before)
+    assert {n: _ancestors(n, drawn) for n in stages} == {n: _ancestors(n, reads) for n in stages}
+
+
+def _ancestors(name: str, parents: dict[str, set[str]]) -> set[str]:
+    return parents[name].union(*(_ancestors(parent, parents) for parent in parents[name]))
+
+
+@pytest.mark.parametrize("file", sorted({file for file, _ in NAMED_TESTS}))
+def test_faults_name_tests_that_exist(file):
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    there = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    assert {name for of, name in NAMED if of == file} <= there
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert {test for other, test in NAMED_TESTS if other == file} <= defined
 
 
-def test_every_row_of_the_faults_has_a_fault_what_happens_and_one_test():
-    for section, rows in tables().items():
+def test_every_fault_has_what_happens_and_one_test():
+    for section, rows in fault_rows().items():
         for row in rows:
             assert len(row) == 3, (section, row)
-            assert re.fullmatch(r"`tests/\w+\.py::test_\w+`", row[2]), (section, row)
+            assert re.fullmatch(r"`tests/[\w/]+\.py::test_\w+`", row[2]), (section, row)
 
 
 def test_no_fault_stands_twice():
-    for section, rows in tables().items():
+    for section, rows in fault_rows().items():
         tests = [row[2] for row in rows]
         assert len(set(tests)) == len(tests), (section, {t for t in tests if tests.count(t) > 1})
 
 
 def test_at_least_forty_kinds_of_bad_input_are_held():
-    assert len(tables()["Bad input"]) >= 40
+    assert len(fault_rows()["Bad input"]) >= 40

@@ -5,27 +5,27 @@ import torch
 
 from pipeline.flops import measure
 from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 
 
 @pytest.mark.parametrize(("depth", "flops"), [(110, 5.058e8), (32, 1.377e8)])
 def test_full_resnets_cost_what_the_authors_report(depth, flops):
-    assert measure(ResNet(depth=depth), None, 32).full == pytest.approx(flops, rel=5e-4)
+    assert measure(cifar_resnet(depth=depth), None, 32).full == pytest.approx(flops, rel=5e-4)
 
 
 def test_the_authors_policy_network():
-    cost = measure(ResNet(depth=110), PolicyNet(num_blocks=54), 32)
+    cost = measure(cifar_resnet(depth=110), PolicyNet(num_blocks=54), 32)
     assert cost.policy_net == pytest.approx(2.448e7, rel=5e-4)
 
 
 def test_blockdrop_resnet110_at_the_papers_number_of_blocks():
-    cost = measure(ResNet(depth=110), PolicyNet(num_blocks=54), 32)
+    cost = measure(cifar_resnet(depth=110), PolicyNet(num_blocks=54), 32)
     actions = (torch.rand(2000, 54, generator=torch.Generator().manual_seed(0)) < 16.93 / 54).float()
     assert 1.80e8 < cost.of(actions).mean() < 1.86e8
 
 
 def test_cost_is_the_sum_of_what_runs():
-    resnet = ResNet(depth=14, width=4, num_classes=7)
+    resnet = cifar_resnet(depth=14, width=4, num_classes=7)
     cost = measure(resnet, None, 16)
     conv = lambda i, o, size: 2 * i * o * 9 * size**2  # noqa: E731
     blocks = [
@@ -41,7 +41,7 @@ def test_cost_is_the_sum_of_what_runs():
 
 
 def test_a_smaller_look_costs_less_and_a_static_policy_costs_no_look():
-    resnet = ResNet(depth=32)
+    resnet = cifar_resnet(depth=32)
     full_look = measure(resnet, PolicyNet(num_blocks=15), 32)
     halved = measure(resnet, PolicyNet(num_blocks=15, input_size=16), 32)
     assert halved.policy_net == pytest.approx(full_look.policy_net / 4, rel=1e-3)
@@ -50,7 +50,7 @@ def test_a_smaller_look_costs_less_and_a_static_policy_costs_no_look():
 
 
 def test_counting_leaves_the_network_as_it_was():
-    resnet = ResNet(depth=8)
+    resnet = cifar_resnet(depth=8)
     before = {name: tensor.clone() for name, tensor in resnet.state_dict().items()}
     measure(resnet, None, 32)
     assert resnet.training

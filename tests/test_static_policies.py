@@ -6,8 +6,10 @@ import pytest
 import torch
 from builders import NORMALISATION, trained
 
+from pipeline.architectures import CIFAR_STAGES
 from pipeline.device import generator
-from pipeline.models.resnet import STAGES, ResNet
+from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 from pipeline.static_policies import RULES, static_rule
 from pipeline.training.classification import Classification
 from pipeline.training.loop import Batch
@@ -32,7 +34,7 @@ def test_every_image_keeps_as_many_blocks_as_asked_for(name, blocks):
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("training", [False, True])
 def test_with_all_blocks_kept_it_is_the_full_network_bit_for_bit(name, training):
-    resnet = trained(ResNet(depth=14, width=4, num_classes=3), seed=0).train(training)
+    resnet = trained(cifar_resnet(depth=14, width=4, num_classes=3), seed=0).train(training)
     images = torch.randn(6, 3, 8, 8, generator=generator(1))
     actions = static_rule(name, resnet.num_blocks)(noise_of(6, resnet.num_blocks))
     assert torch.equal(resnet(images, actions), resnet(images))
@@ -45,9 +47,9 @@ def test_first_is_a_prefix():
 @pytest.mark.parametrize("blocks", [3, 15, 54])
 def test_distribute_differs_by_one_block_between_stages_and_the_earliest_have_it(blocks):
     for kept in range(blocks + 1):
-        stages = static_rule("distribute", kept)(noise_of(1, blocks))[0].view(STAGES, -1)
-        whole, over = divmod(kept, STAGES)
-        assert stages.sum(dim=1).tolist() == [whole + (stage < over) for stage in range(STAGES)]
+        stages = static_rule("distribute", kept)(noise_of(1, blocks))[0].view(CIFAR_STAGES, -1)
+        whole, over = divmod(kept, CIFAR_STAGES)
+        assert stages.sum(dim=1).tolist() == [whole + (stage < over) for stage in range(CIFAR_STAGES)]
         assert torch.equal(stages, stages.sort(dim=1, descending=True).values)  # a stage's first blocks
 
 
@@ -120,7 +122,7 @@ def step(learner: Classification, batch: Batch, rate: float = 0.01):
 def test_a_step_touches_no_block_that_is_dropped_and_all_that_are_kept(name, train_split):
     """Not by weight decay and not by batch statistics either."""
     torch.manual_seed(0)
-    resnet = ResNet(depth=14, width=4, num_classes=3)
+    resnet = cifar_resnet(depth=14, width=4, num_classes=3)
     learner = learner_of(resnet, name, 3)
     before = [{k: v.clone() for k, v in block.state_dict().items()} for block in resnet.flat_blocks()]
     for _ in range(3):
@@ -136,7 +138,7 @@ def test_a_step_touches_no_block_that_is_dropped_and_all_that_are_kept(name, tra
 def test_the_gradient_is_that_of_the_paths_that_ran(train_split):
     """Under RandomK a block's gradient comes from the images that keep it and from no others."""
     torch.manual_seed(0)
-    resnet = ResNet(depth=8, width=4, num_classes=3).eval()  # batch norm would tie images together
+    resnet = cifar_resnet(depth=8, width=4, num_classes=3).eval()  # batch norm would tie images together
     batch = batch_of(train_split, 3)
     actions = static_rule("random", 1)(batch.noise)
     weight = resnet.flat_blocks()[1].conv2.weight
@@ -156,7 +158,7 @@ def test_keeping_every_block_trains_as_pretraining_does_bit_for_bit(name, train_
     found = []
     for rule in (None, name):
         torch.manual_seed(0)
-        resnet = ResNet(depth=8, width=4, num_classes=3)
+        resnet = cifar_resnet(depth=8, width=4, num_classes=3)
         learner = learner_of(resnet, rule, 3)
         metrics = [step(learner, batch_of(train_split, 3)) for _ in range(2)]
         found.append((metrics, resnet.state_dict(), learner.validate(validation_split)))
@@ -174,7 +176,7 @@ def test_only_a_learner_with_a_rule_draws_noise(small_resnet):
 
 
 def test_validation_runs_the_rule_and_draws_the_same_each_time(validation_split):
-    resnet = trained(ResNet(depth=14, width=4, num_classes=3), seed=0)
+    resnet = trained(cifar_resnet(depth=14, width=4, num_classes=3), seed=0)
     learner, drawn = learner_of(resnet, "random", 2), []
     rule = learner.rule
 

@@ -1,38 +1,73 @@
-"""The command line of the tools: bad usage, and what a user can mend, end in one line."""
+"""The frame of every command line: its options, and one line for an error that the user can mend."""
 
 import argparse
+import functools
+import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from pipeline.infra.errors import UserError, explain
 from pipeline.infra.safe_io import printable
 
+Main = Callable[[argparse.Namespace], None]
+
 
 class Parser(argparse.ArgumentParser):
-    """Shows a description as it is written; an error is one line, and status 2."""
+    """Shows a description as it is written; a usage error is one line, and status 2."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawTextHelpFormatter} | options)
 
     def error(self, message: str) -> NoReturn:
-        """End with the message."""
         self.exit(2, f"error: {printable(' '.join(message.split()))}; `--help` says what there is\n")
 
 
+def command(
+    add_options: Callable[[Parser], None] | None = None, *, intermixed: bool = False
+) -> Callable[[Main], Callable[[], None]]:
+    """Make a function that takes parsed options the `main` of its module.
+
+    The module's docstring is the text of `--help`. Bad usage ends with status 2; a UserError, a file
+    that can't be used or a program that fails with status 1; Ctrl-C with 130. Each prints one line.
+
+    Args:
+        add_options: adds the command's options to its parser.
+        intermixed: options may stand between the positional arguments.
+    """
+
+    def decorate(main: Main) -> Callable[[], None]:
+        @functools.wraps(main)
+        def run() -> None:
+            parser = Parser(description=main.__globals__["__doc__"])
+            if add_options is not None:
+                add_options(parser)
+            arguments = parser.parse_intermixed_args() if intermixed else parser.parse_args()
+            with one_line_errors():
+                main(arguments)
+
+        return run
+
+    return decorate
+
+
 @contextmanager
-def mendable() -> Iterator[None]:
-    """End with status 1 and one line on a bad name, a file that can't be used, a program that fails."""
+def one_line_errors() -> Iterator[None]:
+    """End the program with one line instead of a traceback, where the user can mend the cause."""
     try:
         yield
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     except subprocess.CalledProcessError as error:
-        said = (error.stderr or "").strip().splitlines() or ["see above"]
-        command = " ".join(map(str, error.cmd))
+        last_line = ((error.stderr or "").strip().splitlines() or ["see above"])[-1]
+        program = " ".join(map(str, error.cmd))
         raise SystemExit(
-            f"error: `{command}` failed ({printable(said[-1])}); mend that, and repeat"
+            f"error: `{program}` failed ({printable(last_line)}); mend that, and repeat"
         ) from None
     except OSError as error:
         raise SystemExit(f"error: {explain(error) or error}") from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None

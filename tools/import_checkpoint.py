@@ -4,6 +4,7 @@ FILE may be torchvision:IMAGENET1K_V1 (or _V2): pretrained weights, which it fet
 Checks the file, copies it into import/, lets DVC track the copy, and names it in params.yaml.
 """
 
+import argparse
 import io
 import re
 import subprocess
@@ -21,7 +22,7 @@ from pipeline.infra.safe_io import truncate
 from pipeline.models import checkpoint
 from pipeline.sources.cifar import patience
 from pipeline.training import legacy_checkpoints
-from tools.command import Parser
+from tools.command import Parser, command
 
 IMPORT = Path("import")
 PARAMS = Path("params.yaml")
@@ -114,8 +115,8 @@ def download(name: str, wanted: ResNetParams) -> Path:
             download_url_to_file(urls[name], str(path), hash_prefix=prefix, progress=sys.stderr.isatty())
     except (OSError, RuntimeError) as error:  # urllib's are OSErrors
         raise UserError(
-            f"{urls[name]} can't be fetched ({truncate(error)}); fetch it on another machine and import the "
-            f"file: `make import FILE={path.name} STAGE=pretrain`"
+            f"{urls[name]} can't be fetched ({truncate(error)}); fetch it on another machine and import "
+            f"the file: `make import FILE={path.name} STAGE=pretrain`"
         ) from None
     return path
 
@@ -154,15 +155,17 @@ def name_in_params(stage: str, path: Path) -> list[str]:
     return named
 
 
-def main() -> None:
-    """Check, copy, track, name."""
-    parser = Parser(description=__doc__)
+def add_options(parser: Parser) -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("stage", choices=STAGES)
-    arguments = parser.parse_args()
+
+
+@command(add_options)
+def main(arguments: argparse.Namespace) -> None:
+    """Check, copy, track, name."""
     path: Path = arguments.file
     if path == Path():
-        parser.error("FILE is empty; `make import FILE=path STAGE=pretrain` names a checkpoint")
+        raise UserError("FILE is empty; `make import FILE=path STAGE=pretrain` names a checkpoint")
     named_weights = str(path).startswith(TORCHVISION)
     if path.name in OWN_FILES:  # one of our own folders, named by a file in it
         path = path.resolve().parent
@@ -177,8 +180,6 @@ def main() -> None:
         subprocess.run(["dvc", "add", "--quiet", str(target)], check=True)
         subprocess.run(["git", "add", f"{target}.dvc", str(IMPORT / ".gitignore")], check=True)
         named = name_in_params(arguments.stage, target)
-    except UserError as error:
-        sys.exit(f"error: {error}")
     except subprocess.CalledProcessError as error:
         sys.exit(f"error: `{' '.join(error.cmd)}` failed; params.yaml is as it was")
     except OSError as error:

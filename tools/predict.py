@@ -1,9 +1,10 @@
 """Classify image files: `python -m tools.predict cat.png dog.jpg`.
 
-Says for each image the class and how sure the network is of it, which blocks ran, and what that saves.
-Images of any size and kind are read as `imagefolder` reads them: the middle square, scaled.
+Prints each image's class and confidence, the ResNet's blocks that ran, and the FLOPs that this saves.
+An image of any size is cropped to its middle square and scaled, as the source `imagefolder` does it.
 """
 
+import argparse
 import glob
 import io
 import json
@@ -25,7 +26,7 @@ from pipeline.infra.safe_io import printable
 from pipeline.models import checkpoint
 from pipeline.serving.predictor import Prediction, Predictor
 from pipeline.sources.image_folder import read_image
-from tools.command import Parser
+from tools.command import Parser, command
 
 MODEL = "models/finetune"
 REGISTRY = "models:/"
@@ -86,7 +87,7 @@ def paths_of(words: str) -> list[Path]:
 
 
 def exists(name: str) -> bool:
-    """Whether a file has that name; too long a line is none."""
+    """Whether a file has that name; no file has a name that is too long for the system."""
     try:
         return bool(name) and Path(name).exists()
     except OSError:
@@ -94,7 +95,7 @@ def exists(name: str) -> bool:
 
 
 def matches(word: str) -> list[str]:
-    """What a pattern stands for; the word itself where it names a file, or nothing matches."""
+    """The files that a pattern matches; the word itself where it names a file, or matches nothing."""
     return [word] if exists(word) else sorted(glob.glob(word)) or [word]  # noqa: PTH207
 
 
@@ -104,15 +105,15 @@ def read(paths: Sequence[Path], image_size: int) -> tuple[list[Path], NDArray[np
     Returns:
         Their paths, the images [B, S, S, 3], and an error for each of the others.
     """
-    found, images, errors = [], [], []
+    readable, images, errors = [], [], []
     for path in paths:
         try:
             images.append(read_image(path, image_size))
-            found.append(path)
+            readable.append(path)
         except UserError as error:
             errors.append(str(error))
     stacked = np.stack(images) if images else np.empty((0, image_size, image_size, 3), dtype=np.uint8)
-    return found, stacked, errors
+    return readable, stacked, errors
 
 
 def strip(kept: NDArray[np.bool_]) -> str:
@@ -162,9 +163,7 @@ def show_json(paths: Sequence[Path], predictions: Sequence[Prediction], classes:
         print(json.dumps(record, ensure_ascii=False))
 
 
-def main() -> None:
-    """Predict; exit status 1 when something could not be read, after the answers on all else."""
-    parser = Parser(description=__doc__)
+def add_options(parser: Parser) -> None:
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE")
     parser.add_argument(
         "--words",
@@ -179,24 +178,25 @@ def main() -> None:
     )
     parser.add_argument("--image-size", type=int, help="for a checkpoint that does not say it")
     parser.add_argument("--json", action="store_true", help="one object a line")
-    arguments = parser.parse_intermixed_args()
+
+
+@command(add_options, intermixed=True)
+def main(arguments: argparse.Namespace) -> None:
+    """Predict all images that can be read; exit with status 1 if there are others."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        named = [*arguments.images, *paths_of(arguments.words)]
-        if not named:
-            raise UserError("no image is named; `make predict IMAGES=\"a.png 'b c.png'\"` names two")
-        predictor = load(arguments.model, arguments.image_size)
-        paths, images, errors = read(named, predictor.image_size)
-        predictions = predictor(images)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    named = [*arguments.images, *paths_of(arguments.words)]
+    if not named:
+        raise UserError("no image is named; `make predict IMAGES=\"a.png 'b c.png'\"` names two")
+    predictor = load(arguments.model, arguments.image_size)
+    paths, images, errors = read(named, predictor.image_size)
+    predictions = predictor(images)
     if arguments.json:
         show_json(paths, predictions, predictor.classes)
     elif predictions:
         show(paths, predictions)
-    for said in errors:
-        print(f"error: {said}", file=sys.stderr)
+    for message in errors:
+        print(f"error: {message}", file=sys.stderr)
     if errors:
         sys.exit(1)
 

@@ -1,9 +1,10 @@
 """Make the model of an experiment the champion: `python -m tools.promote gamma-5`.
 
-Registers the model that was logged at a run and gives it an alias, so that it can be named without
-knowing its version: `models:/blockdrop@champion`.
+Registers the model that was logged at a run and gives it an alias, so that it has a name without a
+version: `models:/blockdrop@champion`.
 """
 
+import argparse
 import sys
 
 from pipeline.infra.errors import UserError
@@ -12,27 +13,28 @@ from pipeline.infra.safe_io import printable
 from pipeline.tracking.connection import reason
 from pipeline.tracking.registry import ALIAS, NAME, Promotion, UnknownRunError, promote
 from pipeline.tracking.store import shown_uri
-from tools.command import Parser
+from tools.command import Parser, command
 
 
-def describe(made: Promotion) -> str:
-    """What changed, and how to use it."""
-    if made.previous is None:
+def describe(promotion: Promotion) -> str:
+    """The champion's version, the one before, and the command that uses it."""
+    name, version, previous = promotion.name, promotion.version, promotion.previous
+    if previous is None:
         before = "there was none"
-    elif made.previous == made.version:
+    elif previous == version:
         before = "the same"
     else:
-        before = f"version {made.previous} (models:/{made.name}/{made.previous})"
-    run = printable(made.run_name)
+        before = f"version {previous} (models:/{name}/{previous})"
+    run = printable(promotion.run_name)
     return (
-        f"{made.alias} of {made.name}: version {made.version} (run {run}, {made.model_id})\n"
+        f"{promotion.alias} of {name}: version {version} (run {run}, {promotion.model_id})\n"
         f"before: {before}\n"
-        f"python -m tools.predict IMAGE --model {made.uri}"
+        f"python -m tools.predict IMAGE --model {promotion.uri}"
     )
 
 
 def promote_newest(run: str, **names: str) -> Promotion:
-    """The same as `promote`, also of what DVC knows and MLflow does not yet, or by another name.
+    """`promote`, after a sync where DVC knows the experiment and MLflow does not, or by an old name.
 
     Raises:
         ModelError: as `promote`.
@@ -52,24 +54,26 @@ def promote_newest(run: str, **names: str) -> Promotion:
         return promote(run, **names)
 
 
-def main() -> None:
-    """Promote, then say which version was the champion and which is."""
-    parser = Parser(description=__doc__)
+def add_options(parser: Parser) -> None:
     parser.add_argument("run", metavar="NAME_OR_RUN", help="an experiment's name, or the id of a run")
     parser.add_argument("--registered-name", default=NAME, help=f"of the registered model ({NAME})")
     parser.add_argument("--alias", default=ALIAS, help=f"({ALIAS})")
-    arguments = parser.parse_args()
+
+
+@command(add_options)
+def main(arguments: argparse.Namespace) -> None:
+    """Promote, then say which version was the champion and which is."""
     try:
-        made = promote_newest(
+        promotion = promote_newest(
             arguments.run, registered_name=arguments.registered_name, alias=arguments.alias
         )
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    except UserError:
+        raise
     except Exception as error:  # whatever the store's library raises
         sys.exit(
             f"error: {shown_uri()} can't be used ({reason(error)}); start it, or set MLFLOW_TRACKING_URI"
         )
-    print(describe(made))
+    print(describe(promotion))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Mend what DVC does not mend itself, before `make repro` runs it; afterwards see that nothing is lost.
+"""Repair what DVC does not repair itself: before `make repro` runs DVC, and with --check after it.
 
-DVC 3.67 writes dvc.lock and its list of locks in place; killed in the middle of that it refuses to read
-them ever after. DVC finds again all that is in them: its run cache has the results of the stages.
+DVC 3.67 writes dvc.lock and its list of locks in place. A kill in the middle of that leaves a file that
+DVC refuses to read from then on. Nothing in them is needed: DVC's run cache has the stages' results.
 
-It takes every file of its cache for whole, since it has made them read-only: one whose bytes changed is
-restored as it is, and making the result anew does not replace it. And it ends with status 0 when what
-the stages wrote did not fit into the cache.
+DVC trusts every file of its cache, since it has made them read-only. A file whose bytes changed is
+restored as it is, and running the stage again does not replace it. And DVC ends with status 0 when the
+cache had no space for what the stages wrote.
 """
 
+import argparse
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from dvc.repo import Repo
 from dvc_data.hashfile.db import HashFileDB
 from dvc_objects.errors import ObjectFormatError
 
-from tools.command import Parser
+from tools.command import Parser, command
 
 LOCK = Path("dvc.lock")
 READ_BY_DVC = (LOCK, Path("dvc.yaml"), Path("params.yaml"))
@@ -31,68 +32,68 @@ CONFLICT = "<<<<<<<"
 OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
-def torn(folder: Path) -> list[Path]:
-    """Which of the two files of a checkout can't be read."""
-    found = []
+def corrupted(folder: Path) -> list[Path]:
+    """Which of the two files that DVC writes in place it could not read in this checkout."""
+    names = []
     try:
         text = (folder / LOCK).read_text(encoding="utf-8") if (folder / LOCK).exists() else CONFLICT
-        if CONFLICT not in text:  # a merge that is under way is its user's
+        if CONFLICT not in text:  # the user has a merge to finish
             stages = yaml.safe_load(text)["stages"]
             [(entry["cmd"], entry["outs"][0]["path"]) for entry in stages.values()]
     except (ValueError, yaml.YAMLError, TypeError, KeyError, IndexError, AttributeError):
-        found.append(LOCK)
+        names.append(LOCK)
     try:
         if (folder / LIST_OF_LOCKS).exists():
             json.loads((folder / LIST_OF_LOCKS).read_text(encoding="utf-8"))
     except ValueError:
-        found.append(LIST_OF_LOCKS)
-    return found
+        names.append(LIST_OF_LOCKS)
+    return names
 
 
-def require_plain(folder: Path) -> None:
-    """DVC would wait for a pipe for ever, and read a device without end."""
+def move_corrupted(folder: Path) -> list[Path]:
+    """Rename the corrupted files, so that DVC writes new ones and the user can still look at them."""
+    names = corrupted(folder)
+    for name in names:
+        (folder / name).replace(folder / f"{name}.corrupted")
+    return names
+
+
+def require_plain_files(folder: Path) -> None:
+    """Refuse pipes and devices in the place of DVC's files: DVC would read them without end."""
     for name in READ_BY_DVC:
         if (folder / name).exists() and not (folder / name).is_file():
             raise SystemExit(f"error: {name} is no plain file (nor a link to one); put the file there")
 
 
-def mend(folder: Path) -> list[Path]:
-    """Put them aside, where somebody who wonders finds them; their names."""
-    names = torn(folder)
-    for name in names:
-        (folder / name).replace(folder / f"{name}.torn")
-    return names
-
-
 def remove_damaged(repo: Repo) -> Iterator[str]:
-    """Remove from the cache what is not what its name, an MD5, says; the files' paths.
+    """Remove the cache's files whose bytes do not have the MD5 that is their name; yields their paths.
 
-    DVC remembers sizes and times, so only what was written to since is read again.
+    DVC remembers the digest of a file by its size and time, so only files written to since are read.
     """
     cache = repo.cache.local
-    for digest in filter(OBJECT.fullmatch, cache.all()):  # others are being written by a DVC
+    for digest in filter(OBJECT.fullmatch, cache.all()):  # others are temporary files of a running DVC
         try:
-            HashFileDB.check(cache, digest)  # the cache's own method trusts what is read-only
+            HashFileDB.check(cache, digest)  # the check of the cache's own class trusts read-only files
         except ObjectFormatError:
             yield os.path.relpath(cache.oid_to_path(digest))
 
 
-def lost(repo: Repo) -> list[Output]:
-    """What dvc.lock names and the cache lacks, of the stages that there are."""
+def missing_from_cache(repo: Repo) -> list[Output]:
+    """The results of today's stages that dvc.lock names and the cache lacks."""
     return [out for out in repo.index.outs if out.use_cache and out.hash_info and out.changed_cache()]
 
 
-def in_work_tree(out: Output) -> bool:
-    """Whether the work tree has what dvc.lock names; its digest is taken anew."""
+def is_in_work_tree(out: Output) -> bool:
+    """Whether the work tree has the bytes that dvc.lock names."""
     path = Path(out.fs_path)
     for file in [path, *path.rglob("*")] if path.exists() else ():
         if file.is_file():
-            file.touch()  # DVC took the digest from the cache, if it copied the file from there
+            file.touch()  # else DVC takes the digest of the cache's file from which it copied this one
     return out.exists and not out.changed_checksum()
 
 
-def put_back(out: Output) -> bool:
-    """Fill the cache from the work tree; False where it can't be written."""
+def copy_to_cache(out: Output) -> bool:
+    """Fill the cache from the work tree; False where the cache can't be written."""
     try:
         out.commit()
     except OSError as error:
@@ -100,53 +101,54 @@ def put_back(out: Output) -> bool:
     return not out.changed_cache()
 
 
-def refuse(repo: Repo, outs: list[Output]) -> None:
-    """End with status 1 if there are results that the cache did not take."""
-    if outs:
+def require_cached(repo: Repo, missing: list[Output]) -> None:
+    """End with status 1 if the cache lacks results."""
+    if missing:
         raise SystemExit(
-            f"error: {', '.join(map(str, outs))} could not be written to DVC's cache "
+            f"error: {', '.join(map(str, missing))} could not be written to DVC's cache "
             f"({os.path.relpath(repo.cache.local.path)}; DVC says why above); free space, or give "
-            "this user access to it, and repeat: they are put there, and no stage runs for it"
+            "this user access to it, and repeat: they are copied there, and no stage has to run again"
         )
 
 
-def mend_cache() -> None:
-    """See that what is in DVC's cache is whole, and all there that the work tree has.
+def repair_cache() -> None:
+    """Remove damaged files from DVC's cache, and fill it with the results that the work tree has.
 
-    Where it can't be filled nothing may run: DVC would remove the results, and make them anew.
+    Where the cache can't be filled no stage may run: DVC would first remove the stage's results.
     """
     with Repo() as repo, repo.lock:
         for path in remove_damaged(repo):
-            print(f"{path} was damaged and is removed; DVC makes it anew when it is needed")
-        refused = []
-        for out in filter(in_work_tree, lost(repo)):
-            if put_back(out):
-                print(f"{out} was in no cache and is put back into it, from the work tree")
+            print(f"{path} was damaged and is removed; DVC runs its stage again when it is needed")
+        still_missing = []
+        for out in filter(is_in_work_tree, missing_from_cache(repo)):
+            if copy_to_cache(out):
+                print(f"{out} was missing from the cache and is copied back from the work tree")
             else:
-                refused.append(out)
-        refuse(repo, refused)
+                still_missing.append(out)
+        require_cached(repo, still_missing)
 
 
-def check_cache() -> None:
-    """See that all results are in the cache."""
-    with Repo() as repo:
-        refuse(repo, lost(repo))
+def add_options(parser: Parser) -> None:
+    parser.add_argument("--check", action="store_true", help="only check that DVC cached all results")
 
 
-def main() -> None:
-    """Mend the checkout that is the working folder."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="see that DVC has cached all results")
-    if parser.parse_args().check:
-        check_cache()
+@command(add_options)
+def main(arguments: argparse.Namespace) -> None:
+    """Repair the checkout that is the working folder."""
+    if arguments.check:
+        with Repo() as repo:
+            require_cached(repo, missing_from_cache(repo))
         return
-    require_plain(Path())
-    for name in mend(Path()):
-        print(f"{name} was torn by a DVC that was killed; it is now {name}.torn, and DVC makes it anew")
+    require_plain_files(Path())
+    for name in move_corrupted(Path()):
+        print(
+            f"{name} was left corrupted when DVC was killed; it is kept as {name}.corrupted, and DVC "
+            "writes a new one"
+        )
     try:
-        mend_cache()
+        repair_cache()
     except (DvcException, OSError) as error:  # dvc repro says what else is wrong
-        print(f"DVC's cache was not looked at: {error}", file=sys.stderr)
+        print(f"DVC's cache was not checked: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Open the MLflow UI, on this machine alone: `make ui`. Everything that DVC knows is logged first."""
 
+import argparse
 import contextlib
 import os
 import socket
@@ -9,23 +10,23 @@ from pipeline.infra.errors import UserError
 from pipeline.infra.resume import project_root
 from pipeline.tracking import overview
 from pipeline.tracking.store import HOST, PORT, store_uri
-from tools.command import Parser, mendable
+from tools.command import Parser, command
 from tools.sync import sync, usable_store
 
 
 def require_free(host: str, port: int) -> None:
-    """Find out before the sync that the UI can't be served there.
+    """Check before the sync that the UI can be served there.
 
     Raises:
         UserError: the port is taken, or the host is none of this machine's.
     """
     try:
-        family, kind, _, _, place = socket.getaddrinfo(
+        family, kind, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        with socket.socket(family, kind) as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
-            tried.bind(place)
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
+            probe.bind(address)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
@@ -34,10 +35,7 @@ def require_free(host: str, port: int) -> None:
         ) from None
 
 
-@mendable()
-def main() -> None:
-    """Print the links that show the runs, then serve until Ctrl-C."""
-    parser = Parser(description=__doc__)
+def add_options(parser: Parser) -> None:
     parser.add_argument("--port", type=int, default=PORT)
     parser.add_argument(
         "--host",
@@ -45,21 +43,25 @@ def main() -> None:
         help=f"address to listen on ({HOST}: this machine alone); there is no password, so see "
         "the README before you name another",
     )
-    arguments = parser.parse_args()
+
+
+@command(add_options)
+def main(arguments: argparse.Namespace) -> None:
+    """Print the links that show the runs, then serve until Ctrl-C."""
     uri = store_uri()
     served_elsewhere = uri.startswith("http")
     if not served_elsewhere:
         require_free(arguments.host, arguments.port)
     with usable_store():
-        own = sync(project_root()).run_id
+        run_id = sync(project_root()).run_id
         address = None if served_elsewhere else f"http://{arguments.host}:{arguments.port}"
-        overview.say(own, address=address)
+        overview.say(run_id, address=address)
     if served_elsewhere:
         return
-    command = ["mlflow", "ui", "--host", arguments.host, "--port", str(arguments.port)]
+    server = ["mlflow", "ui", "--host", arguments.host, "--port", str(arguments.port)]
     environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": uri}  # may hold a password: not for `ps`
     with contextlib.suppress(KeyboardInterrupt):
-        subprocess.run(command, check=True, cwd=project_root(), env=environment)
+        subprocess.run(server, check=True, cwd=project_root(), env=environment)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What was measured by the clock."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,104 +10,103 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from pipeline.plotting import BLUE, CYCLE, GREEN, GREY, MARKERS, ORANGE, WIDTH, headline, save
-from pipeline.speedup import claim
-
-Row = Mapping[str, Any]
+from pipeline.results import SweepPoint, TimingRow
 
 
-def speedups(path: Path, *, times: Sequence[Row], title: str) -> None:
-    """Speed-up of every executor over the best static form, by batch size, beside what FLOPs promise.
+def speedups(path: Path, *, times: Sequence[TimingRow], title: str) -> None:
+    """Speed-up of every executor over the best full-ResNet form by batch size, and what FLOPs promise.
 
-    Args:
-        times: rows of the benchmark's table of that name.
+    Hollow where nothing is claimed.
     """
-    rows = [row for row in times if row["kind"] == "blockdrop"]
-    precisions = sorted({row["precision"] for row in rows}, reverse=True)
-    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    rows = [row for row in times if row.kind == "blockdrop"]
+    precisions = sorted({row.precision for row in rows}, reverse=True)
+    names = list(dict.fromkeys(row.candidate for row in rows))
     figure, axes = plt.subplots(
         1, len(precisions), figsize=(WIDTH, 4.2), layout="constrained", squeeze=False
     )
+    looks: dict[str, dict[str, Any]] = {
+        name: {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)]}
+        for i, name in enumerate(names)
+    }
     for ax, precision in zip(axes[0], precisions, strict=True):
-        here = [row for row in rows if row["precision"] == precision]
-        for index, name in enumerate(names):
-            own = [row for row in here if row["contestant"] == name]
-            _draw_speedup(ax, own, CYCLE[index % len(CYCLE)], MARKERS[index % len(MARKERS)])
-        ideal = {row["batch"]: row["ideal"] for row in here}
+        of_precision = [row for row in rows if row.precision == precision]
+        for name, look in looks.items():
+            _draw_speedup(ax, [row for row in of_precision if row.candidate == name], **look)
+        ideal = {row.batch: row.ideal for row in of_precision}
         ax.plot(list(ideal), list(ideal.values()), color="black", linestyle="--", linewidth=1.2)
         ax.axhline(1, color="black", linewidth=0.8)
         ax.set_xscale("log", base=2)
         ax.set_xticks(list(ideal), [str(batch) for batch in ideal])
         ax.set(xlabel="images in a batch", title=precision, ylim=(0, None))
         ax.grid()
-    axes[0, 0].set_ylabel("times as fast as the best static form")
-    looks = [
-        Line2D([], [], color=CYCLE[i % len(CYCLE)], marker=MARKERS[i % len(MARKERS)], label=name)
-        for i, name in enumerate(names)
-    ]
-    looks.append(Line2D([], [], color="black", linestyle="--", label="what FLOPs promise"))
-    if not all(claim(row) for row in rows):
-        looks.append(_hollow("too noisy, or other results: no claim"))
-    columns = len(looks) if len(looks) <= 5 else -(-len(looks) // 2)
-    figure.legend(handles=looks, loc="outside lower center", ncols=columns)
+    axes[0, 0].set_ylabel("times as fast as the best full-ResNet form")
+    handles = [Line2D([], [], label=name, **look) for name, look in looks.items()]
+    handles.append(Line2D([], [], color="black", linestyle="--", label="what FLOPs promise"))
+    if not all(row.claim for row in rows):
+        handles.append(_hollow("too noisy, or other results: no claim"))
+    columns = len(handles) if len(handles) <= 5 else -(-len(handles) // 2)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     headline(figure, title)
     save(figure, path)
 
 
-def _draw_speedup(ax: Axes, rows: Sequence[Row], colour: str, marker: str) -> None:
-    """One executor with its intervals; hollow where nothing is claimed."""
-    batches, middle = [row["batch"] for row in rows], np.array([row["speedup"] for row in rows])
-    low, high = (np.array([row[f"speedup_{end}"] for row in rows]) for end in ("low", "high"))
-    reach = np.maximum([middle - low, high - middle], 0)  # an interval may leave its median out
-    ax.errorbar(batches, middle, yerr=reach, color=colour, marker=marker, capsize=3)
-    _mark_noise(ax, [(row["batch"], row["speedup"]) for row in rows if not claim(row)], colour, marker)
+def _draw_speedup(ax: Axes, rows: Sequence[TimingRow], *, color: str, marker: str) -> None:
+    """One executor with its intervals."""
+    batches = [row.batch for row in rows]
+    ratios, lows, highs = np.array(
+        [(row.speedup.ratio, row.speedup.low, row.speedup.high) for row in rows]
+    ).T.reshape(3, -1)
+    errors = np.maximum([ratios - lows, highs - ratios], 0)  # an interval may leave its median out
+    ax.errorbar(batches, ratios, yerr=errors, color=color, marker=marker, capsize=3)
+    _mark_noise(ax, [(row.batch, row.speedup.ratio) for row in rows if not row.claim], color, marker)
 
 
-def _mark_noise(ax: Axes, points: Sequence[tuple[float, float]], colour: str, marker: str) -> None:
+def _mark_noise(ax: Axes, points: Sequence[tuple[float, float]], color: str, marker: str) -> None:
     """Make these points hollow."""
     for x, y in points:
-        ax.plot(x, y, marker, markerfacecolor="white", markeredgecolor=colour, zorder=3)
+        ax.plot(x, y, marker, markerfacecolor="white", markeredgecolor=color, zorder=3)
 
 
-def _hollow(said: str) -> Line2D:
+def _hollow(label: str) -> Line2D:
     """What a hollow marker means, for a legend."""
-    line = Line2D([], [], marker="o", linestyle="", color=GREY, label=said)
+    line = Line2D([], [], marker="o", linestyle="", color=GREY, label=label)
     line.set_markerfacecolor("white")
     return line
 
 
-def break_evens(path: Path, *, sweep: Sequence[Row], title: str) -> None:
-    """Time against the kept share of the blocks, for few and for many policies, by batch size.
+def break_evens(path: Path, *, sweep: Sequence[SweepPoint], title: str) -> None:
+    """Time against the keep ratio, for few and for many policies, by batch size.
 
-    Hollow where the time can't be told from the best static form's.
-
-    Args:
-        sweep: rows of the benchmark's table of that name.
+    Hollow where the time can't be told from the best full-ResNet form's.
     """
-    cells = list(dict.fromkeys((row["precision"], row["batch"]) for row in sweep))
-    columns = min(3, len(cells))
-    lines = -(-len(cells) // columns)
+    panels = list(dict.fromkeys((point.precision, point.batch) for point in sweep))
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(
         lines, columns, figsize=(WIDTH, 0.9 + 2.5 * lines), layout="constrained", squeeze=False
     )
-    for ax, cell in zip(axes.flat, cells, strict=False):
-        rows = [row for row in sweep if (row["precision"], row["batch"]) == cell]
-        for variant, colour, marker in (("few", GREEN, "s"), ("many", BLUE, "o")):
-            own = [row for row in rows if row["variant"] == variant]
-            shares = [100 * row["keep_ratio"] for row in own]
-            said = f"BlockDrop, {variant} policies"
-            ax.plot(shares, [r["milliseconds"] for r in own], color=colour, marker=marker, label=said)
-            noisy = [(100 * r["keep_ratio"], r["milliseconds"]) for r in own if not claim(r)]
-            _mark_noise(ax, noisy, colour, marker)
-        static = rows[0]["static_milliseconds"]
-        ax.axhline(static, color=ORANGE, linestyle="--", label="best static form")
+    for ax, (precision, batch) in zip(axes.flat, panels, strict=False):
+        points = [p for p in sweep if (p.precision, p.batch) == (precision, batch)]
+        for variant, color, marker in (("few", GREEN, "s"), ("many", BLUE, "o")):
+            of_variant = [p for p in points if p.variant == variant]
+            percents = [100 * p.keep_ratio for p in of_variant]
+            times = [p.time.milliseconds for p in of_variant]
+            ax.plot(percents, times, color=color, marker=marker, label=f"BlockDrop, {variant} policies")
+            noisy = [
+                (100 * p.keep_ratio, p.time.milliseconds) for p in of_variant if not p.speedup.claim
+            ]
+            _mark_noise(ax, noisy, color, marker)
+        ax.axhline(
+            points[0].full_milliseconds, color=ORANGE, linestyle="--", label="best full-ResNet form"
+        )
         ax.set(xlabel="blocks kept (%)", ylabel="ms a batch", xlim=(0, 105), ylim=(0, None))
-        ax.set_title(f"batch {cell[1]}, {cell[0]}")
+        ax.set_title(f"batch {batch}, {precision}")
         ax.grid()
-    for ax in axes.flat[len(cells) :]:
+    for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
-    looks = axes[0, 0].get_legend_handles_labels()[0]
-    if not all(claim(row) for row in sweep):
-        looks.append(_hollow("too noisy to compare"))
-    figure.legend(handles=looks, loc="outside lower center", ncols=4)
+    handles = axes[0, 0].get_legend_handles_labels()[0]
+    if not all(point.speedup.claim for point in sweep):
+        handles.append(_hollow("too noisy to compare"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
     headline(figure, title)
     save(figure, path)

@@ -1,4 +1,4 @@
-"""Honest peers: the full ResNet, every block on every image, in each form that might be the fastest.
+"""The full ResNet, every block on every image, in each form that might be the fastest.
 
 Shapes: B images, N classes, H and W pixels.
 """
@@ -31,7 +31,7 @@ def eager(networks: Networks, precision: str) -> Classify:
     return run
 
 
-def packed(networks: Networks, precision: str) -> Classify:
+def fused(networks: Networks, precision: str) -> Classify:
     """Batch norm folded, convolutions fused with ReLUs, one batch over all cores."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     network = FusedNetwork(networks.resnet, dtype)
@@ -50,13 +50,13 @@ def compiled(networks: Networks, precision: str) -> Classify:
 
 
 class WholeGraph:
-    """The packed form as a CUDA graph for each batch size: no launch costs.
+    """The fused form as a CUDA graph for each batch size: no launch costs.
 
-    What it gives holds until its next call.
+    The logits that it returns hold until its next call.
     """
 
     def __init__(self, networks: Networks, precision: str) -> None:
-        self.run = packed(networks, precision)
+        self.run = fused(networks, precision)
         self.free()
 
     def free(self) -> None:
@@ -65,27 +65,27 @@ class WholeGraph:
         self.capture = Captures()
 
     def _captured(self, images: Tensor) -> tuple[Replay, Tensor, Tensor]:
-        """A graph for as many images, where it reads them and where it leaves logits."""
-        held = images.clone()
-        given: list[Tensor] = []
-        replay = self.capture(lambda: given.append(self.run(held)))
-        return replay, held, given[-1]
+        """A graph for as many images, the buffer that it reads and the one that it leaves logits in."""
+        inputs = images.clone()
+        outputs: list[Tensor] = []
+        replay = self.capture(lambda: outputs.append(self.run(inputs)))
+        return replay, inputs, outputs[-1]
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits [B, N] of images [B, H, W, 3] uint8."""
         if len(images) not in self.graphs:
             self.graphs[len(images)] = self._captured(images)
-        replay, held, logits = self.graphs[len(images)]
-        held.copy_(images)
+        replay, inputs, logits = self.graphs[len(images)]
+        inputs.copy_(images)
         replay()
         return logits
 
 
-def static_forms(
+def full_resnet_forms(
     networks: Networks, precision: str, *, with_compile: bool
 ) -> dict[str, Callable[[], Classify]]:
-    """What makes each form for this device, by name; an executor's own full form comes on top."""
-    forms: dict[str, Callable[[Networks, str], Classify]] = {"eager": eager, "packed": packed}
+    """What makes each form for this device, by name; executors that run every block come on top."""
+    forms: dict[str, Callable[[Networks, str], Classify]] = {"eager": eager, "fused": fused}
     if with_compile:
         forms["compiled"] = compiled
     if networks.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Timing contestants fairly, and what may be claimed from it.
+"""Timing candidates fairly, and what may be claimed from it.
 
 Shapes: B images of a batch, K blocks.
 """
@@ -10,16 +10,21 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.device import seconds_of
-from pipeline.speedup import MIN_ROUNDS, Row, Times
+from pipeline.results import Speedup, Timing
 
+MIN_ROUNDS = 5  # below, no interval means anything
+WIDEST_INTERVAL = 0.2  # of the speed-up itself: beyond, no number is claimed
+RESAMPLES = 1000
 SLACK = 1.2  # how much longer than predicted a part may take before more of it is dropped
 TOO_SLOW = "too slow for benchmark.seconds"
-CALLS = 2  # of a contestant in a round: one that is not measured, and one that is
+CALLS = 2  # of a candidate in a round: one that is not measured, and one that is
 
 Call = Callable[[int], object]  # takes the number of the round
+Times = NDArray[np.float64]  # seconds of each round
 
 
 class TimeBudget:
@@ -36,38 +41,38 @@ class TimeBudget:
 
     @property
     def left(self) -> float:
-        """Seconds; never less than none."""
+        """Seconds, not below 0."""
         return max(0.0, self.seconds - self.spent)
 
-    def share(self, own: float, all_that_comes: float) -> float:
-        """Seconds for a part, by what it and all that comes, itself included, are predicted to take."""
-        return self.left * own / all_that_comes if all_that_comes else 0.0
+    def share(self, predicted: float, predicted_of_all: float) -> float:
+        """Seconds for the next part, by what it and all that comes, itself included, are to take."""
+        return self.left * predicted / predicted_of_all if predicted_of_all else 0.0
 
 
 def too_slow(predicted: Mapping[str, float], seconds: float, stays: Collection[str]) -> list[str]:
     """Who has to go so that the others' predicted seconds fit: the slowest first, nobody of `stays`."""
-    total, going = sum(predicted.values()), []
+    total, dropped = sum(predicted.values()), []
     for name in sorted(predicted, key=lambda name: -predicted[name]):
         if total <= seconds:
             break
         if name not in stays:
-            going.append(name)
+            dropped.append(name)
             total -= predicted[name]
-    return going
+    return dropped
 
 
 def reason(error: Exception) -> str:
-    """Why a contestant can't run, in one line."""
+    """Why a candidate can't run, in one line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stopwatch:
-    """Measures contestants and leaves out who can't be measured.
+    """Measures candidates and leaves out those that can't be measured.
 
     Attributes:
-        leave_out: told the name of a contestant that fails or is dropped, and why.
+        leave_out: gets the name of a candidate that fails or is dropped, and why.
         tick: called whenever some time has passed.
     """
 
@@ -87,7 +92,7 @@ class Stopwatch:
             self.tick()
         return seconds
 
-    def take_turns(
+    def interleaved_timing(
         self,
         calls: Mapping[str, Call],
         *,
@@ -100,10 +105,10 @@ class Stopwatch:
         """Seconds of each call in each round, all under the same conditions; of calls that do their
         work `repeats` times, the seconds of one.
 
-        Each measured call follows an unmeasured one of its own, which leaves caches warm and other
-        contestants' waiting threads asleep. The order rotates, so nobody always comes after the same
-        rival. A round begins only if it is predicted to fit into `seconds`. If MIN_ROUNDS do not fit,
-        the slowest are dropped, but nobody of `stays`; these have MIN_ROUNDS in any case.
+        Each measured call follows an unmeasured one of the same candidate, which leaves caches warm
+        and other candidates' waiting threads asleep. The order rotates, so nobody always comes after
+        the same candidate. A round begins only if it is predicted to fit into `seconds`. If MIN_ROUNDS
+        do not fit, the slowest are dropped, but nobody of `stays`: these have MIN_ROUNDS in any case.
 
         Args:
             predicted: seconds of each call, by `warm_up`; later, what was measured counts.
@@ -114,21 +119,21 @@ class Stopwatch:
         for number in range(rounds):
             limit = SLACK * seconds if 0 < number < MIN_ROUNDS else seconds
             left = limit - (time.monotonic() - started)
-            each = {n: CALLS * float(np.median(times[n] or predicted[n])) for n in times}
-            if number >= MIN_ROUNDS and sum(each.values()) > left:
+            round_seconds = {n: CALLS * float(np.median(times[n] or predicted[n])) for n in times}
+            if number >= MIN_ROUNDS and sum(round_seconds.values()) > left:
                 break
             needed = max(1, MIN_ROUNDS - number)
-            for name in too_slow({n: needed * each[n] for n in each}, left, stays):
+            for name in too_slow({n: needed * s for n, s in round_seconds.items()}, left, stays):
                 self.leave_out(name, TOO_SLOW)
                 del times[name]
             first = number % len(names) if names else 0
             for name in names[first:] + names[:first]:
                 if name in times and not self._measure(calls[name], number, name, times[name]):
                     del times[name]
-        return {name: np.array(found) / repeats for name, found in times.items()}
+        return {name: np.array(measured) / repeats for name, measured in times.items()}
 
     def _measure(self, call: Call, number: int, name: str, times: list[float]) -> bool:
-        """Add the seconds of a call, or leave the contestant out; whether that worked."""
+        """Add the seconds of a call, or leave the candidate out; whether that worked."""
         try:
             call(number)
             times.append(seconds_of(partial(call, number), self.device))
@@ -141,35 +146,51 @@ class Stopwatch:
 
 
 def random_policies(
-    batch: int, num_blocks: int, *, kept: int, distinct: int | None, draw: torch.Generator
+    batch: int, num_blocks: int, *, num_kept: int, distinct: int | None, draw: torch.Generator
 ) -> Tensor:
-    """Random policies [B, K] bool, each of `kept` blocks; None: each image has its own."""
+    """Random policies [B, K] bool, each of `num_kept` blocks; None: each image has its own."""
     count = distinct or batch
     order = torch.rand(count, num_blocks, generator=draw).argsort(dim=1).argsort(dim=1)
-    return (order < kept)[torch.arange(batch) % count]
+    return (order < num_kept)[torch.arange(batch) % count]
 
 
-def break_even(shares: Sequence[float], seconds: Sequence[float], rival: float) -> float | None:
-    """Kept share at which a line through (shares, seconds) meets the rival's seconds.
-
-    Below it BlockDrop is faster. 1 where it is always faster, 0 where it never is; None where more
-    blocks take no more time, or all shares are one, so that a line says nothing.
-    """
-    if len(set(shares)) < 2:
-        return None
-    slope, start = np.polyfit(shares, seconds, 1)
-    if slope < 0.01 * np.mean(seconds):  # all blocks cost less than 1 % more than none
-        return None
-    return float(np.clip((rival - start) / slope, 0, 1))
-
-
-def statistics(times: Times, batch: int) -> Row:
+def statistics(times: Times, batch: int) -> Timing:
     """Median and quartiles in milliseconds, and images per second, for batches of `batch`."""
     quarter, median, three_quarters = np.percentile(times, [25, 50, 75])
-    return {
-        "milliseconds": float(median * 1000),
-        "milliseconds_25": float(quarter * 1000),
-        "milliseconds_75": float(three_quarters * 1000),
-        "images_per_second": float(batch / median),
-        "rounds": len(times),
-    }
+    return Timing(
+        milliseconds=float(median * 1000),
+        milliseconds_25=float(quarter * 1000),
+        milliseconds_75=float(three_quarters * 1000),
+        images_per_second=float(batch / median),
+        rounds=len(times),
+    )
+
+
+def speedup(baseline: Times, candidate: Times, *, seed: int = 0) -> Speedup:
+    """How many times as fast the candidate is, with a 95 % bootstrap interval over the rounds."""
+    rng = np.random.default_rng(seed)
+    count = len(candidate)
+    rows = rng.integers(0, count, (RESAMPLES, count))  # the same rounds of both: they are pairs
+    ratios = np.median(baseline[rows], axis=1) / np.median(candidate[rows], axis=1)  # [RESAMPLES]
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    ratio = float(np.median(baseline) / np.median(candidate))
+    return Speedup(
+        ratio=ratio,
+        low=float(low),
+        high=float(high),
+        reliable=bool(count >= MIN_ROUNDS and high - low <= WIDEST_INTERVAL * ratio),
+    )
+
+
+def break_even(keep_ratios: Sequence[float], seconds: Sequence[float], baseline: float) -> float | None:
+    """Keep ratio at which a line through (keep_ratios, seconds) meets the baseline's seconds.
+
+    Below it BlockDrop is faster. 1 where it is always faster, 0 where it never is; None where more
+    blocks take no more time, or all ratios are one, so that a line says nothing.
+    """
+    if len(set(keep_ratios)) < 2:
+        return None
+    slope, start = np.polyfit(keep_ratios, seconds, 1)
+    if slope < 0.01 * np.mean(seconds):  # all blocks cost less than 1 % more than none
+        return None
+    return float(np.clip((baseline - start) / slope, 0, 1))

@@ -1,0 +1,1 @@
+"""Executors, which run a ResNet under a policy."""

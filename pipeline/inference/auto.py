@@ -1,6 +1,6 @@
-"""Dynamic inference: the choice of an executor, and predictions for a whole split.
+"""The choice of an executor.
 
-Shapes: B images of a batch, M images of a split, K blocks, N classes, H and W pixels.
+Shapes: B images, K blocks, N classes, V policies.
 """
 
 import errno
@@ -30,11 +30,11 @@ R = TypeVar("R")
 EXECUTORS: dict[str, type[Executor]] = {
     kind.name: kind for kind in (Masked, Gather, Grouped, CudaGraphs, Native, TritonKernel)
 }
-# Which executor has won, by networks' shapes, precision, image size and batch. Only the process forgets
-# it, and a training's resume point keeps it: another executor rounds otherwise, so another choice would
-# make another training.
+# The fastest executor, by the networks' shapes, precision, image size and batch. A choice holds until
+# the process ends, and a training's resume point keeps it: another executor rounds differently, so
+# another choice would make another training.
 CHOICES: dict[str, str] = {}
-IMAGES_PER_POLICY = 16  # from which on images of one policy are run together, apart from the others
+IMAGES_PER_POLICY = 16  # from so many images of one policy on, they run together, apart from the others
 
 
 class GatherOrGrouped(Gather, Grouped):
@@ -51,13 +51,13 @@ class GatherOrGrouped(Gather, Grouped):
 class Auto(Executor):
     """The fastest executor for the device, the precision and each batch's policies.
 
-    On CPUs `native`. On CUDA `cuda_graphs` and, where it proves itself, `triton` race for each power of
-    two of images, on the first such batch of networks of these shapes (`CHOICES`), and not again when a
-    curriculum has learnt to drop more. Where none of these can run, `gather` or `grouped`, and where
+    On CPUs `native`. On CUDA `cuda_graphs` and, where it passes its proof, `triton` race for each power
+    of two of images: on the first such batch of networks of these shapes (`CHOICES`), and not again when
+    a curriculum has learnt to drop more. Where none of these can run, `gather` or `grouped`, and where
     they can't either, `masked`.
 
-    An executor that can't be made, or that fails at what another one then does, is left out from there
-    on, and a line says why.
+    An executor that can't be built, or that fails at a batch that another one can run, is left out from
+    then on, and a line says why.
     """
 
     name = "auto"
@@ -67,73 +67,73 @@ class Auto(Executor):
         fastest: list[type[Executor]] = (
             [CudaGraphs, TritonKernel] if self.device.type == "cuda" else [Native]
         )
-        self.spare: list[type[Executor]] = [GatherOrGrouped, Masked]  # not made before they are needed
+        self.fallbacks: list[type[Executor]] = [GatherOrGrouped, Masked]  # built when they are needed
         self.left_out: dict[str, str] = {}
-        self.contestants = self._made(fastest)
-        while not self.contestants:
-            self.contestants = self._made([self.spare.pop(0)])
+        self.candidates = self._build(fastest)
+        while not self.candidates:
+            self.candidates = self._build([self.fallbacks.pop(0)])
 
     @property
     def description(self) -> str:
-        """Which executors it comes down to here, and why not a faster one."""
-        names = " or ".join(executor.name for executor in self.contestants)
+        """The executors that are used here, and why a faster one is not."""
+        names = " or ".join(executor.name for executor in self.candidates)
         return names + "".join(f" (no {name}: {reason})" for name, reason in self.left_out.items())
 
     def free(self) -> None:
-        """That of all executors that it may come down to."""
-        for executor in self.contestants:
+        """Free what all candidates keep."""
+        for executor in self.candidates:
             executor.free()
 
-    def _made(self, kinds: Sequence[type[Executor]]) -> list[Executor]:
-        """Those of the kinds that can be made; `masked` must."""
-        made: list[Executor] = []
+    def _build(self, kinds: Sequence[type[Executor]]) -> list[Executor]:
+        """Executors of those kinds that can be built. If `masked` can't, that is an error."""
+        executors: list[Executor] = []
         for kind in kinds:
             try:
-                made.append(kind(self.networks, precision=self.precision))
+                executors.append(kind(self.networks, precision=self.precision))
             except Exception as error:
                 if kind is Masked:
                     raise
                 self._leave_out(kind.name, error)
-        return made
+        return executors
 
     def _leave_out(self, name: str, error: Exception) -> None:
-        """Go on without that executor, where the fault can be its own; raise the error where not."""
+        """Do without that executor if the error may be its own fault; else raise the error."""
         if not _may_be_its_own(error):
             raise error
         self.left_out[name] = truncate((str(error).strip() or type(error).__name__).splitlines()[0])
-        _say(f"inference goes on without the executor {name}: {self.left_out[name]}")
+        _warn_once(f"inference goes on without the executor {name}: {self.left_out[name]}")
 
     def _run(self, images: Tensor, actions: Tensor | None) -> Output:
         sides = images.shape[1:3]
-        return self._by_the_best(len(images), sides, lambda executor: executor._run(images, actions))
+        return self._by_fastest(len(images), sides, lambda executor: executor._run(images, actions))
 
     def _decide(self, inputs: Tensor) -> Tensor:
-        raise NotImplementedError("whoever runs the ResNet asks its own policy network")
+        raise NotImplementedError("the executor that runs the ResNet runs its own policy network")
 
     def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
-        return self._by_the_best(
+        return self._by_fastest(
             len(inputs), inputs.shape[2:], lambda executor: executor._classify(inputs, actions)
         )
 
     def _run_under(self, images: Tensor, policies: Tensor) -> Tensor:
-        if len(self.contestants) > 1:
-            return super()._run_under(images, policies)  # the race is for each
-        return self._by_the_best(
+        if len(self.candidates) > 1:
+            return super()._run_under(images, policies)  # a race for each policy
+        return self._by_fastest(
             len(images), images.shape[1:3], lambda executor: executor._run_under(images, policies)
         )
 
     def _classify_under(self, inputs: Tensor, policies: Tensor) -> Tensor:
-        if len(self.contestants) > 1:
+        if len(self.candidates) > 1:
             return super()._classify_under(inputs, policies)
-        return self._by_the_best(
+        return self._by_fastest(
             len(inputs), inputs.shape[2:], lambda executor: executor._classify_under(inputs, policies)
         )
 
-    def _by_the_best(self, batch: int, sides: Sequence[int], run: Callable[[Executor], R]) -> R:
-        """Run it by the executor that has won, or now wins, at batches of this size.
+    def _by_fastest(self, batch: int, sides: Sequence[int], run: Callable[[Executor], R]) -> R:
+        """Run a batch by the executor that is the fastest at this size; the first batch decides.
 
-        Where it fails the others are tried. If one of them can, those that failed are left out. If none
-        can, what they were given is at fault, and nobody is left out.
+        Where it fails, the others are tried in turn. If one of them succeeds, those that failed are left
+        out. If none does, the input is at fault: its first error is raised and no executor is left out.
         """
         failures: dict[Executor, Exception] = {}
         for executor in self._in_turn(self._key(batch, sides), run, failures):
@@ -144,50 +144,44 @@ class Auto(Executor):
                     raise
                 failures[executor] = error
             else:
-                self._go_on_with(executor, failures)
+                self._keep(executor, failures)
                 return result
         raise next(iter(failures.values()))
 
     def _key(self, batch: int, sides: Sequence[int]) -> str:
-        """Under what CHOICES has the winner."""
-        what = f"{self.networks.shapes}, {self.precision}, {sides[0]} x {sides[1]} pixels"
-        return f"{what}, under {1 << batch.bit_length()} images"
+        """The key of CHOICES; batches between two powers of two share one."""
+        setting = f"{self.networks.shapes}, {self.precision}, {sides[0]} x {sides[1]} pixels"
+        return f"{setting}, under {1 << batch.bit_length()} images"
 
     def _in_turn(
         self, key: str, run: Callable[[Executor], R], failures: dict[Executor, Exception]
     ) -> Iterator[Executor]:
-        """The winner of that key, then the other contestants, then the spare executors."""
-        names = [executor.name for executor in self.contestants]
+        """The winner for that key, then the other candidates, then fallbacks, built one at a time.
+
+        The caller records in `failures` which of them failed.
+        """
+        names = [executor.name for executor in self.candidates]
         if len(names) > 1 and CHOICES.get(key) not in names:
             if key in CHOICES:
                 warnings.warn(f"{CHOICES[key]} can't run now, so others race for {key}", stacklevel=2)
             self._race(key, run, failures)
         winner = CHOICES.get(key)
-        able = [executor for executor in self.contestants if executor not in failures]
-        yield from sorted(able, key=lambda executor: executor.name != winner)
-        for kind in self.spare:
-            yield from self._made([kind])
+        able = [executor for executor in self.candidates if executor not in failures]
+        yield from sorted(able, key=lambda executor: executor.name != winner)  # stable: the winner first
+        for kind in self.fallbacks:
+            yield from self._build([kind])
 
     def _race(self, key: str, run: Callable[[Executor], R], failures: dict[Executor, Exception]) -> None:
-        """Choose the fastest contestant that does not fail, if there is one."""
-        seconds = {e: self._seconds(partial(run, e), e, failures) for e in self.contestants}
-        able = [executor for executor in self.contestants if executor not in failures]
+        """Choose the fastest candidate that does not fail, if there is one."""
+        seconds = {e: self._seconds(partial(run, e), e, failures) for e in self.candidates}
+        able = [executor for executor in self.candidates if executor not in failures]
         if able:
             CHOICES[key] = min(able, key=lambda executor: seconds[executor]).name
-
-    def _go_on_with(self, executor: Executor, failures: dict[Executor, Exception]) -> None:
-        """Leave out those that failed at what the executor could do."""
-        for failed, error in failures.items():
-            self._leave_out(failed.name, error)
-        if failures:
-            self.contestants = [one for one in self.contestants if one not in failures]
-        if executor not in self.contestants:
-            self.contestants.append(executor)
-            self.spare = self.spare[self.spare.index(type(executor)) + 1 :]
 
     def _seconds(
         self, call: Callable[[], object], executor: Executor, failures: dict[Executor, Exception]
     ) -> float:
+        """The best time of three calls; infinite without enough memory or after a failure."""
         try:
             call()  # compiles, captures, warms up
         except torch.OutOfMemoryError:
@@ -199,24 +193,33 @@ class Auto(Executor):
             return math.inf
         return min(seconds_of(call, self.device) for _ in range(3))
 
+    def _keep(self, executor: Executor, failures: dict[Executor, Exception]) -> None:
+        """Leave out the executors that failed at a batch that this one ran."""
+        for failed, error in failures.items():
+            self._leave_out(failed.name, error)
+        if failures:
+            self.candidates = [e for e in self.candidates if e not in failures]
+        if executor not in self.candidates:
+            self.candidates.append(executor)
+            self.fallbacks = self.fallbacks[self.fallbacks.index(type(executor)) + 1 :]
+
 
 def _may_be_its_own(error: Exception) -> bool:
-    """Whether an executor may have failed by a fault of its own, not for want of memory or disk."""
+    """Whether an error may be the executor's fault, and not a lack of memory or disk space."""
     if isinstance(error, UserError):
         return False
-    no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return not no_room and explain_memory(error) is None
+    disk_is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return not disk_is_full and explain_memory(error) is None
 
 
 @cache
-def _say(line: str) -> None:
-    """Print a warning, but the same one once alone: an executor is made for every validation."""
+def _warn_once(line: str) -> None:
+    """Print a warning once in a process, as an executor is built for every validation."""
     print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def make_executor(networks: Networks, *, name: str = "auto", precision: str = "fp32") -> Executor:
-    """Pack the networks' weights for `name`: auto, masked, gather, grouped, graphed, native or
-    persistent.
+    """Build the executor `name`: auto, masked, gather, grouped, cuda_graphs, native or triton.
 
     Raises:
         ValueError: no executor has that name.

@@ -1,4 +1,4 @@
-"""What every executor takes and gives.
+"""The interface of all executors.
 
 Shapes: B images, K blocks, N classes, C channels, H and W pixels, V policies for each image.
 """
@@ -39,17 +39,17 @@ class Networks:
 
     @property
     def shapes(self) -> str:
-        """The same for networks that differ in nothing but their weights, and no others."""
+        """A key of the architecture: equal exactly for networks that differ in their weights alone."""
         policy_net = self.policy_net
         parts = [self.resnet] if policy_net is None else [self.resnet, policy_net.features]
-        said = [f"{p.family} {p.depth} x {p.width} to {p.num_classes}" for p in parts]
+        labels = [f"{part.family} {part.depth} x {part.width} to {part.num_classes}" for part in parts]
         size = None if policy_net is None else policy_net.input_size
-        return ", ".join(said if size is None else [*said, f"seen at {size} pixels"])
+        return ", ".join(labels if size is None else [*labels, f"seen at {size} pixels"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """On the device of the images.
+    """The result for a batch, on the device of the images.
 
     Attributes:
         logits: [B, N] float32; [V, B, N] under V policies.
@@ -61,17 +61,16 @@ class Output:
 
 
 class Executor(ABC):
-    """Weights packed once, then images in, logits and actions out.
+    """Runs networks in evaluation mode: images in, logits and actions out.
 
-    Networks are taken as they are in evaluation mode when the executor is made; later changes of their
-    weights are not seen.
+    The weights are prepared once, when the executor is built; it does not see later changes of them.
 
     Args:
         networks: on one device.
         precision: `fp32` or `bf16`, of weights and activations.
 
     Raises:
-        UnavailableError: not with these networks, this precision or on this machine.
+        UnavailableError: it can't run these networks, at this precision or on this machine.
     """
 
     name: ClassVar[str]
@@ -86,8 +85,8 @@ class Executor(ABC):
     def __call__(self, images: Tensor, actions: Tensor | None = None) -> Output:
         """Classify images [B, H, W, 3] uint8 under actions [B, K] (None: the policy network's).
 
-        Under V policies, actions [V, B, K], it gives what each would give alone; an executor may run
-        once what an image's policies have in common.
+        Under V policies, actions [V, B, K], the result is that of V separate calls. An executor may run
+        once what the policies of an image have in common.
 
         Raises:
             ValueError: images or actions have another shape or type.
@@ -125,15 +124,15 @@ class Executor(ABC):
         return self._classify(inputs, actions)
 
     def free(self) -> None:  # noqa: B027 - most keep nothing
-        """Give back what calls have left on the device, scratch and graphs; the next makes it anew."""
+        """Free the scratch memory and graphs of past calls; the next call builds them again."""
 
     def _no_logits(self, actions: Tensor) -> Tensor:
         return torch.empty(*actions.shape[:-1], self.networks.resnet.num_classes, device=self.device)
 
     def _checked(self, actions: Tensor, batch: int) -> Tensor:
         expected = (batch, self.networks.num_blocks)
-        several = actions.dim() == 3 and len(actions) > 0
-        if tuple(actions.shape[-2:]) != expected or not (several or actions.dim() == 2):
+        under_many = actions.dim() == 3 and len(actions) > 0
+        if tuple(actions.shape[-2:]) != expected or not (under_many or actions.dim() == 2):
             raise ValueError(
                 f"actions have shape {tuple(actions.shape)}, expected {expected}, or "
                 f"[V, {expected[0]}, {expected[1]}] for V policies"
@@ -141,7 +140,7 @@ class Executor(ABC):
         return actions.to(device=self.device, dtype=torch.bool)
 
     def _run(self, images: Tensor, actions: Tensor | None) -> Output:
-        """Actions None: ask the policy network, which there is then."""
+        """Without actions the policy network decides; then there is one."""
         inputs = self.networks.normalisation(images).to(self.dtype)
         if actions is None:
             actions = self._decide(inputs)

@@ -1,8 +1,8 @@
-"""Batch 1 on CUDA: a graph for each block, replayed if the image keeps it.
+"""Batch 1 on CUDA: a CUDA graph for each block, replayed if the image keeps the block.
 
 At batch 1 launching kernels takes longer than running them, so a block is captured once as a CUDA graph
-that works in place on a buffer of its stage. Then only the kept blocks' graphs are replayed. The one
-wait for the device is the look at the policy, and it is for the policy network alone.
+that works in place on a buffer of its stage. Then only the graphs of kept blocks are replayed. The host
+waits for the device once, to read the policy, and then for the policy network alone.
 
 Shapes: K blocks.
 """
@@ -20,16 +20,18 @@ Replay = Callable[[], object]
 
 
 class Captures:
-    """Makes CUDA graphs that are replayed one at a time, in any order, and destroyed together.
+    """Captures CUDA graphs that are replayed one at a time, in any order, and destroyed together.
 
     They share a memory pool. That is sound because what a graph allocates there is scratch: nothing
     that a graph leaves in the pool is read after the next replay of any of them.
 
-    Threads that pin memory (a DataLoader's) may go on meanwhile: a capture minds its own thread alone.
-    They have a stream of their own (one of the 32 that PyTorch hands out in turn): it keeps cuBLAS's
-    workspaces by stream, and frees them with the first graph captured there that is destroyed, whoever
-    still replays others (pytorch/pytorch, issue 193402). Not the one that warms up either: in the pool a
-    workspace that is freed goes to nobody else.
+    A capture watches its own thread alone ("thread_local"), so that others, such as a DataLoader's, may
+    pin memory meanwhile.
+
+    The graphs have a stream of their own, one of the 32 that PyTorch hands out in turn. PyTorch keeps
+    cuBLAS's workspaces by stream and frees them with the first destroyed graph that was captured there,
+    even if others are still replayed (pytorch/pytorch, issue 193402). The warm-up uses another stream,
+    so that its workspaces are not part of the pool.
     """
 
     def __init__(self) -> None:
@@ -37,8 +39,8 @@ class Captures:
         self.stream = torch.cuda.Stream()
 
     def __call__(self, work: Callable[[], object]) -> Replay:
-        """`work` as a CUDA graph; it must read and write the same memory every time."""
-        for _ in range(3):  # what is set up lazily must not be captured
+        """Capture `work`, which must read and write the same memory every time; return its replay."""
+        for _ in range(3):  # lazy initialisation must not be captured
             work()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(
@@ -48,11 +50,11 @@ class Captures:
         return graph.replay
 
 
-class Look:
-    """A look at the policy that waits for it, but for nothing that was queued after it.
+class PolicyReader:
+    """Reads the policy on the host; waits for it, but for nothing that was queued after it.
 
     Args:
-        actions: [1, K] bool, the buffer to look at.
+        actions: [1, K] bool, the buffer to read.
     """
 
     def __init__(self, actions: Tensor) -> None:
@@ -80,38 +82,38 @@ class Session:
         self.inputs = networks.normalisation(self.images).to(executor.dtype)  # channels_last
         self.actions = torch.ones(1, networks.num_blocks, device=executor.device, dtype=torch.bool)
         self.logits = torch.zeros(1, networks.resnet.num_classes, device=executor.device)
-        self.look = Look(self.actions)
+        self.policy_reader = PolicyReader(self.actions)
         self.capture = executor.captures()
-        stream = network.stem.relu(self.inputs).clone()
-        self.streams = [stream]
+        # A buffer for each shape of activations. Blocks that keep the shape work in place on it.
+        self.buffers = [network.stem.relu(self.inputs).clone()]  # [1, C, H, W]
         self.read = self.capture(lambda: self.inputs.copy_(networks.normalisation(self.images)))
-        self.stem = self.capture(lambda: self.streams[0].copy_(network.stem.relu(self.inputs)))
+        self.stem = self.capture(lambda: self.buffers[0].copy_(network.stem.relu(self.inputs)))
         if executor.policy_net is not None:
             policy_net = executor.policy_net
             self.decide = self.capture(lambda: self.actions.copy_(policy_net.actions(self.inputs)))
         self.blocks = [self._block(block) for block in network.blocks]
-        last = self.streams[-1]
+        last = self.buffers[-1]
         self.head = self.capture(lambda: self.logits.copy_(network.head(last)))
 
     def _block(self, block: FusedBlock) -> tuple[Replay, Replay | None]:
-        """What to replay for a kept block, and for a dropped one (None: nothing)."""
-        stream = self.streams[-1]
+        """The replay of a kept block, and that of a dropped one (None: nothing to do)."""
+        x = self.buffers[-1]
         if block.shortcut is None:
-            return self.capture(lambda: block.keep_(stream, stream)), None
-        after = block.skip(stream).clone()
-        self.streams.append(after)
-        kept = self.capture(lambda: after.copy_(block.keep_(stream, block.skip(stream))))
-        return kept, self.capture(lambda: after.copy_(block.skip(stream)))
+            return self.capture(lambda: block.keep_(x, x)), None
+        output = block.skip(x).clone()  # another shape: the next buffer
+        self.buffers.append(output)
+        kept = self.capture(lambda: output.copy_(block.keep_(x, block.skip(x))))
+        return kept, self.capture(lambda: output.copy_(block.skip(x)))
 
     def run(self, actions: Tensor | None) -> Output:
-        """From the inputs in their buffer on; actions [1, K], or None to ask the policy network."""
+        """Run on what `inputs` holds, under actions [1, K], or the policy network's (None)."""
         if actions is None:
             self.decide()
         else:
             self.actions.copy_(actions)
-        self.look.begin()
-        self.stem()  # what the device does while the host waits, then queues the blocks
-        for (kept, dropped), keep in zip(self.blocks, self.look.end(), strict=True):
+        self.policy_reader.begin()
+        self.stem()  # the device runs it while the host reads the policy and queues the blocks
+        for (kept, dropped), keep in zip(self.blocks, self.policy_reader.end(), strict=True):
             if keep:
                 kept()
             elif dropped is not None:
@@ -121,7 +123,7 @@ class Session:
 
 
 class CudaGraphs(Gather):
-    """One image at a time by CUDA graphs; larger batches as `gather` does them.
+    """Single images by CUDA graphs; larger batches as `gather` runs them.
 
     Raises:
         UnavailableError: the networks are not on CUDA.

@@ -1,4 +1,4 @@
-"""A ResNet ready for inference: batch norm folded, weights packed, convolutions fused with ReLUs.
+"""A ResNet for inference: batch norm folded into convolutions, and those fused with ReLUs.
 
 Folding: w' = w gamma / sqrt(var + eps), b' = beta - mean gamma / sqrt(var + eps) for each output
 channel, by PyTorch's own `fuse_conv_bn_weights`.
@@ -27,8 +27,8 @@ def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return weight.detach(), bias.detach()
 
 
-class PackedConv:
-    """A convolution with its batch norm inside, and perhaps the ReLU after it."""
+class FusedConv:
+    """A convolution with its batch norm folded in, and on request the ReLU after it."""
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> None:
         weight, bias = fold(conv, bn)
@@ -53,17 +53,13 @@ class PackedConv:
         return out.add_(self._convolution(x)).relu_()
 
 
-class OneDnnConv(PackedConv):
-    """The same on CPUs by oneDNN's fused kernels, which torch.compile uses as well."""
+class OneDnnConv(FusedConv):
+    """A fused convolution on CPUs, by the oneDNN kernels that torch.compile uses as well."""
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> None:
         super().__init__(conv, bn, dtype)
-        self.geometry = (
-            [self.padding, self.padding],
-            [self.stride, self.stride],
-            [1, 1],
-            1,
-        )  # padding, stride, dilation, groups
+        # padding, stride, dilation, groups
+        self.geometry = ([self.padding] * 2, [self.stride] * 2, [1, 1], 1)
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry)
 
     def _convolution(self, x: Tensor) -> Tensor:
@@ -85,9 +81,9 @@ class OneDnnConv(PackedConv):
 
 
 def _has_fused_onednn(dtype: torch.dtype) -> bool:
-    """Whether these operators, which are PyTorch's own business, are there as we know them.
+    """Whether PyTorch has these private operators in the form that is used here.
 
-    An x86 CPU may have them in float32 alone: in bfloat16 oneDNN asks for AVX-512.
+    On an x86 CPU without AVX-512 oneDNN has them in float32 alone.
     """
     try:
         with torch.no_grad():
@@ -99,15 +95,15 @@ def _has_fused_onednn(dtype: torch.dtype) -> bool:
     return True
 
 
-class PackedStem:
+class FusedStem:
     """The first convolution and the pooling after it, if there is one."""
 
-    def __init__(self, conv: PackedConv, pool: nn.Module) -> None:
+    def __init__(self, conv: FusedConv, pool: nn.Module) -> None:
         self.conv = conv
         self.pool = pool
 
     def relu(self, x: Tensor) -> Tensor:
-        """Images x [B, 3, H, W] as the first block takes them, channels_last."""
+        """The first block's input [B, C, H, W] of images x [B, 3, H, W], channels_last."""
         x = self.conv.relu(x)
         if isinstance(self.pool, nn.Identity):
             return x
@@ -116,24 +112,27 @@ class PackedStem:
 
 @dataclass(frozen=True)
 class FusedBlock:
-    """The residual's convolutions and the shortcut, which is None where the shape stays."""
+    """A block's convolutions and its shortcut, which is None where the shape stays.
 
-    inner: tuple[PackedConv, ...]
-    last: PackedConv
+    `inner` and `last` are the convolutions of the residual.
+    """
+
+    inner: tuple[FusedConv, ...]
+    last: FusedConv
     shortcut: Callable[[Tensor], Tensor] | None
 
     def skip(self, x: Tensor) -> Tensor:
-        """What a dropped block gives: the shortcut alone."""
+        """The output of a dropped block: the shortcut alone."""
         if self.shortcut is None:
             return x
         return self.shortcut(x).contiguous(memory_format=torch.channels_last)
 
     def keep(self, x: Tensor, skipped: Tensor) -> Tensor:
-        """What a kept block gives, for `skipped` = skip(x), which stays as it is."""
+        """The output of a kept block, for `skipped` = skip(x), which is not changed."""
         return self.keep_(x, skipped.clone())
 
     def keep_(self, x: Tensor, skipped: Tensor) -> Tensor:
-        """What a kept block gives, written into `skipped` = skip(x)."""
+        """The output of a kept block, written into `skipped` = skip(x)."""
         for conv in self.inner:
             x = conv.relu(x)
         return self.last.add_relu_(x, skipped)
@@ -143,10 +142,10 @@ class FusedNetwork:
     """A ResNet, or the one inside a policy network, in evaluation mode."""
 
     def __init__(self, resnet: ResNet, dtype: torch.dtype) -> None:
-        fused = resnet.fc.weight.device.type == "cpu" and _has_fused_onednn(dtype)
-        kind = OneDnnConv if fused else PackedConv
+        on_onednn = resnet.fc.weight.device.type == "cpu" and _has_fused_onednn(dtype)
+        kind = OneDnnConv if on_onednn else FusedConv
 
-        def packed(block: Block) -> FusedBlock:
+        def fuse(block: Block) -> FusedBlock:
             *inner, last = (kind(conv, bn, dtype) for conv, bn in block.convolutions())
             shortcut: Callable[[Tensor], Tensor] | None = block.shortcut
             if isinstance(shortcut, nn.Identity):
@@ -158,8 +157,8 @@ class FusedNetwork:
                 shortcut = kind(conv, bn, dtype)
             return FusedBlock(inner=tuple(inner), last=last, shortcut=shortcut)
 
-        self.stem = PackedStem(kind(resnet.conv1, resnet.bn1, dtype), resnet.pool)
-        self.blocks = [packed(block) for block in resnet.flat_blocks()]
+        self.stem = FusedStem(kind(resnet.conv1, resnet.bn1, dtype), resnet.pool)
+        self.blocks = [fuse(block) for block in resnet.flat_blocks()]
         self.fc_weight = resnet.fc.weight.detach().to(dtype)
         self.fc_bias = resnet.fc.bias.detach().to(dtype)
 

@@ -14,24 +14,24 @@ from pipeline.inference.fused import FusedNetwork, FusedPolicyNet
 from pipeline.inference.threads import map_torch
 from pipeline.models.row_ops import kept_rows, take_rows
 
-SMALLEST_PART = 8  # images for which a worker is worth waking
+SMALLEST_PART = 8  # images for which a thread is worth starting
 
 
-def in_parts(count: int, workers: int) -> list[slice]:
-    """Split `count` images into at most `workers` nearly equal parts of SMALLEST_PART or more."""
-    parts = max(1, min(workers, count // SMALLEST_PART))
+def in_parts(count: int, threads: int) -> list[slice]:
+    """Split `count` images into at most `threads` nearly equal parts of SMALLEST_PART or more."""
+    parts = max(1, min(threads, count // SMALLEST_PART))
     edges = [count * part // parts for part in range(parts + 1)]
     return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
 def put_rows_(x: Tensor, rows: Tensor, new: Tensor) -> None:
     """x[rows] = new, in place, for channels_last x [B, C, H, W] and new [R, C, H, W]."""
-    flat = x.permute(0, 2, 3, 1).view(x.shape[0], -1)
-    flat.index_copy_(0, rows, new.permute(0, 2, 3, 1).view(len(rows), -1))
+    flat = x.permute(0, 2, 3, 1).view(x.shape[0], -1)  # [B, H * W * C], the same memory
+    flat.index_copy_(0, rows, new.permute(0, 2, 3, 1).view(len(rows), -1))  # [R, H * W * C]
 
 
-class Packed(Executor):
-    """What executors on packed networks share: the policy network, and a part of the batch a worker."""
+class FusedExecutor(Executor):
+    """An executor on fused networks, which gives each thread a part of the batch."""
 
     def __init__(self, networks: Networks, *, precision: str = "fp32") -> None:
         super().__init__(networks, precision=precision)
@@ -39,7 +39,7 @@ class Packed(Executor):
         self.policy_net = (
             None if networks.policy_net is None else FusedPolicyNet(networks.policy_net, self.dtype)
         )
-        self.workers = torch.get_num_threads() if self.device.type == "cpu" else 1
+        self.threads = torch.get_num_threads() if self.device.type == "cpu" else 1
 
     def _decide(self, inputs: Tensor) -> Tensor:
         policy_net = self.policy_net
@@ -47,17 +47,20 @@ class Packed(Executor):
         return self._by_parts(lambda part: policy_net.actions(inputs[part]), len(inputs))
 
     def _by_parts(self, run: Callable[[slice], Tensor], count: int) -> Tensor:
-        """run(part) for every part of a batch, and what they give in one tensor."""
-        parts = in_parts(count, self.workers)
-        return torch.cat(map_torch(torch.no_grad()(run), parts, workers=self.workers))
+        """Concatenate run(part) for every part of a batch of `count` images."""
+        parts = in_parts(count, self.threads)
+        return torch.cat(map_torch(torch.no_grad()(run), parts, threads=self.threads))
 
     def _stem(self, inputs: Tensor) -> Tensor:
         inputs = inputs.to(self.dtype).contiguous(memory_format=torch.channels_last)
         return self.network.stem.relu(inputs)
 
 
-class Gather(Packed):
-    """Any mix of policies. The policy is known before the ResNet starts, so one look finds all rows."""
+class Gather(FusedExecutor):
+    """Fast at any mix of policies.
+
+    The whole policy is known before the ResNet starts, so the rows of all blocks are found at once.
+    """
 
     name = "gather"
 
@@ -67,12 +70,12 @@ class Gather(Packed):
     def _part(self, inputs: Tensor, actions: Tensor) -> Tensor:
         x = self._stem(inputs)
         for block, rows in zip(self.network.blocks, kept_rows(actions), strict=True):
-            skipped = block.skip(x)
-            if rows is None:
-                x = block.keep_(x, skipped)
+            output = block.skip(x)  # [B, C, H, W], right for the images that drop the block
+            if rows is None:  # every image keeps it
+                x = block.keep_(x, output)
                 continue
             if len(rows) > 0:
-                kept = block.keep_(take_rows(x, rows), take_rows(skipped, rows))
-                put_rows_(skipped, rows, kept)
-            x = skipped
+                residual_rows = block.keep_(take_rows(x, rows), take_rows(output, rows))  # [R, C, H, W]
+                put_rows_(output, rows, residual_rows)
+            x = output
         return self.network.head(x)

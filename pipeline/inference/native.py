@@ -1,8 +1,8 @@
 """The CPU executors in C++ (native.cpp, native_bf16.cpp): an image at a time, only the blocks it keeps.
 
-It is compiled where it runs, once, with the compiler that is there; without one it is unavailable.
-Shapes: B images, K blocks, N classes, O output channels, I input channels, T taps of a kernel row,
-G neighbouring outputs computed together.
+The C++ is compiled once on the machine where it runs; without a compiler the executor is unavailable.
+Shapes: B images, V policies, K blocks, N classes, O output channels, I input channels,
+T taps of a kernel row, G neighbouring outputs computed together.
 """
 
 import contextlib
@@ -26,19 +26,19 @@ from torch import Tensor
 
 from pipeline.inference.base import Executor, Networks, Output, UnavailableError
 from pipeline.inference.fused import fold
-from pipeline.inference.threads import native_workers
+from pipeline.inference.threads import native_threads
 from pipeline.models.resnet import ResNet
 
 FOLDER = Path(__file__).parent
 SHARED = FOLDER / "native_common.hpp"
 SOURCES = {"fp32": FOLDER / "native.cpp", "bf16": FOLDER / "native_bf16.cpp"}
 BUILDS = ".native"  # folder in the project's root
-PROJECT_MARK = ".dvc"  # in that root; a logged model, which ships this code, has none
+PROJECT_MARKER = ".dvc"  # is in that root, and not beside the code that a logged model ships
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread"]
 # what compilers on x86 and others take, most specific first
 TUNING = [["-march=native", "-mprefer-vector-width=512"], ["-march=native"], ["-mcpu=native"], []]
-ACTED = {"avx2": [["-march=x86-64-v3"], []]}  # a CPU that this one is told to act
-CAPABILITY = "ATEN_CPU_CAPABILITY"  # the variable by which PyTorch's own kernels are told so
+EMULATED = {"avx2": [["-march=x86-64-v3"], []]}  # for CPUs with less than this one
+CAPABILITY = "ATEN_CPU_CAPABILITY"  # the variable that limits PyTorch's own kernels
 
 
 class _Conv(ctypes.Structure):
@@ -68,7 +68,7 @@ class _Job(ctypes.Structure):
 
 @cache
 def library(precision: str = "fp32") -> ctypes.CDLL:
-    """The compiled source for a precision, from where it is kept or anew.
+    """The compiled source for a precision; compile it if no folder has it.
 
     Raises:
         UnavailableError: no C++ compiler, or it fails.
@@ -94,37 +94,37 @@ def library(precision: str = "fp32") -> ctypes.CDLL:
 
 
 def _folders() -> Iterator[Path]:
-    """Where to keep what is compiled, best first: in the project's root.
+    """Folders for compiled libraries, best first: one in the project's root.
 
-    A logged model is no project, and its folder must stay as it was logged: then in the user's cache,
-    or, where there is none to write to (in a container, say), for this process alone.
+    A logged model is no project, and its folder must stay as it was logged. Then the user's cache is
+    used, or, where that can't be written (in a container, say), a folder of this process alone.
     """
-    told = os.environ.get("DVC_ROOT")
-    root = Path(told) if told else FOLDER.parents[1]
-    if told or (root / PROJECT_MARK).is_dir():
+    dvc_root = os.environ.get("DVC_ROOT")
+    root = Path(dvc_root) if dvc_root else FOLDER.parents[1]
+    if dvc_root or (root / PROJECT_MARKER).is_dir():
         yield root / BUILDS
         return
     with contextlib.suppress(RuntimeError):  # a user without a home
         yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockdrop"
-    yield Path(_of_this_process().name)
+    yield Path(_process_folder().name)
 
 
 @cache
-def _of_this_process() -> "tempfile.TemporaryDirectory[str]":
+def _process_folder() -> "tempfile.TemporaryDirectory[str]":
     return tempfile.TemporaryDirectory(prefix="blockdrop-")  # removed when Python exits
 
 
-def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
-    """With the types of its functions."""
-    found.make_space.restype = ctypes.c_void_p
-    found.make_space.argtypes = [ctypes.POINTER(_Job)]
-    found.free_space.argtypes = [ctypes.c_void_p]
-    found.run.argtypes = [ctypes.POINTER(_Job), ctypes.POINTER(ctypes.c_void_p), ctypes.c_int32]
-    return found
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with its functions' types declared."""
+    library.make_space.restype = ctypes.c_void_p
+    library.make_space.argtypes = [ctypes.POINTER(_Job)]
+    library.free_space.argtypes = [ctypes.c_void_p]
+    library.run.argtypes = [ctypes.POINTER(_Job), ctypes.POINTER(ctypes.c_void_p), ctypes.c_int32]
+    return library
 
 
 def _cpu_flags() -> str:
-    """What tells machines apart that share a folder: the same code may not run on both."""
+    """The CPU's features, as machines that share a folder may not run each other's libraries."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor()
@@ -133,23 +133,23 @@ def _cpu_flags() -> str:
 
 
 def _tuning() -> list[list[str]]:
-    """Flags for the CPU that is here, or for the one that it acts."""
-    return ACTED.get(os.environ.get(CAPABILITY, ""), TUNING)
+    """Compiler flags for this CPU, or for the lesser one that CAPABILITY names."""
+    return EMULATED.get(os.environ.get(CAPABILITY, ""), TUNING)
 
 
 def _build(compiler: str, source: Path, built: Path) -> None:
     built.parent.mkdir(parents=True, exist_ok=True)
     failure = ""
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-        made = Path(folder) / "made.so"
+        output = Path(folder) / "output.so"
         for tuning in _tuning():
-            command = [compiler, *FLAGS, *tuning, str(source), "-o", str(made)]
+            command = [compiler, *FLAGS, *tuning, str(source), "-o", str(output)]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=300)
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise UnavailableError(f"{compiler} does not run: {error}") from None
             if done.returncode == 0:
-                made.replace(built)  # whole or not at all, whoever else builds it
+                output.replace(built)  # atomic: other processes may build the same
                 return
             failure = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"
     raise UnavailableError(f"{compiler} does not compile {source.name}: {failure}")
@@ -157,7 +157,7 @@ def _build(compiler: str, source: Path, built: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _PackedConv:
-    """As a kernel wants it: its weights, a bias for each of its columns, and what _Conv says of it."""
+    """A convolution in a kernel's layout; `bias` has a number for each column of `weight`."""
 
     weight: Tensor
     bias: Tensor
@@ -167,7 +167,7 @@ class _PackedConv:
 
 
 class _Fp32Kernel:
-    """How native.cpp wants weights."""
+    """The layout of weights in native.cpp."""
 
     def __init__(self) -> None:
         self.library = library("fp32")
@@ -175,10 +175,11 @@ class _Fp32Kernel:
 
     def pack(self, weight: Tensor, bias: Tensor, stride: int) -> _PackedConv:
         """Weight [O, I, 3, 3] as [O / block][ky, kx, I][block]."""
-        del stride  # it makes no difference here
+        del stride  # the layout does not depend on it
         out_channels, in_channels = weight.shape[:2]
         block = next(width for width in (2 * self.lanes, self.lanes, 4) if out_channels % width == 0)
-        packed = weight.view(out_channels // block, block, in_channels, 3, 3).permute(0, 3, 4, 2, 1)
+        blocks = weight.view(out_channels // block, block, in_channels, 3, 3)
+        packed = blocks.permute(0, 3, 4, 2, 1)  # [O / block, ky, kx, I, block]
         return _PackedConv(
             weight=packed.contiguous(),
             bias=bias.contiguous(),
@@ -189,7 +190,7 @@ class _Fp32Kernel:
 
 
 class _Bf16Kernel:
-    """How native_bf16.cpp wants weights. Channels are padded with zeros, which stay zeros."""
+    """The layout of weights in native_bf16.cpp. Channels are padded with zeros, which stay zeros."""
 
     COLUMNS = 16  # output channels of one product
     IMAGE_CHANNELS = 8
@@ -210,14 +211,17 @@ class _Bf16Kernel:
         outputs = _round_up(out_channels, self.COLUMNS)
         inputs = self.IMAGE_CHANNELS if in_channels == 3 else _round_up(in_channels, self.COLUMNS)
         group = 1 if self.depth < self.LINE or stride * inputs % self.LINE == 0 else 2
+        # one product computes G neighbouring outputs, which read T = stride * (G - 1) + 3 taps of a row
         taps = stride * (group - 1) + 3
-        run = _round_up(taps * inputs, self.depth)
-        matrix = torch.zeros(3, taps, inputs, group, outputs)
+        row_length = _round_up(taps * inputs, self.depth)
+        matrix = torch.zeros(3, taps, inputs, group, outputs)  # [ky, T, I, G, O]
         for member in range(group):
-            seen = slice(stride * member, stride * member + 3)
-            matrix[:, seen, :in_channels, member, :out_channels] = weight.permute(2, 3, 1, 0)
-        rows = F.pad(matrix.flatten(3).flatten(1, 2), (0, 0, 0, run - taps * inputs))
-        packed = rows.view(3, run // 2, 2, -1, self.COLUMNS).permute(3, 0, 1, 4, 2)
+            window = slice(stride * member, stride * member + 3)  # taps of this output
+            matrix[:, window, :in_channels, member, :out_channels] = weight.permute(2, 3, 1, 0)
+        rows = matrix.flatten(3).flatten(1, 2)  # [ky, T * I, G * O]
+        rows = F.pad(rows, (0, 0, 0, row_length - taps * inputs))  # [ky, row_length, G * O]
+        # pairs of inputs lie side by side, as the bf16 instructions multiply two at a time
+        packed = rows.view(3, row_length // 2, 2, -1, self.COLUMNS).permute(3, 0, 1, 4, 2)
         return _PackedConv(
             weight=packed.to(torch.bfloat16).contiguous(),
             bias=F.pad(bias, (0, outputs - out_channels)).repeat(group),
@@ -232,7 +236,7 @@ def _round_up(size: int, unit: int) -> int:
 
 
 class _PackedNetwork:
-    """A network's weights as a kernel wants them; keeps alive what the structure points to."""
+    """A network's weights in a kernel's layout; it keeps the tensors that the structure points to."""
 
     def __init__(self, resnet: ResNet, kernel: _Fp32Kernel | _Bf16Kernel) -> None:
         if resnet.family != "cifar":
@@ -240,7 +244,7 @@ class _PackedNetwork:
         pairs = [(resnet.conv1, resnet.bn1)]
         for block in resnet.flat_blocks():
             pairs += block.convolutions()
-        self.kept: list[Tensor] = []
+        self.tensors: list[Tensor] = []
         convs = []
         for conv, bn in pairs:
             if conv.out_channels % 4 != 0:
@@ -269,12 +273,12 @@ class _PackedNetwork:
         )
 
     def _keep(self, tensor: Tensor) -> int:
-        self.kept.append(tensor)
+        self.tensors.append(tensor)
         return tensor.data_ptr()
 
 
 class Native(Executor):
-    """On CPU cores: as fast at batch 1 as at 1024, and at any mix of policies.
+    """On CPUs: the same time per image at batch 1 as at 1024, and at any mix of policies.
 
     Raises:
         UnavailableError: another device, channels that are no multiple of 4, no compiler, or bf16 on a
@@ -293,7 +297,7 @@ class Native(Executor):
         self.policy_net = (
             None if networks.policy_net is None else _PackedNetwork(networks.policy_net.features, kernel)
         )
-        self.workers = native_workers(torch.get_num_threads())
+        self.threads = native_threads(torch.get_num_threads())
         self.spaces: dict[tuple[int | bool | None, ...], list[int]] = {}
         self.scale, self.shift = networks.normalisation.scale_and_shift()
 
@@ -305,7 +309,7 @@ class Native(Executor):
         return self._run(images, policies.transpose(0, 1)).logits.transpose(0, 1)
 
     def _decide(self, inputs: Tensor) -> Tensor:
-        raise NotImplementedError("the policy network runs inside of _run")
+        raise NotImplementedError("the C++ runs the policy network itself")
 
     def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
         rows = inputs.float().permute(0, 2, 3, 1).contiguous()
@@ -316,11 +320,11 @@ class Native(Executor):
 
     def _spaces(self, job: _Job, key: tuple[int | bool | None, ...], teams: int) -> ctypes.Array[Any]:
         """Memory for the activations of an image for each team, kept from call to call."""
-        kept = self.spaces.setdefault(key, [])
-        while len(kept) < teams:
-            kept.append(self.library.make_space(job))
-            weakref.finalize(self, self.library.free_space, kept[-1])
-        return (ctypes.c_void_p * teams)(*kept[:teams])
+        spaces = self.spaces.setdefault(key, [])
+        while len(spaces) < teams:
+            spaces.append(self.library.make_space(job))
+            weakref.finalize(self, self.library.free_space, spaces[-1])
+        return (ctypes.c_void_p * teams)(*spaces[:teams])
 
     def _job(
         self,
@@ -330,42 +334,54 @@ class Native(Executor):
         images: int | None = None,
         inputs: int | None = None,
     ) -> Output:
-        """Actions [B, K], or [B, V, K] for V policies an image, and logits [B, N] or [B, V, N]."""
+        """Run a batch in C++ on all threads.
+
+        Args:
+            shape: B, H, W.
+            actions: [B, K], or [B, V, K] for V policies an image; None: the policy network's.
+            images: address of uint8 [B, H, W, 3], or
+            inputs: address of normalised float32 [B, H, W, 3].
+        """
         batch, height, width = shape
         if height != width or height % 4:  # C++ would write past the end of its memory
             raise ValueError(f"images have {height} x {width} pixels, expected a square, side 4n")
-        policy_net = self.policy_net if actions is None else None
-        taken = (
-            torch.empty(batch, self.networks.num_blocks, dtype=torch.bool)
-            if actions is None
-            else actions.contiguous()
-        )
-        logits = torch.empty(*taken.shape[:-1], self.networks.resnet.num_classes)
-        policies = taken[0, ..., 0].numel()
-        teams = min(batch, self.workers.count)
-        team_size = self.workers.count // teams
-        next_image = ctypes.c_int64(0)
+        decides = actions is None
+        if actions is None:
+            actions = torch.empty(batch, self.networks.num_blocks, dtype=torch.bool)  # C++ fills it in
+        actions = actions.contiguous()  # [B, K] or [B, V, K]
+        logits = torch.empty(
+            *actions.shape[:-1], self.networks.resnet.num_classes
+        )  # [B, N] or [B, V, N]
+        num_policies = actions[0, ..., 0].numel()  # V
+        # A team of threads works on one image at a time. With at least as many images as threads each
+        # thread is a team; with fewer, several threads share an image and meet at the team's barriers.
+        teams = min(batch, self.threads.count)
+        team_size = self.threads.count // teams
+        next_image = ctypes.c_int64(0)  # a counter from which teams take their next image
         barriers = (ctypes.c_int32 * (2 * teams))()
-        size = self.networks.policy_net.input_size if self.networks.policy_net is not None else None
+        policy_net = self.networks.policy_net
+        input_size = None if policy_net is None else policy_net.input_size
+        weights = self.policy_net if decides else None
         job = _Job(
             resnet=ctypes.pointer(self.resnet.structure),
-            policy_net=None if policy_net is None else ctypes.pointer(policy_net.structure),
+            policy_net=None if weights is None else ctypes.pointer(weights.structure),
             images=images,
             inputs=inputs,
             scale=self.scale.data_ptr(),
             shift=self.shift.data_ptr(),
-            actions=taken.data_ptr(),
+            actions=actions.data_ptr(),
             logits=logits.data_ptr(),
             batch=batch,
-            policies=policies,
+            policies=num_policies,
             height=height,
             width=width,
-            policy_size=size or height,
+            policy_size=input_size or height,
             teams=teams,
             team_size=team_size,
             next_image=ctypes.addressof(next_image),
             barriers=ctypes.addressof(barriers),
         )
-        spaces = self._spaces(job, (height, width, size, policy_net is None, policies), teams)
-        self.workers.run(lambda worker: self.library.run(job, spaces, worker), teams * team_size)
-        return Output(logits=logits, actions=taken)
+        key = (height, width, input_size, weights is None, num_policies)
+        spaces = self._spaces(job, key, teams)
+        self.threads.run(lambda thread: self.library.run(job, spaces, thread), teams * team_size)
+        return Output(logits=logits, actions=actions)

@@ -4,7 +4,7 @@
 // their own.
 //
 // Activations are [H + 2, W + 2, C] with a border of zeros, so that no convolution has edges to treat.
-// pipeline/executors/native.py packs the weights and compiles this for the machine that it runs on.
+// pipeline/inference/native.py packs the weights and compiles this for the machine that it runs on.
 //
 // A Kernel has the type of an activation, Value; to_float and from_float; INPUT_CHANNELS, how many an
 // image has in memory; and conv(team, conv, in, out, add), which does a team member's share of

@@ -1,6 +1,6 @@
-"""Dynamic inference: the choice of an executor, and predictions for a whole split.
+"""Predictions for a whole split.
 
-Shapes: B images of a batch, M images of a split, K blocks, N classes, H and W pixels.
+Shapes: M images of a split, K blocks, N classes, V policies.
 """
 
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ from pipeline.inference.base import Networks
 from pipeline.models.policy_net import PolicyNet, average_down
 from pipeline.models.resnet import ResNet
 
-EVALUATION_BATCH = 500  # bounds memory; results do not depend on it
-EVALUATION_PIXELS = 500 * 96**2  # of a batch: larger images come in smaller ones
+EVALUATION_BATCH = 500  # images; bounds memory, results do not depend on it
+EVALUATION_PIXELS = 500 * 96**2  # of all images of a batch: larger images come in smaller batches
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """Per image, on the CPU.
+    """The result for each image, on the CPU.
 
     Attributes:
         classes: [M] int64, the predicted class.
@@ -37,7 +37,7 @@ class Predictions:
 
     @property
     def accuracy(self) -> float:
-        """Share of right predictions."""
+        """Fraction of correct predictions."""
         return float(self.correct.double().mean())
 
 
@@ -67,7 +67,7 @@ def predict(
 def correct_under(
     resnet: ResNet, split: ImageSplit, policies: Tensor, *, normalisation: Normalisation
 ) -> Tensor:
-    """Whether each image of a split is classified rightly under each of V policies [V, M, K].
+    """Whether each image of a split is classified correctly under each of V policies [V, M, K].
 
     Returns:
         [V, M] bool, on the CPU.
@@ -80,9 +80,9 @@ def correct_under(
     return torch.cat(parts, dim=1)
 
 
-def accuracies_of(right: Tensor) -> list[float]:
-    """The share of each row of [V, M] bool that is right."""
-    return [float(row.double().mean()) for row in right]
+def accuracies_of(correct: Tensor) -> list[float]:
+    """The accuracy under each of V policies, from [V, M] bool."""
+    return [float(row.double().mean()) for row in correct]
 
 
 @torch.no_grad()
@@ -90,14 +90,14 @@ def predict_policy(
     policy_net: PolicyNet, split: ImageSplit, *, normalisation: Normalisation, precision: str = "fp32"
 ) -> Tensor:
     """Logits [M, K] of the keep probabilities, on the CPU."""
-    # what decides is a ResNet too, all of whose blocks run
+    # a policy network is a ResNet as well, all of whose blocks run
     networks = Networks(resnet=policy_net.features, policy_net=None, normalisation=normalisation)
     execute = make_executor(networks, precision=precision)
     logits = []
     for _, images in _in_parts(split):
         inputs = average_down(normalisation(images), policy_net.input_size)
-        every = torch.ones(len(inputs), networks.num_blocks, dtype=torch.bool, device=inputs.device)
-        logits.append(execute.classify(inputs, every))
+        all_kept = torch.ones(len(inputs), networks.num_blocks, dtype=torch.bool, device=inputs.device)
+        logits.append(execute.classify(inputs, all_kept))
     return torch.cat(logits).cpu()
 
 
@@ -107,7 +107,7 @@ def evaluation_batch(image_size: int) -> int:
 
 
 def _in_parts(split: ImageSplit) -> Iterator[tuple[slice, Tensor]]:
-    """All images a batch at a time, each batch with its place."""
+    """All images, a batch at a time, each with its slice of the split."""
     size = evaluation_batch(split.image_size)
     starts = range(0, len(split), size)
     return zip((slice(s, s + size) for s in starts), split.in_order(size), strict=True)

@@ -1,5 +1,7 @@
-"""One thread a core, each with a part of the batch: on CPUs faster than one batch whose every operation
-is split over all cores, because a part stays in its core's cache and nobody waits after each operation.
+"""One thread for each core, each with a part of the batch.
+
+On CPUs this is faster than one batch whose every operation is split over all cores: a part stays in its
+core's cache, and threads do not wait for each other after each operation.
 """
 
 import threading
@@ -14,36 +16,36 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def map_torch(call: Callable[[T], R], items: Sequence[T], *, workers: int) -> list[R]:
+def map_torch(call: Callable[[T], R], items: Sequence[T], *, threads: int) -> list[R]:
     """call(item) for each item, in order, in threads that run PyTorch without its own parallelism.
 
     The threads end with the call: while they exist, libgomp counts more threads than cores and puts
     waiting ones to sleep, which makes small operations of the calling thread 2.5 times slower.
     """
-    workers = min(workers, len(items))
-    if workers <= 1:
+    threads = min(threads, len(items))
+    if threads <= 1:
         return [call(item) for item in items]
-    threads = torch.get_num_threads()
-    ready = threading.Barrier(workers)
+    threads_before = torch.get_num_threads()
+    ready = threading.Barrier(threads)
 
     def begin() -> None:
         torch.set_num_threads(1)  # of this thread, and of those that start later
         ready.wait()
 
     try:
-        with ThreadPoolExecutor(workers, "executor", initializer=begin) as pool:
+        with ThreadPoolExecutor(threads, "executor", initializer=begin) as pool:
             futures = [pool.submit(call, item) for item in items]
             return [future.result() for future in futures]
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads_before)
 
 
-class NativeWorkers:
+class NativeThreads:
     """`count` threads, the calling one included, for code without PyTorch and without the GIL."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._lock = threading.Lock()  # they may wait for each other, so one call at a time
+        self._lock = threading.Lock()  # the threads of a call wait for each other: one call at a time
         self._pool = ThreadPoolExecutor(max(1, count - 1), "native")  # starts no thread yet
 
     def run(self, call: Callable[[int], None], members: int) -> None:
@@ -57,6 +59,6 @@ class NativeWorkers:
 
 
 @cache
-def native_workers(count: int) -> NativeWorkers:
-    """The process's workers: executors take turns, they don't compete for cores."""
-    return NativeWorkers(count)
+def native_threads(count: int) -> NativeThreads:
+    """The threads that all native executors share, so that they don't compete for cores."""
+    return NativeThreads(count)

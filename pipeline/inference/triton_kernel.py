@@ -1,19 +1,19 @@
 """The CUDA executor in Triton: one launch, in which a program takes an image through all its blocks.
 
-Like native.cpp for CPUs: an image's policy steers plain control flow, so a dropped block costs nothing
-and a kept one needs neither gather nor scatter, and the host waits for nothing. Activations stay in a
-scratch of the program's own, small enough for the caches.
+It works as native.cpp does on CPUs: an image's policy steers plain control flow, so a dropped block
+costs nothing, a kept one needs neither gather nor scatter, and the host waits for nothing. Each program
+keeps its activations in scratch memory of its own, small enough for the caches.
 
-An activation there is [H + 2, W + 2, C] with a border of zeros that nobody writes, so convolutions have
-no edges to treat. A convolution is a sum of products of a tile of pixels [P, D] and weights [D, O]. The
+An activation is [H + 2, W + 2, C] with a border of zeros that is never written, so convolutions have no
+edges to treat. A convolution is a sum of products of a tile of pixels [P, D] and weights [D, O]. The
 3 I inputs of a kernel row lie side by side in memory. Where I is small, one product takes them all, and
 a fourth tap of zero weights with them, because D must be a power of two; otherwise D divides I.
-Channels are padded to powers of two by zero weights, so what is padded stays zero.
+Channels are padded to powers of two by zero weights, so padded channels stay zero.
 
 The threads of a program hand activations to each other through global memory, with a barrier after each
 step. That is sound: bar.sync orders the accesses of one block's threads, to global memory too, and no
-other block touches the program's scratch. Within a step nothing meets: it reads one buffer and writes
-another, or adds to elements that only it reads.
+other block touches the program's scratch. Within a step no thread reads what another one writes: a step
+reads one buffer and writes another, or adds to elements that only the same thread reads.
 
 Shapes: B images, K blocks, N classes, C channels, I and O those in and out, H and W pixels, P pixels of
 a tile, D inputs of a product.
@@ -28,37 +28,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.architectures import CIFAR_STAGES
 from pipeline.inference.base import Executor, Networks, Output, UnavailableError
 from pipeline.inference.fused import fold
 from pipeline.models.policy_net import average_down
-from pipeline.models.resnet import STAGES, ResNet
+from pipeline.models.resnet import ResNet
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # it is not on every platform
+except ImportError:  # there is no Triton for some platforms
     triton = None
 
 PIXEL = 4  # channels of an input pixel in the scratch: three and a zero
-FEWEST, MOST = 16, 128  # channels: what tl.dot asks for, and what a tile has room for
-# Of the largest logit. Networks of up to 110 layers are off by 1e-6 in fp32 and by 1 % in bf16; a wrong
-# index, weight or barrier gives logits as wrong as they are large, and TF32 for fp32 is to show as well.
+MIN_CHANNELS, MAX_CHANNELS = 16, 128  # the least that tl.dot takes, the most that a tile has room for
+# Of the largest logit. Networks of up to 110 layers are off by 1e-6 in fp32 and by 1 % in bf16. A wrong
+# index, weight or barrier gives errors as large as the logits, and TF32 in place of fp32 must show too.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.03}
 PROOF_IMAGES, PROOF_PROGRAMS = 5, 2  # several images a program: what one leaves behind must not show
-# What was wrong, "" for nothing, by device, precision and networks' shapes: the kernel and how weights
-# are packed depend on nothing else, so that a training's validations need one proof.
+# The fault that a proof found, "" for none, by device, precision and networks' shapes. The kernel and
+# the layout of weights depend on nothing else, so a training's validations need one proof.
 PROOFS: dict[tuple[str, str, str], str] = {}
 
 
 def _jit(function: Any) -> Any:
-    """triton.jit, where there is Triton; arguments that vary from call to call compile nothing anew."""
+    """triton.jit, where there is Triton. Arguments that vary between calls cause no recompilation."""
     if triton is None:
         return function
     varying = {"inputs", "actions", "action_stride", "batch"} & set(function.__annotations__)
     return triton.jit(do_not_specialize=sorted(varying))(function)
 
 
-# In all kernels, how = (depth, sums, precision): see DEPTH, SUMS and PRODUCTS of Persistent.
+# In all kernels, how = (depth, sums, precision): see DEPTH, SUMS and PRODUCTS of TritonKernel.
 
 
 @_jit
@@ -67,13 +68,13 @@ def _read(
 ) -> None:
     """An image [H, W, 3] float32 into the scratch."""
     tile: tl.constexpr = how[1] // 16
-    channel = tl.arange(0, 4)[None, :]
+    channel = tl.arange(0, 4)[None, :]  # [1, 4]
     for start in range(0, height * width, tile):
-        pixel = (start + tl.arange(0, tile))[:, None]
-        there = (pixel < height * width) & (channel < 3)
-        value = tl.load(pixels + pixel * 3 + channel, mask=there, other=0.0)
+        pixel = (start + tl.arange(0, tile))[:, None]  # [P, 1]
+        mask = (pixel < height * width) & (channel < 3)  # [P, 4]
+        value = tl.load(pixels + pixel * 3 + channel, mask=mask, other=0.0)
         to = dst + ((pixel // width + 1) * (width + 2) + pixel % width + 1) * 4 + channel
-        tl.store(to, value.to(dst.dtype.element_ty), mask=there)
+        tl.store(to, value.to(dst.dtype.element_ty), mask=mask)
     tl.debug_barrier()
 
 
@@ -90,23 +91,24 @@ def _conv(
     tile: tl.constexpr = how[1] // cout
     inner = tl.arange(0, depth)
     outer = tl.arange(0, cout)
-    bias = tl.load(biases + outer)[None, :]
+    bias = tl.load(biases + outer)[None, :]  # [1, O]
     for start in range(0, height * width, tile):
-        pixel = start + tl.arange(0, tile)
-        near = tl.minimum(pixel, height * width - 1)  # past the end the last one is read, none stored
+        pixel = start + tl.arange(0, tile)  # [P]
+        near = tl.minimum(pixel, height * width - 1)  # past the end: read the last pixel, store none
         y = near // width
         x = near % width
-        at = src + (y * (stride * pitch) + x * (stride * cin))[:, None] + inner[None, :]
-        to = dst + ((y + 1) * (width + 2) + x + 1)[:, None] * cout + outer[None, :]
-        w = weights + inner[:, None] * cout + outer[None, :]
-        total = tl.zeros((tile, cout), tl.float32) + bias
+        # the top left tap of each pixel's 3x3 window: the border shifts src by one row and one column
+        at = src + (y * (stride * pitch) + x * (stride * cin))[:, None] + inner[None, :]  # [P, D]
+        to = dst + ((y + 1) * (width + 2) + x + 1)[:, None] * cout + outer[None, :]  # [P, O]
+        w = weights + inner[:, None] * cout + outer[None, :]  # [D, O]
+        total = tl.zeros((tile, cout), tl.float32) + bias  # [P, O]
         if add:
             total += tl.load(to).to(tl.float32)
         for ky in range(3):
             for k in range(0, row, depth):
-                taken = tl.load(at + (ky * pitch + k))
-                factors = tl.load(w + (ky * (4 * cin) + k) * cout)
-                total = tl.dot(taken, factors, total, input_precision=how[2])
+                window = tl.load(at + (ky * pitch + k))  # [P, D], of the kernel's row ky
+                factors = tl.load(w + (ky * (4 * cin) + k) * cout)  # [D, O]
+                total = tl.dot(window, factors, total, input_precision=how[2])
         result = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch does
         tl.store(to, result.to(dst.dtype.element_ty), mask=(pixel < height * width)[:, None])
     tl.debug_barrier()
@@ -122,16 +124,16 @@ def _pool_and_pad(
     tile: tl.constexpr = how[1] // cout
     channel = tl.arange(0, cout)[None, :]
     for start in range(0, height * width, tile):
-        pixel = (start + tl.arange(0, tile))[:, None]
+        pixel = (start + tl.arange(0, tile))[:, None]  # [P, 1], of dst
         y = pixel // width
         x = pixel % width
         inside = pixel < height * width
-        there = inside & (channel < cin)
-        at = src + (2 * y + 1) * pitch + (2 * x + 1) * cin + channel
-        total = tl.load(at, mask=there, other=0.0).to(tl.float32)
-        total += tl.load(at + cin, mask=there, other=0.0).to(tl.float32)
-        total += tl.load(at + pitch, mask=there, other=0.0).to(tl.float32)
-        total += tl.load(at + (pitch + cin), mask=there, other=0.0).to(tl.float32)
+        mask = inside & (channel < cin)  # [P, O]; the other channels are zeros
+        at = src + (2 * y + 1) * pitch + (2 * x + 1) * cin + channel  # [P, O], top left of four pixels
+        total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(at + cin, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(at + pitch, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(at + (pitch + cin), mask=mask, other=0.0).to(tl.float32)
         to = dst + ((y + 1) * (width + 2) + x + 1) * cout + channel
         tl.store(to, (total * 0.25).to(dst.dtype.element_ty), mask=inside)
     tl.debug_barrier()
@@ -177,21 +179,21 @@ def _head(
 ) -> None:  # fmt: skip
     """Mean over the pixels, then the linear layer, weights [C, N], all in float32."""
     tile: tl.constexpr = how[1] // channels
-    some: tl.constexpr = 32  # outputs at a time
+    chunk: tl.constexpr = 32  # outputs at a time
     channel = tl.arange(0, channels)
-    mean = tl.zeros((channels,), tl.float32)
+    mean = tl.zeros((channels,), tl.float32)  # [C]
     for start in range(0, height * width, tile):
         pixel = (start + tl.arange(0, tile))[:, None]
         at = stream + ((pixel // width + 1) * (width + 2) + pixel % width + 1) * channels
         value = tl.load(at + channel[None, :], mask=pixel < height * width, other=0.0)
         mean += tl.sum(value.to(tl.float32), axis=0) / (height * width)
-    for start in range(0, outputs, some):
-        output = start + tl.arange(0, some)
-        there = output < outputs
-        at = weights + channel[:, None] * outputs + output[None, :]
-        products = tl.load(at, mask=there[None, :], other=0.0) * mean[:, None]
-        bias = tl.load(biases + output, mask=there, other=0.0)
-        tl.store(logits + output, tl.sum(products, axis=0) + bias, mask=there)
+    for start in range(0, outputs, chunk):
+        output = start + tl.arange(0, chunk)
+        mask = output < outputs
+        at = weights + channel[:, None] * outputs + output[None, :]  # [C, chunk]
+        products = tl.load(at, mask=mask[None, :], other=0.0) * mean[:, None]
+        bias = tl.load(biases + output, mask=mask, other=0.0)
+        tl.store(logits + output, tl.sum(products, axis=0) + bias, mask=mask)
     tl.debug_barrier()
 
 
@@ -234,21 +236,21 @@ def _forward(
 
 
 def _padded(channels: int) -> int:
-    """As many or more: a power of two that tl.dot takes."""
-    return max(FEWEST, 1 << (channels - 1).bit_length())
+    """The number of channels, rounded up to a power of two that tl.dot takes."""
+    return max(MIN_CHANNELS, 1 << (channels - 1).bit_length())
 
 
 class _Network:
-    """A ResNet's weights as the kernel wants them, and the scratch for each size of its images."""
+    """A ResNet's weights in the kernel's layout, and the scratch for each size of its images."""
 
     def __init__(self, resnet: ResNet, dtype: torch.dtype) -> None:
         if resnet.family != "cifar":
             raise UnavailableError("it knows the blocks of CIFAR's ResNets alone, not ImageNet's")
         self.dtype = dtype
-        self.blocks = resnet.num_blocks // STAGES
-        self.channels = [_padded(resnet.width * 2**stage) for stage in range(STAGES)]
-        if self.channels[-1] > MOST:
-            raise UnavailableError(f"{self.channels[-1]} channels are more than {MOST}")
+        self.blocks = resnet.num_blocks // CIFAR_STAGES
+        self.channels = [_padded(resnet.width * 2**stage) for stage in range(CIFAR_STAGES)]
+        if self.channels[-1] > MAX_CHANNELS:
+            raise UnavailableError(f"{self.channels[-1]} channels are more than {MAX_CHANNELS}")
         packed = [self._packed(resnet.conv1, resnet.bn1, PIXEL)]
         for block in resnet.flat_blocks():
             packed += [
@@ -270,22 +272,22 @@ class _Network:
         return weight.to(self.dtype).flatten(), F.pad(bias, (0, more))
 
     def space(self, height: int, width: int, programs: int) -> Tensor:
-        """Scratch [at least `programs`, elements]: borders are zero when it is made and ever after."""
-        held = self.spaces.get((height, width))
-        if held is None or len(held) < programs:
+        """Scratch [at least `programs`, elements]; its borders are zero from the start and stay so."""
+        space = self.spaces.get((height, width))
+        if space is None or len(space) < programs:
             elements = (height + 2) * (width + 2) * PIXEL
             for stage, channels in enumerate(self.channels):
                 elements += 2 * ((height >> stage) + 2) * ((width >> stage) + 2) * channels
             elements += self.channels[-1]  # a fourth tap may lie one pixel past the end
-            held = self.weights.new_zeros(programs, -(-elements // 64) * 64)
-            self.spaces[height, width] = held
-        return held
+            space = self.weights.new_zeros(programs, -(-elements // 64) * 64)
+            self.spaces[height, width] = space
+        return space
 
 
 class TritonKernel(Executor):
-    """CUDA: the same few launches at any mix of policies. On one stream at a time.
+    """On CUDA: the same few launches at any mix of policies. For one stream at a time.
 
-    When made, it compiles (seconds) and proves itself on random images against float64, once in a
+    When it is built, it compiles (seconds) and is compared with float64 on random images, once in a
     process for networks of the same shapes.
 
     Raises:
@@ -324,7 +326,7 @@ class TritonKernel(Executor):
                 network.spaces.clear()
 
     def _run(self, images: Tensor, actions: Tensor | None) -> Output:
-        # with constants that are on the device already: making them would wait for it
+        # scale and shift are on the device already: to copy them there would wait for it
         inputs = torch.addcmul(self.shift, images.float(), self.scale).permute(0, 3, 1, 2)
         if actions is None:
             actions = self._decide(inputs)
@@ -368,7 +370,7 @@ class TritonKernel(Executor):
         return logits
 
     def _prove(self) -> None:
-        """See that it gives what the networks give in float64, unless that was seen to before.
+        """Compare it with the networks in float64, unless this process has done so before.
 
         Raises:
             UnavailableError: it differs, or does not compile or run.
@@ -381,10 +383,10 @@ class TritonKernel(Executor):
 
     @torch.no_grad()
     def _fault(self) -> str:
-        """What is wrong with the kernel on random images, or "".
+        """The kernel's fault on random images, or "".
 
         Raises:
-            UnavailableError: there was no memory to find out.
+            UnavailableError: there is too little memory for the comparison.
         """
         draw = torch.Generator().manual_seed(0)
         shape = (PROOF_IMAGES, self.PROOF_SIDE, self.PROOF_SIDE, 3)
@@ -398,20 +400,20 @@ class TritonKernel(Executor):
             expected["policy network"] = _in_float64(self.networks.policy_net)(inputs)
         programs, self.programs = self.programs, PROOF_PROGRAMS
         try:
-            found = {"ResNet": self._run(images, actions).logits}
+            logits = {"ResNet": self._run(images, actions).logits}
             if self.policy_net is not None:
-                found["policy network"] = self._policy_logits(inputs)
-            off = {name: (found[name] - expected[name]).abs().max() for name in found}
+                logits["policy network"] = self._policy_logits(inputs)
+            errors = {name: (logits[name] - expected[name]).abs().max() for name in logits}
             wrong = [
-                f"{name} disagrees with float64 by {float(off[name]):.2g}"
-                for name in found
-                if not off[name] <= TOLERANCE[self.precision] * expected[name].abs().max()  # nor NaN
+                f"{name} disagrees with float64 by {float(errors[name]):.2g}"
+                for name in logits  # `not <=`, as NaN is a fault too
+                if not errors[name] <= TOLERANCE[self.precision] * expected[name].abs().max()
             ]
-        except torch.OutOfMemoryError as error:  # another time there may be enough
+        except torch.OutOfMemoryError as error:  # later there may be enough
             raise UnavailableError("no memory is left to prove the kernel") from error
         except Exception as error:  # whatever Triton, the compiler and the driver raise
-            words = str(error).strip().splitlines() or [""]
-            return f"the kernel fails: {type(error).__name__}: {words[-1]}"
+            lines = str(error).strip().splitlines() or [""]
+            return f"the kernel fails: {type(error).__name__}: {lines[-1]}"
         finally:
             self.programs = programs
         return f"the kernel's {', '.join(wrong)}" if wrong else ""

@@ -1,8 +1,9 @@
 """Networks of either family by name: what params.yaml and a checkpoint say of one."""
 
-from pipeline.architectures import Family, stage_sizes
+from pipeline.architectures import Family
 from pipeline.models.resnet import ResNet
-from pipeline.models.resnet_imagenet import ImageNetResNet
+from pipeline.models.resnet_cifar import cifar_resnet
+from pipeline.models.resnet_imagenet import imagenet_resnet
 
 
 def make_resnet(*, family: Family, depth: int, width: int, num_classes: int) -> ResNet:
@@ -11,6 +12,5 @@ def make_resnet(*, family: Family, depth: int, width: int, num_classes: int) -> 
     Raises:
         ValueError: the family has no such depth.
     """
-    stage_sizes(family, depth)
-    kind = ResNet if family == "cifar" else ImageNetResNet
-    return kind(depth=depth, width=width, num_classes=num_classes)
+    make = cifar_resnet if family == "cifar" else imagenet_resnet
+    return make(depth=depth, width=width, num_classes=num_classes)

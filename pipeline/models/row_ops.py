@@ -1,8 +1,6 @@
-"""Residual networks as one flat list of blocks, any of which an image may skip.
+"""The rows of a batch that run a block: found for all blocks at once, taken out and put back.
 
-Here the networks for CIFAR; imagenet_resnet.py has those for ImageNet, with the same interface.
-Shapes: B images, K blocks, N classes, C channels, H and W pixels, R rows that keep a block.
-Architecture: He et al. 2016, section 4.2 (depth 6n+2), with the shortcuts of the BlockDrop authors.
+Shapes: B images, K blocks, C channels, H and W pixels, R rows that keep a block.
 """
 
 import torch
@@ -16,14 +14,15 @@ def kept_rows(actions: Tensor) -> list[Tensor | None]:
     the ResNet starts, so one `nonzero` serves all blocks, with a single wait for the device.
     """
     batch, num_blocks = actions.shape
-    # sorted by block, then by row; on the host, since both lines would wait for the device again
+    # one (block, row) pair for each kept block, sorted by block, then by row; on the host, since
+    # `nonzero` and `tolist` would each wait for the device again
     block_of, row_of = actions.bool().t().cpu().nonzero(as_tuple=True)
-    counts = torch.bincount(block_of, minlength=num_blocks).tolist()
+    counts = torch.bincount(block_of, minlength=num_blocks).tolist()  # K times R
     row_of = row_of.to(actions.device)
     return [None if len(rows) == batch > 0 else rows for rows in torch.split(row_of, counts)]
 
 
-def _as_rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """[B, C, H, W] to [B, H*W*C]: a view of a channels_last tensor, which row indexing keeps so."""
     return x.permute(0, 2, 3, 1).flatten(1)  # also of no rows
 
@@ -36,9 +35,9 @@ def _as_images(rows: Tensor, like: Tensor) -> Tensor:
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """x[rows] for x [B, C, H, W], channels_last in and out (plain indexing would lose it)."""
-    return _as_images(_as_rows(x).index_select(0, rows), x)
+    return _as_images(as_rows(x).index_select(0, rows), x)
 
 
 def put_rows(x: Tensor, rows: Tensor, new: Tensor) -> Tensor:
     """A copy of x [B, C, H, W] in which `rows` are `new` [R, C, H, W]."""
-    return _as_images(_as_rows(x).index_copy(0, rows, _as_rows(new)), x)
+    return _as_images(as_rows(x).index_copy(0, rows, as_rows(new)), x)

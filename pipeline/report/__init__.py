@@ -1,0 +1,1 @@
+"""The page on an experiment, and what it compares."""

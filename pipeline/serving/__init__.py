@@ -1,0 +1,1 @@
+"""Predictions for images, and the code by which MLflow serves a logged model."""

@@ -1,8 +1,8 @@
-"""What MLflow runs to serve a logged model ("models from code"): a checkpoint folder and this package.
+"""The code that MLflow runs to serve a logged model ("models from code").
 
-It is a file beside the model then, not a module of the checkout: it needs no params.yaml, DVC or git.
-Images go in as one array [B, H, W, 3] of whole numbers 0 to 255, in JSON {"inputs": [...]}; a row an
-image comes out. Nothing is cast: `as_colours` says what is taken.
+MLflow copies this file beside the model, with the checkpoint folder and this package, so it needs no
+checkout, params.yaml, DVC or Git. The input is one array of images [B, H, W, 3] of whole numbers 0 to
+255, in JSON {"inputs": [...]}; the output has a row for each image. Nothing is cast: see `as_colours`.
 """
 
 from pathlib import Path
@@ -20,13 +20,14 @@ ARTIFACT = "checkpoint"
 class Served(PythonModel):
     """The networks of a checkpoint behind MLflow's interface.
 
-    What comes out has the columns of `pipeline.predictor.Prediction.record`.
+    The output has the columns of `Prediction.record` (serving/predictor.py).
     """
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Read the checkpoint that was logged; the networks are packed for the machine that serves."""
+        """Read the checkpoint that was logged, and choose an executor for the machine that serves."""
+        # not above: MLflow imports this file also where a model is only logged
         from pipeline.device import choose_device
-        from pipeline.models import checkpoint  # not above: who logs a model needs none of it
+        from pipeline.models import checkpoint
         from pipeline.serving.predictor import Predictor
 
         self.predictor = Predictor(
@@ -39,10 +40,10 @@ class Served(PythonModel):
         model_input: np.ndarray,
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
-        """Classify images [B, H, W, 3]; one row for each.
+        """Classify images [B, H, W, 3]; a row for each.
 
         Raises:
-            MlflowException: they can't be classified; the server answers 400 with these words.
+            MlflowException: they can't be classified; the server answers 400 with its message.
         """
         from pipeline.serving.predictor import PredictionError, as_colours
 
@@ -55,8 +56,8 @@ class Served(PythonModel):
         return pd.DataFrame([prediction.record() for prediction in predictions])
 
 
-def _refusal(words: str) -> MlflowException:
-    return MlflowException.invalid_parameter_value(f'{words} (in JSON: {{"inputs": [B, H, W, 3]}})')
+def _refusal(message: str) -> MlflowException:
+    return MlflowException.invalid_parameter_value(f'{message} (in JSON: {{"inputs": [B, H, W, 3]}})')
 
 
 mlflow.models.set_model(Served())

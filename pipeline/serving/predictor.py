@@ -1,4 +1,4 @@
-"""From a checkpoint and images to answers: which class, how sure, by which blocks, at what cost.
+"""From a checkpoint and images to predictions: class, confidence, blocks kept, FLOPs.
 
 Shapes: B images, K blocks, N classes, H and W pixels.
 """
@@ -27,14 +27,15 @@ class PredictionError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What the networks say of one image, and what it took.
+    """The networks' prediction for one image, and its cost.
 
     Attributes:
         name: the likeliest class.
         probabilities: [N] float64, in the order of the checkpoint's classes.
         kept_blocks: [K] bool, the blocks that ran.
         flops: of this image, 2 per multiply-add, the policy network included.
-        flops_saved: share of the full ResNet's; negative if the policy network costs more than it saves.
+        flops_saved: fraction of the full ResNet's FLOPs; negative where the policy network costs more
+            than it saves.
     """
 
     name: str
@@ -50,11 +51,11 @@ class Prediction:
 
     @property
     def blocks(self) -> int:
-        """How many blocks ran."""
+        """Number of blocks that ran."""
         return int(self.kept_blocks.sum())
 
     def record(self) -> dict[str, Any]:
-        """Plain values under the names that JSON lines and the served model use."""
+        """Plain values under the names that JSON lines and the served model have."""
         return {
             "class": self.name,
             "confidence": self.confidence,
@@ -67,18 +68,18 @@ class Prediction:
 
 
 class Predictor:
-    """Classifies images with a trained pair, or with a ResNet alone, every block of which then runs.
+    """Classifies images with a ResNet and its policy network, or with every block of a ResNet alone.
 
-    Threads may share it: calls take turns, because executors keep memory from call to call.
+    Threads may share it: a lock lets one call run at a time, because executors reuse memory.
 
     Args:
         checkpoint: with a ResNet; its networks are moved to `device`.
-        image_size: side in pixels, for a checkpoint that does not say it.
+        image_size: side in pixels, for a checkpoint that does not hold it.
         device: where to run; None: where the weights are.
 
     Raises:
         CheckpointError: it holds no ResNet.
-        PredictionError: nobody says the image size, or two say different ones.
+        PredictionError: the image size is not known, or differs from the checkpoint's.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Predictor:
         resnet, policy_net = checkpoint.resnet, checkpoint.policy_net
         if resnet is None:
             raise CheckpointError(
-                f"{checkpoint.path} holds no ResNet, which says the class; take models/finetune (both "
+                f"{checkpoint.path} holds no ResNet, which classifies; take models/finetune (both "
                 "networks) or models/pretrain, or copy a checkpoint that holds one"
             )
         self.classes = checkpoint.classes
@@ -103,7 +104,7 @@ class Predictor:
         self._execute = make_executor(
             Networks(resnet=resnet, policy_net=policy_net, normalisation=checkpoint.normalisation)
         )
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
     @property
     def num_blocks(self) -> int:
@@ -111,15 +112,13 @@ class Predictor:
         return len(self.cost.blocks)
 
     def __call__(self, images: NDArray[np.uint8] | Tensor) -> list[Prediction]:
-        """One answer for each of the images [B, H, W, 3] uint8; B may be 0 or as large as memory holds.
+        """A prediction for each of the images [B, H, W, 3] uint8; B may be 0, or as large as memory holds.
 
         Raises:
             PredictionError: they have another size or type.
         """
-        found: list[Prediction] = []
-        for part in self._checked(images).split(evaluation_batch(self.image_size)):
-            found += self._predict(part)
-        return found
+        batches = self._checked(images).split(evaluation_batch(self.image_size))
+        return [prediction for batch in batches for prediction in self._predict(batch)]
 
     def _checked(self, images: NDArray[np.uint8] | Tensor) -> Tensor:
         side = self.image_size
@@ -131,18 +130,20 @@ class Predictor:
             )
         if isinstance(images, Tensor):
             return images.to(self._execute.device)
-        own = np.require(images, requirements=["C", "W"])  # what torch takes without a warning
-        return torch.from_numpy(own).to(self._execute.device)
+        # torch warns of arrays that can't be written to
+        writable = np.require(images, requirements=["C", "W"])
+        return torch.from_numpy(writable).to(self._execute.device)
 
     def _predict(self, images: Tensor) -> list[Prediction]:
-        with self._turn:
+        with self._lock:
             output = self._execute(images)
-            # an executor may use the memory of its outputs again
-            logits, actions = output.logits.double().cpu(), output.actions.bool().cpu().clone()
+            # copies, because an executor may reuse the memory of its outputs
+            logits = output.logits.double().cpu()  # [B, N]
+            actions = output.actions.bool().cpu().clone()  # [B, K]
         if not logits.isfinite().all():
             raise PredictionError(
-                "the network answers with no number (NaN or infinite), so there is no class; its "
-                "training diverged or its weights are damaged: train it anew, or take another model"
+                "the network's logits are NaN or infinite, so there is no class; its training diverged "
+                "or its weights are damaged: train it again, or take another model"
             )
         probabilities = logits.softmax(dim=1).numpy()
         flops = self.cost.of(actions).tolist()
@@ -159,31 +160,31 @@ class Predictor:
 
 
 def as_colours(images: NDArray[Any]) -> NDArray[np.uint8]:
-    """The same numbers as uint8, which JSON does not have; nothing is rounded, cut or converted.
+    """The same numbers as uint8, a type that JSON lacks; nothing is rounded, clipped or converted.
 
-    Integers 0 to 255 are taken, and floats where they are whole (255.0). An image of floats whose
-    largest is 1.0 is not: it may be one in 0 to 1 that is black and white.
+    Integers 0 to 255 are accepted, and floats that are whole (255.0). An image of floats whose largest
+    is 1.0 is refused: it may be a black and white one in 0 to 1.
 
     Args:
         images: [B, ...]; of dtype object where they come from JSON, so that a bool or a text shows.
 
     Raises:
-        PredictionError: there is no batch or no image, or a number is none of these.
+        PredictionError: there is no batch or no image, or a number is refused.
     """
     if images.ndim == 0:
         raise PredictionError(f"a single number is no batch of images; {_COLOURS}")
     if images.size == 0:
         raise PredictionError(f"there is no image in {images.shape}; send one at least")
-    kinds = set(map(type, images.flat)) if images.dtype.kind == "O" else {images.dtype.type}
-    if list in kinds:
+    types = set(map(type, images.flat)) if images.dtype.kind == "O" else {images.dtype.type}
+    if list in types:
         raise PredictionError("images differ in size, or their rows do; scale them to one size first")
-    if others := [kind for kind in kinds if not _is_number(kind)]:
+    if others := [other for other in types if not _is_number(other)]:
         raise PredictionError(f"colours are of type {others[0].__name__}; {_COLOURS}")
     with np.errstate(invalid="ignore"):  # of NaN and infinity, which are refused
         wrong = ~((images >= 0) & (images <= 255) & (images % 1 == 0)).astype(bool)
     if wrong.any():
         raise PredictionError(f"a colour is {truncate(images[wrong][0])}; {_COLOURS}")
-    if any(issubclass(kind, float | np.floating) for kind in kinds):
+    if any(issubclass(number, float | np.floating) for number in types):
         largest = images.reshape(len(images), -1).max(axis=1)
         if (largest == 1).any():
             raise PredictionError(f"the largest colour of an image is 1.0; {_COLOURS}")
@@ -196,12 +197,12 @@ _COLOURS = (
 )
 
 
-def _is_number(kind: type) -> bool:
-    return kind is not bool and issubclass(kind, int | float | np.integer | np.floating)
+def _is_number(value_type: type) -> bool:
+    return value_type is not bool and issubclass(value_type, int | float | np.integer | np.floating)
 
 
 def _remedy(dtype: str, shape: tuple[int, ...], side: int) -> str:
-    """How images [B, S, S, 3] of uint8 are had from what was given instead."""
+    """How to get uint8 images [B, S, S, 3] from the input."""
     if len(shape) == 4 and shape[1] == 3 and shape[3] != 3:
         return "put the channels last: images.transpose(0, 2, 3, 1)"
     if len(shape) == 3 and shape[2] == 3:
@@ -212,28 +213,29 @@ def _remedy(dtype: str, shape: tuple[int, ...], side: int) -> str:
         return "grey images need their channel three times: images.reshape(B, S, S, 1).repeat(3, axis=3)"
     if len(shape) == 4 and shape[1:] == (side, side, 3):
         return f"{dtype} is not cast, since 0 to 1 would be black: give whole numbers 0 to 255 as uint8"
-    return f"scale them to {side} x {side} pixels first, as pipeline.sources.read_image does"
+    return (
+        f"scale them to {side} x {side} pixels first, as pipeline.sources.image_folder.read_image does"
+    )
 
 
-def image_size_of(checkpoint: Checkpoint, told: int | None = None) -> int:
-    """Side in pixels of the images that a checkpoint takes; `told` is for one that does not say it.
+def image_size_of(checkpoint: Checkpoint, given: int | None = None) -> int:
+    """Side in pixels of the images that a checkpoint takes; `given` is for one that does not hold it.
 
     Raises:
-        PredictionError: nobody says it, the two differ, or it is no multiple of 4 from 8 to 512.
+        PredictionError: it is not known, the two differ, or it is no multiple of 4 from 8 to 512.
     """
-    known = checkpoint.image_size
-    if known is None and told is None:
+    trained = checkpoint.image_size
+    if trained is not None and given not in (None, trained):
+        raise PredictionError(
+            f"{checkpoint.path} was trained on images of {trained} x {trained} pixels, not {given}; "
+            "leave the size out"
+        )
+    size = trained or given
+    if size is None:
         raise PredictionError(
             f"{checkpoint.path} is older and does not say for which image size it was trained; name it "
             "(data.image_size of its params.yaml, `--image-size` of tools.predict)"
         )
-    if known is not None and told not in (None, known):
-        raise PredictionError(
-            f"{checkpoint.path} was trained on images of {known} x {known} pixels, not {told}; leave "
-            "the size out"
-        )
-    size = known or told
-    assert size is not None
     if not 8 <= size <= 512 or size % 4:
         raise PredictionError(f"image size {size} is no multiple of 4 from 8 to 512; name one that is")
     return size

@@ -47,7 +47,7 @@ class Tree:
         """
         problems = []
         for split in (name for name in SPLITS if name != "train"):
-            key = f"data.{split}_share"
+            key = f"data.{split}_fraction"
             if split in self.splits and split in shares:
                 problems.append(
                     f"{self.folder} has a folder of {split} images and {key} is {shares[split]}; set it "

@@ -1,1 +1,1 @@
-"""Runs, models and experiments in MLflow. Only this folder knows it; no result depends on it."""
+"""Runs, models and experiments in MLflow, which no other part of the library knows."""

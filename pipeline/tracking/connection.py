@@ -1,18 +1,16 @@
-"""A store that is away: how long it is waited for, what is said, and whether a stage goes on without it.
+"""The connection to MLflow: what BLOCKDROP_TRACKING asks for, timeouts, and one line on a failure.
 
-MLflow's own patience is minutes for each call: 120 s, seven times again, over HTTP; 100 s for an SQLite
-file that can't be opened. Here a call gets seconds, because StageRun tries again later.
+MLflow itself waits for minutes at each call: 120 s and seven retries over HTTP, 100 s for an SQLite
+file that can't be opened. Here a call gets seconds, because no stage depends on its answer.
 """
 
 import logging
 import os
 import re
 import sqlite3
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 from pipeline.infra.errors import UserError
 from pipeline.infra.safe_io import printable, truncate
@@ -20,116 +18,123 @@ from pipeline.infra.safe_io import printable, truncate
 VARIABLE = "BLOCKDROP_TRACKING"
 OFF, STRICT = "off", "strict"
 SQLITE = "sqlite:///"
-CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")  # MLflow's own variables
-# signs of long stories by urllib3 and SQLAlchemy, whose end says what happened
-WORDY = ("Max retries exceeded", "https://sqlalche.me")
+SQLITE_TIMEOUT = 5.0  # seconds for a file that another process has locked
 LONG_REASON = 160  # characters, of which the first sentence is enough
 LONGEST_REASON = 300  # some servers answer with a page
-REMEDIES = {  # by what a reason holds
-    "code 401": f"set {' and '.join(CREDENTIALS)}",
+# signs of urllib3's and SQLAlchemy's long messages, whose cause says what happened
+WRAPPED = ("Max retries exceeded", "https://sqlalche.me")
+REMEDIES = {  # by a part of the reason
+    "code 401": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
     "Connection refused": "start the server that MLFLOW_TRACKING_URI names, or unset it",
-    "Name or service not known": "mend the server's name in MLFLOW_TRACKING_URI, or unset it",
+    "Name or service not known": "correct the server's name in MLFLOW_TRACKING_URI, or unset it",
     "No module named": "install the database's driver into .venv, or name another store by "
     "MLFLOW_TRACKING_URI",
     "Databricks": "`pip install databricks-sdk` and log in, or name another store by "
     "MLFLOW_TRACKING_URI",
 }
-SQLITE_PATIENCE = 5.0  # seconds for a file that another process has locked
 USERINFO = re.compile(r"://(?:([^\s:/@]+):)?\S*@")
 SECRETS = re.compile(r"([?&][\w-]*(?:password|passwd|pwd|secret|token)[\w-]*=)[^&\s]+", re.IGNORECASE)
 
 
 class TrackingError(UserError):
-    """MLflow can't be used, and the user wants no stage to go on without it."""
+    """MLflow can't be used, and the user wants no stage to run without it."""
 
 
 def mode() -> str:
-    """What BLOCKDROP_TRACKING wants: off, strict, or (empty) to log and to go on when MLflow is away.
+    """The value of BLOCKDROP_TRACKING: off, strict, or empty (log, and continue when MLflow is away).
 
     Raises:
-        UserError: it says something else.
+        UserError: it has another value.
     """
-    told = os.environ.get(VARIABLE, "")
-    if told not in ("", OFF, STRICT):
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", OFF, STRICT):
         raise UserError(
-            f"{VARIABLE} is {told!r}; set it to {OFF} (nothing is logged) or {STRICT} (a stage fails "
+            f"{VARIABLE} is {value!r}; set it to {OFF} (nothing is logged) or {STRICT} (a stage fails "
             "when MLflow is away), or unset it (a stage goes on when MLflow is away)"
         )
-    return told
+    return value
 
 
 def masked(text: str) -> str:
     """A text without the passwords and tokens of the URIs in it."""
-
-    def hide(found: re.Match[str]) -> str:
-        return f"://{found[1]}:***@" if found[1] else "://***@"
-
-    return SECRETS.sub(r"\1***", USERINFO.sub(hide, text))
+    text = USERINFO.sub(lambda match: f"://{match[1]}:***@" if match[1] else "://***@", text)
+    return SECRETS.sub(r"\1***", text)
 
 
-def reason(error: BaseException, outer: BaseException | None = None) -> str:
-    """What went wrong, in a line.
+def reason(error: BaseException, handled: BaseException | None = None) -> str:
+    """What went wrong, in a line, with its remedy where one is known.
 
     Args:
-        outer: what was handled already when it happened (Ctrl-C, say): that is no cause of it.
+        handled: an exception that was being handled when `error` happened (Ctrl-C, say); Python chains
+            the two, but it is no cause.
     """
-    if any(sign in str(error) for sign in WORDY):
-        while (deeper := error.__cause__ or error.__context__) not in (None, outer):
-            error = deeper
+    if any(sign in str(error) for sign in WRAPPED):
+        while (cause := error.__cause__ or error.__context__) not in (None, handled):
+            error = cause
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    whole = printable(masked(lines[0]))
-    line = truncate(whole if len(whole) <= LONG_REASON else whole.split(". ")[0], LONGEST_REASON)
-    remedy = next((words for sign, words in REMEDIES.items() if sign in line), None)
+    line = printable(masked(lines[0]))
+    line = truncate(line if len(line) <= LONG_REASON else line.split(". ")[0], LONGEST_REASON)
+    remedy = next((remedy for sign, remedy in REMEDIES.items() if sign in line), None)
     return f"{line}; {remedy}" if remedy else line
 
 
 @contextmanager
-def http_timeout(seconds: float, *, retries: int = 0, always: bool = False) -> Iterator[None]:
-    """Let MLflow's HTTP calls in here give up after `seconds`; it reads these variables at every call.
+def http_timeout(seconds: float, *, retries: int = 0, override: bool = False) -> Iterator[None]:
+    """Let MLflow's HTTP calls give up after `seconds`; MLflow reads these variables at every call.
 
     Without retries no call is made twice: one that creates a run, and whose answer is late, would create
     two. A server's Retry-After is not obeyed, it may be an hour.
 
     Args:
-        always: also where the user has set other values, which otherwise count.
+        override: also where the user has set these variables; otherwise the user's values count.
     """
-    wanted = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(seconds))),  # whole numbers, or MLflow fails
+    variables = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(seconds))),  # MLflow takes whole numbers alone
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
         "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with the password in it
     }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update({name: text for name, text in wanted.items() if always or before[name] is None})
-    try:
+    with _environment({k: v for k, v in variables.items() if override or k not in os.environ}):
         yield
-    finally:
-        for name, text in before.items():
-            if text is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = text
 
 
 @contextmanager
 def silence_mlflow() -> Iterator[None]:
-    """Without what MLflow and urllib3 say themselves of a failure: pages, at every attempt."""
-    import mlflow.tracking  # noqa: F401  # sets levels of its own when it is imported
+    """Switch off what MLflow and urllib3 print: pages at every failure, links, progress bars."""
+    import mlflow.tracking  # noqa: F401  # the import sets log levels
 
     loggers = [logging.getLogger(name) for name in ("mlflow", "urllib3")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
+    variables = {
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the URL may hold a password
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    }
     try:
-        yield
+        with _environment(variables):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 def require_store(uri: str) -> None:
-    """See that a URI names a kind of store that MLflow has.
+    """Check that a URI names a kind of store that MLflow has.
 
     Raises:
         UserError: it is a folder, or a server without its protocol.
@@ -145,11 +150,11 @@ def require_store(uri: str) -> None:
         )
 
 
-def require_usable(uri: str, *, seconds: float | None = None) -> None:
-    """Find out within seconds that an SQLite file is locked, read-only, or none.
+def require_usable(uri: str, *, seconds: float = SQLITE_TIMEOUT) -> None:
+    """Check within seconds that an SQLite file is a database, unlocked and writable.
 
     Args:
-        seconds: to wait for another process that has it locked; None: SQLITE_PATIENCE.
+        seconds: to wait for another process that has it locked.
 
     Raises:
         OSError: the file, or its folder, can't be written to.
@@ -159,33 +164,15 @@ def require_usable(uri: str, *, seconds: float | None = None) -> None:
 
     if not uri.startswith(SQLITE):
         return
-    path = Path(make_url(uri).database or "").absolute()
-    folder = next(parent for parent in path.parents if parent.exists())  # MLflow makes the others
-    for place in (folder, path):  # the journal goes to the folder
-        if place.exists() and not os.access(place, os.W_OK):
-            raise PermissionError(f"{place} can't be written to")
-    if path.exists():
-        http_timeout = SQLITE_PATIENCE if seconds is None else min(seconds, SQLITE_PATIENCE)
-        where = f"{path.as_uri()}?mode=rw"
+    file = Path(make_url(uri).database or "").absolute()
+    folder = next(parent for parent in file.parents if parent.exists())  # MLflow makes the others
+    for path in (folder, file):  # the journal goes to the folder
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(f"{path} can't be written to")
+    if file.exists():
+        address, timeout = f"{file.as_uri()}?mode=rw", min(seconds, SQLITE_TIMEOUT)
         with closing(
-            sqlite3.connect(where, uri=True, timeout=http_timeout, isolation_level=None)
-        ) as file:
-            file.execute("BEGIN IMMEDIATE")
-            file.execute("ROLLBACK")
-
-
-class Bounded:
-    """An MlflowClient that begins no call after `until`, by time.monotonic()."""
-
-    def __init__(self, client: Any, until: float) -> None:
-        self._client = client
-        self._until = until
-
-    def has_time(self) -> bool:
-        """Whether a call may still be made."""
-        return time.monotonic() < self._until
-
-    def __getattr__(self, name: str) -> Any:
-        if not self.has_time():
-            raise TimeoutError("it answers too slowly")
-        return getattr(self._client, name)
+            sqlite3.connect(address, uri=True, timeout=timeout, isolation_level=None)
+        ) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("ROLLBACK")

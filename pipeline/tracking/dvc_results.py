@@ -1,7 +1,7 @@
-"""What an experiment gave, read from its files: parameters, metrics, learning curves, digests.
+"""The result of an experiment, read from its files: parameters, metrics, learning curves, digests.
 
-The files may be the work tree's or those of any commit (DVC's file system): stages that DVC takes from
-its cache run no code, so this is the only place from where all of an experiment can be logged.
+The files may be the work tree's or those of any commit (DVC's file system). Stages that DVC takes from
+its cache run no code, so only from the files all of an experiment can be logged.
 """
 
 import csv
@@ -21,28 +21,28 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from pipeline import config as parameters
+from pipeline import config
 from pipeline.infra.errors import UserError
-from pipeline.tracking.runs import as_texts, experiment_key, experiment_name
+from pipeline.tracking.identity import as_texts, experiment_key, experiment_name
 
 PARAMS, LOCK = "params.yaml", "dvc.lock"
 PREPARED, MODEL, REPORT = "data/prepared", "models/finetune", "report"
 METRICS, TIMES = "metrics", "metrics/times"
 TRAININGS = ("pretrain", "curriculum", "finetune")
 ARTIFACTS = (PARAMS, LOCK, REPORT, "plots")
-# what differs from run to run while the result is the same
-CLOCKED = (
+# outs that differ from run to run because they hold times, while the result is the same
+WITH_TIMES = (
     "metrics/times", "metrics/benchmark.json", "plots/benchmark", "plots/trade_off.csv", REPORT
 )  # fmt: skip
 Curve = list[tuple[int, float]]
 
 
 class RecordError(UserError):
-    """The files are no finished experiment; the message says why."""
+    """The files are not those of a finished experiment; the message says why."""
 
 
 class UnfinishedError(RecordError):
-    """They are whole, but its pipeline has not come to its end with them."""
+    """The files are intact, but the pipeline has not finished with these parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,18 +71,18 @@ class Record:
 
     @property
     def key(self) -> str:
-        """What tells it apart in MLflow."""
+        """Identifies it in MLflow."""
         return experiment_key(self.name, self.baseline, self.params)
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal results of equal parameters, whatever the name and the clock."""
-        lasting = [
+        """Equal for equal results of equal parameters, whatever the name and the times."""
+        outs = [
             (path, md5)
             for path, md5 in sorted(self.outs.items())
-            if not any(PurePosixPath(path).is_relative_to(clocked) for clocked in CLOCKED)
+            if not any(PurePosixPath(path).is_relative_to(other) for other in WITH_TIMES)
         ]
-        return hashlib.sha256(repr((sorted(self.params.items()), lasting)).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr((sorted(self.params.items()), outs)).encode()).hexdigest()[:16]
 
     @property
     def models(self) -> dict[str, str]:
@@ -90,35 +90,36 @@ class Record:
         return {path: md5 for path, md5 in self.outs.items() if path.startswith("models/")}
 
     def artifacts(self) -> dict[str, bytes]:
-        """The files to look at, by path; what DVC's cache lacks is left out."""
-        found = {}
+        """The files to look at, by path, without those that DVC's cache lacks."""
+        contents = {}
         for top in ARTIFACTS:
             for path in sorted(self.files.find(top)) if self.files.exists(top) else ():
                 content = _read(self.files, path)
                 if content is not None:
-                    found[str(path)] = content
-        return found
+                    contents[str(path)] = content
+        return contents
 
     def examples(self, count: int) -> NDArray[np.uint8] | None:
-        """The first test images [count, H, W, 3], read without the rest; None where they are not."""
+        """The first test images [count, H, W, 3], read without the rest; None where they are missing."""
         try:
             with self.files.open(f"{PREPARED}/test_images.npy") as file:
                 np.lib.format.read_magic(file)
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-                one = math.prod(shape[1:])
-                values = np.frombuffer(file.read(count * one), dtype)
-                return values[: len(values) // one * one].reshape(-1, *shape[1:])
+                image_bytes = math.prod(shape[1:])  # uint8
+                values = np.frombuffer(file.read(count * image_bytes), dtype)
+                whole = len(values) // image_bytes * image_bytes
+                return values[:whole].reshape(-1, *shape[1:])
         except (OSError, ValueError):
             return None
 
     def is_whole(self) -> bool:
-        """Whether the report and the model are there to be read (else `dvc fetch` brings them)."""
-        there = (f"{REPORT}/report.md", f"{MODEL}/model.json", f"{MODEL}/model.safetensors")
-        return all(_read(self.files, path) is not None for path in there)
+        """Whether report and model can be read; otherwise `dvc fetch` brings them."""
+        paths = (f"{REPORT}/report.md", f"{MODEL}/model.json", f"{MODEL}/model.safetensors")
+        return all(_read(self.files, path) is not None for path in paths)
 
 
 def work_tree(folder: str = ".") -> AbstractFileSystem:
-    """The files as they lie in a folder."""
+    """The files of a folder."""
     return DirFileSystem(path=folder, fs=LocalFileSystem())
 
 
@@ -128,16 +129,16 @@ def read(
     """The record of the experiment whose files these are.
 
     Args:
-        name: DVC's; empty: what an experiment is called that DVC gives no name.
-        running: the stage that runs now, of which dvc.lock still has what it was before.
+        name: DVC's; empty: `experiment_name`.
+        running: the stage that runs now, whose entry in dvc.lock is of its run before.
 
     Raises:
         RecordError: it isn't finished, or params.yaml was changed since.
     """
     values, lock = _yaml(files, PARAMS), _yaml(files, LOCK)
-    # dvc.lock keeps entries of a matrix (sole@26) that params.yaml names no more
-    locked = (lock.get("stages") or {}).items()
-    stages = {stage: entry for stage, entry in locked if stage != running and "@" not in stage}
+    # dvc.lock keeps entries of a matrix (sole@26) that params.yaml no longer names
+    entries = (lock.get("stages") or {}).items()
+    stages = {stage: entry for stage, entry in entries if stage != running and "@" not in stage}
     outs = {
         out["path"]: out["md5"].removesuffix(".dir")
         for stage in stages.values()
@@ -146,7 +147,7 @@ def read(
     if f"{METRICS}/evaluate.json" not in outs:
         raise UnfinishedError("its pipeline has not come to its end")
     _require_unchanged(values, stages)
-    params = as_texts(dict(parameters.flatten(values)))
+    params = as_texts(dict(config.flatten(values)))
     return Record(
         name=name or experiment_name(params),
         baseline=baseline,
@@ -160,62 +161,62 @@ def read(
 
 
 def _require_unchanged(values: Mapping[str, Any], stages: Mapping[str, Any]) -> None:
-    """What the stages ran with is what params.yaml says now."""
-    now = dict(parameters.flatten(values))
-    for stage, locked in stages.items():
-        then = (locked.get("params") or {}).get(PARAMS) or {}
-        for key, value in parameters.flatten(then):
-            if key in now and as_texts({key: now[key]}) != as_texts({key: value}):
+    """Check that the stages ran with the parameters that params.yaml has now."""
+    current = dict(config.flatten(values))
+    for stage, entry in stages.items():
+        locked = (entry.get("params") or {}).get(PARAMS) or {}
+        for key, value in config.flatten(locked):
+            if key in current and as_texts({key: current[key]}) != as_texts({key: value}):
                 raise UnfinishedError(f"params.yaml was changed since: {key} was {value} in {stage}")
 
 
 def _metrics(files: AbstractFileSystem) -> dict[str, float]:
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     paths = sorted(files.glob(f"{METRICS}/*.json"))
     # the UI's comparison draws the metric that was logged first: the test accuracy
     for path in sorted(paths, key=lambda path: not path.endswith("evaluate.json")):
-        found |= dict(_numbers(_json(files, path)))
+        metrics |= dict(_numbers(_json(files, path)))
     for stage in TRAININGS:
         times = _json(files, f"{TIMES}/{stage}.json")
         if times.get("seconds") is not None:
-            found[f"{stage}.seconds"] = float(times["seconds"])
-    return found
+            metrics[f"{stage}.seconds"] = float(times["seconds"])
+    return metrics
 
 
 def _json(files: AbstractFileSystem, path: str) -> dict[str, Any]:
     content = _read(files, path)
     try:
-        found = json.loads(content or b"{}")
+        values = json.loads(content or b"{}")
     except ValueError as error:
         raise RecordError(f"its {path} can't be read: {error}") from None
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, value in parameters.flatten(dict(values)):
+    for name, value in config.flatten(dict(values)):
         if isinstance(value, int | float) and math.isfinite(value):
             yield name, float(value)
 
 
 def _curves(files: AbstractFileSystem, values: Mapping[str, Any]) -> dict[str, Curve]:
-    found: dict[str, Curve] = {}
+    curves: dict[str, Curve] = {}
     for training, path in _trainings(values).items():
         text = (_read(files, path) or b"").decode()
         for row in csv.DictReader(io.StringIO(text)):
             epoch = int(float(row.pop("epoch")))
             for name, value in row.items():
-                found.setdefault(f"{training}/{name}", []).append((epoch, float(value)))
-    return found
+                curves.setdefault(f"{training}/{name}", []).append((epoch, float(value)))
+    return curves
 
 
 def _trainings(values: Mapping[str, Any]) -> dict[str, str]:
-    """Their learning curves' files, by the name that a training's run has."""
+    """The files of the learning curves, by the name that a training's run has."""
     sole, static = (values.get(stage) or {} for stage in ("sole", "static"))
     items = [("sole", str(depth)) for depth in sole.get("depths") or ()]
-    rules, kepts = (static.get(name) or () for name in ("rules", "kept"))
-    items += [("static", f"{rule}-{kept}") for rule in rules for kept in kepts]
-    found = {stage: f"plots/{stage}.csv" for stage in TRAININGS}
-    return found | {f"{stage}-{item}": f"plots/{stage}/{item}.csv" for stage, item in items}
+    num_kept = static.get("num_kept") or static.get("kept") or ()  # `kept` in older experiments
+    items += [("static", f"{rule}-{n}") for rule in static.get("rules") or () for n in num_kept]
+    paths = {stage: f"plots/{stage}.csv" for stage in TRAININGS}
+    return paths | {f"{stage}-{item}": f"plots/{stage}/{item}.csv" for stage, item in items}
 
 
 def _yaml(files: AbstractFileSystem, path: str) -> dict[str, Any]:
@@ -223,17 +224,17 @@ def _yaml(files: AbstractFileSystem, path: str) -> dict[str, Any]:
     if content is None:
         raise UnfinishedError(f"it has no {path}")
     try:
-        found = yaml.load(content.decode(), parameters.Loader)
+        values = yaml.load(content.decode(), config.Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise RecordError(f"its {path} can't be read: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise RecordError(f"its {path} holds no keys with values")
-    return found
+    return values
 
 
 def _read(files: AbstractFileSystem, path: str) -> bytes | None:
     try:
         content: bytes = files.cat_file(path)
-    except OSError:  # not there, or in no cache
+    except OSError:  # it is missing, or in no cache
         return None
     return content

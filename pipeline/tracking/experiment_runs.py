@@ -1,7 +1,6 @@
 """The parent run of an experiment, completed from its record: the run that people compare.
 
-Idempotent: what is there already is not logged again. Runs of trainings under it that lost MLflow on
-their way are completed too.
+Idempotent: nothing is logged twice. Trainings' own runs whose live logging stopped are completed too.
 """
 
 import hashlib
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from pipeline.report.html import as_code, as_markdown
 from pipeline.tracking import registry
 from pipeline.tracking.dvc_results import MODEL, PREPARED, Curve, Record
+from pipeline.tracking.identity import origin_tags
 from pipeline.tracking.runs import (
     TAG_KEY,
     TAG_PARENT,
@@ -24,7 +24,6 @@ from pipeline.tracking.runs import (
     as_metrics,
     find_parent,
     make_parent,
-    origin_tags,
 )
 from pipeline.tracking.store import store
 
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 TAG_FINGERPRINT = "blockdrop.fingerprint"
-TAG_LOGGED = "blockdrop.logged"  # digest of what was logged, by kind, so that it is logged once
+TAG_LOGGED = "blockdrop.logged"  # digest of the logged content, by kind, so that it is logged once
 TAG_REVISION = "dvc.revision"  # the DVC experiment's commit, once all of it is logged
 TAG_NAME = "dvc.experiment"  # the name that DVC gives it
 TAG_SUPERSEDED = "blockdrop.superseded"
@@ -41,10 +40,13 @@ TAG_NOTE = "mlflow.note.content"
 
 
 def complete(record: Record, *, finish: bool) -> str:
-    """Make the parent run of an experiment, or log what it lacks; its id.
+    """Create the parent run of an experiment, or log what it lacks.
 
     Args:
         finish: end it as FINISHED; not from inside a stage, which ends it itself.
+
+    Returns:
+        Its id.
     """
     with store() as (client, experiment_id):
         run_id = make_parent(
@@ -63,51 +65,51 @@ def complete(record: Record, *, finish: bool) -> str:
     _log_model(client, run, record)
     _set_tags(client, run, record)
     if finish:
-        for child in _newest_of_trainings(client, run, record):
-            _complete_training(client, child, record)
+        for training in _newest_trainings(client, run, record):
+            _complete_training(client, training, record)
         if run.info.status != "FINISHED":
             client.set_terminated(run_id, "FINISHED")
     return run_id
 
 
-def find(client: "MlflowClient", experiment_id: str, record: Record) -> str | None:
-    """The id of the run that stands for the record's result already, under whatever name."""
-    own = find_parent(client, experiment_id, record.key)
-    if own is not None:
-        return own
-    wanted = f"tags.`{TAG_FINGERPRINT}` = '{record.fingerprint}' and tags.`{TAG_ROLE}` = 'parent'"
-    found = client.search_runs([experiment_id], filter_string=wanted, max_results=1)
-    return str(found[0].info.run_id) if found else None
+def find(client: "MlflowClient", experiment_id: str, record: Record) -> "Run | None":
+    """The parent run that has the record's result already, possibly under another name."""
+    run = find_parent(client, experiment_id, record.key)
+    if run is not None:
+        return run
+    condition = f"tags.`{TAG_FINGERPRINT}` = '{record.fingerprint}' and tags.`{TAG_ROLE}` = 'parent'"
+    runs = client.search_runs([experiment_id], filter_string=condition, max_results=1)
+    return runs[0] if runs else None
 
 
-def logged(client: "MlflowClient", experiment_id: str, revision: str) -> "Run | None":
-    """The finished run that has all of an experiment's commit."""
-    wanted = f"tags.`{TAG_REVISION}` = '{revision}' and attributes.status = 'FINISHED'"
-    found = client.search_runs([experiment_id], filter_string=wanted, max_results=1)
-    return found[0] if found else None
+def find_complete(client: "MlflowClient", experiment_id: str, revision: str) -> "Run | None":
+    """The finished parent run that has everything of an experiment's commit."""
+    condition = f"tags.`{TAG_REVISION}` = '{revision}' and attributes.status = 'FINISHED'"
+    runs = client.search_runs([experiment_id], filter_string=condition, max_results=1)
+    return runs[0] if runs else None
 
 
 def rename(client: "MlflowClient", run: "Run", record: Record) -> None:
-    """Let a run be found under the name that its experiment has now; `complete` does the rest."""
+    """Give a run the name that its experiment has now; `complete` does the rest."""
     client.set_tag(run.info.run_id, TAG_KEY, record.key)
     client.update_run(run.info.run_id, name=record.name)
 
 
 def describe(record: Record) -> str:
-    """The run's description: what it gave, in Markdown."""
+    """The run's description: its headline metrics as a Markdown table."""
     metrics = record.metrics
     rows = [("every block", "full_accuracy", "num_blocks", "full_flops")]
     rows += [("**BlockDrop**", "accuracy", "blocks_mean", "flops_mean")]
     lines = ["| network | accuracy | blocks | FLOPs |", "|---|---|---|---|"]
-    for said, accuracy, blocks, flops in rows:
-        lines.append(_row(said, metrics.get(accuracy), metrics.get(blocks), metrics.get(flops)))
+    for label, accuracy, blocks, flops in rows:
+        lines.append(_row(label, metrics.get(accuracy), metrics.get(blocks), metrics.get(flops)))
     for prefix in sorted({k.rsplit(".", 1)[0] for k in metrics if k.startswith(("sole.", "static."))}):
         kind, name = prefix.split(".", 1)
         tuned = "not finetuned" if record.params.get("finetune.epochs") == "0" else "finetuned"
         name = as_markdown(name.replace("_", " "))
-        said = f"ResNet-{name}" if kind == "sole" else f"{name} blocks, {tuned}"
-        found = [metrics.get(f"{prefix}.{what}") for what in ("accuracy", "blocks", "flops")]
-        lines.append(_row(said, *found))
+        label = f"ResNet-{name}" if kind == "sole" else f"{name} blocks, {tuned}"
+        values = [metrics.get(f"{prefix}.{field}") for field in ("accuracy", "blocks", "flops")]
+        lines.append(_row(label, *values))
     if "flops_saved" in metrics:
         lines += [
             "",
@@ -118,29 +120,33 @@ def describe(record: Record) -> str:
     return "\n".join(lines).strip()
 
 
-def _row(said: str, accuracy: float | None, blocks: float | None, flops: float | None) -> str:
-    share = "" if accuracy is None else f"{100 * accuracy:.2f} %"
-    kept, cost = "" if blocks is None else f"{blocks:.2f}", "" if flops is None else f"{flops:.3g}"
-    return f"| {said} | {share} | {kept} | {cost} |"
+def _row(label: str, accuracy: float | None, blocks: float | None, flops: float | None) -> str:
+    cells = [
+        label,
+        "" if accuracy is None else f"{100 * accuracy:.2f} %",
+        "" if blocks is None else f"{blocks:.2f}",
+        "" if flops is None else f"{flops:.3g}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def _origin(record: Record) -> dict[str, str]:
-    """Where an experiment that was not run here came from."""
+    """Tags that say which code gave the result."""
     if not record.revision:
         return origin_tags()
     return {"git.commit": record.baseline, "mlflow.source.git.commit": record.baseline}
 
 
 def _retire_namesakes(client: "MlflowClient", experiment_id: str, record: Record) -> None:
-    """`dvc exp run -f` puts an experiment in the place of one of the same name; say so there."""
+    """Mark the runs of experiments that `dvc exp run -f` has replaced by this one, of the same name."""
     if not record.revision:
         return
     # the name is compared here: in MLflow's filters no quote can be escaped
-    wanted = (
+    condition = (
         f"tags.`dvc.baseline` = '{record.baseline}' and tags.`{TAG_ROLE}` = 'parent' "
         f"and tags.`{TAG_KEY}` != '{record.key}'"
     )
-    for run in client.search_runs([experiment_id], filter_string=wanted):
+    for run in client.search_runs([experiment_id], filter_string=condition):
         tags = run.data.tags
         if tags.get(TAG_NAME) == record.name and TAG_SUPERSEDED not in tags:
             client.set_tag(run.info.run_id, TAG_SUPERSEDED, record.key)
@@ -150,19 +156,19 @@ def _retire_namesakes(client: "MlflowClient", experiment_id: str, record: Record
 def _log_metrics(client: "MlflowClient", run: "Run", record: Record) -> None:
     changed = {k: v for k, v in record.metrics.items() if run.data.metrics.get(k) != v}
     metrics = as_metrics(changed)
-    with _once(client, run, "curves", json.dumps(record.curves)) as wanted:
-        if wanted:
-            metrics += _lacking(client, run, record.curves)
+    with _once(client, run, "curves", json.dumps(record.curves)) as is_new:
+        if is_new:
+            metrics += _missing_points(client, run, record.curves)
         client.log_batch(run.info.run_id, metrics=metrics)
 
 
-def _lacking(client: "MlflowClient", run: "Run", curves: Mapping[str, Curve]) -> "list[Metric]":
-    """The points that the run has not got: an attempt before may have logged some of them."""
+def _missing_points(client: "MlflowClient", run: "Run", curves: Mapping[str, Curve]) -> "list[Metric]":
+    """The points that the run lacks; an earlier, interrupted sync may have logged some."""
     metrics = []
     for name, points in curves.items():
-        known = _points(client, run, name) if name in run.data.metrics else set()
+        logged = _points(client, run, name) if name in run.data.metrics else set()
         for step, value in points:
-            metrics += [] if (step, value) in known else as_metrics({name: value}, step)
+            metrics += [] if (step, value) in logged else as_metrics({name: value}, step)
     return metrics
 
 
@@ -170,21 +176,21 @@ def _points(client: "MlflowClient", run: "Run", name: str) -> set[tuple[int, flo
     return {(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)}
 
 
-def _newest_of_trainings(client: "MlflowClient", run: "Run", record: Record) -> "list[Run]":
-    """For each training under the experiment its newest run, unless that is going on."""
-    wanted = f"tags.`{TAG_PARENT}` = '{run.info.run_id}'"
+def _newest_trainings(client: "MlflowClient", run: "Run", record: Record) -> "list[Run]":
+    """The newest run of each training under the experiment, without those that are running."""
+    condition = f"tags.`{TAG_PARENT}` = '{run.info.run_id}'"
     order = ["attributes.start_time ASC"]
-    found = client.search_runs([run.info.experiment_id], wanted, order_by=order)
-    newest = {child.data.tags.get(TAG_STAGE): child for child in found}
+    children = client.search_runs([run.info.experiment_id], condition, order_by=order)
+    newest = {child.data.tags.get(TAG_STAGE): child for child in children}
     trainings = sorted({name.split("/")[0] for name in record.curves} & set(newest))
     return [newest[name] for name in trainings if newest[name].info.status != "RUNNING"]
 
 
 def _complete_training(client: "MlflowClient", run: "Run", record: Record) -> None:
-    """Log what a training's run lacks and end it as FINISHED, when MLflow was away at its end.
+    """Log the rest of a training's curve and end its run as FINISHED, where its live logging stopped.
 
-    Points are logged in their order, so a run that has the last epoch has all. One that learnt otherwise
-    than the record says is of another attempt, and is left.
+    Points are logged in their order, so a run that has the last epoch has all. A run with other points
+    than the record's is of another attempt, and stays as it is.
     """
     prefix = run.data.tags[TAG_STAGE] + "/"
     curves = {k.removeprefix(prefix): v for k, v in record.curves.items() if k.startswith(prefix)}
@@ -195,7 +201,7 @@ def _complete_training(client: "MlflowClient", run: "Run", record: Record) -> No
     for name in curves.keys() & run.data.metrics.keys():
         if not _points(client, run, name) <= set(curves[name]):
             return
-    client.log_batch(run.info.run_id, metrics=_lacking(client, run, curves))
+    client.log_batch(run.info.run_id, metrics=_missing_points(client, run, curves))
     client.set_terminated(run.info.run_id, "FINISHED", run.info.end_time)
 
 
@@ -203,9 +209,9 @@ def _log_dataset(client: "MlflowClient", run: "Run", record: Record) -> None:
     """The prepared data set as an input of the run, by DVC's digest."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    known = {given.dataset.digest for given in run.inputs.dataset_inputs} if run.inputs else set()
+    logged = {item.dataset.digest for item in run.inputs.dataset_inputs} if run.inputs else set()
     digest = record.outs.get(PREPARED)
-    if digest is None or digest in known:
+    if digest is None or digest in logged:
         return
     name = record.params.get("data.source", "data")
     source = json.dumps({"path": PREPARED, "md5": digest})
@@ -217,8 +223,8 @@ def _log_dataset(client: "MlflowClient", run: "Run", record: Record) -> None:
 def _log_artifacts(client: "MlflowClient", run: "Run", record: Record) -> None:
     files = record.artifacts()
     content = repr([(path, hashlib.sha256(data).hexdigest()) for path, data in files.items()])
-    with _once(client, run, "artifacts", content) as wanted, tempfile.TemporaryDirectory() as folder:
-        if not wanted:
+    with _once(client, run, "artifacts", content) as is_new, tempfile.TemporaryDirectory() as folder:
+        if not is_new:
             return
         for path, data in files.items():
             target = Path(folder) / path
@@ -231,8 +237,8 @@ def _log_model(client: "MlflowClient", run: "Run", record: Record) -> None:
     if MODEL not in record.outs or not record.is_whole():
         return
     digest = record.outs[MODEL]
-    with _once(client, run, "model", digest) as wanted, tempfile.TemporaryDirectory() as folder:
-        if not wanted:
+    with _once(client, run, "model", digest) as is_new, tempfile.TemporaryDirectory() as folder:
+        if not is_new:
             return
         for name in ("model.json", "model.safetensors"):
             (Path(folder) / name).write_bytes(record.files.cat_file(f"{MODEL}/{name}"))
@@ -257,9 +263,9 @@ def _set_tags(client: "MlflowClient", run: "Run", record: Record) -> None:
 
 @contextmanager
 def _once(client: "MlflowClient", run: "Run", kind: str, content: str) -> Iterator[bool]:
-    """Whether this content was not logged yet; it counts as logged when the body came to its end."""
+    """Whether this content was not logged yet; it counts as logged when the body raised nothing."""
     tag, digest = f"{TAG_LOGGED}.{kind}", hashlib.sha256(content.encode()).hexdigest()[:16]
-    wanted = run.data.tags.get(tag) != digest
-    yield wanted
-    if wanted:
+    is_new = run.data.tags.get(tag) != digest
+    yield is_new
+    if is_new:
         client.set_tag(run.info.run_id, tag, digest)

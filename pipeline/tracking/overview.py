@@ -1,4 +1,4 @@
-"""What is in the store, for people: a table of experiments, and links that open them in the UI."""
+"""The store's content for people: a table of experiments, and links that open them in the UI."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from pipeline.tracking.store import compare_page, run_page, runs_page, store, st
 
 SWEPT = {"gamma", "curriculum.gamma", "seed"}  # experiments that differ in these alone are compared
 LINE = 120  # characters, where there is no terminal
-SHOWN = 20  # experiments in the table, newest first
+MAX_ROWS = 20  # experiments in the table, newest first
 COLUMNS = {
     "accuracy": ("accuracy", 100, "%"),
     "full_accuracy": ("every block", 100, "%"),
@@ -49,7 +49,7 @@ def experiments() -> tuple[str, list[Experiment]]:
             order_by=["attributes.start_time DESC"],
             max_results=1000,
         )
-    found = [
+    finished = [
         Experiment(
             run_id=run.info.run_id,
             name=run.info.run_name,
@@ -59,25 +59,25 @@ def experiments() -> tuple[str, list[Experiment]]:
         for run in runs
         if "accuracy" in run.data.metrics and TAG_SUPERSEDED not in run.data.tags
     ]
-    return experiment_id, found
+    return experiment_id, finished
 
 
-def siblings(own: Experiment, found: Sequence[Experiment]) -> list[Experiment]:
+def siblings(chosen: Experiment, others: Sequence[Experiment]) -> list[Experiment]:
     """An experiment and those that differ from it in swept parameters alone, one of each setting.
 
-    Of equal settings (run again under another commit, say) the first counts, `own` before all.
+    Of equal settings (run again under another commit, say) the first counts, `chosen` before all.
     """
-    settings: dict[tuple[str | None, ...], Experiment] = {}
-    for experiment in (own, *found):
-        if experiment.is_sibling(own):
-            settings.setdefault(tuple(experiment.params.get(k) for k in sorted(SWEPT)), experiment)
-    return list(settings.values())
+    by_setting: dict[tuple[str | None, ...], Experiment] = {}
+    for experiment in (chosen, *others):
+        if experiment.is_sibling(chosen):
+            by_setting.setdefault(tuple(experiment.params.get(k) for k in sorted(SWEPT)), experiment)
+    return list(by_setting.values())
 
 
-def table(found: Sequence[Experiment], *, marked: str = "") -> list[list[str]]:
-    """Header and rows: name, gamma and the headline; the run `marked` is starred."""
-    rows = [["experiment", "gamma", *(said for said, _, _ in COLUMNS.values())]]
-    for experiment in found[:SHOWN]:
+def table(shown: Sequence[Experiment], *, marked: str = "") -> list[list[str]]:
+    """Header and rows: name, gamma and headline metrics; the run `marked` gets a star."""
+    rows = [["experiment", "gamma", *(title for title, _, _ in COLUMNS.values())]]
+    for experiment in shown[:MAX_ROWS]:
         cells = [
             _cell(experiment.metrics.get(name), scale, unit)
             for name, (_, scale, unit) in COLUMNS.items()
@@ -88,19 +88,19 @@ def table(found: Sequence[Experiment], *, marked: str = "") -> list[list[str]]:
 
 
 def links(
-    experiment_id: str, found: Sequence[Experiment], run_id: str, *, address: str | None = None
+    experiment_id: str, shown: Sequence[Experiment], run_id: str, *, address: str | None = None
 ) -> dict[str, str]:
     """Addresses of the table of runs, of one experiment, and of its comparison with its siblings."""
     base = f"{address or ui_address()}/"
-    said = {"all runs": base + runs_page(experiment_id)}
-    own = next((experiment for experiment in found if experiment.run_id == run_id), None)
-    if own is None:
-        return said
-    said["this experiment"] = base + run_page(experiment_id, run_id)
-    compared = [experiment.run_id for experiment in siblings(own, found)]
+    pages = {"all runs": base + runs_page(experiment_id)}
+    chosen = next((experiment for experiment in shown if experiment.run_id == run_id), None)
+    if chosen is None:
+        return pages
+    pages["this experiment"] = base + run_page(experiment_id, run_id)
+    compared = [experiment.run_id for experiment in siblings(chosen, shown)]
     if len(compared) > 1:
-        said["its gammas compared"] = base + compare_page(experiment_id, compared[:SHOWN])
-    return said
+        pages["its gammas compared"] = base + compare_page(experiment_id, compared[:MAX_ROWS])
+    return pages
 
 
 def _unswept(experiment: Experiment) -> dict[str, str]:
@@ -114,24 +114,24 @@ def _cell(value: float | None, scale: float, unit: str) -> str:
 
 
 def say(run_id: str, *, address: str | None = None) -> None:
-    """Print the table of experiments and the links; with no server, how to start one."""
-    experiment_id, found = experiments()
-    if not found:
+    """Print the table of experiments and the links; without a server, also how to start one."""
+    experiment_id, finished = experiments()
+    if not finished:
         print("no experiment has come to its end yet; `make repro` runs one")
         return
-    _print_table(table(found, marked=run_id))
+    _print_table(table(finished, marked=run_id))
     if address is None and not store_uri().startswith("http"):
         print("`make ui` serves these pages on this machine:")
-    for said, link in links(experiment_id, found, run_id, address=address).items():
-        print(f"{said}: {link}")
+    for title, link in links(experiment_id, finished, run_id, address=address).items():
+        print(f"{title}: {link}")
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    shown = Table(box=SIMPLE, pad_edge=False)
+    printed = Table(box=SIMPLE, pad_edge=False)
     for index, title in enumerate(rows[0]):
-        # where a line is too short for all, names are folded, and no number is cut
-        shown.add_column(title, justify="right" if index else "left", no_wrap=index > 0)
+        # on a narrow terminal names are folded, and no number is cut
+        printed.add_column(title, justify="right" if index else "left", no_wrap=index > 0)
     for row in rows[1:]:
-        shown.add_row(*(Text(printable(cell)) for cell in row))  # a name is no markup, whatever it holds
+        printed.add_row(*(Text(printable(cell)) for cell in row))  # as Text a name is no markup
     width = None if sys.stdout.isatty() else LINE  # a file or a pipe has no width of its own
-    Console(width=width, highlight=False).print(shown)
+    Console(width=width, highlight=False).print(printed)

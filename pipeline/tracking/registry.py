@@ -1,14 +1,13 @@
-"""Trained models in MLflow: logged at the run that made them, and one of them the champion.
+"""Trained models in MLflow: logged at the run that trained them, one of them registered as champion.
 
-Nothing here changes MLflow's global state: all goes through a client of the store. A logged model holds
-the checkpoint folder and this package, so that it serves where there is no checkout (served.py).
+A logged model holds the checkpoint folder and this package, so that it serves where there is no checkout
+(serving/mlflow_model.py). MLflow's global state is not changed: all calls go through a client.
 """
 
 import difflib
 import hashlib
 import importlib.metadata
 import json
-import logging
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,7 @@ from pipeline.models import checkpoint
 from pipeline.models.checkpoint import WEIGHTS, Checkpoint
 from pipeline.serving import mlflow_model
 from pipeline.serving.predictor import image_size_of
-from pipeline.tracking.connection import reason
+from pipeline.tracking.connection import reason, silence_mlflow
 from pipeline.tracking.runs import TAG_ROLE
 from pipeline.tracking.store import shown_uri, store, store_uri
 
@@ -36,9 +35,9 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
-NAME = "blockdrop"  # of logged models and, unless told otherwise, of the registered one
+NAME = "blockdrop"  # of logged models and, by default, of the registered one
 ALIAS = "champion"
-ARTIFACT = "checkpoint"  # folder below `artifacts` of a logged model; served.py has the same name
+ARTIFACT = "checkpoint"  # folder below `artifacts` of a logged model, the same in mlflow_model.py
 TAG_WEIGHTS = "blockdrop.weights_sha256"
 TAG_STAGE = "blockdrop.stage"
 TAG_DVC = "dvc.md5"
@@ -50,7 +49,7 @@ EXAMPLES = 2  # images beside a model, to try it
 
 
 class ModelError(UserError):
-    """A run, a model or a version is not to be had; the message says which and names the remedy."""
+    """A run, a model or a version can't be had; the message says which and names the remedy."""
 
 
 class UnknownRunError(ModelError):
@@ -59,15 +58,15 @@ class UnknownRunError(ModelError):
 
 @dataclass(frozen=True, kw_only=True)
 class Promotion:
-    """What `promote` did.
+    """The result of `promote`.
 
     Attributes:
         name: of the registered model.
-        alias: that now names `version`.
+        alias: names `version` now.
         version: of the registered model.
         previous: the version that the alias named before, None if none.
         model_id: of the logged model.
-        run_id: of the run that made it.
+        run_id: of the run that trained it.
         run_name: the name of that run.
     """
 
@@ -81,7 +80,7 @@ class Promotion:
 
     @property
     def uri(self) -> str:
-        """What loads and serves the model."""
+        """The address by which MLflow loads and serves the model."""
         return f"{SCHEME}{self.name}@{self.alias}"
 
 
@@ -94,37 +93,40 @@ def log_model(
     metrics: Mapping[str, float | None] | None = None,
     dvc_md5: str = "",
 ) -> str:
-    """Log a checkpoint folder as a model of a run, once for each run and weights; the model's id.
+    """Log a checkpoint folder as a model of a run, once for each run and weights.
 
-    Takes the store's lock: not to be called while `store()` is held.
+    Takes the store's lock: don't call it while `store()` is held.
 
     Args:
         run_id: an existing run, finished or not.
         folder: a checkpoint with a ResNet.
-        example: images [M, S, S, 3] uint8 from which the first two become the model's example; None:
-            noise. Where an older checkpoint does not say its image size it is theirs, or else the run's
-            parameter data.image_size.
+        example: images [M, S, S, 3] uint8, the first two of which become the model's example; None:
+            noise. An older checkpoint holds no image size; then it is that of these images, or else the
+            run's parameter data.image_size.
         params: of the model; None: all of the run's.
         metrics: linked to the model, undefined ones (None) left out; None: all of the run's at step 0.
         dvc_md5: DVC's digest of the folder.
+
+    Returns:
+        The model's id.
 
     Raises:
         CheckpointError: the folder can't be used.
         PredictionError: its image size is not known, or the example has another.
     """
-    own = checkpoint.load(folder)
-    own.need_resnet()
+    networks = checkpoint.load(folder)
+    networks.need_resnet()
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    tags = {TAG_WEIGHTS: digest, TAG_STAGE: own.stage} | ({TAG_DVC: dvc_md5} if dvc_md5 else {})
+    tags = {TAG_WEIGHTS: digest, TAG_STAGE: networks.stage} | ({TAG_DVC: dvc_md5} if dvc_md5 else {})
     with store() as (client, _):
         run = client.get_run(run_id)
         model = _logged(client, run, digest)
         if model is None:
-            size = _size(own, example, run)
+            size = _image_size(networks, example, run)
             images = _noise(size) if example is None else example[:EXAMPLES]
             texts = {k: str(v) for k, v in (run.data.params if params is None else params).items()}
             model = client.create_logged_model(run.info.experiment_id, NAME, run_id, tags, texts)
-            _upload(client, model, run_id, replace(own, image_size=size), images)
+            _upload(client, model, run_id, replace(networks, image_size=size), images)
         _link_metrics(client, model, run, metrics)
     return str(model.model_id)
 
@@ -133,8 +135,8 @@ def promote(run: str, *, registered_name: str = NAME, alias: str = ALIAS) -> Pro
     """Register the model of a run, unless it is registered already, and give it an alias.
 
     Args:
-        run: id of a run, or the name of an experiment, whose parent run is meant then.
-        registered_name: of the model in the registry; made when it isn't there.
+        run: id of a run, or the name of an experiment, which stands for its parent run.
+        registered_name: of the model in the registry; made when there is none.
         alias: taken from the version that had it.
 
     Raises:
@@ -142,29 +144,29 @@ def promote(run: str, *, registered_name: str = NAME, alias: str = ALIAS) -> Pro
             MLflow refuses one of the names.
     """
     with store() as (client, experiment_id):
-        made = client.get_run(_find_run(client, experiment_id, run))
-        model = _newest(client, made)
-        version, previous = _point_at(client, model, registered_name, alias)
+        source = client.get_run(_find_run(client, experiment_id, run))
+        model = _newest(client, source)
+        version, previous = _set_alias(client, model, registered_name, alias)
     return Promotion(
         name=registered_name,
         alias=alias,
         version=version,
         previous=previous,
         model_id=str(model.model_id),
-        run_id=str(made.info.run_id),
-        run_name=str(made.info.run_name),
+        run_id=str(source.info.run_id),
+        run_name=str(source.info.run_name),
     )
 
 
 @contextmanager
 def fetched(uri: str) -> Iterator[Path]:
-    """The checkpoint folder of a logged model, here as long as the context lasts.
+    """Download the checkpoint folder of a logged model; it is deleted at the end of the context.
 
     Args:
         uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `models:/m-ID`.
 
     Raises:
-        ModelError: there is no such model, or it is none of this pipeline's.
+        ModelError: there is no such model, or another program logged it.
     """
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
@@ -180,7 +182,7 @@ def fetched(uri: str) -> Iterator[Path]:
         ) from None
     with tempfile.TemporaryDirectory() as folder:
         try:
-            with _quietly():
+            with silence_mlflow():
                 path = download_artifacts(
                     artifact_uri=f"{location.rstrip('/')}/artifacts/{ARTIFACT}",
                     dst_path=folder,
@@ -189,25 +191,25 @@ def fetched(uri: str) -> Iterator[Path]:
         except (MlflowException, OSError) as error:
             raise ModelError(
                 f"{uri} holds no artifacts/{ARTIFACT} that can be read ({reason(error)}); take a "
-                "model that this pipeline has logged, or log it anew with `make sync`"
+                "model that this pipeline has logged, or log it again with `make sync`"
             ) from None
         yield Path(path)
 
 
 def _models_of(client: "MlflowClient", run: "Run", condition: str = "") -> "list[LoggedModel]":
-    wanted = f"source_run_id = '{run.info.run_id}' AND name = '{NAME}'{condition}"
-    return list(client.search_logged_models([run.info.experiment_id], filter_string=wanted))
+    condition = f"source_run_id = '{run.info.run_id}' AND name = '{NAME}'{condition}"
+    return list(client.search_logged_models([run.info.experiment_id], filter_string=condition))
 
 
 def _logged(client: "MlflowClient", run: "Run", digest: str) -> "LoggedModel | None":
-    """The run's model of these weights; what a killed process left of one is removed."""
-    found = None
+    """The run's model of these weights; models that a killed process left incomplete are deleted."""
+    ready = None
     for model in _models_of(client, run, f" AND tags.`{TAG_WEIGHTS}` = '{digest}'"):
         if model.status == "READY":
-            found = model
+            ready = model
         else:
             client.delete_logged_model(model.model_id)
-    return found
+    return ready
 
 
 def _newest(client: "MlflowClient", run: "Run") -> "LoggedModel":
@@ -224,28 +226,28 @@ def _upload(
     client: "MlflowClient",
     model: "LoggedModel",
     run_id: str,
-    own: Checkpoint,
+    networks: Checkpoint,
     example: NDArray[np.uint8],
 ) -> None:
-    """Write the model's files and mark it as ready, once all of them are in the store."""
+    """Upload the model's files, then mark it as ready."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
     from mlflow.pyfunc import save_model
 
-    with tempfile.TemporaryDirectory() as place, _quietly():
-        folder, made = Path(place) / ARTIFACT, Path(place) / "model"
-        checkpoint.save(own, folder)
+    with tempfile.TemporaryDirectory() as temporary, silence_mlflow():
+        folder, model_folder = Path(temporary) / ARTIFACT, Path(temporary) / "model"
+        checkpoint.save(networks, folder)
         save_model(
-            made,
+            model_folder,
             python_model=mlflow_model.__file__,
             artifacts={ARTIFACT: str(folder)},
             code_paths=[str(Path(pipeline.__file__).parent)],
             signature=_signature(),
             input_example=example,
-            pip_requirements=_requirements(own),  # named: MLflow would run the model to find them
+            pip_requirements=_requirements(networks),  # MLflow would run the model to find them
             metadata={
-                "classes": list(own.classes),
-                "stage": own.stage,
+                "classes": list(networks.classes),
+                "stage": networks.stage,
                 "images": f"[B, {example.shape[1]}, {example.shape[1]}, 3], whole numbers 0 to 255",
             },
             mlflow_model=Model(
@@ -255,25 +257,9 @@ def _upload(
                 model_id=model.model_id,
             ),
         )
-        client.log_model_artifacts(model.model_id, str(made))
+        client.log_model_artifacts(model.model_id, str(model_folder))
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without MLflow's progress bars and remarks: a model is a few small files."""
-    from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR as BAR
-
-    logger, before = logging.getLogger("mlflow"), BAR.get_raw()
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    BAR.set(False)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        BAR.unset() if before is None else BAR.set(before)
 
 
 def _signature() -> "ModelSignature":
@@ -281,7 +267,7 @@ def _signature() -> "ModelSignature":
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
     from mlflow.types.schema import Array
 
-    # MLflow casts JSON to the type that is named here, 0.5 to 0 and true to 1; as objects all stays
+    # MLflow casts JSON to the type that is named here, 0.5 to 0 and true to 1; objects stay as they are
     images = TensorSpec(np.dtype(object), (-1,))
     columns: dict[str, DataType | Array] = {
         "class": DataType.string,
@@ -296,18 +282,19 @@ def _signature() -> "ModelSignature":
     return ModelSignature(inputs=Schema([images]), outputs=outputs)
 
 
-def _requirements(own: Checkpoint) -> list[str]:
-    """The versions here; without a local part such as +cpu, which no package index has."""
-    families = {own.resnet and own.resnet.family, own.policy_net and own.policy_net.features.family}
+def _requirements(networks: Checkpoint) -> list[str]:
+    """The installed versions, without a local part such as +cpu, which no package index has."""
+    resnet, policy_net = networks.resnet, networks.policy_net
+    families = {resnet and resnet.family, policy_net and policy_net.features.family}
     names = [*PACKAGES, *(["torchvision"] if "imagenet" in families else [])]
     return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in names]
 
 
-def _size(own: Checkpoint, example: NDArray[np.uint8] | None, run: "Run") -> int:
-    told = None if example is None else example.shape[1]
-    if told is None and own.image_size is None and IMAGE_SIZE in run.data.params:
-        told = int(run.data.params[IMAGE_SIZE])
-    return image_size_of(own, told)
+def _image_size(networks: Checkpoint, example: NDArray[np.uint8] | None, run: "Run") -> int:
+    size = None if example is None else example.shape[1]
+    if size is None and networks.image_size is None and IMAGE_SIZE in run.data.params:
+        size = int(run.data.params[IMAGE_SIZE])
+    return image_size_of(networks, size)
 
 
 def _noise(size: int) -> NDArray[np.uint8]:
@@ -320,54 +307,54 @@ def _link_metrics(
     run: "Run",
     metrics: Mapping[str, float | None] | None,
 ) -> None:
-    """Those that the model lacks; as points of the run where it has them, so that it gets none twice."""
+    """Log those that the model lacks, with the time of the run's point, so that the run gets none twice."""
     from mlflow.entities import Metric
 
-    known = {(metric.key, metric.value) for metric in model.metrics or ()}
-    wanted = run.data.metrics if metrics is None else metrics
+    linked = {(metric.key, metric.value) for metric in model.metrics or ()}
     points = []
-    for name, value in wanted.items():
-        if value is None or (name, value) in known:
+    for name, value in (run.data.metrics if metrics is None else metrics).items():
+        if value is None or (name, value) in linked:
             continue
-        own = _point(client, run, name, value)
-        if own is not None or metrics is not None:  # else a learning curve
-            time_of_it = int(time.time() * 1000) if own is None else own.timestamp
-            points.append(Metric(name, value, time_of_it, 0, model.model_id))
+        point = _point_of_run(client, run, name, value)
+        if point is not None or metrics is not None:  # else a learning curve
+            timestamp = int(time.time() * 1000) if point is None else point.timestamp
+            points.append(Metric(name, value, timestamp, 0, model.model_id))
     client.log_batch(run.info.run_id, metrics=points)
 
 
-def _point(client: "MlflowClient", run: "Run", name: str, value: float) -> "Metric | None":
+def _point_of_run(client: "MlflowClient", run: "Run", name: str, value: float) -> "Metric | None":
     if run.data.metrics.get(name) != value:
         return None
     history = client.get_metric_history(run.info.run_id, name)
     return next((point for point in history if point.step == 0 and point.value == value), None)
 
 
-def _find_run(client: "MlflowClient", experiment_id: str, wanted: str) -> str:
+def _find_run(client: "MlflowClient", experiment_id: str, id_or_name: str) -> str:
     from mlflow.exceptions import MlflowException
 
     try:
-        return str(client.get_run(wanted).info.run_id)
-    except MlflowException as error:  # a name is no id; anything else is another's to mend
+        return str(client.get_run(id_or_name).info.run_id)
+    except MlflowException as error:  # of a name; other errors are the caller's
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-    names = _parents(client, experiment_id)
-    found = [run_id for run_id, name in names.items() if name == wanted]
-    if len(found) > 1:
+    names = _parent_names(client, experiment_id)
+    matches = [run_id for run_id, name in names.items() if name == id_or_name]
+    if len(matches) > 1:
         raise ModelError(
-            f"{len(found)} experiments are named {wanted!r}; name one of their runs: {', '.join(found)}"
+            f"{len(matches)} experiments are named {id_or_name!r}; name one of their runs: "
+            f"{', '.join(matches)}"
         )
-    if not found:
+    if not matches:
         known = sorted(set(names.values()))
-        near = difflib.get_close_matches(wanted, known) or known[:5]
+        near = difflib.get_close_matches(id_or_name, known) or known[:5]
         raise UnknownRunError(
-            f"no run has the id and no experiment the name {wanted!r}; "
+            f"no run has the id and no experiment the name {id_or_name!r}; "
             + (f"there are {', '.join(near)}" if near else "`make repro` or `make sync` makes some")
         )
-    return found[0]
+    return matches[0]
 
 
-def _parents(client: "MlflowClient", experiment_id: str) -> dict[str, str]:
+def _parent_names(client: "MlflowClient", experiment_id: str) -> dict[str, str]:
     """Names of the parent runs of experiments, by id."""
     names: dict[str, str] = {}
     token: str | None = None
@@ -381,14 +368,14 @@ def _parents(client: "MlflowClient", experiment_id: str) -> dict[str, str]:
             return names
 
 
-def _point_at(
+def _set_alias(
     client: "MlflowClient", model: "LoggedModel", name: str, alias: str
 ) -> tuple[int, int | None]:
-    """Give the model's version the alias; the version, and the one that had the alias before."""
+    """Give the model's version the alias; returns the version, and the one that had the alias before."""
     from mlflow.exceptions import MlflowException
 
     try:
-        with _quietly():
+        with silence_mlflow():
             version = _register(client, model, name)
         previous = client.get_registered_model(name).aliases.get(alias)
         client.set_registered_model_alias(name, alias, version)
@@ -398,7 +385,7 @@ def _point_at(
 
 
 def _register(client: "MlflowClient", model: "LoggedModel", name: str) -> str:
-    """The model's version, which is made when there is none."""
+    """The model's version, made when there is none."""
     from mlflow.exceptions import MlflowException
     from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
@@ -410,7 +397,7 @@ def _register(client: "MlflowClient", model: "LoggedModel", name: str) -> str:
     for version in client.search_model_versions(_named(name)):
         if _is_of(version, model):
             return str(version.version)
-    made = client.create_model_version(
+    new = client.create_model_version(
         name,
         model.artifact_location,  # not models:/ID: a local store would look for that in the global one
         model.source_run_id,
@@ -418,32 +405,32 @@ def _register(client: "MlflowClient", model: "LoggedModel", name: str) -> str:
         model_id=model.model_id,
     )
     links = json.loads(model.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))  # what the UI's pages show
-    links.append({"name": name, "version": made.version})
+    links.append({"name": name, "version": new.version})
     client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(links)})
-    return str(made.version)
+    return str(new.version)
 
 
 def _named(name: str) -> str:
-    """A filter for versions of a registered model; MLflow's filters know no escaped quotes."""
+    """A filter for versions of a registered model; in MLflow's filters no quote can be escaped."""
     if "'" in name and '"' in name:
         raise ModelError(f"{name}: MLflow finds no name with both kinds of quotes; take another one")
     return f'name = "{name}"' if "'" in name else f"name = '{name}'"
 
 
 def _is_of(version: "ModelVersion", model: "LoggedModel") -> bool:
-    """Whether the version is this model, whoever registered it (the UI, say)."""
+    """Whether the version is this model, also where it was registered in the UI."""
     sources = (model.artifact_location, f"{SCHEME}{model.model_id}")
     return version.tags.get(TAG_MODEL) == model.model_id or version.source in sources
 
 
 def _location(client: "MlflowClient", uri: str) -> str:
-    """Where the files of a model are."""
-    rest = uri.removeprefix(SCHEME)
-    if "@" not in rest and "/" not in rest:
-        return str(client.get_logged_model(rest).artifact_location)
-    if "@" in rest:
-        name, _, alias = rest.rpartition("@")
+    """The folder of a model's files."""
+    path = uri.removeprefix(SCHEME)
+    if "@" not in path and "/" not in path:
+        return str(client.get_logged_model(path).artifact_location)
+    if "@" in path:
+        name, _, alias = path.rpartition("@")
         version = client.get_model_version_by_alias(name, alias).version
     else:
-        name, _, version = rest.partition("/")
+        name, _, version = path.partition("/")
     return str(client.get_model_version_download_uri(name, version))

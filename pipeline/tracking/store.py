@@ -1,8 +1,7 @@
-"""The MLflow store: where it is, one process at a time while it is set up, and links into its UI.
+"""The MLflow store: its address, a lock while it is set up, and links into its UI.
 
-`BLOCKDROP_TRACKING=off` logs nothing, `strict` lets no stage go on without it; MLFLOW_TRACKING_URI names
-another store; otherwise it is mlflow.db in the main checkout, also for what runs in a temporary one.
-When a project is copied or moved, its mlflow.db then names the artifacts in the new folder.
+MLFLOW_TRACKING_URI names it; otherwise it is mlflow.db in the main checkout, also for stages that run in
+a temporary one. When a project was copied or moved, the paths in its mlflow.db are updated.
 """
 
 import json
@@ -17,7 +16,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from pipeline.infra.errors import UserError
 from pipeline.infra.resume import PROJECT_MARK, project_root
-from pipeline.tracking.connection import OFF, masked, mode, reason, require_store, require_usable
+from pipeline.tracking.connection import OFF, masked, mode, require_store, require_usable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,14 +25,14 @@ if TYPE_CHECKING:
 EXPERIMENT = "blockdrop"
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
-PLACES = (  # columns of MLflow's tables with absolute places of files
+PATH_COLUMNS = (  # of MLflow's tables, with absolute paths of files
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-LOCK_PATIENCE = 60.0  # seconds to wait for another process that sets up the store
+LOCK_TIMEOUT = 60.0  # seconds to wait for another process that sets up the store
 HOST = "127.0.0.1"  # of the UI that `make ui` starts
 PORT = 5000
 
@@ -42,7 +41,7 @@ def is_off() -> bool:
     """Whether the user wants nothing logged.
 
     Raises:
-        UserError: BLOCKDROP_TRACKING says what it can't.
+        UserError: BLOCKDROP_TRACKING has a value that it can't have.
     """
     return mode() == OFF
 
@@ -56,59 +55,48 @@ def store_uri() -> str:
     from sqlalchemy.exc import ArgumentError
 
     scheme, mark, rest = os.environ.get("MLFLOW_TRACKING_URI", "").strip().partition("://")
-    told = scheme.lower() + mark + rest if mark else scheme
-    if told and not told.startswith("sqlite"):
-        return told
+    uri = scheme.lower() + mark + rest if mark else scheme
+    if uri and not uri.startswith("sqlite"):
+        return uri
     try:
-        url = make_url(told) if told else URL.create("sqlite", database=DATABASE)
+        url = make_url(uri) if uri else URL.create("sqlite", database=DATABASE)
     except ArgumentError:  # MLflow says what is wrong with it
-        return str(told)
+        return str(uri)
     if not url.database or url.database.startswith((":memory:", "file:", "/")):
-        return str(told)
+        return str(uri)
     path = str(project_root() / url.database)
     return url.set(database=path).render_as_string(hide_password=False)
 
 
 def shown_uri() -> str:
-    """The same, to be printed: without passwords."""
+    """The store's address without passwords, to be printed."""
     return masked(store_uri())
 
 
 @contextmanager
-def store(*, patience: float | None = None) -> "Iterator[tuple[MlflowClient, str]]":
-    """A client and our experiment's id, held alone: processes that open a fresh store at once crash.
+def store() -> "Iterator[tuple[MlflowClient, str]]":
+    """A client and the id of the MLflow experiment, under a lock.
 
-    Args:
-        patience: seconds to wait for another process; None: LOCK_PATIENCE.
+    Of several processes that open a fresh store at once, all but one would crash in its migrations.
     """
     from filelock import FileLock
     from mlflow import MlflowClient
 
     folder = project_root() / ".dvc" / "tmp"
     folder.mkdir(parents=True, exist_ok=True)
-    timeout = LOCK_PATIENCE if patience is None else patience
-    with FileLock(folder / "mlflow.lock", timeout=timeout, mode=0o666):  # as in locks.py: for all users
+    lock = FileLock(folder / "mlflow.lock", timeout=LOCK_TIMEOUT, mode=0o666)  # for all users
+    with lock:
         require_store(store_uri())
-        require_usable(store_uri(), seconds=patience)
-        _require_place_without_percent()
+        require_usable(store_uri())
+        _require_no_percent_sign()
         client = MlflowClient(tracking_uri=store_uri())
         yield client, _experiment(client)
 
 
 def experiment_id() -> str:
     """The MLflow experiment that runs are logged to; made when it isn't there."""
-    with store() as (_, found):
-        return found
-
-
-def say_once(error: Exception, outer: BaseException | None = None) -> None:
-    """One line on a store that can't be used; `outer` as in `reason`."""
-    what = "be used" if isinstance(error, UserError) else "be reached"
-    print(
-        f"MLflow can't {what} ({reason(error, outer)}); going on without it, metrics are in "
-        "metrics/ and plots/; `make sync` logs later what it misses",
-        file=sys.stderr,
-    )
+    with store() as (_, number):
+        return number
 
 
 def ui_address() -> str:
@@ -141,20 +129,20 @@ def compare_page(experiment: str, run_ids: Sequence[str]) -> str:
 
 
 def _experiment(client: "MlflowClient") -> str:
-    name, number = (os.environ.get(f"MLFLOW_EXPERIMENT_{what}") for what in ("NAME", "ID"))
+    name, number = (os.environ.get(f"MLFLOW_EXPERIMENT_{field}") for field in ("NAME", "ID"))
     by_number = client.get_experiment(number) if number and not name else None
     name = name or EXPERIMENT
-    found = by_number or client.get_experiment_by_name(name)
-    if found is not None:
-        _require_active(found)
-        _bring_along(str(found.artifact_location))
-        return str(found.experiment_id)
+    experiment = by_number or client.get_experiment_by_name(name)
+    if experiment is not None:
+        _require_active(experiment)
+        _update_paths(str(experiment.artifact_location))
+        return str(experiment.experiment_id)
     location = None if store_uri().startswith("http") else (project_root() / ARTIFACTS).as_uri()
     return str(client.create_experiment(name, artifact_location=location))
 
 
 def _require_active(experiment: "Experiment") -> None:
-    """See that runs can be logged to it.
+    """Check that runs can be logged to it.
 
     Raises:
         UserError: it was deleted.
@@ -168,11 +156,11 @@ def _require_active(experiment: "Experiment") -> None:
         )
 
 
-def _require_place_without_percent() -> None:
-    """See that MLflow can set up a database: the library that it does this by takes no % in a path.
+def _require_no_percent_sign() -> None:
+    """Check that MLflow can set up a database: its migration library (Alembic) takes no % in a path.
 
     Raises:
-        UserError: it can't, from the folder where MLflow is installed.
+        UserError: there is one in the path of the folder where MLflow is installed.
     """
     import mlflow
 
@@ -184,8 +172,8 @@ def _require_place_without_percent() -> None:
         )
 
 
-def _bring_along(location: str) -> None:
-    """Let the store of a project that was copied or moved name this folder's files, not the old one's.
+def _update_paths(location: str) -> None:
+    """In the store of a project that was copied or moved, replace the old folder's paths by this one's.
 
     Args:
         location: of the experiment's artifacts, as the store has it.
@@ -196,7 +184,7 @@ def _bring_along(location: str) -> None:
         return
     with closing(sqlite3.connect(root / DATABASE)) as database, database:  # all or nothing
         for before, after in ((old.as_uri(), root.as_uri()), (str(old), str(root))):
-            for table, column in PLACES:
+            for table, column in PATH_COLUMNS:
                 database.execute(
                     f"UPDATE {table} SET {column} = :after || substr({column}, length(:before) + 1) "
                     f"WHERE substr({column}, 1, length(:before) + 1) = :before || '/'",
@@ -210,7 +198,7 @@ def _bring_along(location: str) -> None:
 
 
 def _former_root(location: str, root: Path) -> Path | None:
-    """The project folder whose artifacts a store names, if it is another one; None: they stay there."""
+    """The other project's folder in which a store's artifacts lie; None where they are to stay."""
     from mlflow.utils.file_utils import local_file_uri_to_path
 
     if not location.startswith("file:"):
@@ -220,16 +208,15 @@ def _former_root(location: str, root: Path) -> Path | None:
     if folder.name != ARTIFACTS or old == root:
         return None
     try:
-        stays = (
-            old.samefile(root) or not (old / PROJECT_MARK).is_dir()
-        )  # no project: they are wanted there
+        # a folder that is no project was chosen for the artifacts by the user
+        keep = old.samefile(root) or not (old / PROJECT_MARK).is_dir()
     except OSError:  # it is gone, or another user's
-        stays = False
-    return None if stays else old
+        keep = False
+    return None if keep else old
 
 
 def _is_own(uri: str, root: Path) -> bool:
-    """Whether it is the store of this very folder, and no link to that of another."""
+    """Whether it is this folder's own store, and no link to that of another folder."""
     from sqlalchemy.engine import make_url
 
     path = root / DATABASE

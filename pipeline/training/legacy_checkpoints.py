@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from pipeline.architectures import IMAGENET, IMAGENET_BASIC, IMAGENET_BOTTLENECK, Family
+from pipeline.architectures import CIFAR_STAGES, IMAGENET, IMAGENET_BASIC, IMAGENET_BOTTLENECK, Family
 from pipeline.infra import safe_pickle
 from pipeline.infra.safe_io import short_repr, truncate
 from pipeline.models.checkpoint import (
@@ -28,7 +28,7 @@ from pipeline.models.checkpoint import (
     other_content,
 )
 from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet import STAGES, ResNet
+from pipeline.models.resnet import ResNet
 
 Weights = Mapping[str, Tensor]
 OF_RESNET = ("resnet", "state_dict", "model")  # the authors', PyTorch's example, torchvision's training
@@ -218,8 +218,8 @@ def _trunk(weights: Weights, path: Path) -> tuple[dict[str, object], dict[str, T
 def _depth(family: Family, sizes: tuple[int, ...], *, bottlenecks: bool) -> int | None:
     """Of the network with so many blocks in each of four stages; None: there is none here."""
     if family == "cifar":
-        equal = sizes == (sizes[0],) * STAGES + (0,)
-        return 2 * STAGES * sizes[0] + 2 if sizes[0] and equal else None
+        equal = sizes == (sizes[0],) * CIFAR_STAGES + (0,)
+        return 2 * CIFAR_STAGES * sizes[0] + 2 if sizes[0] and equal else None
     known = IMAGENET_BOTTLENECK if bottlenecks else IMAGENET_BASIC
     return next((depth for depth, stages in known.items() if stages == sizes), None)
 

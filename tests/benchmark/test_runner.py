@@ -1,4 +1,4 @@
-"""The benchmark shows who sleeps and who cheats, and what it says can be recomputed from its tables."""
+"""The benchmark shows slow and wrong executors, and its answers can be recomputed from its tables."""
 
 import time
 from functools import partial
@@ -7,15 +7,19 @@ import pytest
 import torch
 from executors import make_images, make_networks
 
-from pipeline.benchmark import runner as benchmark_module
-from pipeline.benchmark.runner import Benchmark, Full, Reference, Settings, peak_mib
+from pipeline.benchmark import candidates, runner
+from pipeline.benchmark.candidates import EveryBlock, Settings
+from pipeline.benchmark.reference import Reference
+from pipeline.benchmark.rounds import Rounds, peak_mib
+from pipeline.benchmark.runner import Benchmark
 from pipeline.flops import measure
 from pipeline.inference.base import Executor, Output
 from pipeline.inference.gather import Gather
+from pipeline.results import Tables, TimingRow, Winner
 
 
 class Sleepy(Gather):
-    """Right, and slow."""
+    """Correct, and slow."""
 
     name = "sleepy"
 
@@ -75,65 +79,71 @@ def make_benchmark(*extra: type[Executor], **changes) -> Benchmark:
     )
 
 
-def run(*extra: type[Executor], **changes) -> tuple[Benchmark, dict[str, list[dict]]]:
+def run(*extra: type[Executor], **changes) -> tuple[Benchmark, Tables]:
     benchmark = make_benchmark(*extra, **changes)
     return benchmark, benchmark.run(lambda _: None)
 
 
-def row_of(tables, name: str) -> dict:
-    (row,) = [row for row in tables["times"] if row["contestant"] == name]
+def row_of(tables: Tables, name: str) -> TimingRow:
+    (row,) = [row for row in tables.times if row.candidate == name]
     return row
+
+
+def winner_of(tables: Tables) -> Winner:
+    """Of the first answer."""
+    assert tables.answers[0].winner is not None
+    return tables.answers[0].winner
 
 
 def test_a_sleeper_is_shown_as_slow():
     _, tables = run(Sleepy)
-    assert row_of(tables, "sleepy")["milliseconds"] > 50
-    assert row_of(tables, "sleepy")["agrees"]
-    assert row_of(tables, "sleepy")["speedup"] < row_of(tables, "gather")["speedup"]
-    assert tables["answers"][0]["executor"] != "sleepy"
+    row = row_of(tables, "sleepy")
+    assert row.time.milliseconds > 50
+    assert row.agreement.agrees
+    assert row.speedup.ratio < row_of(tables, "gather").speedup.ratio
+    assert winner_of(tables).executor != "sleepy"
 
 
-@pytest.mark.parametrize(("kind", "what"), [(Cheat, "same_decisions"), (Liar, "same_classes")])
+@pytest.mark.parametrize(("kind", "what"), [(Cheat, "decisions"), (Liar, "classes")])
 def test_a_cheat_is_shown_and_wins_nothing(kind, what):
     _, tables = run(kind)
     row = row_of(tables, kind.name)
-    assert row[what] < 0.999
-    assert not row["agrees"]
-    assert not row["reliable"]
-    assert tables["answers"][0]["executor"] in ("gather", "masked")
+    assert getattr(row.agreement, what) < 0.999
+    assert not row.agreement.agrees
+    assert not row.speedup.reliable
+    assert winner_of(tables).executor in ("gather", "masked")
 
 
-def test_nobody_who_agrees_is_no_answer():
-    said = []
+def test_without_agreement_there_is_no_winner():
+    lines = []
     benchmark = make_benchmark(Broken, executors=[])
-    (answer,) = benchmark.run(said.append)["answers"]
-    assert not answer["reliable"]
-    assert "speedup" not in answer
-    assert "nothing is claimed" in said[0]
+    (answer,) = benchmark.run(lines.append).answers
+    assert answer.winner is None
+    assert "nothing is claimed" in lines[0]
 
 
 def test_tables_agree_with_each_other():
     benchmark, tables = run(batch_sizes=[16, 40], executors=["gather", "grouped"])
-    assert [answer["batch"] for answer in tables["answers"]] == [16, 40]
-    for answer in tables["answers"]:
-        rows = {r["contestant"]: r for r in tables["times"] if r["batch"] == answer["batch"]}
-        static = {name: r["milliseconds"] for name, r in rows.items() if r["kind"] == "static"}
-        assert set(static) == {"eager", "packed", "gather, all blocks", "grouped, all blocks"}
-        assert rows["ResNet-8"]["kind"] == "sole"
-        assert answer["best_static"] == min(static, key=static.get)
-        assert rows[answer["best_static"]]["speedup"] == 1
-        fastest = rows[answer["executor"]]
-        assert answer["speedup"] == fastest["speedup"]
-        assert fastest["speedup"] == pytest.approx(min(static.values()) / fastest["milliseconds"])
-        assert answer["share_of_ideal"] == pytest.approx(answer["speedup"] / answer["ideal"])
-        assert fastest["rounds"] == 5
-        of_this = [r for r in tables["sweep"] if r["batch"] == answer["batch"]]
-        variants = ["many"] if answer["batch"] == 16 else ["few", "many"]
-        assert [(r["variant"], r["keep_ratio"]) for r in of_this] == [
-            (variant, share) for variant in variants for share in (0.0, 1.0)
+    assert [answer.batch for answer in tables.answers] == [16, 40]
+    for answer in tables.answers:
+        rows = {row.candidate: row for row in tables.times if row.batch == answer.batch}
+        full = {name: row.time.milliseconds for name, row in rows.items() if row.kind == "full"}
+        assert set(full) == {"eager", "fused", "gather, all blocks", "grouped, all blocks"}
+        assert rows["ResNet-8"].kind == "sole"
+        assert answer.full_form == min(full, key=full.get)
+        assert rows[answer.full_form].speedup.ratio == 1
+        winner, fastest = answer.winner, rows[answer.winner.executor]
+        assert winner.speedup == fastest.speedup
+        assert winner.speedup.ratio == pytest.approx(min(full.values()) / fastest.time.milliseconds)
+        assert winner.share_of_ideal == pytest.approx(winner.speedup.ratio / winner.ideal)
+        assert fastest.time.rounds == 5
+        points = [point for point in tables.sweep if point.batch == answer.batch]
+        variants = ["many"] if answer.batch == 16 else ["few", "many"]
+        assert [(p.variant, p.keep_ratio) for p in points] == [
+            (variant, ratio) for variant in variants for ratio in (0.0, 1.0)
         ]
-    assert {row["batch"] for row in tables["parts"]} == {16, 40}
-    assert all(row["policy_network_ms"] > row["index_ms"] > 0 for row in tables["parts"])
+    assert {parts.batch for parts in tables.parts} == {16, 40}
+    assert all(parts.policy_network_ms > parts.index_ms > 0 for parts in tables.parts)
     assert benchmark.left_out == {}
 
 
@@ -143,19 +153,19 @@ def test_ideal_counts_the_policy_network_and_the_images_that_were_timed():
     benchmark, tables = run(batch_sizes=[40])
     actions = Gather(networks)(benchmark.images).actions
     expected = cost.full / float(cost.of(actions).mean())
-    assert row_of(tables, "gather")["ideal"] == pytest.approx(expected)
+    assert row_of(tables, "gather").ideal == pytest.approx(expected)
     assert cost.policy_net > 0
 
 
 def test_what_cannot_run_is_left_out_and_named():
     benchmark, tables = run(executors=["gather", "triton"])
     assert list(benchmark.left_out) == ["triton fp32"]
-    assert not [row for row in tables["times"] if "triton" in row["contestant"]]
+    assert not [row for row in tables.times if "triton" in row.candidate]
 
 
 def test_rounds_take_turns_through_all_test_images():
     benchmark = make_benchmark()
-    rounds = benchmark.rounds(4)
+    rounds = Rounds.of(benchmark.images, batch=4, count=5)
     assert rounds.rows.shape == (5, 8, 4)  # 32 images a round at least
     assert rounds.rows.flatten().tolist() == [i % 40 for i in range(160)]
     assert torch.equal(rounds.batches[1][2], benchmark.images[rounds.rows[1, 2]])
@@ -163,9 +173,9 @@ def test_rounds_take_turns_through_all_test_images():
 
 def test_a_sweep_runs_the_policy_network_and_takes_the_given_actions():
     benchmark = make_benchmark()
-    rounds = benchmark.rounds(4)
+    rounds = Rounds.of(benchmark.images, batch=4, count=5)
     ran = []
-    policies = rounds.policies(6, kept=3, distinct=None, draw=torch.Generator())
+    policies = rounds.policies(6, num_kept=3, distinct=None, draw=torch.Generator())
     rounds.forced(
         lambda images, actions: ran.append((images, actions)),
         lambda images: ran.append(images),
@@ -182,13 +192,19 @@ def test_agreement_counts_decisions_and_classes_under_them():
     reference = Reference(networks, images, checked=60)
     output = Gather(networks)(images)
     assert torch.equal(reference.actions, output.actions)
-    assert reference.agreement(output.actions, output.logits) == (1, 1)
+
+    def shares(actions, logits) -> tuple[float, float]:
+        agreement = reference.agreement(actions, logits, "fp32")
+        assert agreement.agrees == (min(agreement.decisions, agreement.classes) >= 0.999)
+        return agreement.decisions, agreement.classes
+
+    assert shares(output.actions, output.logits) == (1, 1)
     flipped = output.actions.clone()
     flipped[:4, 0] ^= True
-    right = Gather(networks)(images, flipped)  # right about what it ran
-    assert reference.agreement(flipped, right.logits) == (1 - 4 / flipped.numel(), 1)
+    faithful = Gather(networks)(images, flipped)  # it ran the flipped actions
+    assert shares(flipped, faithful.logits) == (1 - 4 / flipped.numel(), 1)
     wrong = output.logits.roll(1, dims=1)
-    assert reference.agreement(output.actions, wrong) == (1, 0)
+    assert shares(output.actions, wrong) == (1, 0)
 
 
 class Failing(Gather):
@@ -210,20 +226,20 @@ def test_who_fails_at_any_call_is_left_out_and_the_others_are_kept(monkeypatch, 
     monkeypatch.setattr(Failing, "after", after)
     benchmark, tables = run(Failing, batch_sizes=[32, 40])
     assert benchmark.left_out["failing fp32 at batch 40"] == "RuntimeError: could not create a primitive"
-    assert "failing" not in [row["contestant"] for row in tables["times"] if row["batch"] == 40]
-    assert [answer["batch"] for answer in tables["answers"]] == [32, 40]
-    assert all("executor" in answer for answer in tables["answers"])
+    assert "failing" not in [row.candidate for row in tables.times if row.batch == 40]
+    assert [answer.batch for answer in tables.answers] == [32, 40]
+    assert all(answer.winner is not None for answer in tables.answers)
 
 
 def test_a_winner_that_fails_in_its_sweep_is_named_and_keeps_its_row(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(benchmark_module.Rounds, "forced", lambda *_, **__: broken)
+    monkeypatch.setattr(Rounds, "forced", lambda *_, **__: broken)
     benchmark, tables = run()
-    assert "no such kernel" in benchmark.left_out["kept shares and parts fp32 at batch 32"]
-    assert tables["sweep"] == []
-    assert "executor" in tables["answers"][0]
+    assert "no such kernel" in benchmark.left_out["keep ratios and parts fp32 at batch 32"]
+    assert tables.sweep == []
+    assert tables.answers[0].winner is not None
 
 
 def test_forms_that_fail_when_they_are_made_or_called_are_left_out(monkeypatch):
@@ -233,51 +249,51 @@ def test_forms_that_fail_when_they_are_made_or_called_are_left_out(monkeypatch):
     def fails(images):
         raise OSError("no file")
 
-    forms = benchmark_module.static_forms
+    forms = candidates.full_resnet_forms
 
     def with_broken(*arguments, **options):
         return forms(*arguments, **options) | {"compiled": lambda: fails, "cuda_graphs": refuses}
 
-    monkeypatch.setattr(benchmark_module, "static_forms", with_broken)
+    monkeypatch.setattr(candidates, "full_resnet_forms", with_broken)
     benchmark, tables = run(executors=["gather"])
     assert benchmark.left_out == {
         "cuda_graphs fp32": "RuntimeError: no compiler",
         "compiled fp32 at batch 32": "OSError: no file",
     }
-    assert tables["answers"][0]["best_static"] in ("eager", "packed", "gather, all blocks")
+    assert tables.answers[0].full_form in ("eager", "fused", "gather, all blocks")
 
 
-def test_without_any_static_form_nothing_is_claimed(monkeypatch):
-    monkeypatch.setattr(benchmark_module, "static_forms", lambda *_, **__: {})
-    said = []
-    tables = make_benchmark(executors=["masked"]).run(said.append)
-    assert tables["answers"] == []
-    assert said == ["batch 32: no static form ran, so nothing is claimed"]
+def test_without_any_full_form_nothing_is_claimed(monkeypatch):
+    monkeypatch.setattr(candidates, "full_resnet_forms", lambda *_, **__: {})
+    lines = []
+    tables = make_benchmark(executors=["masked"]).run(lines.append)
+    assert tables.answers == []
+    assert lines == ["batch 32: no form of the full ResNet ran, so nothing is claimed"]
 
 
 def test_a_reference_that_fails_ends_in_tables_all_the_same(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(benchmark_module, "Reference", broken)
+    monkeypatch.setattr(runner, "Reference", broken)
     benchmark, tables = run()
     assert "RuntimeError: out of memory" in benchmark.left_out.values()
-    assert tables["answers"] == []
+    assert tables.answers == []
 
 
-def test_bf16_that_is_emulated_is_no_contestant(monkeypatch):
-    monkeypatch.setattr(benchmark_module, "computes_in_bf16", lambda _: False)
+def test_emulated_bf16_is_no_candidate(monkeypatch):
+    monkeypatch.setattr(candidates, "computes_in_bf16", lambda _: False)
     benchmark, tables = run(precisions=["fp32", "bf16"])
     assert "would only emulate it" in benchmark.left_out["bf16"]
-    assert {row["precision"] for row in tables["times"]} == {"fp32"}
+    assert {row.precision for row in tables.times} == {"fp32"}
     alone, tables = run(precisions=["bf16"])
     assert list(alone.left_out) == ["bf16"]
-    assert all(rows == [] for rows in tables.values())
+    assert tables == Tables()
 
 
-def test_each_precision_is_held_against_the_best_static_form_of_all(monkeypatch):
-    monkeypatch.setattr(benchmark_module, "computes_in_bf16", lambda _: True)
-    forms = benchmark_module.static_forms
+def test_answer_compares_with_the_best_full_form_of_all_precisions(monkeypatch):
+    monkeypatch.setattr(candidates, "computes_in_bf16", lambda _: True)
+    forms = candidates.full_resnet_forms
 
     def slow_in_bf16(networks, precision, *, with_compile):
         def slow(images, run):
@@ -289,20 +305,19 @@ def test_each_precision_is_held_against_the_best_static_form_of_all(monkeypatch)
             return made
         return {name: lambda make=make: partial(slow, run=make()) for name, make in made.items()}
 
-    monkeypatch.setattr(benchmark_module, "static_forms", slow_in_bf16)
+    monkeypatch.setattr(candidates, "full_resnet_forms", slow_in_bf16)
     _, tables = run(precisions=["fp32", "bf16"], executors=["masked"])
-    assert [answer["precision"] for answer in tables["answers"]] == ["fp32", "bf16"]
+    assert [answer.precision for answer in tables.answers] == ["fp32", "bf16"]
     fastest = min(
-        (row for row in tables["times"] if row["kind"] == "static"), key=lambda row: row["milliseconds"]
+        (row for row in tables.times if row.kind == "full"), key=lambda row: row.time.milliseconds
     )
-    assert fastest["precision"] == "fp32"
-    for answer in tables["answers"]:
-        assert (answer["best_static"], answer["static_precision"]) == (fastest["contestant"], "fp32")
-        assert answer["static_milliseconds"] == fastest["milliseconds"]
-    bf16 = tables["answers"][1]
-    assert (
-        bf16["share_of_ideal"] > 2 * bf16["speedup"] / bf16["ideal"]
-    )  # beside its own, slow, precision
+    assert fastest.precision == "fp32"
+    for answer in tables.answers:
+        assert (answer.full_form, answer.full_precision) == (fastest.candidate, "fp32")
+        assert answer.winner.full_milliseconds == fastest.time.milliseconds
+    bf16 = tables.answers[1].winner
+    # beside the full forms of its own, slow, precision
+    assert bf16.share_of_ideal > 2 * bf16.speedup.ratio / bf16.ideal
 
 
 def test_seconds_are_kept_by_dropping_the_slowest_and_never_who_matters():
@@ -317,23 +332,23 @@ def test_seconds_are_kept_by_dropping_the_slowest_and_never_who_matters():
     benchmark, tables = run(Slow, seconds=2.0, keep_ratios=[0.5, 1.0])
     assert time.monotonic() - started < 2.0 * 1.5
     assert benchmark.left_out["slow fp32 at batch 32"] == "too slow for benchmark.seconds"
-    assert "slow" not in [row["contestant"] for row in tables["times"]]
-    kinds = {row["kind"] for row in tables["times"]}
-    assert {"static", "blockdrop"} <= kinds
-    assert all(row["rounds"] >= 5 for row in tables["times"])
+    assert "slow" not in [row.candidate for row in tables.times]
+    kinds = {row.kind for row in tables.times}
+    assert {"full", "blockdrop"} <= kinds
+    assert all(row.time.rounds >= 5 for row in tables.times)
 
 
 def test_what_is_less_than_the_least_is_said_before_it_is_measured():
-    said = []
+    lines = []
     benchmark = make_benchmark(Sleepy, executors=[], seconds=0.01)
-    (answer,) = benchmark.run(said.append)["answers"]
-    told = next(line for line in said if "are too few" in line)
-    seconds = float(told.split("about ")[1].split(" s ")[0])
-    assert told.startswith("benchmark.seconds 0.01 are too few: about")
+    (answer,) = benchmark.run(lines.append).answers
+    warning = next(line for line in lines if "are too few" in line)
+    seconds = float(warning.split("about ")[1].split(" s ")[0])
+    assert warning.startswith("benchmark.seconds 0.01 are too few: about")
     assert 0 <= seconds < 10
-    assert said.index(told) < said.index(said[-1])
-    assert answer["executor"] == "sleepy"  # the only one, so it stays
-    assert "kept shares and parts fp32 at batch 32" in benchmark.left_out
+    assert lines.index(warning) < lines.index(lines[-1])
+    assert answer.winner.executor == "sleepy"  # the only one, so it stays
+    assert "keep ratios and parts fp32 at batch 32" in benchmark.left_out
 
 
 def test_ticks_tell_the_seconds_that_are_spent():
@@ -346,9 +361,9 @@ def test_ticks_tell_the_seconds_that_are_spent():
 
 def test_a_sweep_says_what_share_ran():
     _, tables = run(keep_ratios=[0.4, 0.5, 1.0], batch_sizes=[4])  # of 6 blocks: 2, 3 and 6
-    assert [row["keep_ratio"] for row in tables["sweep"]] == [2 / 6, 3 / 6, 1.0]
+    assert [row.keep_ratio for row in tables.sweep] == [2 / 6, 3 / 6, 1.0]
     _, tables = run(keep_ratios=[0.45, 0.5, 1.0], batch_sizes=[4])  # 3, 3 and 6: one point, not two
-    assert [row["keep_ratio"] for row in tables["sweep"]] == [3 / 6, 1.0]
+    assert [row.keep_ratio for row in tables.sweep] == [3 / 6, 1.0]
 
 
 def test_peak_memory_has_what_calls_before_have_left_on_the_device(monkeypatch):
@@ -379,7 +394,7 @@ def test_peak_memory_has_what_calls_before_have_left_on_the_device(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, found=found: found and found())
     benchmark = make_benchmark()
     hoarder = Hoarder(benchmark.networks)
-    for run in (hoarder, Full(hoarder)):
-        call = benchmark.rounds(32).on(run)
+    for run in (hoarder, EveryBlock(hoarder)):
+        call = Rounds.of(benchmark.images, batch=32, count=5).on(run)
         call(0)
         assert peak_mib(run, call, torch.device("cuda")) == 9

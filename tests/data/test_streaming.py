@@ -19,7 +19,7 @@ from pipeline.data.streaming import Listing, StreamedSplit
 from pipeline.data.transforms import SeededCrop
 from pipeline.device import loader_workers
 from pipeline.infra.errors import DataError, UserError, explain_memory
-from pipeline.models.resnet_imagenet import ImageNetResNet
+from pipeline.models.resnet_imagenet import imagenet_resnet
 from pipeline.sources import image_folder
 from pipeline.sources.class_folders import scan
 from pipeline.training.classification import Classification
@@ -109,7 +109,7 @@ def test_process_without_rows_of_a_batch_is_given_none(project, workers):
 def test_training_that_is_resumed_in_an_epoch_ends_in_the_same_weights(project):
     def learner() -> Classification:
         torch.manual_seed(0)
-        resnet = ImageNetResNet(depth=14, width=2, num_classes=3)
+        resnet = imagenet_resnet(depth=14, width=2, num_classes=3)
         group = {"params": list(resnet.parameters()), "lr": 0.1}
         return Classification(
             resnet, optimizer=make_optimizer("sgd", [group], weight_decay=0.0),

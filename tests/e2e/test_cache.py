@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from chaos.home import compile_shim, preloaded
+from chaos.write_faults import compile_library, preloaded
 from repository_copy import TINY, Copy, environment, make_copy, ran
 
 pytestmark = pytest.mark.e2e
-MEND = (sys.executable, "-m", "tools.mend")
+REPAIR = (sys.executable, "-m", "tools.repair_dvc")
 LABELS = "data/prepared/test_labels.npy"
 
 
@@ -51,12 +51,12 @@ def test_damaged_object_is_removed_and_filled_from_the_work_tree(copy, kind, cha
     if kind == "folder":  # the list of its files
         (path,) = (copy.folder / ".dvc/cache/files/md5").glob("*/*.dir")
     whole = damage(path, change)
-    output = copy.run(*MEND)
+    output = copy.run(*REPAIR)
     assert f"{path.relative_to(copy.folder)} was damaged and is removed" in output
-    assert "data/prepared was in no cache and is put back into it" in output
+    assert "data/prepared was missing from the cache and is copied back" in output
     assert path.read_bytes() == whole
     assert ran(copy.run("dvc", "repro", "prepare")) == []
-    assert copy.run(*MEND) == copy.run(*MEND, "--check") == ""
+    assert copy.run(*REPAIR) == copy.run(*REPAIR, "--check") == ""
 
 
 def test_damaged_object_that_was_restored_is_made_anew(copy):
@@ -69,9 +69,9 @@ def test_damaged_object_that_was_restored_is_made_anew(copy):
     copy.run("dvc", "checkout", "prepare")
     assert (copy.folder / LABELS).read_bytes() == path.read_bytes() != whole
     assert "up to date" in copy.run("dvc", "status", "prepare")
-    output = copy.run(*MEND)
+    output = copy.run(*REPAIR)
     assert "was damaged and is removed" in output
-    assert "put back" not in output
+    assert "copied back" not in output
     assert ran(copy.run("dvc", "repro", "prepare")) == ["prepare"]
     assert (copy.folder / LABELS).read_bytes() == path.read_bytes() == whole
 
@@ -92,23 +92,23 @@ def test_full_cache_is_noticed_and_filled_when_there_is_space(copy, tmp_path):
     (copy.folder / "params.yaml").write_text(
         (copy.folder / "params.yaml").read_text().replace("split_seed: 0", "split_seed: 1")
     )
-    library = compile_shim(tmp_path)
+    library = compile_library(tmp_path)
     if library is None:
         pytest.skip("no C compiler, or no Linux")
     # what DVC writes there first, to try links, it does not forgive
     output = on_full_disk(copy, library, 6, "dvc", "repro", "prepare")
     assert output.startswith("exit 0"), output
     refused = "error: data/prepared could not be written to DVC's cache"
-    output = copy.run(*MEND, "--check", check=False)
+    output = copy.run(*REPAIR, "--check", check=False)
     assert output.startswith(f"exit 1\n{refused}")
     for nth in (1, 6):  # repeated too early: a stage that ran now would begin with removing its outs
-        output = on_full_disk(copy, library, nth, *MEND)
+        output = on_full_disk(copy, library, nth, *REPAIR)
         assert output.startswith("exit 1\n"), output
         assert refused in output
-    output = copy.run(*MEND)
-    assert "put back" in output
+    output = copy.run(*REPAIR)
+    assert "copied back" in output
     assert "damaged" not in output
-    assert copy.run(*MEND, "--check") == ""
+    assert copy.run(*REPAIR, "--check") == ""
     assert ran(copy.run("dvc", "repro", "prepare")) == []
 
 
@@ -118,7 +118,7 @@ def test_bytes_that_a_disk_lost_are_found_after_touching_all_objects(copy):
     times = path.stat()
     whole = damage(path)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert copy.run(*MEND) == ""
+    assert copy.run(*REPAIR) == ""
     copy.run("find", ".dvc/cache/files", "-type", "f", "-exec", "touch", "{}", "+")
-    assert "was damaged and is removed" in copy.run(*MEND)
+    assert "was damaged and is removed" in copy.run(*REPAIR)
     assert path.read_bytes() == whole

@@ -11,7 +11,6 @@ from repository_copy import make_copy, ran
 
 from pipeline.config import load
 from pipeline.models import checkpoint
-from pipeline.models.resnet_imagenet import ImageNetResNet
 from stages import (
     baseline,
     benchmark,
@@ -30,7 +29,8 @@ from tools.sandbox import changed
 pytestmark = pytest.mark.e2e
 SMALL = {
     "data": {
-        "source": "imagefolder_stream", "image_size": 64, "validation_fraction": 0.25, "test_fraction": None,
+        "source": "imagefolder_stream", "image_size": 64, "validation_fraction": 0.25,
+        "test_fraction": None,
     },
     "augmentation": {"crop_padding": 0, "flip": True},
     "resnet": {"family": "imagenet", "depth": 26, "width": 4},
@@ -81,7 +81,7 @@ def test_every_stage_runs_on_a_streamed_tree(project, monkeypatch):
     assert evaluated["full_flops"] == full["flops"]
     assert evaluated["full_accuracy"] == full["accuracy"]
     own = checkpoint.load(Path("models/finetune"))
-    assert isinstance(own.resnet, ImageNetResNet)
+    assert own.resnet.family == "imagenet"
     assert own.image_size == 64
     measured = json.loads(Path("plots/benchmark/benchmark.json").read_text())
     assert "CIFAR's ResNets alone" in measured["left_out"]["native fp32"]

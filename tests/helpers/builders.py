@@ -10,7 +10,7 @@ from pipeline.data.split import Split
 from pipeline.data.transforms import Normalisation
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 
 # what would send a test's runs elsewhere, or give them another name
 TRACKING_VARIABLES = (
@@ -47,7 +47,7 @@ def small_pair(*, classes: tuple[str, ...], image_size: int | None, seed: int = 
     torch.manual_seed(seed)
     return Checkpoint(
         stage="finetune",
-        resnet=trained(ResNet(depth=14, width=4, num_classes=len(classes))),
+        resnet=trained(cifar_resnet(depth=14, width=4, num_classes=len(classes))),
         policy_net=trained(PolicyNet(num_blocks=6, depth=8, width=4)),
         normalisation=NORMALISATION,
         image_size=image_size,

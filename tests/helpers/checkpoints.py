@@ -13,14 +13,14 @@ from safetensors.torch import save as save_tensors
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import SIDECAR, WEIGHTS, Checkpoint
 from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 
 
 def networks(seed: int = 0) -> Checkpoint:
     torch.manual_seed(seed)
     return Checkpoint(
         stage="finetune",
-        resnet=ResNet(depth=8, width=4, num_classes=3),
+        resnet=cifar_resnet(depth=8, width=4, num_classes=3),
         policy_net=PolicyNet(num_blocks=3, depth=8, width=4, input_size=8),
         normalisation=NORMALISATION,
         image_size=16,

@@ -5,14 +5,14 @@ from builders import NORMALISATION, trained
 
 from pipeline.inference.base import Networks
 from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 
 SIZE = 16
 
 
 def make_networks(*, depth=14, width=8, input_size=None, policy=True, seed=0) -> Networks:
     torch.manual_seed(seed)
-    resnet = trained(ResNet(depth=depth, width=width, num_classes=5), seed)
+    resnet = trained(cifar_resnet(depth=depth, width=width, num_classes=5), seed)
     policy_net = trained(
         PolicyNet(num_blocks=resnet.num_blocks, width=width, input_size=input_size), seed + 1
     )

@@ -10,7 +10,7 @@ from pipeline.data.transforms import Normalisation
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 
 PNG = b"\x89PNG not really"
 
@@ -61,7 +61,7 @@ def write_model(folder: Path) -> None:
     torch.manual_seed(0)
     made = Checkpoint(
         stage="finetune",
-        resnet=ResNet(depth=8, width=4, num_classes=3),
+        resnet=cifar_resnet(depth=8, width=4, num_classes=3),
         policy_net=PolicyNet(num_blocks=3, depth=8, width=4, input_size=None),
         normalisation=Normalisation(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
         classes=("a", "b", "c"),

@@ -18,6 +18,7 @@ from pipeline.data.transforms import Augmentation
 from pipeline.infra import processes
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import BatchNorm, ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 from pipeline.policy.learner import PolicyLearner, PolicyObjective
 from pipeline.static_policies import static_rule
 from pipeline.training.classification import Classification
@@ -28,7 +29,7 @@ from pipeline.training.optim import constant, make_optimizer
 
 def resnet() -> ResNet:
     torch.manual_seed(0)
-    return ResNet(depth=14, width=4, num_classes=3)
+    return cifar_resnet(depth=14, width=4, num_classes=3)
 
 
 def classification(

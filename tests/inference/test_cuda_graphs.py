@@ -11,7 +11,7 @@ import torch
 from executors import POLICIES, make_images, make_networks
 
 from pipeline.benchmark import full_resnet_forms
-from pipeline.benchmark.full_resnet_forms import WholeGraph, eager, packed, static_forms
+from pipeline.benchmark.full_resnet_forms import WholeGraph, eager, fused, static_forms
 from pipeline.inference.auto import EXECUTORS, make_executor
 from pipeline.inference.base import UnavailableError
 from pipeline.inference.cuda_graphs import Captures, CudaGraphs
@@ -49,7 +49,7 @@ def uncaptured(monkeypatch) -> None:
 
 def test_full_networks_take_nothing_from_the_host_while_they_are_captured(monkeypatch):
     networks, images = make_networks(), make_images(3)
-    forms = [form(networks, "fp32") for form in (eager, packed)]
+    forms = [form(networks, "fp32") for form in (eager, fused)]
     before = [run(images) for run in forms]
     monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("a copy from the host"))
     for run, expected in zip(forms, before, strict=True):
@@ -156,7 +156,7 @@ def test_what_is_freed_is_captured_anew(uncaptured):
 
 def test_the_whole_network_as_a_graph_for_each_batch_size(uncaptured):
     networks = make_networks()
-    run, reference = WholeGraph(networks, "fp32"), packed(networks, "fp32")
+    run, reference = WholeGraph(networks, "fp32"), fused(networks, "fp32")
     for _ in range(2):
         for batch in (1, 3, 1):
             assert torch.equal(run(make_images(batch)), reference(make_images(batch)))
@@ -167,7 +167,7 @@ def test_the_whole_network_as_a_graph_for_each_batch_size(uncaptured):
 
 def test_no_static_form_has_an_executors_name(monkeypatch):
     """Else the executor's times stand in for the form's: BlockDrop would be its own rival."""
-    for name in ("eager", "packed", "compiled", "Captures"):
+    for name in ("eager", "fused", "compiled", "Captures"):
         monkeypatch.setattr(full_resnet_forms, name, lambda *_: None)
     on_cuda = SimpleNamespace(device=torch.device("cuda"))
     forms = static_forms(on_cuda, "fp32", with_compile=True)

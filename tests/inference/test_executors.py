@@ -1,5 +1,6 @@
 """Every executor gives what `masked` gives, whatever the policies, the batch and the memory layout."""
 
+import itertools
 import os
 import platform
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from executors import POLICIES, SIZE, make_images, make_networks
 from torch import nn
 
 from pipeline.benchmark import full_resnet_forms
+from pipeline.config import ExecutorName
 from pipeline.inference import auto as auto_module
 from pipeline.inference import native
 from pipeline.inference.auto import EXECUTORS, Auto, GatherOrGrouped, make_executor
@@ -24,10 +27,10 @@ from pipeline.inference.gather import Gather, in_parts
 from pipeline.inference.grouped import Grouped
 from pipeline.inference.masked import Masked
 from pipeline.inference.native import Native
-from pipeline.inference.threads import map_torch, native_workers
+from pipeline.inference.threads import map_torch, native_threads
 from pipeline.infra.errors import UserError
 
-NAMES = ["gather", "grouped", "native", "auto"]
+NAMES = ["gather", "grouped", "native"]  # `auto` is one of them on a CPU
 
 
 def executor(name: str, networks: Networks, precision: str = "fp32"):
@@ -37,57 +40,64 @@ def executor(name: str, networks: Networks, precision: str = "fp32"):
         pytest.skip(str(error))
 
 
-@pytest.fixture(params=[1, 2, 3], ids=lambda n: f"{n}-threads", scope="module")
+@pytest.fixture
 def threads(request):
-    """Several workers, also more than cores."""
+    """Several threads, also more than cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("batch", [1, 2, 3, 17, 64])
-@pytest.mark.parametrize("name", NAMES)
-def test_same_logits_as_masked_under_given_actions(name, batch, policy, threads):
-    networks = make_networks()
-    images = make_images(batch)
-    actions = POLICIES[policy](batch, networks.num_blocks)
+def agrees_with_masked(name, networks, images, actions=None):
     expected = Masked(networks)(images, actions)
-    found = executor(name, networks)(images, actions)
-    assert found.logits.dtype == torch.float32
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
-    assert torch.equal(found.actions, actions)
+    output = executor(name, networks)(images, actions)
+    assert output.logits.dtype == torch.float32
+    torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
+    assert torch.equal(output.actions, expected.actions)
+    return output
 
 
-@pytest.mark.parametrize("batch", [1, 2, 257])
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("input_size", [None, 8])
-def test_same_actions_as_masked_from_the_policy_network(name, batch, input_size, threads):
-    networks = make_networks(input_size=input_size)
-    images = make_images(batch)
-    expected = Masked(networks)(images)
-    found = executor(name, networks)(images)
-    assert 0 < expected.actions.double().mean() < 1
-    assert torch.equal(found.actions, expected.actions)
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+# all policies at batches of one part and of several; fewer images than threads; threads in turn
+BATCHES_AND_POLICIES = [*itertools.product((1, 25), POLICIES), (2, "random")]
 
 
 @pytest.mark.parametrize(
-    ("depth", "width", "size"),
-    [(8, 4, 8), (8, 12, 8), (14, 16, 12), (8, 32, 32), (8, 20, 20), (26, 16, 28)],
+    ("batch", "policy", "threads"),
+    [(*case, 3 - number % 3) for number, case in enumerate(reversed(BATCHES_AND_POLICIES))],
+    indirect=["threads"],
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_other_shapes(name, depth, width, size, threads):
-    networks = make_networks(depth=depth, width=width)
-    images = make_images(5, size)
-    expected = Masked(networks)(images)
-    found = executor(name, networks)(images)
-    assert torch.equal(found.actions, expected.actions)
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+def test_executor_agrees_with_masked_under_given_actions(name, batch, policy, threads):
+    networks = make_networks()
+    actions = POLICIES[policy](batch, networks.num_blocks)
+    assert torch.equal(agrees_with_masked(name, networks, make_images(batch), actions).actions, actions)
 
 
-@pytest.mark.parametrize("name", ["masked", *NAMES])
+@pytest.mark.parametrize(
+    ("batch", "input_size", "threads"),
+    [(1, None, 3), (1, 8, 2), (33, None, 2), (33, 8, 3)],
+    indirect=["threads"],
+)
+@pytest.mark.parametrize("name", [*NAMES, "auto"])
+def test_executor_agrees_with_masked_on_the_policy(name, batch, input_size, threads):
+    output = agrees_with_masked(name, make_networks(input_size=input_size), make_images(batch))
+    assert 0 < output.actions.double().mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "width", "size"),
+    [
+        ("native", 8, 4, 8), ("native", 8, 12, 8), ("native", 14, 16, 12), ("native", 8, 32, 32),
+        ("native", 8, 20, 20), ("native", 26, 16, 28), ("gather", 8, 12, 8), ("grouped", 26, 16, 28),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_executor_agrees_with_masked_at_other_shapes(name, depth, width, size, threads):
+    agrees_with_masked(name, make_networks(depth=depth, width=width), make_images(5, size))
+
+
+@pytest.mark.parametrize("name", ["masked", *NAMES, "auto"])
 def test_without_a_policy_network_every_block_runs(name):
     networks = make_networks(policy=False)
     images = make_images(9)
@@ -127,10 +137,16 @@ def several_policies(kind: str, batch: int, num_blocks: int) -> torch.Tensor:
     return torch.rand(7, batch, num_blocks, generator=draw) < 0.6
 
 
-@pytest.mark.parametrize("kind", ["one block the other way", "equal", "nothing in common"])
-@pytest.mark.parametrize("batch", [1, 2, 17])
-@pytest.mark.parametrize("name", ["masked", *NAMES])
-def test_several_policies_of_an_image_give_what_each_gives_alone(name, batch, kind, threads):
+@pytest.mark.parametrize(
+    ("batch", "kind", "threads"),
+    [
+        (1, "one block the other way", 3), (17, "one block the other way", 1),
+        (1, "equal", 2), (17, "nothing in common", 3),
+    ],
+    indirect=["threads"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["masked", *NAMES, "auto"])
+def test_several_policies_give_what_each_gives_alone(name, batch, kind, threads):
     networks = make_networks()
     execute = executor(name, networks)
     inputs = NORMALISATION(make_images(batch))
@@ -218,7 +234,7 @@ def test_bf16_predicts_nearly_the_same(name):
     assert not torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("name", ["masked", *NAMES])
+@pytest.mark.parametrize("name", ["masked", "auto"])
 @pytest.mark.parametrize(
     ("images", "actions", "words"),
     [
@@ -251,9 +267,9 @@ def test_unknown_name_is_refused():
         make_executor(make_networks(), name="fast")
 
 
-@pytest.mark.parametrize("name", sorted(EXECUTORS))
-def test_registry_uses_the_executors_own_names(name):
-    assert EXECUTORS[name].name == name
+def test_executors_have_the_names_of_params_yaml():
+    assert {kind.name: kind for kind in EXECUTORS.values()} == EXECUTORS
+    assert list(EXECUTORS) == list(get_args(ExecutorName))
 
 
 def test_native_says_why_it_is_unavailable(monkeypatch, tmp_path):
@@ -292,7 +308,7 @@ def test_native_refuses_channels_that_do_not_fill_a_vector():
         make_executor(make_networks(width=6), name="native")
 
 
-@pytest.mark.parametrize("form", [full_resnet_forms.eager, full_resnet_forms.packed])
+@pytest.mark.parametrize("form", [full_resnet_forms.eager, full_resnet_forms.fused])
 def test_static_forms_are_the_full_network(form):
     networks = make_networks()
     images = make_images(10)
@@ -348,7 +364,7 @@ def test_auto_races_once_for_each_size(no_choices):
     one, other = Counted(networks), Counted(networks)
     one.name, one.nap = "best when small", lambda batch: 0.02 * (batch > 8)
     other.name, other.nap = "best when large", lambda batch: 0.02 * (batch <= 8)
-    auto.contestants = [one, other]
+    auto.candidates = [one, other]
     for batch in (4, 33):
         expected = Masked(networks)(make_images(batch)).logits
         torch.testing.assert_close(auto(make_images(batch)).logits, expected, atol=1e-4, rtol=0)
@@ -365,7 +381,7 @@ def test_auto_races_once_for_each_size(no_choices):
 def contest(networks, *names: str) -> Auto:
     """An Auto in which these race, as they do on CUDA."""
     auto = make_executor(networks)
-    auto.contestants = [make_executor(networks, name=name) for name in names]
+    auto.candidates = [make_executor(networks, name=name) for name in names]
     return auto
 
 
@@ -392,18 +408,18 @@ def test_a_choice_that_is_known_is_taken_without_a_race(chosen, no_choices, monk
     no_choices[key] = chosen
     monkeypatch.setattr(Auto, "_seconds", lambda *_: pytest.fail("a race"))
     ran = []
-    for executor in auto.contestants:
+    for executor in auto.candidates:
         monkeypatch.setattr(executor, "_classify", lambda i, a, e=executor: ran.append(e.name))
     auto(make_images(4))
     assert ran == [chosen]
 
 
-def test_a_choice_that_can_not_run_here_is_said_and_made_anew(no_choices, monkeypatch):
+def test_auto_races_again_when_the_winner_can_not_run_here(no_choices, monkeypatch):
     auto = contest(make_networks(), "masked", "gather")
     auto(make_images(4))
     (key,) = no_choices
     no_choices[key] = "triton"
-    with pytest.warns(UserWarning, match="persistent can't run now, so others race for cifar"):
+    with pytest.warns(UserWarning, match="triton can't run now, so others race for cifar"):
         auto(make_images(4))
     assert no_choices[key] in ("masked", "gather")
 
@@ -417,7 +433,7 @@ def test_who_runs_out_of_memory_loses_the_race(no_choices):
         raise torch.OutOfMemoryError
 
     greedy._classify = fails
-    auto.contestants = [greedy, modest]
+    auto.candidates = [greedy, modest]
     images = make_images(4)
     torch.testing.assert_close(auto(images).logits, modest(images).logits)
     assert set(no_choices.values()) == {"gather"}
@@ -430,19 +446,22 @@ def failing(error: Exception):
     return fail
 
 
-MADE_OR_RUN = ["__init__", "_run"]
-
-
 @pytest.fixture
 def said(capsys):
     """The lines on executors that were left out, since the last look; each is said once a process."""
-    auto_module._say.cache_clear()
+    auto_module._warn_once.cache_clear()
     return lambda: capsys.readouterr().err.splitlines()
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no such kernel"), TypeError("odd"), OSError(2, "gone")])
-@pytest.mark.parametrize("method", MADE_OR_RUN)
-@pytest.mark.parametrize("broken", [(Native,), (Native, GatherOrGrouped)])
+@pytest.mark.parametrize(
+    ("broken", "method", "error"),
+    [
+        ((Native,), "__init__", OSError(2, "gone")),
+        ((Native,), "_run", RuntimeError("no such kernel")),
+        ((Native, GatherOrGrouped), "__init__", TypeError("odd")),
+        ((Native, GatherOrGrouped), "_run", RuntimeError("no such kernel")),
+    ],
+)
 def test_auto_goes_on_without_executors_that_fail(broken, method, error, monkeypatch, said):
     networks, images = make_networks(), make_images(6)
     expected = Masked(networks)(images)
@@ -456,7 +475,7 @@ def test_auto_goes_on_without_executors_that_fail(broken, method, error, monkeyp
         assert set(auto.left_out) == {kind.name for kind in broken}
         assert str(error) in auto.description
         rest = (GatherOrGrouped, Masked)[len(broken) - 1]
-        assert [type(one) for one in auto.contestants] == [rest]
+        assert [type(one) for one in auto.candidates] == [rest]
     lines = said()
     assert len(lines) == len(broken)
     assert all(
@@ -482,19 +501,21 @@ def test_auto_goes_on_whatever_it_is_asked(method, monkeypatch):
 
 def test_input_that_nobody_can_take_leaves_nobody_out(said):
     auto = make_executor(make_networks())
-    able = auto.contestants
+    able = auto.candidates
     with pytest.raises(Exception, match=r"pixels, expected a square|size"):
         auto(torch.zeros(2, 10, 10, 3, dtype=torch.uint8))
-    assert auto.contestants == able
+    assert auto.candidates == able
     auto(make_images(2))
     assert not [line for line in said() if "expected a square" in line]
 
 
 @pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), OSError(28, "full"), UserError("no")],
-)
-@pytest.mark.parametrize("method", MADE_OR_RUN)
+    ("method", "error"),
+    [
+        ("_run", torch.OutOfMemoryError("CUDA out of memory")), ("__init__", MemoryError()),
+        ("__init__", OSError(28, "full")), ("_run", UserError("no")),
+    ],
+)  # fmt: skip
 def test_what_is_no_executors_fault_is_raised(method, error, monkeypatch):
     monkeypatch.setattr(Native, method, failing(error))
     with pytest.raises(type(error)):
@@ -507,9 +528,9 @@ def test_who_fails_in_the_race_is_left_out(said, no_choices):
     broken, sound = (make_executor(networks, name=name) for name in ("masked", "gather"))
     expected = sound(images).logits
     broken._run = failing(RuntimeError("broken"))
-    auto.contestants = [broken, sound]
+    auto.candidates = [broken, sound]
     torch.testing.assert_close(auto(images).logits, expected)
-    assert auto.contestants == [sound]
+    assert auto.candidates == [sound]
     assert "without the executor masked: broken" in said()[-1]
     assert list(no_choices.values()) == ["gather"]
 
@@ -517,11 +538,11 @@ def test_who_fails_in_the_race_is_left_out(said, no_choices):
 def test_when_all_fail_in_the_race_nobody_is_chosen(said, no_choices):
     networks, images = make_networks(), make_images(4)
     auto = contest(networks, "masked", "gather")
-    for executor in auto.contestants:
+    for executor in auto.candidates:
         executor._run = failing(RuntimeError(f"broken {executor.name}"))
     expected = Masked(networks)(images).logits
     torch.testing.assert_close(auto(images).logits, expected, atol=1e-4, rtol=0)
-    assert [type(one) for one in auto.contestants] == [GatherOrGrouped]
+    assert [type(one) for one in auto.candidates] == [GatherOrGrouped]
     assert [line.rsplit(": ", 1)[1] for line in said()] == ["broken masked", "broken gather"]
     assert no_choices == {}
 
@@ -531,7 +552,7 @@ IN_BF16 = """
 import torch
 from executors import make_images, make_networks
 from pipeline.inference.base import UnavailableError
-from pipeline.inference import EXECUTORS, make_executor
+from pipeline.inference.auto import EXECUTORS, make_executor
 networks, images = make_networks(), make_images(5)
 actions = torch.rand(5, 6) < 0.5
 expected = make_executor(networks, name="masked")(images, actions).logits
@@ -578,26 +599,26 @@ def test_native_is_built_for_the_cpu_that_is_acted(monkeypatch, tmp_path):
     assert len(list((tmp_path / ".native").glob("*.so"))) == 2
 
 
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 15, 16, 17, 100, 257])
-@pytest.mark.parametrize("workers", [1, 2, 5])
-def test_parts_cover_the_batch_once(count, workers):
-    parts = in_parts(count, workers)
-    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
-    assert len(parts) <= workers
+def test_parts_cover_the_batch_once():
+    for count, threads in itertools.product([0, 1, 7, 8, 15, 16, 17, 100, 257], [1, 2, 5]):
+        parts = in_parts(count, threads)
+        assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
+        assert len(parts) <= threads
 
 
-def test_errors_of_workers_reach_the_caller():
+def test_errors_in_threads_reach_the_caller():
     def fail(item):
         raise RuntimeError(f"item {item}")
 
     threads = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="item 0"):
-        map_torch(fail, [0, 1, 2], workers=2)
-    assert map_torch(lambda _: torch.get_num_threads(), [0], workers=1) == [threads]
+        map_torch(fail, [0, 1, 2], threads=2)
+    assert map_torch(lambda _: torch.get_num_threads(), [0], threads=1) == [threads]
     with pytest.raises(RuntimeError, match="item 1"):
-        native_workers(2).run(lambda member: fail(member) if member else None, 2)
+        native_threads(2).run(lambda member: fail(member) if member else None, 2)
 
 
-def test_workers_leave_the_number_of_threads_as_it_was(threads):
-    map_torch(lambda _: torch.rand(3), range(6), workers=2)
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+def test_map_torch_leaves_the_number_of_threads_as_it_was(threads):
+    map_torch(lambda _: torch.rand(3), range(6), threads=2)
     assert torch.get_num_threads() == threads

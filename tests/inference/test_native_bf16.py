@@ -11,9 +11,9 @@ from pipeline.inference.base import Networks, UnavailableError
 from pipeline.inference.gather import Gather
 from pipeline.inference.masked import Masked
 from pipeline.inference.native import Native
-from pipeline.inference.threads import NativeWorkers
+from pipeline.inference.threads import NativeThreads
 from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="bf16 products of x86")
 WITHOUT_AMX = ["-march=native", "-mno-amx-bf16", "-mno-amx-tile", "-mprefer-vector-width=512"]
@@ -39,7 +39,7 @@ def kernel(request, tmp_path_factory):
 
 def make_networks(*, depth=14, width=16, input_size=None) -> Networks:
     torch.manual_seed(depth + width)
-    resnet = trained(ResNet(depth=depth, width=width))
+    resnet = trained(cifar_resnet(depth=depth, width=width))
     policy_net = trained(PolicyNet(num_blocks=resnet.num_blocks, input_size=input_size))
     return Networks(resnet=resnet, policy_net=policy_net, normalisation=NORMALISATION)
 
@@ -48,9 +48,9 @@ def make_images(count: int, size: int) -> torch.Tensor:
     return torch.randint(256, (count, size, size, 3), generator=torch.Generator().manual_seed(1)).byte()
 
 
-def make_native(networks: Networks, workers: int) -> Native:
+def make_native(networks: Networks, threads: int) -> Native:
     execute = Native(networks, precision="bf16")
-    execute.workers = NativeWorkers(workers)
+    execute.threads = NativeThreads(threads)
     return execute
 
 
@@ -69,14 +69,18 @@ def assert_as_near_as_gather(found, images, actions, networks):
     assert (found - expected).norm() <= 1.2 * usual + 1e-3 * expected.norm()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("batch", [1, 2, 9])
-def test_logits_under_given_actions(kernel, batch, workers, policy):
+@pytest.mark.parametrize(
+    ("batch", "threads", "policy"),
+    [
+        (1, 2, "random"), (9, 1, "random"), (1, 1, "all kept"), (9, 2, "all kept"), (9, 2, "all dropped"),
+        (2, 2, "first of stages dropped"),
+    ],
+)  # fmt: skip
+def test_logits_under_given_actions(kernel, batch, threads, policy):
     networks = make_networks()
     images = make_images(batch, 32)
     actions = POLICIES[policy](batch, networks.num_blocks)
-    found = make_native(networks, workers)(images, actions)
+    found = make_native(networks, threads)(images, actions)
     assert found.logits.dtype == torch.float32
     assert torch.equal(found.actions, actions)
     assert_as_near_as_gather(found.logits, images, actions, networks)
@@ -86,12 +90,11 @@ def test_logits_under_given_actions(kernel, batch, workers, policy):
     ("depth", "width", "size"),
     [(8, 4, 8), (8, 4, 12), (8, 8, 16), (14, 12, 20), (8, 32, 8), (8, 48, 16), (32, 16, 32)],
 )
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_shapes(kernel, depth, width, size, workers):
+def test_shapes(kernel, depth, width, size):
     networks = make_networks(depth=depth, width=width)
     images = make_images(2, size)
     actions = POLICIES["random"](2, networks.num_blocks)
-    found = make_native(networks, workers)(images, actions)
+    found = make_native(networks, 3)(images, actions)
     assert_as_near_as_gather(found.logits, images, actions, networks)
 
 
@@ -127,14 +130,13 @@ def test_normalised_inputs(kernel):
     assert_as_near_as_gather(found, images, actions, networks)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("batch", [1, 9])
-def test_several_policies_of_an_image_give_what_each_gives_alone(kernel, batch, workers):
+@pytest.mark.parametrize(("batch", "threads"), [(1, 2), (9, 1), (9, 2)])
+def test_several_policies_give_what_each_gives_alone(kernel, batch, threads):
     networks = make_networks()
     inputs = NORMALISATION(make_images(batch, 32))
     base = POLICIES["random"](batch, networks.num_blocks)
     policies = base ^ torch.eye(networks.num_blocks).bool()[:, None]
-    execute = make_native(networks, workers)
+    execute = make_native(networks, threads)
     expected = torch.stack([execute.classify(inputs, actions) for actions in policies])
     assert torch.equal(execute.classify(inputs, policies), expected)
 

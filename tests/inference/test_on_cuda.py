@@ -59,14 +59,14 @@ def test_the_host_is_through_with_its_look_while_the_stem_still_runs(monkeypatch
     execute(images_of(1))
     (session,) = execute.sessions.values()
     monkeypatch.setattr(session, "stem", lambda: torch.cuda._sleep(2_000_000_000))  # about a second
-    done, end = [], session.look.end
+    done, end = [], session.policy_reader.end
 
     def look():
         found = end()
         done.append(torch.cuda.current_stream().query())
         return found
 
-    monkeypatch.setattr(session.look, "end", look)
+    monkeypatch.setattr(session.policy_reader, "end", look)
     execute(images_of(1))
     assert done == [False]
 

@@ -19,7 +19,7 @@ from checkpoints import (
 
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import SIDECAR, WEIGHTS, CheckpointError
-from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 
 REMEDY = re.compile(r"\b(copy|rerun|repeat|import|retrain|make it anew)\b")
 
@@ -241,7 +241,7 @@ def test_deeper_network_than_its_weights_is_refused(folder, key, value, network)
 
 
 def test_shallower_network_than_its_weights_is_refused(tmp_path):
-    deep = replace(networks(), resnet=ResNet(depth=14, width=4, num_classes=3), policy_net=None)
+    deep = replace(networks(), resnet=cifar_resnet(depth=14, width=4, num_classes=3), policy_net=None)
     checkpoint.save(deep, tmp_path)
     edit(tmp_path, "resnet.depth", 8)
     assert "unknown blocks.3" in refusal(tmp_path)

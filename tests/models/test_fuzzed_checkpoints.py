@@ -24,7 +24,7 @@ from legacy_files import as_layers
 from pipeline.infra import atomic_io
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import SIDECAR, WEIGHTS, CheckpointError
-from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 from pipeline.training import legacy_checkpoints
 
 
@@ -61,7 +61,7 @@ def refusal(load: Callable, path: Path) -> str:
 # our own
 
 
-@fuzz(60)
+@fuzz(25)
 @given(data=st.data(), name=st.sampled_from([WEIGHTS, SIDECAR]))
 def test_damaged_file_of_ours_is_noticed(saved, folder, data, name):
     before = (saved / name).read_bytes()
@@ -73,14 +73,14 @@ def test_damaged_file_of_ours_is_noticed(saved, folder, data, name):
     assert found or name == SIDECAR or before == after  # a class may be named otherwise, say
 
 
-@fuzz(60)
+@fuzz(25)
 @given(data=st.data())
 def test_damaged_weights_with_the_digest_set_right_are_networks_or_refused(saved, folder, data):
     replace_weights(folder, damaged(data, (saved / WEIGHTS).read_bytes()))
     refusal_or_none(checkpoint.load, folder)
 
 
-@fuzz(80)
+@fuzz(25)
 @given(data=st.data())
 def test_header_of_any_values_is_refused_or_fits(saved, folder, data):
     content = (saved / WEIGHTS).read_bytes()
@@ -112,19 +112,16 @@ def one(dtype: str = "F32", shape: tuple[int, ...] = (1,), offsets: tuple[int, i
         with_header(b"{}", length=1 << 60),
         with_header(json.dumps({"resnet.a": one(), "resnet.b": one()}).encode(), bytes(4)),
         with_header(json.dumps({"resnet.a": one(shape=(1 << 62, 8))}).encode(), bytes(4)),
-        with_header(json.dumps({"resnet.a": one(shape=(2**64 - 1, 0), offsets=(0, 0))}).encode()),
-        with_header(json.dumps({"resnet.a": one("F4", (8,))}).encode(), bytes(4)),
         with_header(json.dumps({"resnet.a": one("F8_E8M0", (4,))}).encode(), bytes(4)),
-        with_header(b'{"a":' + b"[" * 100_000),
     ],
-    ids=["2^60 bytes", "overlap", "overflow", "2^64 by 0", "half bytes", "odd floats", "deep"],
+    ids=["2^60 bytes", "overlap", "overflow", "odd floats"],
 )
 def test_header_that_lies_is_refused(folder, content):
     replace_weights(folder, content)
     assert "is no valid safetensors file" in refusal(checkpoint.load, folder)
 
 
-@fuzz(80)
+@fuzz(25)
 @given(data=st.data())
 def test_sidecar_of_any_values_is_refused_or_fits(saved, folder, data):
     content = json.loads((saved / SIDECAR).read_text(encoding="utf-8"))
@@ -138,61 +135,49 @@ def test_sidecar_of_any_values_is_refused_or_fits(saved, folder, data):
     refusal_or_none(checkpoint.load, folder)
 
 
-def test_giant_networks_are_refused_before_they_are_built(tmp_path):
-    checkpoint.save(replace(networks(), policy_net=None), tmp_path)
-    edit(tmp_path, "resnet.width", 4096)
-    edit(tmp_path, "resnet.depth", 200)
-    assert "does not hold the weights" in refusal(checkpoint.load, tmp_path)
+def pipe(name: str):
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return spoil
 
 
-def test_weights_of_another_digest_take_no_memory(folder):
-    os.truncate(folder / WEIGHTS, 400 << 20)
-    with bounded(megabytes=100), pytest.raises(CheckpointError, match="damaged or of another"):
-        checkpoint.load(folder)
+def giant(folder: Path) -> None:
+    checkpoint.save(replace(networks(), policy_net=None), folder)
+    edit(folder, "resnet.width", 4096)
+    edit(folder, "resnet.depth", 200)
 
 
-def test_huge_sidecar_is_refused_unread(folder):
-    os.truncate(folder / SIDECAR, 100 << 30)
-    assert "it is over 16 MB" in refusal(checkpoint.load, folder)
+def negative_variance(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors["resnet.bn1.running_var"].fill_(-1))
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, SIDECAR])
-def test_pipe_in_place_of_a_file_is_not_waited_for(folder, name):
-    (folder / name).unlink()
-    os.mkfifo(folder / name)
-    assert "Not a plain file" in refusal(checkpoint.load, folder)
-
-
-def test_key_that_stands_twice_in_the_sidecar_is_refused(folder):
+def key_twice(folder: Path) -> None:
     text = (folder / SIDECAR).read_text(encoding="utf-8")
     (folder / SIDECAR).write_text(text.replace('"format": 1', '"format": 1, "format": 1'))
-    assert "'format' stands twice" in refusal(checkpoint.load, folder)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("spoil", "message"),
     [
-        ("normalisation.mean", [1e300, 0.0, 0.0]),
-        ("normalisation.std", [1e-300, 1.0, 1.0]),
-        ("policy_net.input_size", 10**12),
-        ("policy_net.num_blocks", 10**12),
-        ("classes", ["a", "b", "\ud800"]),
-        ("stage", 10**6 * ["x"]),
+        (giant, "does not hold the weights"),
+        (lambda f: os.truncate(f / WEIGHTS, 400 << 20), "damaged or of another"),
+        (lambda f: os.truncate(f / SIDECAR, 100 << 30), "it is over 16 MB"),
+        (pipe(WEIGHTS), "Not a plain file"),
+        (pipe(SIDECAR), "Not a plain file"),
+        (key_twice, "'format' stands twice"),
+        (negative_variance, "bn1.running_var holds variances below 0"),
+        (lambda f: edit(f, "normalisation.mean", [1e300, 0.0, 0.0]), f"{SIDECAR}: normalisation.mean"),
+        (lambda f: edit(f, "policy_net.num_blocks", 10**12), f"{SIDECAR}: policy_net.num_blocks"),
+        (lambda f: edit(f, "stage", 10**6 * ["x"]), f"{SIDECAR}: stage"),
     ],
-)
-def test_sidecar_value_out_of_all_bounds_is_named_in_few_words(folder, key, value):
-    edit(folder, key, value)
-    assert f"{SIDECAR}: {key}" in refusal(checkpoint.load, folder)
-
-
-def test_variance_below_zero_is_named(folder):
-    change_tensors(folder, lambda tensors: tensors["resnet.bn1.running_var"].fill_(-1))
-    assert "bn1.running_var holds variances below 0" in refusal(checkpoint.load, folder)
-
-
-def test_name_of_a_million_letters_is_shortened(folder):
-    change_tensors(folder, lambda tensors: tensors.update({"x" * 10**6: torch.zeros(1)}))
-    assert "xxx..." in refusal(checkpoint.load, folder)
+    ids=["giant network", "other digest", "100 GB sidecar", "pipe for weights", "pipe for sidecar",
+         "key twice", "variance below 0", "mean of 1e300", "10^12 blocks", "stage of 10^6 names"],
+)  # fmt: skip
+def test_file_of_ours_that_lies_is_refused_in_little_memory(folder, spoil, message):
+    spoil(folder)
+    assert message in refusal(checkpoint.load, folder)
 
 
 @pytest.mark.parametrize("fresh", [True, False])
@@ -227,7 +212,7 @@ def test_stop_within_a_file_leaves_the_old_checkpoint_whole(folder, monkeypatch)
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    return as_layers(ResNet(depth=8, width=2, num_classes=3))
+    return as_layers(cifar_resnet(depth=8, width=2, num_classes=3))
 
 
 @pytest.fixture
@@ -241,7 +226,7 @@ def write(path: Path, weights: dict, zipped: bool = False) -> Path:
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-@fuzz(80)
+@fuzz(25)
 @given(data=st.data())
 def test_damaged_file_of_the_authors_is_networks_or_refused(path, weights, zipped, data):
     content = write(path, weights, zipped).read_bytes()
@@ -250,62 +235,67 @@ def test_damaged_file_of_the_authors_is_networks_or_refused(path, weights, zippe
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize(
-    ("name", "tensor"),
-    [
-        ("fc.weight", torch.zeros(1, 1).expand(2_000_000_000, 8)),
-        ("conv1.weight", torch.zeros(1, 1, 1, 1).expand(1_000_000, 3, 3, 3)),
-    ],
-    ids=["classes", "width"],
-)
-def test_small_file_that_claims_a_giant_weight_is_refused(path, weights, zipped, name, tensor):
-    write(path, weights | {name: tensor}, zipped)
+def test_small_file_that_claims_a_giant_weight_is_refused(path, weights, zipped):
+    write(path, weights | {"fc.weight": torch.zeros(1, 1).expand(2_000_000_000, 8)}, zipped)
     assert "claims more weights than the file has bytes" in refusal(legacy_checkpoints.load, path)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
-@pytest.mark.parametrize(
-    ("name", "shape"), [("conv1.weight", (10**9, 0, 3, 3)), ("fc.weight", (10**9, 0))]
-)
-def test_weight_without_numbers_claims_no_giant_network(path, weights, name, shape):
-    write(path, weights | {name: torch.zeros(shape)})
+def test_weight_without_numbers_claims_no_giant_network(path, weights):
+    write(path, weights | {"conv1.weight": torch.zeros(10**9, 0, 3, 3)})
     assert "has weights of a network of" in refusal(legacy_checkpoints.load, path)
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse")
-@pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.zeros(3, device="meta"),
-        torch.zeros(3).to_sparse(),
-    ],
-    ids=["without data", "sparse"],
+    ("tensor", "zipped"), [(torch.zeros(3, device="meta"), False), (torch.zeros(3).to_sparse(), True)]
 )
-def test_tensor_of_another_make_is_refused(path, weights, zipped, tensor):
+def test_tensor_of_another_make_is_refused(path, weights, tensor, zipped):
     write(path, weights | {"fc.bias": tensor}, zipped)
     assert "holds more than named, plain tensors" in refusal(legacy_checkpoints.load, path)
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_nested_tensor_is_refused(path, weights):
-    nested = torch.nested.nested_tensor([torch.zeros(3)])
-    write(path, weights | {"fc.bias": nested}, zipped=True)
-    assert "holds more than named, plain tensors" in refusal(legacy_checkpoints.load, path)
+def rezipped(content: bytes, change=lambda name, record: record, method=zipfile.ZIP_STORED) -> bytes:
+    """The same records, each changed."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w", method) as new:
+        for info in old.infolist():
+            new.writestr(info.filename, change(info.filename, old.read(info)))
+    return made.getvalue()
 
 
-def test_tensor_larger_than_its_storage_is_refused(path, weights):
-    numbers = struct.pack("<fff", 7, 8, 9)
-    write(path, weights | {"fc.bias": torch.tensor([7.0, 8.0, 9.0])}, zipped=True)
-    with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
-        records = {info.filename: archive.read(info) for info in archive.infolist()}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in records.items():
-            if name.endswith("data.pkl"):  # how many numbers the storage has, not how many the tensor
-                at = content.index(b"K\x03", content.index(b"fc.bias"))
-                content = content[:at] + b"K\x02" + content[at + 2 :]
-            archive.writestr(name, numbers[:8] if content == numbers else content)
-    assert "storage" in refusal(legacy_checkpoints.load, path)
+def inflated(name: str, record: bytes) -> bytes:
+    return record + bytes(400 << 20) if name.endswith("data.pkl") else record
+
+
+def with_bias_of(pickled: bytes, count: bytes) -> bytes:
+    """A pickle that says another number of numbers of the storage of fc.bias, which has three."""
+    at = pickled.index(b"K\x03", pickled.index(b"fc.bias"))
+    return pickled[:at] + count + pickled[at + 2 :]
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [(b"K\x02", "storage"), (b"J\xff\xff\xff\x7f", "it claims")],
+    ids=["less", "more"],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_storage_of_another_size_than_its_tensor_says_is_refused(path, weights, zipped, count, message):
+    numbers = torch.tensor([7.0, 8.0, 9.0])
+    content = write(path, weights | {"fc.bias": numbers}, zipped).read_bytes()
+
+    def change(name: str, record: bytes) -> bytes:
+        if name.endswith("data.pkl"):
+            return with_bias_of(record, count)
+        return record[:8] if count == b"K\x02" and record == struct.pack("<fff", *numbers) else record
+
+    if zipped:
+        path.write_bytes(rezipped(content, change))
+    elif message == "it claims":
+        path.write_bytes(with_bias_of(content, count))
+    else:
+        pytest.skip("the other format has no storage of its own size")
+    assert message in refusal(legacy_checkpoints.load, path)
 
 
 def test_zip_whose_records_share_their_bytes_is_refused(path, weights):
@@ -322,15 +312,7 @@ def test_zip_whose_records_share_their_bytes_is_refused(path, weights):
 
 def test_zip_bomb_is_refused_before_it_inflates(path, weights):
     content = write(path, weights, zipped=True).read_bytes()
-    with (
-        zipfile.ZipFile(io.BytesIO(content)) as old,
-        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new,
-    ):
-        for info in old.infolist():
-            with new.open(info.filename, "w") as file:
-                file.write(old.read(info))
-                for _ in range(400 if info.filename.endswith("data.pkl") else 0):
-                    file.write(bytes(1 << 20))
+    path.write_bytes(rezipped(content, inflated, zipfile.ZIP_DEFLATED))
     assert path.stat().st_size < 4 << 20
     assert "its records inflate to more than the file" in refusal(legacy_checkpoints.load, path)
 
@@ -352,22 +334,9 @@ def two_directories(seen: bytes, hidden: bytes) -> bytes:
     return before + other + records + entries + end
 
 
-def rezipped(content: bytes, more: int, method: int) -> bytes:
-    """The same records, with so many MB of zeros behind the pickle."""
-    made = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w", method) as new:
-        for info in old.infolist():
-            with new.open(info.filename, "w") as file:
-                file.write(old.read(info))
-                for _ in range(more if info.filename.endswith("data.pkl") else 0):
-                    file.write(bytes(1 << 20))
-    return made.getvalue()
-
-
 def test_zip_with_two_directories_is_read_as_it_was_looked_at(path, weights):
     content = write(path, weights, zipped=True).read_bytes()
-    seen = rezipped(content, 0, zipfile.ZIP_STORED)
-    hidden = rezipped(content, 600, zipfile.ZIP_DEFLATED)
+    seen, hidden = rezipped(content), rezipped(content, inflated, zipfile.ZIP_DEFLATED)
     path.write_bytes(two_directories(seen, hidden))
     with bounded(megabytes=200):
         resnet = legacy_checkpoints.load(path).need_resnet(path)
@@ -383,7 +352,7 @@ def test_zip_with_two_records_of_a_name_is_refused(path, weights):
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_what_trainings_keep_beside_the_weights_is_no_hindrance(path, weights, zipped):
-    network = ResNet(depth=8, width=2, num_classes=3)
+    network = cifar_resnet(depth=8, width=2, num_classes=3)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     sum(parameter.sum() for parameter in network.parameters()).backward()
     optimizer.step()
@@ -409,52 +378,23 @@ class Made:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize(
-    ("function", "arguments", "name"),
+    ("function", "arguments", "name", "zipped"),
     [
-        (bytearray, (10**10,), "bytearray"),
-        (torch.FloatTensor, (10**9, 10), "torch.FloatTensor"),
-        (torch.Tensor, (10**9, 10), "torch.Tensor"),
-        (torch.UntypedStorage, (10**10,), "torch.storage.UntypedStorage"),
-        (
-            torch._utils._rebuild_qtensor,
-            (None, 0, (10**10,), (1,), (torch.per_tensor_affine, 1.0, 0), False, None),
-            "torch._utils._rebuild_qtensor",
-        ),
+        (bytearray, (10**10,), "bytearray", False),
+        (torch.FloatTensor, (10**9, 10), "torch.FloatTensor", True),
+        (torch.UntypedStorage, (10**10,), "torch.storage.UntypedStorage", False),
     ],
-    ids=["bytes", "floats", "tensor", "storage", "quantised"],
 )
 def test_object_that_is_as_large_as_a_number_says_is_refused(
-    path, weights, zipped, function, arguments, name
+    path, weights, function, arguments, name, zipped
 ):
     content = {"state_dict": weights, "more": Made(function, *arguments)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     assert f"{name})" in refusal(legacy_checkpoints.load, path)
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-def test_storage_that_claims_more_than_the_file_has_takes_no_memory(path, weights, zipped):
-    content = write(path, weights | {"fc.bias": torch.tensor([7.0, 8.0, 9.0])}, zipped).read_bytes()
-    at = content.index(b"K\x03", content.index(b"fc.bias"))
-    if zipped:
-        at_end = rezipped(content, 0, zipfile.ZIP_STORED)
-        with zipfile.ZipFile(io.BytesIO(at_end)) as old, zipfile.ZipFile(path, "w") as new:
-            for info in old.infolist():
-                record = old.read(info)
-                if info.filename.endswith("data.pkl"):
-                    at = record.index(b"K\x03", record.index(b"fc.bias"))
-                    record = record[:at] + b"J\xff\xff\xff\x7f" + record[at + 2 :]
-                new.writestr(info.filename, record)
-    else:
-        path.write_bytes(content[:at] + b"J\xff\xff\xff\x7f" + content[at + 2 :])
-    assert "it claims" in refusal(legacy_checkpoints.load, path)
-
-
-@pytest.mark.parametrize(
-    "claim",
-    [b"\x80\x02r\xff\xff\xff\x7f.", b"\x80\x02X\xff\xff\xff\x7f.", b"\x80\x04\x8e" + b"\xff" * 8],
-)
+@pytest.mark.parametrize("claim", [b"\x80\x02r\xff\xff\xff\x7f.", b"\x80\x02X\xff\xff\xff\x7f."])
 def test_pickle_that_claims_a_long_text_or_memo_takes_no_memory(path, claim):
     path.write_bytes(claim)
     assert "MemoryError" not in refusal(legacy_checkpoints.load, path)
@@ -471,13 +411,3 @@ def test_huge_file_is_refused_unread(path):
     path.write_bytes(b"PK\x03\x04")
     os.truncate(path, 100 << 30)
     assert "it is over 2 GB" in refusal(legacy_checkpoints.load, path)
-
-
-def test_pipe_in_place_of_a_file_of_the_authors_is_not_waited_for(path):
-    os.mkfifo(path)
-    assert "Not a plain file" in refusal(legacy_checkpoints.load, path)
-
-
-def test_keys_of_any_size_are_shortened(path):
-    torch.save({("a",) * 10**5: 1, "b" * 10**6: 2}, path)
-    assert "..." in refusal(legacy_checkpoints.load, path)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load
 from pipeline.models import checkpoint
+from tools.preset import load
 from tools.sandbox import ROOT
 
 FOLDER = ROOT / "pretrained"
-DEMO = load(ROOT / "presets/cifar10_demo.yaml")
-QUICK = load(ROOT / "presets/cifar10_resnet32_quick.yaml")
+DEMO = load("cifar10_demo", ROOT / "presets")
+QUICK = load("cifar10_resnet32_quick", ROOT / "presets")
 ROW = json.loads((ROOT / "results/rows/cifar10_resnet32_demo.json").read_text(encoding="utf-8"))
 STAGES = ("pretrain", "curriculum", "finetune", "sole", "static")
 NETWORKS = sorted(path.parent for path in FOLDER.rglob("model.json"))
@@ -21,16 +21,16 @@ def test_the_demo_is_the_quick_preset_with_checkpoints_in_place_of_trainings():
     demo, quick = DEMO.flat(), QUICK.flat()
     assert demo.keys() == quick.keys()
     changed = {key for key in demo if demo[key] != quick[key]}
-    checkpoints = {f"{stage}.checkpoint" for stage in STAGES}
+    checkpoints = {f"checkpoints.{stage}" for stage in STAGES}
     assert checkpoints <= changed
     assert {key.split(".")[0] for key in changed - checkpoints} <= {"benchmark"}
 
 
 def test_the_demo_names_what_is_there_and_nothing_else_is():
-    single = {ROOT / DEMO.flat()[f"{stage}.checkpoint"] for stage in STAGES[:3]}
-    sole = {ROOT / DEMO.sole.checkpoint / str(depth) for depth in DEMO.sole.depths}
+    single = {ROOT / getattr(DEMO.checkpoints, stage) for stage in STAGES[:3]}
+    sole = {ROOT / DEMO.checkpoints.sole / str(depth) for depth in DEMO.sole.depths}
     static = {
-        ROOT / DEMO.static.checkpoint / f"{rule}-{kept}"
+        ROOT / DEMO.checkpoints.static / f"{rule}-{kept}"
         for rule in DEMO.static.rules
         for kept in DEMO.static.num_kept
     }

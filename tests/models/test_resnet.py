@@ -5,6 +5,7 @@ import torch
 
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 from pipeline.models.row_ops import kept_rows, put_rows, take_rows
 
 
@@ -30,7 +31,7 @@ def with_statistics(resnet: ResNet) -> ResNet:
 @pytest.fixture
 def resnet() -> ResNet:
     torch.manual_seed(0)
-    return with_statistics(ResNet(depth=20, width=8, num_classes=5))
+    return with_statistics(cifar_resnet(depth=20, width=8, num_classes=5))
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_kept_rows_are_those_of_each_block():
 @pytest.mark.parametrize("depth", [1, 2, 7, 9, 31, 33, 109])
 def test_depth_that_is_not_6n_plus_2_is_refused_with_its_neighbours(depth):
     with pytest.raises(ValueError, match=rf"depth {depth} is not 6n\+2.*nearest"):
-        ResNet(depth=depth)
+        cifar_resnet(depth=depth)
 
 
 def test_actions_of_another_shape_are_refused(resnet, images):

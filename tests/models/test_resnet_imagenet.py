@@ -13,13 +13,14 @@ from pipeline.inference.base import Networks, UnavailableError
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import Checkpoint, CheckpointError
 from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet_imagenet import ImageNetResNet, from_torchvision, stages_of
+from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_imagenet import from_torchvision, imagenet_resnet, stages_of
 from pipeline.static_policies import static_rule
 from pipeline.training import legacy_checkpoints
 
 
-def small() -> ImageNetResNet:
-    return trained(ImageNetResNet(depth=26, width=4, num_classes=3), seed=0)
+def small() -> ResNet:
+    return trained(imagenet_resnet(depth=26, width=4, num_classes=3), seed=0)
 
 
 def policy(num_blocks: int) -> PolicyNet:
@@ -38,7 +39,7 @@ def test_logits_are_those_of_torchvision(depth):
     torch.manual_seed(0)
     reference = trained(getattr(torchvision.models, f"resnet{depth}")())
     weights = reference.state_dict()
-    own = ImageNetResNet(depth=depth)
+    own = imagenet_resnet(depth=depth)
     own.load_state_dict(from_torchvision(weights, stages_of(weights)))
     inputs = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
@@ -50,7 +51,7 @@ def test_logits_are_those_of_torchvision(depth):
 def test_deeper_networks_have_the_weights_of_torchvision(depth):
     with torch.device("meta"):
         reference = getattr(torchvision.models, f"resnet{depth}")().state_dict()
-        own = ImageNetResNet(depth=depth).state_dict()
+        own = imagenet_resnet(depth=depth).state_dict()
     named = from_torchvision(reference, stages_of(reference))
     assert {name: t.shape for name, t in named.items()} == {name: t.shape for name, t in own.items()}
 
@@ -58,7 +59,7 @@ def test_deeper_networks_have_the_weights_of_torchvision(depth):
 def test_resnet101_costs_what_the_paper_says_and_blockdrop_at_its_number_of_blocks():
     """2 per multiply-add: 1.56e10 full, 1.25e10 +- 0.04e10 at 24.77 blocks with the policy network."""
     with torch.device("meta"):
-        resnet = ImageNetResNet(depth=101)
+        resnet = imagenet_resnet(depth=101)
         policy_net = PolicyNet(num_blocks=33, depth=10, width=64, family="imagenet", input_size=112)
     cost = measure(resnet, policy_net, 224)
     assert cost.full == 15_602_810_880
@@ -101,10 +102,10 @@ def test_executors_agree_with_the_network(images, name, precision):
 
 @pytest.mark.parametrize("of", ["resnet", "policy_net"])
 def test_native_says_that_it_can_not_run_these_blocks(of):
-    from pipeline.models.resnet import ResNet
+    from pipeline.models.resnet_cifar import cifar_resnet
 
     networks = Networks(
-        resnet=small() if of == "resnet" else ResNet(depth=8, width=4),
+        resnet=small() if of == "resnet" else cifar_resnet(depth=8, width=4),
         policy_net=policy(8 if of == "resnet" else 3),
         normalisation=NORMALISATION,
     )

@@ -1,6 +1,7 @@
 """Ablations: one part of a recipe changed, several seeds, rows that are not trained twice."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from pipeline.infra.errors import UserError
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 from research import ablation
 
 CLASSES = tuple("abcdefghij")
@@ -27,6 +28,7 @@ TINY = ",".join([
     "curriculum.epochs=2", "curriculum.batch_size=16", "finetune.epochs=1", "finetune.batch_size=16",
 ])  # fmt: skip
 PRESET = ablation.changed(load(ROOT / "presets/digits.yaml"), TINY)
+PROVENANCE = ablation.Provenance(preset="tiny", set="-", commit="abc", torch="2")
 CHANGES = {"curriculum": "curriculum.lr=0.5", "finetune": "finetune_policy.lr=0.5"}
 DEEPER = "resnet.depth=14,curriculum.epochs=4"
 
@@ -37,7 +39,7 @@ def setting(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "load_classes", lambda folder: CLASSES)
     torch.manual_seed(0)
     made = Checkpoint(
-        stage="pretrain", resnet=ResNet(depth=8, width=4), policy_net=None, normalisation=NORMALISATION,
+        stage="pretrain", resnet=cifar_resnet(depth=8, width=4), policy_net=None, normalisation=NORMALISATION,
         image_size=8, classes=CLASSES, metrics={},
     )  # fmt: skip
     checkpoint.save(made, tmp_path / "pretrain")
@@ -48,26 +50,23 @@ def setting(tmp_path, monkeypatch):
     images = torch.randint(256, (40, 8, 8, 3), dtype=torch.uint8)
     split = Split(images=images, labels=torch.randint(10, (40,)))
     return lambda stage="finetune": ablation.Setting(
-        stage=stage, preset=PRESET, told={"commit": "abc"}, resnet=tmp_path / "pretrain",
+        stage=stage, preset=PRESET, provenance=PROVENANCE, resnet=tmp_path / "pretrain",
         policy_net=tmp_path / "curriculum", train=split, validation=split,
     )  # fmt: skip
 
 
 def both(setting: ablation.Setting) -> dict:
     change = CHANGES[setting.stage]
-    return {ablation.AS_IT_IS: setting.preset, change: ablation.variant_of(setting, change)}
+    return {ablation.UNCHANGED: setting.preset, change: ablation.variant_of(setting, change)}
 
 
 def test_changes_are_read_as_params_are():
-    found = ablation.changed(
+    params = ablation.changed(
         PRESET, "finetune_policy.train_epochs=null, gamma=1e-05,resnet.mean=[0.1, 0.2,0.3]"
     )
-    assert (found.finetune_policy.train_epochs, found.gamma, found.resnet.mean) == (
-        None,
-        1e-5,
-        (0.1, 0.2, 0.3),
-    )
-    differing = {key for key, value in found.flat().items() if PRESET.flat()[key] != value}
+    assert params.finetune_policy.train_epochs is None
+    assert (params.gamma, params.resnet.mean) == (1e-5, (0.1, 0.2, 0.3))
+    differing = {key for key, value in params.flat().items() if PRESET.flat()[key] != value}
     assert differing == {"gamma", "resnet.mean"}
 
 
@@ -83,26 +82,24 @@ def test_changes_are_read_as_params_are():
         ("finetune_policy.train_epochs=1000", "train_epochs 1000 are more than finetune.epochs"),
     ],
 )
-def test_a_change_that_params_refuse_is_refused_by_name(text, said):
+def test_invalid_change_is_refused_by_name(text, said):
     with pytest.raises(UserError, match=said):
         ablation.changed(PRESET, text, flag="--set")
 
 
 @pytest.mark.parametrize("text", ["curriculum.gamma=50", "pretrain.lr=3", "seed=7", "finetune.epochs=1"])
-def test_a_change_that_the_stage_does_not_read_is_refused(text, setting):
+def test_change_that_the_stage_does_not_read_is_refused(text, setting):
     with pytest.raises(UserError, match=f"--vary {text}: changes nothing that finetune reads"):
         ablation.variant_of(setting(), text)
 
 
-@pytest.mark.parametrize("stage", list(ablation.READ))
-def test_each_variant_and_seed_is_one_row_and_none_is_trained_twice(
-    stage, setting, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("stage", list(ablation.READS))
+def test_each_variant_and_seed_is_trained_once(stage, setting, tmp_path, monkeypatch):
     own, out = setting(stage), tmp_path / "results" / "rows.csv"
     rows = ablation.run(own, both(own), [0, 1], out)
     change = CHANGES[stage]
     assert list(zip(rows["variant"], rows["seed"], strict=True)) == [
-        (ablation.AS_IT_IS, 0), (change, 0), (ablation.AS_IT_IS, 1), (change, 1),
+        (ablation.UNCHANGED, 0), (change, 0), (ablation.UNCHANGED, 1), (change, 1),
     ]  # fmt: skip
     assert rows["validation_accuracy"].between(0, 1).all()
     assert (rows["commit"] == "abc").all()
@@ -112,14 +109,17 @@ def test_each_variant_and_seed_is_one_row_and_none_is_trained_twice(
     monkeypatch.setattr(ablation, "row_of", lambda *_: pytest.fail("trained twice"))
     assert len(ablation.run(own, both(own), [1], out)) == 2
     assert out.read_bytes() == again
-    first, other = ablation.summary(rows).splitlines()[2:]
-    assert first.startswith(f"| {ablation.AS_IT_IS} | 2 | ")
-    assert other.startswith(f"| {change} | 2 | ")
-    assert f"{100 * rows['validation_accuracy'][::2].mean():.2f} +- " in first
+    first, other = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in ablation.summary(rows).splitlines()[2:]
+    ]
+    assert first[:2] == [ablation.UNCHANGED, "2"]
+    assert other[:2] == [change, "2"]
+    assert first[2].startswith(f"{100 * rows['validation_accuracy'][::2].mean():.2f} +- ")
 
 
-@pytest.mark.parametrize("stage", list(ablation.READ))
-def test_the_seed_counts_and_alone_decides(stage, setting):
+@pytest.mark.parametrize("stage", list(ablation.READS))
+def test_equal_seeds_alone_give_equal_weights(stage, setting):
     own = setting(stage)
 
     def weights(seed):
@@ -132,53 +132,53 @@ def test_the_seed_counts_and_alone_decides(stage, setting):
 
 def test_rows_of_other_settings_are_others(setting, tmp_path, capsys):
     own, out = setting(), tmp_path / "rows.csv"
-    as_it_is = {ablation.AS_IT_IS: PRESET}
+    as_it_is = {ablation.UNCHANGED: PRESET}
     ablation.run(own, as_it_is, [0], out)
     fewer = replace(own, train=ablation.in_memory(own.train, 20))
     assert len(ablation.run(fewer, as_it_is, [0], out)) == 1
     preset = ablation.changed(PRESET, "gamma=9")
-    assert len(ablation.run(replace(own, preset=preset), {ablation.AS_IT_IS: preset}, [0], out)) == 1
+    assert len(ablation.run(replace(own, preset=preset), {ablation.UNCHANGED: preset}, [0], out)) == 1
     assert len(pd.read_csv(out)) == 3
     unread = ablation.changed(PRESET, "pretrain.lr=3")
-    ablation.run(replace(own, preset=unread), {ablation.AS_IT_IS: unread}, [0], out)
+    ablation.run(replace(own, preset=unread), {ablation.UNCHANGED: unread}, [0], out)
     assert len(pd.read_csv(out)) == 3
 
 
-def test_a_row_is_known_by_what_was_trained_and_not_by_its_name_alone(setting):
+def test_key_depends_on_the_parameters(setting):
     own = setting()
     one, other = (
-        ablation.key_values(own, "name", params)["recipe"]
+        ablation.key_of_row(own, "name", params).recipe
         for params in (PRESET, ablation.changed(PRESET, "finetune_policy.lr=0.5"))
     )
     assert one != other
 
 
-def test_what_another_process_has_trained_meanwhile_is_no_second_row(setting, tmp_path):
+def test_row_of_another_process_is_not_written_twice(setting, tmp_path):
     own, out = setting(), tmp_path / "rows.csv"
-    row = ablation.row_of(own, ablation.AS_IT_IS, PRESET)
-    ablation.add_to(out, row)
-    ablation.add_to(out, row | {"reward": 3.0})
+    row = ablation.row_of(own, ablation.UNCHANGED, PRESET)
+    ablation.add_row(out, row)
+    ablation.add_row(out, row | {"reward": 3.0})
     assert len(pd.read_csv(out)) == 1
-    ablation.add_to(out, row | {"seed": 1})
+    ablation.add_row(out, row | {"seed": 1})
     assert len(pd.read_csv(out)) == 2
 
 
-def test_what_is_judged_is_the_policy_as_it_is_deployed(setting):
+def test_scores_are_those_of_the_greedy_policy(setting):
     own = setting()
     learner = ablation.learner_of(own, PRESET)
     torch.nn.init.constant_(learner.policy_net.features.fc.weight, 0.0)
     learner.policy_net.features.fc.bias.data.copy_(torch.tensor([3.0, -3.0, 0.1]))
-    found = ablation.judged(learner, own.validation, PRESET, gamma=4.0)
-    assert found["blocks_mean"] == 2
-    assert found["effective_policies"] == pytest.approx(1)
-    assert found["another_images_policy"] == found["validation_accuracy"]
-    right = found["validation_accuracy"]
-    assert found["reward"] == pytest.approx(right * (1 - (2 / 3) ** 2) - (1 - right) * 4.0)
+    scores = ablation.scores_of(learner, own.validation, PRESET, gamma=4.0)
+    assert scores.blocks_mean == 2
+    assert scores.effective_policies == pytest.approx(1)
+    assert scores.another_images_policy == scores.validation_accuracy
+    accuracy = scores.validation_accuracy
+    assert scores.reward == pytest.approx(accuracy * (1 - (2 / 3) ** 2) - (1 - accuracy) * 4.0)
     cost = measure(learner.resnet, learner.policy_net, 8)
-    assert found["flops"] == (cost.always + cost.blocks[0] + cost.blocks[2]) / cost.full
+    assert scores.flops == (cost.always + cost.blocks[0] + cost.blocks[2]) / cost.full
 
 
-def test_a_training_whose_numbers_go_wrong_is_no_row(setting, tmp_path):
+def test_training_that_diverges_is_no_row(setting, tmp_path):
     own, out = setting(), tmp_path / "rows.csv"
     text = "finetune.optimizer=sgd,finetune.lr=1e9"
     with pytest.raises(
@@ -222,7 +222,7 @@ def test_a_damaged_table_is_refused_by_name(content, tmp_path):
 
 def test_the_command_trains_and_prints_means(setting, tmp_path, monkeypatch, capsys):
     own = setting()
-    monkeypatch.setattr(ablation, "preset_of", lambda name: PRESET)
+    monkeypatch.setattr(ablation.presets, "load", lambda name, folder: PRESET)
     monkeypatch.setattr(ablation, "load_split", lambda folder, name, device: own.train)
     monkeypatch.setattr(sys, "argv", [
         "ablation", "finetune", "--vary", "finetune_policy.lr=0.5", "--set", "finetune.epochs=2",
@@ -230,20 +230,20 @@ def test_the_command_trains_and_prints_means(setting, tmp_path, monkeypatch, cap
         "--policy-net", str(own.policy_net), "--out", str(tmp_path / "rows.csv"),
     ])  # fmt: skip
     ablation.main()
-    assert "| finetune_policy.lr=0.5 | 1 | " in capsys.readouterr().out
+    assert re.search(r"^\| finetune_policy.lr=0.5 +\| 1 ", capsys.readouterr().out, re.MULTILINE)
     rows = pd.read_csv(tmp_path / "rows.csv")
     assert json.loads(rows[["seed", "images", "epochs"]].to_json(orient="values")) == [[3, 16, 2]] * 2
     assert (rows["set"] == "finetune.epochs=2").all()
 
 
-def test_what_is_missing_is_an_error_with_a_remedy(tmp_path, monkeypatch, capsys):
+def test_missing_data_or_preset_is_named_with_a_remedy(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "presets").symlink_to(ROOT / "presets")
     monkeypatch.setattr(sys, "argv", ["ablation", "finetune"])
     with pytest.raises(SystemExit, match=r"error: data/prepared.*can't be read.*make repro"):
         ablation.main()
     monkeypatch.setattr(sys, "argv", ["ablation", "finetune", "--preset", "foo"])
-    with pytest.raises(SystemExit, match=r"error: --preset foo: .* no such preset; choose .*digits"):
+    with pytest.raises(SystemExit, match=r"error: there is no preset 'foo'; choose .*digits"):
         ablation.main()
     monkeypatch.setattr(sys, "argv", ["ablation", "finetune", "--images", "0"])
     with pytest.raises(SystemExit):

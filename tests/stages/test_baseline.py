@@ -18,6 +18,7 @@ from pipeline.flops import measure
 from pipeline.inference.predict import predict
 from pipeline.models import checkpoint
 from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 from stages import baseline
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ BLOCKS = 6  # of the tiny ResNet-14
 
 def put(folder, name: str, depth: int, seed: int) -> ResNet:
     """A checkpoint with weights that tell the classes somewhat apart."""
-    resnet = trained(ResNet(depth=depth, width=4, num_classes=3), seed=seed)
+    resnet = trained(cifar_resnet(depth=depth, width=4, num_classes=3), seed=seed)
     made = checkpoint.Checkpoint(
         stage="test",
         resnet=resnet,
@@ -102,7 +103,7 @@ def test_a_large_test_set_takes_few_draws_but_enough_for_their_deviation(images,
 def test_random_blocks_are_the_mean_and_deviation_of_all_draws(params, tmp_path, monkeypatch):
     """With a network that is right where the first block runs: draws differ in that share."""
     monkeypatch.setattr(
-        baseline, "right_under", lambda _, __, policies, *, normalisation: policies[..., 0]
+        baseline, "correct_under", lambda _, __, policies, *, normalisation: policies[..., 0]
     )
     baseline.main(params)
     count = len(load_split(tmp_path / "data/prepared", "test", CPU))

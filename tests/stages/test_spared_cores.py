@@ -20,10 +20,10 @@ BUSY = "import time; end = time.monotonic() + {}\nwhile time.monotonic() < end: 
 TRAINING = """
 import sys, time
 import pipeline, torch
-from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 from stages.support.spared_cores import SparedCores
 settle, measure = map(float, sys.argv[1:])
-network = ResNet(depth=32, width=16, num_classes=10).to(memory_format=torch.channels_last)
+network = cifar_resnet(depth=32, width=16, num_classes=10).to(memory_format=torch.channels_last)
 images = torch.randn(64, 3, 16, 16).to(memory_format=torch.channels_last)
 labels = torch.randint(10, (64,))
 optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, nesterov=True)

@@ -23,7 +23,7 @@ from pipeline.data.split import Split
 from pipeline.infra.errors import UserError
 from pipeline.models import checkpoint
 from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 from stages import curriculum, finetune, pretrain, sole, static
 from stages.support import recipes, training
 from stages.support.progress import Progress, Steps
@@ -56,7 +56,7 @@ def pretrained(folder, params: Params) -> None:
     torch.manual_seed(0)
     made = checkpoint.Checkpoint(
         stage="pretrain",
-        resnet=ResNet(depth=params.resnet.depth, width=params.resnet.width, num_classes=3),
+        resnet=cifar_resnet(depth=params.resnet.depth, width=params.resnet.width, num_classes=3),
         policy_net=None,
         normalisation=recipes.normalisation_of(params),
         image_size=8,
@@ -391,7 +391,7 @@ def saved_pair(params: Params, **changes) -> None:
     """A finetuned pair as params.yaml describes it, but for the changes, in import/pair."""
     describes = params.policy_net.model_dump() | changes
     image_size = describes.pop("image_size", params.data.image_size)
-    resnet = ResNet(depth=params.resnet.depth, width=params.resnet.width, num_classes=3)
+    resnet = cifar_resnet(depth=params.resnet.depth, width=params.resnet.width, num_classes=3)
     pair = checkpoint.Checkpoint(
         stage="finetune",
         resnet=resnet,

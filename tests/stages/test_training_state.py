@@ -152,7 +152,7 @@ class Contest(Auto):
 
     def __init__(self, networks, *, precision="fp32"):
         super().__init__(networks, precision=precision)
-        self.contestants = [Gather(networks), Masked(networks)]
+        self.candidates = [Gather(networks), Masked(networks)]
 
     def _seconds(self, call, executor, failures):
         return self.seconds[executor.name]

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.infra.errors import UserError
 from tools import front
-from tools.command import Parser, mendable
+from tools.command import Parser, one_line_errors
 from tools.predict import paths_of
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -69,8 +69,8 @@ def test_unknown_option_is_one_line_with_the_remedy_and_nothing_is_done(start, n
         ),
         ("import_checkpoint", ("--", "--help", "evaluate"), "invalid choice: 'evaluate'"),
         ("predict", ("--words=",), "no image is named; `make predict IMAGES="),
-        ("preset", ("--", ""), "NAME=: there is no such preset"),
-        ("preset", ("--", "--help"), "NAME=--help: there is no such preset"),
+        ("preset", ("--", ""), "there is no preset ''"),
+        ("preset", ("--", "--help"), "there is no preset '--help'"),
         ("ui", ("--port=x",), "invalid int value: 'x'"),
     ],
 )
@@ -93,7 +93,7 @@ def test_bad_usage_is_one_line_with_the_remedy(start, name, words, said):
     ],
 )
 def test_what_a_user_can_mend_ends_in_one_line(error, said):
-    with pytest.raises(SystemExit) as caught, mendable():
+    with pytest.raises(SystemExit) as caught, one_line_errors():
         raise error
     assert str(caught.value).startswith(said)
 

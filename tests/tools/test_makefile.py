@@ -295,6 +295,7 @@ def test_names_reach_the_tools_as_they_were_typed(stubbed, name, by_environment)
         return handed_over(stubbed, target, *(f"{key}={text}" for key, text in variables.items()))
 
     assert given("preset", NAME=name) == ["-m", "tools.preset", "--", name]
+    assert given("preset-show", NAME=name) == ["-m", "tools.preset", "--show", "--", name]
     assert given("promote", NAME=name) == ["-m", "tools.promote", "--", name]
     assert given("predict", IMAGES=name) == ["-m", "tools.predict", f"--words={name}"]
     imported = given("import", FILE=name, STAGE=name)

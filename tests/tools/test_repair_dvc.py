@@ -1,4 +1,4 @@
-"""What a killed DVC leaves torn is put aside, and nothing else."""
+"""Files that a killed DVC left corrupted are moved aside, and no others."""
 
 import os
 from pathlib import Path
@@ -15,12 +15,12 @@ ROWS = '{"write": {}, "read": {}}'
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["mend"])
+    monkeypatch.setattr("sys.argv", ["repair_dvc"])
     (tmp_path / ".dvc/tmp").mkdir(parents=True)
     return tmp_path
 
 
-def test_whole_files_and_files_that_are_not_there_are_left(folder, capsys):
+def test_whole_and_missing_files_are_left(folder, capsys):
     repair_dvc.main()
     (folder / "dvc.lock").write_text(WHOLE)
     (folder / ".dvc/tmp/rwlock").write_text(ROWS)
@@ -43,29 +43,29 @@ HEAD = "schema: '2.0'\n"
         "\0",
     ],
 )
-def test_torn_dvc_lock_is_put_aside(folder, text, capsys):
+def test_corrupted_dvc_lock_is_moved(folder, text, capsys):
     (folder / "dvc.lock").write_text(text)
     repair_dvc.main()
     assert not (folder / "dvc.lock").exists()
-    assert (folder / "dvc.lock.torn").read_text() == text
-    assert "dvc.lock was torn by a DVC that was killed" in capsys.readouterr().out
+    assert (folder / "dvc.lock.corrupted").read_text() == text
+    assert "dvc.lock was left corrupted when DVC was killed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", '{"write": {"/a'])
-def test_torn_list_of_locks_is_put_aside(folder, text):
+def test_corrupted_list_of_locks_is_moved(folder, text):
     (folder / ".dvc/tmp/rwlock").write_text(text)
     repair_dvc.main()
     assert not (folder / ".dvc/tmp/rwlock").exists()
 
 
-def test_a_merge_that_is_under_way_is_left(folder):
+def test_unfinished_merge_is_left(folder):
     text = WHOLE.replace("stages:", "<<<<<<< HEAD\nstages:\n=======\nstages:\n>>>>>>> other", 1)
     (folder / "dvc.lock").write_text(text)
     repair_dvc.main()
     assert (folder / "dvc.lock").read_text() == text
 
 
-def test_cut_at_any_byte_it_is_put_aside_or_one_that_dvc_can_read(folder):
+def test_dvc_lock_cut_at_any_byte_is_moved_or_readable(folder):
     """DVC refuses an entry without its command or with an out that has no path."""
     for end in range(0, len(WHOLE), 997):
         (folder / "dvc.lock").write_text(WHOLE[:end])
@@ -75,12 +75,12 @@ def test_cut_at_any_byte_it_is_put_aside_or_one_that_dvc_can_read(folder):
 
             COMPILED_LOCKFILE_SCHEMA(parse_yaml(WHOLE[:end], "dvc.lock"))
         except Exception:
-            assert repair_dvc.LOCK in repair_dvc.torn(folder), end
+            assert repair_dvc.LOCK in repair_dvc.corrupted(folder), end
 
 
 @pytest.mark.parametrize("name", ["dvc.lock", "dvc.yaml", "params.yaml"])
 @pytest.mark.parametrize("target", ["/dev/zero", "pipe"])
-def test_file_of_dvc_that_is_a_link_to_a_device_or_a_pipe_is_refused(folder, name, target):
+def test_link_to_a_device_or_a_pipe_is_refused(folder, name, target):
     os.mkfifo(folder / "pipe")
     (folder / name).symlink_to(folder / target)
     with bounded(), pytest.raises(SystemExit, match=f"{name} is no plain file"):

@@ -21,6 +21,7 @@ from pipeline.models import checkpoint
 from pipeline.models.checkpoint import Checkpoint, CheckpointError
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 from research import speed
 from tools import import_checkpoint, preset
 from tools.import_checkpoint import STAGES, bring_in, check, name_in_params
@@ -123,7 +124,7 @@ def networks() -> Checkpoint:
     torch.manual_seed(0)
     return Checkpoint(
         stage="finetune",
-        resnet=ResNet(depth=8, width=4, num_classes=3),
+        resnet=cifar_resnet(depth=8, width=4, num_classes=3),
         policy_net=PolicyNet(num_blocks=3, depth=8, width=4),
         normalisation=NORMALISATION,
         classes=("a", "b", "c"),
@@ -276,7 +277,7 @@ def test_naming_a_checkpoint_changes_its_lines_alone(place, stage, stages, sourc
     section = ""
     for old, new in zip(before, after, strict=True):
         section = old.split(":")[0] if old[:1].isalpha() else section
-        if section in stages and old.startswith("  checkpoint:"):
+        if section == "checkpoints" and old.split(":")[0].strip() in stages:
             assert new == old.replace("import/none", "import/ckpt.t7")
         else:
             assert new == old
@@ -311,7 +312,7 @@ def run_main(monkeypatch, file: Path | str, stage: str, fail: str = "") -> list[
 
 def named() -> dict[str, str]:
     content = yaml.safe_load(PARAMS.read_text())
-    return {stage: content[stage]["checkpoint"] for stage in STAGES}
+    return {stage: content["checkpoints"][stage] for stage in STAGES}
 
 
 def test_import_copies_tracks_and_names_the_file(place, monkeypatch, capsys):
@@ -454,7 +455,7 @@ def test_speed_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "sys.argv",
         ["speed", "--depth", "8", "--width", "8", "--kept", "0.5", "--batches", "32", "--rounds", "5",
-         "--executors", "gather,persistent", "--shares", "0,1", "--seconds", "60", "--out", str(out)],
+         "--executors", "gather,triton", "--shares", "0,1", "--seconds", "60", "--out", str(out)],
     )  # fmt: skip
     monkeypatch.setenv("BLOCKDROP_DEVICE", "cpu")
     speed.main()

@@ -13,6 +13,7 @@ from legacy_files import as_layers, staged
 from pipeline.models.checkpoint import CheckpointError
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 from pipeline.training import legacy_checkpoints
 
 ARGUMENTS = argparse.Namespace(lr=0.1, model="R32_C10")
@@ -29,7 +30,7 @@ def randomise(network: torch.nn.Module) -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def resnet() -> ResNet:
     torch.manual_seed(0)
-    return randomise(ResNet(depth=14, width=4, num_classes=3))
+    return randomise(cifar_resnet(depth=14, width=4, num_classes=3))
 
 
 @pytest.fixture(scope="module")

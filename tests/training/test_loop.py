@@ -15,6 +15,7 @@ from pipeline.device import generator
 from pipeline.models.build import make_resnet
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 from pipeline.policy.learner import PolicyLearner, PolicyObjective
 from pipeline.training.classification import Classification
 from pipeline.training.distillation import Distillation, soft_targets
@@ -141,7 +142,7 @@ def test_resumed_training_ends_in_the_same_bytes(
 
     def fresh() -> PolicyLearner:
         torch.manual_seed(0)
-        resnet = ResNet(depth=8, width=4, num_classes=3)
+        resnet = cifar_resnet(depth=8, width=4, num_classes=3)
         return policy_learner(
             resnet, finetune=finetune, epochs_per_block=1, estimator=estimator, teacher_share=0.5,
             train_epochs=2 if estimator == "reinmax" else None,
@@ -281,7 +282,7 @@ def gradients_of(learner: PolicyLearner, split: Split) -> list[torch.Tensor]:
 def test_the_resnet_learns_from_the_labels_as_without_a_policy(estimator, train_split):
     """The gates' gradients and the reward's reach the policy alone."""
     torch.manual_seed(0)
-    one, other = ResNet(depth=8, width=4, num_classes=3), ResNet(depth=8, width=4, num_classes=3)
+    one, other = (cifar_resnet(depth=8, width=4, num_classes=3) for _ in range(2))
     other.load_state_dict(one.state_dict())
     learner = policy_learner(one, finetune=True, estimator=estimator)
     torch.nn.init.constant_(learner.policy_net.features.fc.bias, 50.0)  # alpha 0.8: 80 % are kept
@@ -351,7 +352,7 @@ def test_a_frozen_resnet_takes_no_held_policy(small_resnet):
 def test_beside_a_policy_that_waits_the_resnet_learns_on_the_paths(estimator, held, train_split):
     """On those sampled from a policy that is held, on those deployed once it is fixed."""
     torch.manual_seed(0)
-    one, other = ResNet(depth=8, width=4, num_classes=3), ResNet(depth=8, width=4, num_classes=3)
+    one, other = (cifar_resnet(depth=8, width=4, num_classes=3) for _ in range(2))
     other.load_state_dict(one.state_dict())
     learner = policy_learner(
         one, finetune=True, estimator=estimator, frozen_epochs=int(held), train_epochs=1
@@ -454,7 +455,7 @@ def test_gates_tell_the_slope_of_the_loss_in_the_share_of_a_block(
 
 def test_trying_a_dropped_block_moves_no_statistic_and_no_weight(train_split):
     torch.manual_seed(0)
-    one, other = ResNet(depth=8, width=4, num_classes=3), ResNet(depth=8, width=4, num_classes=3)
+    one, other = (cifar_resnet(depth=8, width=4, num_classes=3) for _ in range(2))
     other.load_state_dict(one.state_dict())
     images = NORMALISATION(train_split.images)
     actions = torch.rand(len(images), 3, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -476,7 +477,7 @@ def test_a_high_penalty_keeps_more_blocks_than_none(train_split, validation_spli
     kept = {}
     for gamma in (0.0, 20.0):
         torch.manual_seed(0)
-        resnet = ResNet(depth=8, width=4, num_classes=3)
+        resnet = cifar_resnet(depth=8, width=4, num_classes=3)
         run(classifier(resnet), train_split, validation_split, epochs=8)
         learner = policy_learner(resnet, finetune=False, epochs_per_block=0.01, gamma=gamma)
         results = run(learner, train_split, validation_split, epochs=25)

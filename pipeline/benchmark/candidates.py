@@ -1,0 +1,180 @@
+"""Who is timed: BlockDrop's executors, the full ResNet in every form, and full ResNets of other depths.
+
+Shapes: B images of a batch of H by W pixels, N classes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.benchmark.full_resnet_forms import Classify, full_resnet_forms
+from pipeline.benchmark.timing import reason
+from pipeline.device import computes_in_bf16
+from pipeline.inference.auto import make_executor
+from pipeline.inference.base import Executor, Networks, UnavailableError
+from pipeline.inference.masked import Masked
+from pipeline.models.build import make_resnet
+from pipeline.models.policy_net import average_down
+from pipeline.results import Kind
+
+ALL_BLOCKS = ", all blocks"  # in the name of an executor that runs the full ResNet
+
+Run = Callable[[Tensor], Any]  # takes images [B, H, W, 3] uint8
+Make = Callable[[], Run]
+LeaveOut = Callable[[str, str], None]  # takes what is left out, and why
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        executors: names of pipeline.inference.EXECUTORS; those that can't run here are left out.
+        keep_ratios: of synthetic policies.
+        distinct_policies: how many distinct ones the variant `few` has.
+        sole_depths: depths of full ResNets that are timed beside (with random weights: time only).
+        rounds: the most; fewer, but at least MIN_ROUNDS, when the time is up.
+        seconds: for everything but torch.compile's compiling.
+        with_compile: torch.compile among the full-ResNet forms; it takes minutes.
+    """
+
+    batch_sizes: Sequence[int]
+    precisions: Sequence[str]
+    executors: Sequence[str]
+    keep_ratios: Sequence[float]
+    distinct_policies: int
+    sole_depths: Sequence[int]
+    rounds: int
+    seconds: float
+    with_compile: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Who is measured."""
+
+    name: str
+    kind: Kind
+    precision: str
+    run: Run
+
+    @property
+    def label(self) -> str:
+        """Name and precision, which no two candidates share."""
+        return f"{self.name} {self.precision}"
+
+    @property
+    def label_with_all_blocks(self) -> str:
+        """The label of the same executor with every block."""
+        return f"{self.name}{ALL_BLOCKS} {self.precision}"
+
+
+@dataclass(frozen=True)
+class EveryBlock:
+    """An executor that runs every block of a ResNet; logits alone."""
+
+    execute: Executor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits [B, N] of images [B, H, W, 3] uint8."""
+        return self.execute(images).logits
+
+    def free(self) -> None:
+        """Give back what calls have left on the device."""
+        self.execute.free()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateMaker:
+    """Makes every candidate that can run here, and leaves out the others by name and reason.
+
+    Attributes:
+        networks: BlockDrop's ResNet and policy network.
+        full: the ResNet that is best with every block.
+    """
+
+    networks: Networks
+    full: Networks
+    settings: Settings
+    leave_out: LeaveOut
+
+    def make_all(self) -> list[Candidate]:
+        """All candidates of all precisions, but for a precision that the device only emulates."""
+        candidates: list[Candidate] = []
+        for precision in self.settings.precisions:
+            if precision == "bf16" and not computes_in_bf16(self.networks.device):
+                self.leave_out(
+                    "bf16", "this device has no instructions for it and would only emulate it"
+                )
+                continue
+            missing: set[str] = set()  # executors; with all blocks they are not there either
+            for kind, makers in self._makers(precision).items():
+                for name, make in makers.items():
+                    if name.removesuffix(ALL_BLOCKS) in missing:
+                        continue
+                    try:
+                        run = make()
+                    except Exception as error:
+                        missing.add(name)
+                        why = str(error) if isinstance(error, UnavailableError) else reason(error)
+                        self.leave_out(f"{name} {precision}", why)
+                    else:
+                        candidates.append(Candidate(name=name, kind=kind, precision=precision, run=run))
+        return candidates
+
+    def _makers(self, precision: str) -> Mapping[Kind, Mapping[str, Make]]:
+        """What makes the candidates of a precision, by kind and name."""
+        executors: dict[str, Make] = {
+            name: partial(make_executor, self.networks, name=name, precision=precision)
+            for name in self.settings.executors
+        }
+        forms: dict[str, Make] = dict(
+            full_resnet_forms(self.full, precision, with_compile=self.settings.with_compile)
+        )
+        for name in self.settings.executors:
+            if name != Masked.name:  # with every block it is the eager form
+                forms[f"{name}{ALL_BLOCKS}"] = partial(self._with_every_block, name, precision)
+        soles: dict[str, Make] = {
+            f"ResNet-{depth}": partial(self._sole, depth, precision)
+            for depth in self.settings.sole_depths
+        }
+        return {"blockdrop": executors, "full": forms, "sole": soles}
+
+    def _with_every_block(self, name: str, precision: str) -> Classify:
+        """The full ResNet by one of our executors."""
+        return EveryBlock(make_executor(self.full, name=name, precision=precision))
+
+    def _sole(self, depth: int, precision: str) -> Classify:
+        """A full ResNet of another depth with random weights, by the device's best executor."""
+        full = self.full.resnet
+        sole = make_resnet(
+            family=full.family, depth=depth, width=full.width, num_classes=full.num_classes
+        )
+        networks = replace(self.full, resnet=sole.to(self.networks.device))
+        return EveryBlock(make_executor(networks, precision=precision))
+
+
+def policy_network_alone(networks: Networks, precision: str, *, image_size: int, most: int) -> Run:
+    """The policy network with its normalisation, by the device's best executor.
+
+    Args:
+        most: images in the largest batch.
+    """
+    policy_net, normalisation = networks.policy_net, networks.normalisation
+    assert policy_net is not None
+    alone = Networks(resnet=policy_net.features, policy_net=None, normalisation=normalisation)
+    execute = make_executor(alone, precision=precision)
+    size = policy_net.input_size
+    if size is None or size == image_size:
+        return execute
+    every_block = torch.ones(most, alone.num_blocks, dtype=torch.bool, device=networks.device)
+
+    def run(images: Tensor) -> Tensor:
+        inputs = average_down(normalisation(images), size)
+        return execute.classify(inputs, every_block[: len(images)])
+
+    return run

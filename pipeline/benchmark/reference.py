@@ -1,0 +1,66 @@
+"""What the networks give in fp32, layer by layer, as they were trained: executors must give the same.
+
+Shapes: B images of a batch, C checked images, M test images of H by W pixels, K blocks, N classes.
+"""
+
+import torch
+from torch import Tensor
+
+from pipeline.inference.base import Networks
+from pipeline.inference.masked import Masked
+from pipeline.inference.predict import evaluation_batch
+from pipeline.models.policies import greedy_actions
+from pipeline.results import Agreement
+
+# of the decisions, and of the classes: bf16 turns some close ones
+AGREEMENT = {"fp32": 0.999, "bf16": 0.97}
+CHECKED = 256  # images, or a batch when it is more, on which results are compared
+
+
+class Reference:
+    """The decisions on all images [M, H, W, 3] uint8, and the classes of some.
+
+    Attributes:
+        actions: [M, K], the decisions on the images, on the CPU.
+    """
+
+    def __init__(self, networks: Networks, images: Tensor, *, checked: int) -> None:
+        self.execute = Masked(networks)
+        parts = images.split(evaluation_batch(images.shape[1]))
+        self.actions = torch.cat([self._decide(networks, part) for part in parts]).cpu()  # [M, K]
+        rows = torch.arange(checked) % len(images)
+        self.images = images[rows.to(images.device)]  # [C, H, W, 3]
+        self.checked = self.actions[rows].to(images.device)  # [C, K]
+        self.classes = self._classes(self.images, self.checked)  # [C]
+
+    def agreement(self, actions: Tensor, logits: Tensor, precision: str) -> Agreement:
+        """Compare decisions [B, K] and logits [B, N] on the first checked images.
+
+        Classes are compared under these decisions, because where a block is a close decision two
+        roundings may decide it differently, and the class is then another network's. So an executor
+        that asks no policy network shows in the decisions, one that runs other blocks than it says in
+        the classes.
+        """
+        count = len(actions)
+        same = actions == self.checked[:count]  # [B, K]
+        classes = self.classes[:count].clone()  # [B]
+        differing = ~same.all(dim=1)
+        if differing.any():
+            classes[differing] = self._classes(self.images[:count][differing], actions[differing])
+        decisions = float(same.double().mean())
+        same_classes = float((logits.argmax(dim=1) == classes).double().mean())
+        agrees = min(decisions, same_classes) >= AGREEMENT[precision]
+        return Agreement(decisions=decisions, classes=same_classes, agrees=agrees)
+
+    @staticmethod
+    @torch.no_grad()
+    def _decide(networks: Networks, images: Tensor) -> Tensor:
+        policy_net = networks.policy_net
+        assert policy_net is not None
+        return greedy_actions(torch.sigmoid(policy_net.eval()(networks.normalisation(images))))
+
+    def _classes(self, images: Tensor, actions: Tensor) -> Tensor:
+        size = evaluation_batch(images.shape[1])
+        parts = zip(images.split(size), actions.split(size), strict=True)
+        logits = [self.execute(images_part, actions_part).logits for images_part, actions_part in parts]
+        return torch.cat(logits).argmax(dim=1)

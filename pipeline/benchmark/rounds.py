@@ -1,0 +1,89 @@
+"""The images that every candidate gets in each round.
+
+Shapes: B images of a batch, M test images, K blocks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.benchmark.candidates import EveryBlock, Run
+from pipeline.benchmark.full_resnet_forms import WholeGraph
+from pipeline.benchmark.timing import Call, random_policies
+from pipeline.inference.base import Executor
+
+IMAGES_A_ROUND = 32  # at least: smaller batches are repeated with other images
+
+
+def repeats_of(batch: int) -> int:
+    """How many batches a round times together."""
+    return -(-IMAGES_A_ROUND // batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """The images of every round, in one batch or, if it is small, in several: images differ in cost.
+
+    Attributes:
+        batches: [rounds][repeats], each [B, H, W, 3] uint8.
+        rows: [rounds, repeats, B], which test images they are.
+    """
+
+    batches: list[list[Tensor]]
+    rows: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor, *, batch: int, count: int) -> "Rounds":
+        """Other images [M, H, W, 3] in each of `count` rounds, around and around the test set."""
+        rows = torch.arange(count * batch * repeats_of(batch)) % len(images)
+        rows = rows.view(count, -1, batch)  # [rounds, repeats, B]
+        batches = [[images[r.to(images.device)] for r in repeats] for repeats in rows]
+        return cls(batches=batches, rows=rows)
+
+    def on(self, run: Run) -> Call:
+        """Run it on all batches of the round."""
+
+        def call(number: int) -> None:
+            for images in self.batches[number]:
+                run(images)
+
+        return call
+
+    def policies(
+        self, num_blocks: int, *, num_kept: int, distinct: int | None, draw: torch.Generator
+    ) -> list[list[Tensor]]:
+        """Random policies [B, K] for every batch."""
+
+        def policies_for(images: Tensor) -> Tensor:
+            policies = random_policies(
+                len(images), num_blocks, num_kept=num_kept, distinct=distinct, draw=draw
+            )
+            return policies.to(images.device)
+
+        return [[policies_for(images) for images in batches] for batches in self.batches]
+
+    def forced(self, execute: Run, policy: Run, policies: list[list[Tensor]]) -> Call:
+        """Run the policy network, then an executor's ResNet under other actions than it chose.
+
+        So the images are normalised twice; the real executor does it once and is that much faster.
+        """
+
+        def call(number: int) -> None:
+            for images, actions in zip(self.batches[number], policies[number], strict=True):
+                policy(images)
+                execute(images, actions)
+
+        return call
+
+
+def peak_mib(run: Run, call: Call, device: torch.device) -> float:
+    """MiB that a first call takes, with the scratch and the graphs that later ones reuse."""
+    torch.cuda.synchronize(device)
+    if isinstance(run, Executor | EveryBlock | WholeGraph):
+        run.free()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call(0)
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
