@@ -52,6 +52,12 @@ def test_the_map_fits_on_a_few_screens():
     assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= MAX_LINES_OF_THE_MAP
 
 
+def test_dvc_starts_every_stage_without_a_shell_between():
+    """Else a stage would not notice that DVC was killed (`signals.exit_with_parent`)."""
+    for stage, body in STAGES.items():
+        assert body["cmd"].startswith(f"exec python -m stages.{stage}")
+
+
 @pytest.mark.parametrize("stage", [name for name, body in STAGES.items() if "matrix" in body])
 def test_stage_of_a_matrix_names_all_its_keys_wherever_it_writes(stage):
     """Else two of its items would write one file."""

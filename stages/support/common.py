@@ -109,6 +109,8 @@ def _fail(message: str) -> None:
         info = RankInfo()
     process = "" if info.rank == 0 else f" in process {info.rank + 1} of {info.size}"
     print(f"error{process}: {message}", file=sys.stderr)
+    if info.size > 1:  # torchrun ends this process too: not by an exception inside an exit handler
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(1)
 
 
