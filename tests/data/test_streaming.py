@@ -161,7 +161,7 @@ def test_split_in_order_is_decoded_once_where_it_can_be_kept(project, monkeypatc
     first = torch.cat(list(test.iter_batches(4)))
     shutil.rmtree(project / "data/images/test")
     assert torch.equal(torch.cat(list(test.iter_batches(7))), first)
-    monkeypatch.setattr(streaming, "HELD_SHARE", 0)
+    monkeypatch.setattr(streaming, "CACHE_FRACTION", 0)
     with pytest.raises(DataError):
         list(split(project, "test").iter_batches(4))
 

@@ -328,10 +328,10 @@ def test_file_called_none_does_not_become_the_mark_of_nothing(place):
 )
 @pytest.mark.parametrize("source", ["digits", "cifar10_resnet32_quick"])
 def test_naming_a_checkpoint_changes_its_lines_alone(place, stage, stages, source):
-    source = ROOT / "presets" / f"{source}.yaml"
-    shutil.copyfile(source, PARAMS)
+    text = preset.whole_text(source)
+    PARAMS.write_text(text)
     assert sorted(name_in_params(stage, Path("import/ckpt.t7"))) == sorted(stages)
-    before, after = source.read_text().splitlines(), PARAMS.read_text().splitlines()
+    before, after = text.splitlines(), PARAMS.read_text().splitlines()
     section = ""
     for old, new in zip(before, after, strict=True):
         section = old.split(":")[0] if old[:1].isalpha() else section
