@@ -89,7 +89,6 @@ def evaluate(params: Params, networks: Trained, steps: Steps) -> tuple[Evaluatio
     resnet, normalisation = networks.resnet, networks.normalisation
     passes = params.evaluate.shuffles + 4  # over the test images: decisions, three predictions, shuffles
     steps.total(passes * len(test) + (params.evaluate.single_policies + 1) * len(validation))
-
     test_actions, validation_actions = (
         _decide(networks.policy_net, steps.over(split), normalisation) for split in (test, validation)
     )
