@@ -18,7 +18,7 @@ from pipeline.infra.errors import UserError
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 from research import ablation
 
 CLASSES = tuple("abcdefghij")
@@ -39,7 +39,7 @@ def make_setting(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "load_classes", lambda folder: CLASSES)
     torch.manual_seed(0)
     made = Checkpoint(
-        stage="pretrain", resnet=ResNet(depth=8, width=4), policy_net=None, normalisation=NORMALISATION,
+        stage="pretrain", resnet=cifar_resnet(depth=8, width=4), policy_net=None, normalisation=NORMALISATION,
         image_size=8, classes=CLASSES, metrics={},
     )  # fmt: skip
     checkpoint.save(made, tmp_path / "pretrain")
@@ -245,7 +245,7 @@ def test_missing_data_or_preset_is_named_with_a_remedy(tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit, match=r"error: data/prepared.*can't be read.*make repro"):
         ablation.main()
     monkeypatch.setattr(sys, "argv", ["ablation", "finetune", "--preset", "foo"])
-    with pytest.raises(SystemExit, match=r"error: --preset foo: .* no such preset; choose .*digits"):
+    with pytest.raises(SystemExit, match=r"error: there is no preset 'foo'; choose .*digits"):
         ablation.main()
     monkeypatch.setattr(sys, "argv", ["ablation", "finetune", "--images", "0"])
     with pytest.raises(SystemExit):
