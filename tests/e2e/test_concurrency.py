@@ -9,12 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from repository_copy import Copy, ran
-from waiting import (
-    copy,  # noqa: F401 - a fixture
-    is_training,
-    start,
-    wait_for,
-)
+from waiting import is_training, start, wait_for
 
 pytestmark = pytest.mark.e2e
 GAMMAS = (1, 2, 5, 10)

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def imports_of(path: Path) -> set[str]:
-    """Files of this repository that a file imports directly, anywhere in it; and C++ that it compiles."""
+    """Files of this repository that a file imports, anywhere in it, and C++ that it compiles."""
     files = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = []

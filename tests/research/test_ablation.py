@@ -39,7 +39,8 @@ def make_setting(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "load_classes", lambda folder: CLASSES)
     torch.manual_seed(0)
     made = Checkpoint(
-        stage="pretrain", resnet=cifar_resnet(depth=8, width=4), policy_net=None, normalisation=NORMALISATION,
+        stage="pretrain", resnet=cifar_resnet(depth=8, width=4), policy_net=None,
+        normalisation=NORMALISATION,
         image_size=8, classes=CLASSES, metrics={},
     )  # fmt: skip
     checkpoint.save(made, tmp_path / "pretrain")

@@ -519,9 +519,9 @@ def test_speed_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     speed.main()
     found = json.loads(out.read_text())
     (answer,) = found["answers"]
-    assert answer["executor"] == "gather"
+    assert answer["winner"]["executor"] == "gather"
     assert found["left_out"].keys() == {"triton fp32"}
-    assert "gather is" in capsys.readouterr().out or not answer["reliable"]
+    assert "gather is" in capsys.readouterr().out or not answer["winner"]["speedup"]["reliable"]
 
 
 def test_speed_makes_a_policy_of_the_kept_share():

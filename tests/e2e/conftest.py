@@ -1,0 +1,3 @@
+"""Fixtures of the tests that run DVC."""
+
+from waiting import copy  # noqa: F401
