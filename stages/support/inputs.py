@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 PARAMS = Path("params.yaml")
 CODE = ("pipeline/", "stages/")
+IGNORED = (".gitignore", "*~", ".*.sw?", ".DS_Store")  # as in .dvcignore; DVC writes the first itself
 READ_BYTES = 256 << 20  # of a stage's files, which takes half a second
 MAX_SHOWN = 20  # lines of a message
 VARIABLE = re.compile(r"\$\{([\w.]+)\}")  # in dvc.yaml: the value of a parameter
@@ -222,7 +224,7 @@ def _paths(deps: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
         for folder, folders, files in os.walk(path):
             folders[:] = [subfolder for subfolder in folders if subfolder != "__pycache__"]
             for file in files:
-                if file != ".gitignore":  # DVC writes it meanwhile
+                if not any(fnmatch(file, pattern) for pattern in IGNORED):
                     full = Path(folder) / file
                     yield (Path(name) / full.relative_to(path)).as_posix(), full
 
