@@ -11,7 +11,7 @@ import torch
 from executors import POLICIES, make_images, make_networks
 
 from pipeline.benchmark import full_resnet_forms
-from pipeline.benchmark.full_resnet_forms import WholeGraph, eager, fused, static_forms
+from pipeline.benchmark.full_resnet_forms import WholeGraph, eager, full_resnet_forms, fused
 from pipeline.inference.auto import EXECUTORS, make_executor
 from pipeline.inference.base import UnavailableError
 from pipeline.inference.cuda_graphs import Captures, CudaGraphs
@@ -170,6 +170,6 @@ def test_no_static_form_has_an_executors_name(monkeypatch):
     for name in ("eager", "fused", "compiled", "Captures"):
         monkeypatch.setattr(full_resnet_forms, name, lambda *_: None)
     on_cuda = SimpleNamespace(device=torch.device("cuda"))
-    forms = static_forms(on_cuda, "fp32", with_compile=True)
+    forms = full_resnet_forms(on_cuda, "fp32", with_compile=True)
     assert len(forms) == 4
     assert not forms.keys() & EXECUTORS.keys()

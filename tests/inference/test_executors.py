@@ -309,7 +309,7 @@ def test_native_refuses_channels_that_do_not_fill_a_vector():
 
 
 @pytest.mark.parametrize("form", [full_resnet_forms.eager, full_resnet_forms.fused])
-def test_static_forms_are_the_full_network(form):
+def test_full_resnet_forms_are_the_full_network(form):
     networks = make_networks()
     images = make_images(10)
     with torch.no_grad():

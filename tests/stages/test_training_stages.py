@@ -338,9 +338,10 @@ def test_recipes_of_params_reach_the_learners_and_train(params, tmp_path, monkey
     adam, sgd = learners["finetune"].optimizer.parts
     assert [type(part).__name__ for part in (adam, sgd)] == ["AdamW", "SGD"]
     assert type(learners["static"].optimizer).__name__ == "SGD"
-    for name in ("finetune", "static"):
-        assert learners[name].distillation.teacher_weight == 0.5
-        assert learners[name].distillation.teacher is not None
+    trained_resnet, _ = learners["finetune"].joint
+    for learner in (trained_resnet, learners["static"]):
+        assert learner.distillation.teacher_weight == 0.5
+        assert learner.distillation.teacher is not None
 
 
 def importing(params: Params, **paths: str) -> Params:
