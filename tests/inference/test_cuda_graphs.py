@@ -10,7 +10,7 @@ import pytest
 import torch
 from executors import POLICIES, make_images, make_networks
 
-from pipeline.benchmark import full_resnet_forms
+from pipeline.benchmark import full_resnet_forms as forms_module
 from pipeline.benchmark.full_resnet_forms import WholeGraph, eager, full_resnet_forms, fused
 from pipeline.inference.auto import EXECUTORS, make_executor
 from pipeline.inference.base import UnavailableError
@@ -43,7 +43,7 @@ def uncaptured(monkeypatch) -> None:
         return replay
 
     monkeypatch.setattr(CudaGraphs, "captures", staticmethod(lambda: capture))
-    monkeypatch.setattr(full_resnet_forms, "Captures", lambda: capture)
+    monkeypatch.setattr(forms_module, "Captures", lambda: capture)
     monkeypatch.setattr(torch.cuda, "Event", Event)
 
 
@@ -168,7 +168,7 @@ def test_the_whole_network_as_a_graph_for_each_batch_size(uncaptured):
 def test_no_static_form_has_an_executors_name(monkeypatch):
     """Else the executor's times stand in for the form's: BlockDrop would be its own rival."""
     for name in ("eager", "fused", "compiled", "Captures"):
-        monkeypatch.setattr(full_resnet_forms, name, lambda *_: None)
+        monkeypatch.setattr(forms_module, name, lambda *_: None)
     on_cuda = SimpleNamespace(device=torch.device("cuda"))
     forms = full_resnet_forms(on_cuda, "fp32", with_compile=True)
     assert len(forms) == 4
