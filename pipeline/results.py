@@ -1,6 +1,8 @@
 """What evaluate, baseline and benchmark measure and the report reads: the rows of their JSON files.
 
 Each row is a frozen dataclass: `asdict` writes it, `from_json` reads it. No computation and no I/O.
+A full form, or full-ResNet form, is one way to run the ResNet with every block: eager, fused, one of our
+executors with all blocks, and so on (`pipeline/benchmark/full_resnet_forms.py`).
 """
 
 from dataclasses import dataclass, field

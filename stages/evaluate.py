@@ -50,7 +50,7 @@ class Trained:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestResults:
+class DecisionsAndPredictions:
     """What the networks give on the test images.
 
     Attributes:
@@ -83,7 +83,9 @@ def load() -> Trained:
     )
 
 
-def evaluate(params: Params, networks: Trained, steps: Steps) -> tuple[Evaluation, TestResults]:
+def evaluate(
+    params: Params, networks: Trained, steps: Steps
+) -> tuple[Evaluation, DecisionsAndPredictions]:
     """The metrics, and the results on the test images that they come from."""
     test, validation, cost = networks.test, networks.validation, networks.cost
     resnet, normalisation = networks.resnet, networks.normalisation
@@ -135,10 +137,10 @@ def evaluate(params: Params, networks: Trained, steps: Steps) -> tuple[Evaluatio
     return evaluation, results
 
 
-def _predict(networks: Trained, actions: Tensor, steps: Steps) -> TestResults:
+def _predict(networks: Trained, actions: Tensor, steps: Steps) -> DecisionsAndPredictions:
     """Classify the test images under actions [M, K], and with every block of the pretrained ResNet."""
     test, normalisation = networks.test, networks.normalisation
-    return TestResults(
+    return DecisionsAndPredictions(
         actions=actions,
         dropping=predict(networks.resnet, steps.over(test), actions, normalisation=normalisation),
         full=predict(networks.full, steps.over(test), normalisation=normalisation),
@@ -172,7 +174,7 @@ def _decide(policy_net: PolicyNet, split: ImageSplit, normalisation: Normalisati
     return greedy_actions(torch.sigmoid(logits))
 
 
-def draw(networks: Trained, evaluation: Evaluation, results: TestResults) -> None:
+def draw(networks: Trained, evaluation: Evaluation, results: DecisionsAndPredictions) -> None:
     """The figures of the test images: which blocks run for which classes and which images."""
     test, resnet = networks.test, networks.resnet
     shown = policy_figures.ShownPolicies(
@@ -194,7 +196,7 @@ def draw(networks: Trained, evaluation: Evaluation, results: TestResults) -> Non
     policy_figures.easy_and_hard(OUT / "easy_and_hard.png", shown)
 
 
-def write_tables(test: ImageSplit, results: TestResults) -> None:
+def write_tables(test: ImageSplit, results: DecisionsAndPredictions) -> None:
     """plots/blocks.csv, and a row for each test image with its class, the predicted one, its blocks."""
     keep_ratios = results.actions.double().mean(dim=0).tolist()
     common.write_csv(

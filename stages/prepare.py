@@ -16,12 +16,18 @@ RAW = project_root() / "data/raw"  # archives, kept between runs and out of DVC 
 
 
 def read(data: Data) -> Dataset:
-    """The data set that params.yaml names, when it has fixed classes."""
+    """The data set that params.yaml names, if its classes and images are known beforehand.
+
+    Raises:
+        ValueError: it is another source (`write` reads folders of images).
+    """
     if data.source == "cifar10":
         return cifar.cifar10(RAW)
     if data.source == "cifar100":
         return cifar.cifar100(RAW)
-    return digits.digits(image_size=data.image_size, shares=fractions_of(data), seed=data.split_seed)
+    if data.source == "digits":
+        return digits.digits(image_size=data.image_size, shares=fractions_of(data), seed=data.split_seed)
+    raise ValueError(f"stages/prepare.py has no branch that reads the data source {data.source}")
 
 
 def fractions_of(data: Data) -> dict[SplitName, float]:

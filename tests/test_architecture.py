@@ -1,4 +1,4 @@
-"""The house holds: rooms import one way, and dvc.yaml lists what each stage's result depends on."""
+"""Packages import one way, and dvc.yaml lists what each stage's result depends on."""
 
 import ast
 import graphlib
@@ -11,11 +11,11 @@ from imports import closure, imports_of
 ROOT = Path(__file__).parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 CODE = ("pipeline/", "stages/")
-MAX_ROOMS = 24
-MAX_LINES_OF_THE_MAP = 200
+MAX_PACKAGES = 24
+MAX_LINES_OF_DVC_YAML = 200
 LONG_FUNCTION = 50  # lines
 MAX_LONG_FUNCTIONS = 5
-ROOMS = ("pipeline", "stages", "tools", "research")
+TOP_FOLDERS = ("pipeline", "stages", "tools", "research")
 
 
 def files_in(*names: str) -> set[str]:
@@ -48,8 +48,8 @@ def test_a_stage_imports_every_module_of_what_it_lists_and_nothing_else(stage):
     assert listed == imported
 
 
-def test_the_map_fits_on_a_few_screens():
-    assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= MAX_LINES_OF_THE_MAP
+def test_dvc_yaml_fits_on_a_few_screens():
+    assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= MAX_LINES_OF_DVC_YAML
 
 
 def test_dvc_starts_every_stage_without_a_shell_between():
@@ -90,48 +90,48 @@ def test_no_parameter_has_a_default():
         assert all(field.is_required() for field in section.model_fields.values()), section
 
 
-def room_of(file: str) -> str:
+def package_of(file: str) -> str:
     """The package of a file, or the file itself where it lies in pipeline/."""
     path = Path(file)
-    is_room = path.parent.as_posix() == "pipeline"
-    return path.with_suffix("").as_posix() if is_room else path.parent.as_posix()
+    is_module = path.parent.as_posix() == "pipeline"
+    return path.with_suffix("").as_posix() if is_module else path.parent.as_posix()
 
 
-def room_imports() -> dict[str, set[str]]:
-    """For each room of pipeline, stages, tools and research the rooms that it imports."""
-    rooms: dict[str, set[str]] = {}
-    for file in files_in(*ROOMS):
+def package_imports() -> dict[str, set[str]]:
+    """For each package of pipeline, stages, tools and research the packages that it imports."""
+    packages: dict[str, set[str]] = {}
+    for file in files_in(*TOP_FOLDERS):
         if file.endswith(".py"):
-            imported = {room_of(f) for f in imports_of(ROOT / file) if not f.endswith("__init__.py")}
-            rooms.setdefault(room_of(file), set()).update(imported - {room_of(file)})
-    return rooms
+            imported = {package_of(f) for f in imports_of(ROOT / file) if not f.endswith("__init__.py")}
+            packages.setdefault(package_of(file), set()).update(imported - {package_of(file)})
+    return packages
 
 
-def test_rooms_are_few_and_make_no_circle():
-    rooms = room_imports()
-    graphlib.TopologicalSorter(rooms).prepare()  # raises CycleError
-    assert len(rooms) <= MAX_ROOMS, sorted(rooms)
+def test_packages_are_few_and_make_no_circle():
+    packages = package_imports()
+    graphlib.TopologicalSorter(packages).prepare()  # raises CycleError
+    assert len(packages) <= MAX_PACKAGES, sorted(packages)
 
 
 def test_modules_make_no_circle():
-    files = {f for f in files_in(*ROOMS) if f.endswith(".py")}
+    files = {f for f in files_in(*TOP_FOLDERS) if f.endswith(".py")}
     imports = {file: imports_of(ROOT / file) for file in files}
     graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
 
 
 def test_the_library_imports_no_stage_and_no_stage_a_tool():
-    for room, imported in room_imports().items():
-        floor = ROOMS.index(room.split("/")[0])
-        assert all(ROOMS.index(other.split("/")[0]) <= floor for other in imported), room
+    for package, imported in package_imports().items():
+        level = TOP_FOLDERS.index(package.split("/")[0])
+        assert all(TOP_FOLDERS.index(other.split("/")[0]) <= level for other in imported), package
 
 
 MATHEMATICS = ("models", "policy", "training", "inference", "evaluation", "benchmark")
 
 
-@pytest.mark.parametrize("room", MATHEMATICS)
-def test_the_mathematics_reads_and_writes_no_data_set(room):
+@pytest.mark.parametrize("package", MATHEMATICS)
+def test_the_mathematics_reads_and_writes_no_data_set(package):
     allowed = {"pipeline/data/split.py", "pipeline/data/transforms.py"}
-    for file in files_in(f"pipeline/{room}"):
+    for file in files_in(f"pipeline/{package}"):
         imported = closure(file) if file.endswith(".py") else set()
         data = {f for f in imported if f.startswith(("pipeline/data/", "pipeline/sources/"))}
         assert data <= allowed
@@ -139,11 +139,11 @@ def test_the_mathematics_reads_and_writes_no_data_set(room):
 
 
 @pytest.mark.parametrize(
-    ("name", "rooms"), [("mlflow", {"pipeline/tracking", "pipeline/serving"}), ("dvc", set())]
+    ("name", "packages"), [("mlflow", {"pipeline/tracking", "pipeline/serving"}), ("dvc", set())]
 )
-def test_two_rooms_know_mlflow_and_none_dvc(name, rooms):
+def test_two_packages_know_mlflow_and_none_dvc(name, packages):
     for file in files_in("pipeline", "stages"):
-        if not file.endswith(".py") or room_of(file) in rooms:
+        if not file.endswith(".py") or package_of(file) in packages:
             continue
         for node in ast.walk(ast.parse((ROOT / file).read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -155,7 +155,7 @@ def test_two_rooms_know_mlflow_and_none_dvc(name, rooms):
 def test_few_functions_are_long():
     long = [
         f"{file}: {node.name}"
-        for file in sorted(files_in(*ROOMS))
+        for file in sorted(files_in(*TOP_FOLDERS))
         if file.endswith(".py")
         for node in ast.walk(ast.parse((ROOT / file).read_text()))
         if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > LONG_FUNCTION

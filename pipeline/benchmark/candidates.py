@@ -33,7 +33,7 @@ class Settings:
     """What is measured.
 
     Attributes:
-        executors: names of pipeline.inference.EXECUTORS; those that can't run here are left out.
+        executors: names of pipeline.inference.auto.EXECUTORS; those that can't run here are left out.
         keep_ratios: of synthetic policies.
         distinct_policies: how many distinct ones the variant `few` has.
         sole_depths: depths of full ResNets that are timed beside (with random weights: time only).

@@ -51,10 +51,11 @@ class GatherOrGrouped(Gather, Grouped):
 class Auto(Executor):
     """The fastest executor for the device, the precision and each batch's policies.
 
-    On CPUs `native`. On CUDA `cuda_graphs` and, where it passes its proof, `triton` race for each power
-    of two of images: on the first such batch of networks of these shapes (`CHOICES`), and not again when
-    a curriculum has learnt to drop more. Where none of these can run, `gather` or `grouped`, and where
-    they can't either, `masked`.
+    On CPUs that is `native`. On CUDA it times `cuda_graphs` and `triton` and takes the faster one.
+    (`triton` takes part only if it agrees with a float64 computation on this device.) It times them on
+    the first batch of each size, for networks of these shapes; sizes between two powers of two count as
+    one. `CHOICES` keeps the result, even if a policy later learns to drop more blocks. If none of these
+    can run, it takes `gather` or `grouped`, and if they can't either, `masked`.
 
     An executor that can't be built, or that fails at a batch that another one can run, is left out from
     then on, and a line says why.

@@ -1,6 +1,7 @@
-"""The reference: run a block on every image, then discard what dropped it.
+"""The reference executor: runs a block on every image, then discards its result for images that drop it.
 
-Public code of this family does the same above batch 1.
+So a block costs no time only if all images of a batch drop it. Published code of BlockDrop and of
+related methods works like this too, for batches of more than one image.
 """
 
 from collections.abc import Sequence

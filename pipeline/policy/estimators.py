@@ -170,10 +170,16 @@ class LocalExpectation:
 class StraightThrough:
     """The slope of the loss in each block's gate, from the one pass that trains the ResNet anyway.
 
-    No further pass at all, exact to first order: see `objectives.reward_gradient`. Where the paper's
-    reward asks whether the prediction is correct, this one asks for the probability of the label, or
-    with a teacher for exp(-KL), which is 1 where the soft targets are met: the ResNet learns from the
-    same loss, so that its backward pass serves both.
+    It costs no further pass and is exact to first order (a straight-through gradient: Bengio et al.
+    2013, arXiv 1308.3432). `objectives.reward_gradient` has the formula.
+
+    Its reward is not the paper's, which asks whether the prediction is correct. Here it is the
+    probability of the label; with a teacher it is exp(-KL), which is 1 where the ResNet gives the soft
+    targets. The ResNet learns from the same loss, so one backward pass serves both.
+
+    Beside a ResNet that learns, this estimator sees little but what a block costs. Gradient descent
+    takes the mean slope in the scale of a residual to 0, however much worse the network would be without
+    that block.
     """
 
     noise_tables: ClassVar[int] = 1
@@ -211,7 +217,9 @@ class StraightThrough:
 class ReinMax(StraightThrough):
     """The mean of the slopes where a block runs and where it does not: exact to second order.
 
-    For the latter, dropped blocks are run forward too, with running statistics, and learn nothing.
+    That is the trapezoid rule (Liu et al. 2023, "Bridging discrete and backpropagation:
+    straight-through and beyond"). For the slope where a block does not run, dropped blocks are run
+    forward too. They use running statistics and learn nothing.
     """
 
     trapezoidal: ClassVar[bool] = True

@@ -129,26 +129,25 @@ def reward_gradient(
     *,
     trapezoidal: bool = False,
 ) -> Tensor:
-    """The gradient of the expected reward in p, from one backward pass of the classification loss.
+    """Estimates the gradient of the expected reward in p, from one backward pass of the loss.
 
-    Under independent actions u_k ~ Bernoulli(p_k) the gradient of the expected reward in p_k is the mean
-    of R(u with u_k = 1) - R(u with u_k = 0), where R = q (1 - s^2 + gamma) - gamma with q = exp(-loss)
-    and s the share kept. With A for the bracket and indices for the two actions that is, exactly,
+    The loss is the classification loss, and q = exp(-loss). The reward is R = q A - gamma, with
+    A = 1 + gamma - s^2 and s the share of blocks kept. Actions are independent, u_k ~ Bernoulli(p_k).
+    So the gradient of the expected reward in p_k is the mean of R(u with u_k = 1) - R(u with u_k = 0).
+    Let q1, A1 belong to u_k = 1 and q0, A0 to u_k = 0. Then the difference is, exactly,
 
         (q1 - q0) (p A0 + (1 - p) A1) + (A1 - A0) (p q1 + (1 - p) q0).
 
-    Both A are known, and the last factor is the mean of the sampled q. What is left, q1 - q0, is
-    estimated from slopes of q on the way from the block's dropping to its running:
+    A0 and A1 are known. The last factor is the mean of the sampled q. Only q1 - q0 has to be estimated.
+    A gate goes from 0 (the block is dropped) to 1 (it runs), and q1 - q0 follows from slopes of q on
+    this way:
 
-    - from the slope where the block runs, weighted by 1 / p_k because it is known there alone (a
-      straight-through gradient: Bengio et al. 2013, arXiv 1308.3432), exact to first order;
-    - `trapezoidal`: from the mean of the slopes at both ends, each weighted by one over the
-      probability of being there: the trapezoid rule, exact to second order (ReinMax: Liu et al. 2023,
-      "Bridging discrete and backpropagation: straight-through and beyond").
+    - by default from the slope where the block runs (`estimators.StraightThrough`). It is known only
+      there, so its weight is 1 / p_k.
+    - `trapezoidal`: from the mean of the slopes at both ends (`estimators.ReinMax`). The weight of each
+      is one over the probability of being at that end.
 
-    Beside a ResNet that learns the first sees little but costs: gradient descent takes the mean slope in
-    the scale of a residual to 0, however much worse the network would be without it. Neither sees a
-    block that turns a sure mistake into a sure success, where q is flat at both ends.
+    Neither sees a block that turns a sure mistake into a sure success: there q is flat at both ends.
 
     Args:
         likelihood: [B], q.
