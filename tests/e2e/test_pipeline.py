@@ -73,14 +73,17 @@ def test_one_command_runs_every_stage(copy):
 
 
 @pytest.mark.serial
-def test_a_second_repro_runs_nothing_in_under_two_seconds(copy):
-    def seconds() -> float:  # of a processor, not of the clock: the machine may have other users
+def test_a_second_repro_runs_nothing_and_is_about_as_quick_as_reading_the_map(copy):
+    """In seconds of a processor, and as a ratio: machines differ, and may have other users."""
+
+    def seconds(*command: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert ran(copy.run("dvc", "repro")) == []
+        assert ran(copy.run(*command)) == []
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 2
+    read_map = min(seconds("dvc", "stage", "list") for _ in range(3))
+    assert min(seconds("dvc", "repro") for _ in range(3)) < 3 * read_map
 
 
 def test_status_is_clean_beside_bytecode_and_editors_files(copy):
