@@ -95,9 +95,9 @@ def test_executors_predict_what_masked_predicts(cifar10, authors_resnet, precisi
 SCORE = """
 from pathlib import Path
 import torch
-from pipeline import checkpoint
-from pipeline.data import load_split
-from pipeline.inference import predict
+from pipeline.models import checkpoint
+from pipeline.data.dataset import load_split
+from pipeline.inference.predict import predict
 own = checkpoint.load(Path("models/pretrain"))
 test = load_split(Path("data/prepared"), "test", torch.device("cpu"))
 print("SCORE", predict(own.need_resnet(), test, normalisation=own.normalisation).accuracy)
