@@ -3,7 +3,6 @@
 from pipeline.architectures import Family
 from pipeline.models.resnet import ResNet
 from pipeline.models.resnet_cifar import cifar_resnet
-from pipeline.models.resnet_imagenet import imagenet_resnet
 
 
 def make_resnet(*, family: Family, depth: int, width: int, num_classes: int) -> ResNet:
@@ -12,5 +11,9 @@ def make_resnet(*, family: Family, depth: int, width: int, num_classes: int) -> 
     Raises:
         ValueError: the family has no such depth.
     """
-    make = cifar_resnet if family == "cifar" else imagenet_resnet
-    return make(depth=depth, width=width, num_classes=num_classes)
+    if family == "cifar":
+        return cifar_resnet(depth=depth, width=width, num_classes=num_classes)
+    # here, since torchvision takes as long to import as PyTorch, and CIFAR's networks need none of it
+    from pipeline.models.resnet_imagenet import imagenet_resnet
+
+    return imagenet_resnet(depth=depth, width=width, num_classes=num_classes)

@@ -5,11 +5,9 @@ BlockDrop authors' networks are the same, and count the same FLOPs.
 Shapes: B images, K blocks, N classes, C channels, H and W pixels.
 """
 
-import re
-from collections.abc import Mapping
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.resnet import BasicBlock as TorchvisionBasic
 from torchvision.models.resnet import Bottleneck as TorchvisionBottleneck
 
@@ -90,24 +88,3 @@ def imagenet_resnet(*, depth: int, width: int = 64, num_classes: int = 1000) -> 
         blocks=make_blocks(block_type, stages, width, block_type.expansion),
         fc=nn.Linear(width * 2 ** (len(stages) - 1) * block_type.expansion, num_classes),
     )
-
-
-_LAYER = re.compile(r"^layer([1-4])\.(0|[1-9]\d{0,3})\.(.+)$")
-
-
-def stages_of(weights: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Blocks in each stage of a network whose weights have torchvision's names."""
-    indices = [(int(m[1]), int(m[2])) for m in map(_LAYER.match, weights) if m]
-    return tuple(1 + max((i for s, i in indices if s == stage), default=-1) for stage in range(1, 5))
-
-
-def from_torchvision(weights: Mapping[str, Tensor], sizes: tuple[int, ...]) -> dict[str, Tensor]:
-    """Torchvision's weights under the names that `imagenet_resnet` has for them."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        match = _LAYER.match(name)
-        if match:
-            stage, index, rest = int(match[1]), int(match[2]), match[3]
-            name = f"blocks.{sum(sizes[: stage - 1]) + index}.{rest.replace('downsample', 'shortcut')}"
-        renamed[name] = tensor
-    return renamed

@@ -23,7 +23,6 @@ import pipeline
 from pipeline.infra.errors import UserError
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import WEIGHTS, Checkpoint
-from pipeline.serving import mlflow_model
 from pipeline.serving.predictor import image_size_of
 from pipeline.tracking.connection import reason, silence_mlflow
 from pipeline.tracking.runs import TAG_ROLE
@@ -233,6 +232,8 @@ def _upload(
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
     from mlflow.pyfunc import save_model
+
+    from pipeline.serving import mlflow_model
 
     with tempfile.TemporaryDirectory() as temporary, silence_mlflow():
         folder, model_folder = Path(temporary) / ARTIFACT, Path(temporary) / "model"

@@ -29,12 +29,12 @@ from pipeline.models.checkpoint import (
 )
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
-from pipeline.models.resnet_imagenet import from_torchvision, stages_of
 
 Weights = Mapping[str, Tensor]
 OF_RESNET = ("resnet", "state_dict", "model")  # the authors', PyTorch's example, torchvision's training
 OF_POLICY = ("agent", "net")  # the authors' new and old name
 _TAKEN = "take a whole file of the BlockDrop authors' networks or of torchvision's ResNets"
+_LAYER = re.compile(r"^layer([1-4])\.(0|[1-9]\d{0,3})\.(.+)$")
 _UNREADABLE = "it is cut short, damaged or no checkpoint of PyTorch; take the file anew from its authors"
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of DataParallel and torch.compile
 POLICY_INPUT = 112  # pixels: the authors' policy network for ImageNet averages 224 down by 2
@@ -236,3 +236,21 @@ def _built(
         what = f"{first['loc'][0]} {short_repr(first['input'])}: {first['msg']}"
         raise CheckpointError(f"{path} has weights of a network of {what}; {_TAKEN}") from None
     return fill(network.build, named, path, _TAKEN)
+
+
+def stages_of(weights: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Blocks in each stage of a network whose weights have torchvision's names."""
+    indices = [(int(m[1]), int(m[2])) for m in map(_LAYER.match, weights) if m]
+    return tuple(1 + max((i for s, i in indices if s == stage), default=-1) for stage in range(1, 5))
+
+
+def from_torchvision(weights: Mapping[str, Tensor], sizes: tuple[int, ...]) -> dict[str, Tensor]:
+    """Torchvision's weights under the names that `imagenet_resnet` has for them."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        match = _LAYER.match(name)
+        if match:
+            stage, index, rest = int(match[1]), int(match[2]), match[3]
+            name = f"blocks.{sum(sizes[: stage - 1]) + index}.{rest.replace('downsample', 'shortcut')}"
+        renamed[name] = tensor
+    return renamed

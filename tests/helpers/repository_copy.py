@@ -1,7 +1,9 @@
 """Folders of their own in which tests run: DVC in a copy of this repository, or stages alone."""
 
+import contextlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,8 @@ from builders import make_split
 
 from pipeline.config import Params, load
 from pipeline.data import dataset
+from pipeline.inference import native
+from pipeline.inference.base import UnavailableError
 from tools import sandbox
 from tools.sandbox import ROOT, changed, environment
 from tools.sandbox import TINY as TINY  # tests take it from here
@@ -66,8 +70,14 @@ def make_workplace(folder: Path, *, changes: dict[str, dict]) -> Params:
 
 
 def make_copy(folder: Path, *, changes: dict[str, dict]) -> Copy:
-    """Commit what the work tree holds (results left out), with changes to the digits preset."""
+    """Commit what the work tree holds (results left out), with changes to the digits preset.
+
+    Compiled code comes along: to compile it in each copy would take most of a tiny training's time.
+    """
     sandbox.make(folder, changes=changes)
+    with contextlib.suppress(UnavailableError):
+        native.library("fp32")
+        shutil.copytree(ROOT / native.BUILDS, folder / native.BUILDS)
     copy = Copy(folder)
     copy.run("git", "config", "user.email", "test@example.org")
     copy.run("git", "config", "user.name", "test")

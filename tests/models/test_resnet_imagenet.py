@@ -14,9 +14,10 @@ from pipeline.models import checkpoint
 from pipeline.models.checkpoint import Checkpoint, CheckpointError
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
-from pipeline.models.resnet_imagenet import from_torchvision, imagenet_resnet, stages_of
+from pipeline.models.resnet_imagenet import imagenet_resnet
 from pipeline.static_policies import static_rule
 from pipeline.training import legacy_checkpoints
+from pipeline.training.legacy_checkpoints import from_torchvision, stages_of
 
 
 def small() -> ResNet:
