@@ -16,7 +16,8 @@ from repository_copy import TINY, Copy, environment, make_copy, ran
 
 pytestmark = pytest.mark.e2e
 GAMMA_STAGES = ["check", "finetune", "evaluate", "benchmark", "report"]
-STATIC_STAGES = ["sole@8", "static@first-3", "static@random-3", "static@distribute-3"]
+STATIC = {"static": {"rules": ["random"], "num_kept": [3]}}
+STATIC_STAGES = ["sole@8", "static@random-3"]
 ALL_STAGES = [*GAMMA_STAGES, *STATIC_STAGES, "prepare", "pretrain", "curriculum", "baseline"]
 
 # the stages that a comment in a module makes stale
@@ -36,7 +37,7 @@ STALE: dict[str, set[str]] = {
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Copy:
-    return make_copy(tmp_path_factory.mktemp("copy"), changes=TINY)
+    return make_copy(tmp_path_factory.mktemp("copy"), changes=TINY | STATIC)
 
 
 def test_one_command_runs_every_stage(copy):
@@ -82,8 +83,8 @@ def test_a_second_repro_runs_nothing_and_is_about_as_quick_as_reading_the_map(co
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    read_map = min(seconds("dvc", "stage", "list") for _ in range(3))
-    assert min(seconds("dvc", "repro") for _ in range(3)) < 3 * read_map
+    read_map = min(seconds("dvc", "stage", "list") for _ in range(2))
+    assert min(seconds("dvc", "repro") for _ in range(2)) < 3 * read_map
 
 
 def test_status_is_clean_beside_bytecode_and_editors_files(copy):
@@ -98,12 +99,24 @@ def test_status_is_clean_beside_bytecode_and_editors_files(copy):
         file.unlink()
 
 
+AGAIN = """
+from pipeline.config import load
+from stages import baseline, curriculum, evaluate, finetune, prepare, pretrain, sole, static
+params = load()
+for stage in (prepare, pretrain, curriculum, finetune):
+    stage.main(params)
+sole.main(params, depth=8)
+static.main(params, rule="random", num_kept=3)
+for stage in (evaluate, baseline):
+    stage.main(params)
+"""
+
+
 def test_stages_again_give_the_same_bytes(copy):
     before = copy.outs()
-    trainings = ("pretrain", "curriculum", "finetune", "sole 8", "static random 3")
-    for stage in ("prepare", *trainings, "evaluate", "baseline"):
-        output = copy.run(sys.executable, "-m", *f"stages.{stage}".split())
-        assert ("epoch 1/" in output) == (stage in trainings)  # and no finished result is taken
+    output = copy.python(AGAIN)  # in one process, and DVC ran each in its own
+    for training in ("pretrain", "curriculum", "finetune", "sole-8", "static-random-3"):
+        assert f"{training} epoch 1/" in output  # no finished result is taken
     assert copy.outs() == before
     copy.run("dvc", "checkout", "--force")
 
@@ -116,30 +129,25 @@ def test_gamma_reruns_what_depends_on_it_and_going_back_reruns_nothing(copy):
     assert copy.outs(timed=True) == before
 
 
-def test_the_report_says_when_times_come_from_another_machine(copy):
-    before = copy.outs(timed=True)
-    file = copy.folder / "plots/benchmark/benchmark.json"
-    text = file.read_text()
-    file.unlink()  # it is a link into DVC's cache or a copy: never write through it
-    content = json.loads(text)
-    content["machine"]["device"] = "NVIDIA H200, torch 2.11.0"
-    file.write_text(json.dumps(content))
-    copy.run(sys.executable, "-m", "stages.report")
-    report = (copy.folder / "report/report.md").read_text()
-    assert "**Another machine than this one**" in report
-    assert "NVIDIA H200" in report
-    copy.run("dvc", "checkout", "--force")
-    assert copy.outs(timed=True) == before
-
-
-@pytest.mark.parametrize("module", STALE)
-def test_comment_makes_only_dependent_stages_stale(copy, module):
-    file = copy.folder / module
-    text = file.read_text()
-    file.write_text(text + "# a comment\n")
-    stale = json.loads(copy.run("dvc", "status", "--json"))
+STALE_STAGES = """
+import json, sys
+from pathlib import Path
+from dvc.repo import Repo
+stale = {}
+for module in sys.argv[1:]:
+    file, text = Path(module), Path(module).read_text()
+    file.write_text(text + "# a comment\\n")
+    with Repo() as repo:
+        stale[module] = list(repo.status())
     file.write_text(text)
-    assert {name.split("@")[0] for name in stale} == STALE[module]
+print("STALE" + json.dumps(stale))
+"""
+
+
+def test_comment_makes_only_dependent_stages_stale(copy):
+    printed = copy.run(sys.executable, "-c", STALE_STAGES, *STALE)
+    stale = json.loads(printed.split("STALE")[1])
+    assert {module: {name.split("@")[0] for name in stale[module]} for module in STALE} == STALE
 
 
 def test_another_depth_trains_that_one_alone(copy):
@@ -150,33 +158,22 @@ def test_another_depth_trains_that_one_alone(copy):
     assert sorted(would_run) == ["baseline", "check", "report", "sole@20"]
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("+gama=7", ["gama", "did you mean gamma?"]),
-        ("curriculum.epochs=1", ["curriculum.epochs 1", "takes 4 epochs"]),
-        ("finetune_policy.lr=fast", ["finetune_policy.lr", "'fast'"]),
-    ],
-)
-def test_bad_parameters_stop_before_any_work(copy, change, words):
+def test_a_mistyped_parameter_stops_before_any_work(copy):
     before = copy.outs(timed=True)
-    output = copy.run("dvc", "exp", "run", "-S", change, check=False)
+    output = copy.run("dvc", "exp", "run", "-S", "+gama=7", check=False)
     copy.run("git", "checkout", "params.yaml")
     assert not output.startswith("exit 0")
     assert set(ran(output)) <= {"check"}
-    assert all(word in output for word in words), output
+    assert "did you mean gamma?" in output
     assert "Traceback" not in output
     assert copy.outs(timed=True) == before
 
 
 def test_scientific_notation_is_a_number(copy):
-    before = copy.outs()
-    output = copy.run("dvc", "exp", "run", "-S", "finetune_policy.lr=1e-5", "finetune")
-    assert ran(output) == ["check", "finetune"]
+    output = copy.run("dvc", "exp", "run", "-S", "finetune_policy.lr=1e-5", "check")
+    assert ran(output) == ["check"]
     assert "1e-05" in (copy.folder / "params.yaml").read_text()
-    copy.run("git", "checkout", "params.yaml", "dvc.lock", "metrics")
-    copy.run("dvc", "checkout", "--force")
-    assert copy.outs() == before
+    copy.run("git", "checkout", "params.yaml", "dvc.lock")
 
 
 def test_a_killed_training_goes_on_and_ends_in_the_same_bytes(copy):
@@ -226,16 +223,13 @@ def test_a_temporary_experiment_logs_to_the_main_checkout(copy):
 
 
 def test_importing_a_checkpoint_replaces_training(copy):
-    copy.run(
-        sys.executable, "-m", "tools.import_checkpoint", "models/pretrain", "pretrain"
-    )  # fmt: skip
+    copy.run(sys.executable, "-m", "tools.import_checkpoint", "models/pretrain", "pretrain")
     before = copy.outs()
-    output = copy.run("dvc", "repro")
+    output = copy.run("dvc", "repro", "finetune")
     assert "pretrain: imported import/models-pretrain" in output
     after = copy.outs()
-    weights = "models/pretrain/model.safetensors"
-    assert after[weights] == before[weights]
-    assert after["models/finetune/model.safetensors"] == before["models/finetune/model.safetensors"]
+    for stage in ("pretrain", "finetune"):
+        assert after[f"models/{stage}/model.safetensors"] == before[f"models/{stage}/model.safetensors"]
     assert copy.metrics("pretrain") == {"pretrain": {"imported": 1}}
     shown = json.loads(copy.run("dvc", "plots", "show", "--json"))
     assert not shown.get("errors"), shown["errors"]

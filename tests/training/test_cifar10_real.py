@@ -5,15 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from repository_copy import environment, make_copy, ran
+import yaml
+from repository_copy import Copy, environment, make_copy, ran
 
 from pipeline.data.split import Split
 from pipeline.data.transforms import Normalisation
+from pipeline.device import computes_in_bf16
 from pipeline.inference.auto import make_executor
 from pipeline.inference.base import Networks, UnavailableError
 from pipeline.inference.predict import predict, predict_policy
@@ -61,12 +62,13 @@ def authors_resnet() -> Networks:
     return Networks(resnet=resnet, policy_net=None, normalisation=normalisation)
 
 
-@pytest.mark.parametrize("kept", [1.0, 0.8])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_executors_predict_what_masked_predicts(cifar10, authors_resnet, precision, kept):
+def test_executors_predict_what_masked_predicts(cifar10, authors_resnet, precision):
+    if precision == "bf16" and not computes_in_bf16(torch.device("cpu")):
+        pytest.skip("this CPU emulates bf16, which takes minutes")
     images = torch.from_numpy(cifar10.splits["test"].images)
     draw = torch.Generator().manual_seed(0)
-    actions = torch.rand(len(images), authors_resnet.num_blocks, generator=draw) < kept
+    actions = torch.rand(len(images), authors_resnet.num_blocks, generator=draw) < 0.8
 
     def classes(name: str, precision: str) -> torch.Tensor:
         execute = make_executor(authors_resnet, name=name, precision=precision)
@@ -89,7 +91,6 @@ def test_executors_predict_what_masked_predicts(cifar10, authors_resnet, precisi
         # two standard errors of the difference of two such shares of 10,000 images
         exact = classes("native", "fp32")
         assert share(found, exact) >= share(expected, exact) - 0.001
-        print(f"native {share(found, exact):.4f}, masked {share(expected, exact):.4f} of fp32's classes")
 
 
 SCORE = """
@@ -104,21 +105,24 @@ print("SCORE", predict(own.need_resnet(), test, normalisation=own.normalisation)
 """
 
 
-def bring_archive(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def copy(cifar10, tmp_path_factory) -> Copy:
+    """A copy of the repository in which CIFAR-10 is prepared."""
+    made = make_copy(tmp_path_factory.mktemp("copy"), changes={})
     archive = next((ROOT / "data/raw").glob("*.t*gz"))
-    (folder / "data/raw").mkdir(parents=True)
-    shutil.copyfile(archive, folder / "data/raw" / archive.name)
+    (made.folder / "data/raw").mkdir(parents=True)
+    shutil.copyfile(archive, made.folder / "data/raw" / archive.name)
+    made.run(sys.executable, "-m", "tools.preset", "cifar10_resnet32")
+    assert ran(made.run("dvc", "repro", "prepare")) == ["check", "prepare"]
+    return made
 
 
-def test_preset_and_import_score_what_was_measured(cifar10, tmp_path):
+def test_preset_and_import_score_what_was_measured(copy):
     if not WEIGHTS.exists():
         pytest.skip(f"{WEIGHTS.name} is not here; name it by BLOCKDROP_LEGACY")
-    copy = make_copy(tmp_path, changes={})
-    bring_archive(tmp_path)
-    shutil.copyfile(ROOT / "presets/digits.yaml", tmp_path / "params.yaml")
     copy.run(sys.executable, "-m", "tools.preset", "cifar10_resnet32")
     copy.run(sys.executable, "-m", "tools.import_checkpoint", str(WEIGHTS), "pretrain")
-    assert ran(copy.run("dvc", "repro", "pretrain")) == ["check", "prepare", "pretrain"]
+    assert "pretrain" in ran(copy.run("dvc", "repro", "pretrain"))
     assert float(copy.python(SCORE).split("SCORE")[1]) == pytest.approx(0.9233, abs=0.0002)
 
 
@@ -149,24 +153,19 @@ def test_pretrained_networks_score_what_their_row_of_results_says(cifar10):
 
 
 @pytest.mark.serial
-def test_the_demo_runs_through_on_a_cpu_with_avx2_alone_and_claims_nothing_in_bf16(cifar10, tmp_path):
-    copy = make_copy(tmp_path, changes={})
-    bring_archive(tmp_path)
+def test_the_demo_on_a_cpu_with_avx2_alone_claims_nothing_in_bf16(copy):
     copy.run(sys.executable, "-m", "tools.preset", "cifar10_demo")
+    file = copy.folder / "params.yaml"
+    params = yaml.safe_load(file.read_text())
+    params["evaluate"] |= {"shuffles": 1, "single_policies": 1}  # fewer passes over 10,000 images
+    params["benchmark"]["seconds"] = 20.0
+    file.write_text(yaml.safe_dump(params, sort_keys=False))
     kept = {name: text for name, text in environment().items() if name != "OMP_NUM_THREADS"}
-
-    def repro(*stages: str) -> float:
-        begun = time.monotonic()
-        done = subprocess.run(
-            ["dvc", "repro", *stages], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=kept | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout
-        return time.monotonic() - begun
-
-    repro("evaluate", "baseline")
-    assert repro() < 2 * 60  # benchmark.seconds, and for DVC, imports, and the report as much again
-    answers = json.loads((tmp_path / "plots/benchmark/benchmark.json").read_text())["answers"]
+    done = subprocess.run(
+        ["dvc", "repro"], cwd=copy.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=kept | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    answers = json.loads((copy.folder / "plots/benchmark/benchmark.json").read_text())["answers"]
     assert {answer["precision"] for answer in answers} == {"fp32"}
-    assert "emulate" in (tmp_path / "report/report.md").read_text()  # bf16 is left out, which is said
+    assert "emulate" in (copy.folder / "report/report.md").read_text()  # why bf16 is left out
