@@ -12,6 +12,8 @@ It trains with the stages' own learners, and uses no DVC, MLflow or test image.
 """
 
 import argparse
+import functools
+import itertools
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -42,8 +44,9 @@ from pipeline.models import checkpoint
 from pipeline.models.policies import greedy_actions, policy_statistics
 from pipeline.policy import objectives as pg
 from pipeline.policy.learner import PolicyLearner
+from pipeline.report.tables import markdown_table
 from pipeline.training.loop import NotFiniteError, Position, fit, require_finite
-from research.tables import markdown_table, mean_and_std
+from research.tables import mean_and_std
 from stages import curriculum, finetune
 from stages.support import common, compatibility, recipes
 from tools import preset as presets
@@ -135,11 +138,6 @@ class Setting:
     validation: Split
 
 
-def section_of(stage: str, params: Params) -> Curriculum | Finetune:
-    """The stage's own parameters."""
-    return params.curriculum if stage == "curriculum" else params.finetune
-
-
 def parsed(text: str, *, flag: str) -> dict[str, Any]:
     """The values of `key=value,key=value`, each of the type that params.yaml would give it.
 
@@ -170,10 +168,7 @@ def changed(preset: Params, text: str, *, flag: str = "--vary") -> Params:
         if key not in known:
             raise UserError(f"{flag} {key}: there is no such parameter; params.yaml has them all")
         *sections, name = key.split(".")
-        section_values = values
-        for section in sections:
-            section_values = section_values[section]
-        section_values[name] = value
+        functools.reduce(dict.__getitem__, sections, values)[name] = value
     try:
         return Params.model_validate(values)
     except ValidationError as error:
@@ -244,7 +239,7 @@ def trained(setting: Setting, params: Params) -> PolicyLearner:
         NotFiniteError: its numbers went wrong.
     """
     learner = learner_of(setting, params)
-    section = section_of(setting.stage, params)
+    section: Curriculum | Finetune = getattr(params, setting.stage)
     position = Position()
     for result in fit(
         learner,
@@ -303,7 +298,7 @@ def row_of(setting: Setting, variant: str, params: Params) -> dict[str, Any]:
     return {
         **asdict(key_of_row(setting, variant, params)),
         "images": len(setting.train),
-        "epochs": section_of(setting.stage, params).epochs,
+        "epochs": getattr(params, setting.stage).epochs,
         **asdict(scores_of(learner, setting.validation, preset, gamma=gamma)),
         "seconds": round(seconds, 1),  # validation after each epoch included
         **asdict(setting.provenance),
@@ -349,23 +344,21 @@ def run(
     """Train the rows that the table lacks, seed by seed; returns the rows of all variants and seeds."""
     out.parent.mkdir(parents=True, exist_ok=True)
     keys = set()
-    for seed in seeds:
-        for variant, preset in variants.items():
-            params = preset.model_copy(update={"seed": seed})
-            key = astuple(key_of_row(setting, variant, params))
-            keys.add(key)
-            if key in keys_of(rows_of(out)):
-                continue
+    for seed, (variant, preset) in itertools.product(seeds, variants.items()):
+        params = preset.model_copy(update={"seed": seed})
+        key = astuple(key_of_row(setting, variant, params))
+        keys.add(key)
+        if key not in keys_of(rows_of(out)):
             row = row_of(setting, variant, params)
             add_row(out, row)
             accuracy, blocks = 100 * row["validation_accuracy"], row["blocks_mean"]
             print(f"{variant}, seed {seed}: {accuracy:.2f} % with {blocks:.2f} blocks", flush=True)
     table = rows_of(out)
-    return table[[key in keys for key in table[KEY].itertuples(index=False, name=None)]]
+    return table[[key in keys for key in keys_of(table)]]
 
 
-def keys_of(table: pd.DataFrame) -> set[tuple[Any, ...]]:
-    return set(table[KEY].itertuples(index=False, name=None))
+def keys_of(table: pd.DataFrame) -> list[tuple[Any, ...]]:
+    return list(table[KEY].itertuples(index=False, name=None))
 
 
 def add_row(out: Path, row: Mapping[str, Any]) -> None:
@@ -389,11 +382,6 @@ def in_memory(split: ImageSplit, count: int | None = None) -> Split:
     if not isinstance(split, Split):
         raise UserError(f"{common.PREPARED} lists its images; take a data set that fits into memory")
     return Split(images=split.images[:count], labels=split.labels[:count])
-
-
-def provenance_of(preset: str, changes: str) -> Provenance:
-    commit = git("rev-parse", "--short", "HEAD")
-    return Provenance(preset=preset, set=changes or "-", commit=commit or "-", torch=torch.__version__)
 
 
 def positive(text: str) -> int:
@@ -426,12 +414,16 @@ def main(arguments: argparse.Namespace) -> None:
     keep_freed_memory()
     out = arguments.out or project_root() / "results" / f"ablation_{arguments.stage}.csv"
     device = choose_device()
+    preset = presets.load(arguments.preset, project_root() / "presets")
     setting = Setting(
         stage=arguments.stage,
-        preset=changed(
-            presets.load(arguments.preset, project_root() / "presets"), arguments.set, flag="--set"
+        preset=changed(preset, arguments.set, flag="--set"),
+        provenance=Provenance(
+            preset=arguments.preset,
+            set=arguments.set or "-",
+            commit=git("rev-parse", "--short", "HEAD") or "-",
+            torch=torch.__version__,
         ),
-        provenance=provenance_of(arguments.preset, arguments.set),
         resnet=arguments.resnet,
         policy_net=arguments.policy_net,
         train=in_memory(load_split(common.PREPARED, "train", device), arguments.images),

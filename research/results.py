@@ -25,8 +25,8 @@ from pipeline.infra.git import git
 from pipeline.infra.resume import project_root
 from pipeline.report.markdown import PAPER
 from pipeline.report.paired import paired_difference
+from pipeline.report.tables import markdown_table
 from pipeline.report.trade_off import trade_off
-from research.tables import markdown_table
 from stages.support.common import read_csv, read_json
 from tools import preset as presets
 from tools.command import Parser, command
@@ -211,12 +211,9 @@ def rivals_of(root: Path, correct: Mapping[str, NDArray[np.bool_]]) -> list[Riva
 
 
 def times_of(root: Path) -> dict[str, dict[str, Any]]:
-    """Seconds and device of each training."""
-    contents = {path.stem: read_json(path) for path in sorted((root / "metrics/times").glob("*.json"))}
-    return {
-        stage: {key: content.get(key) for key in ("seconds", "device")}
-        for stage, content in contents.items()
-    }
+    paths = sorted((root / "metrics/times").glob("*.json"))
+    keys = ("seconds", "device")
+    return {path.stem: {key: read_json(path).get(key) for key in keys} for path in paths}
 
 
 def speedups_of(root: Path) -> dict[str, float]:
@@ -301,7 +298,6 @@ def provenance(name: str, row: Row) -> str:
 
 
 def command_of(row: Row) -> str:
-    """The command that runs it again."""
     preset = f"make preset NAME={row.preset}"
     options = " ".join(f"-S {key}={json.dumps(value)}" for key, value in row.changes.items())
     return f"`{preset} && " + (f"dvc exp run {options}`" if options else "make repro`")
@@ -343,15 +339,14 @@ def figure(path: Path, rows: Sequence[Row]) -> None:
         }
         for rival in rivals.values()
     ]  # fmt: skip
-    several_seeds = len({row.params["seed"] for row in rows}) > 1
+    label = "gamma {gamma:g}"
+    if len({row.params["seed"] for row in rows}) > 1:
+        label += ", seed {seed}"
     points = [
         {
-            "gamma": row.params["gamma"],
-            "label": f"gamma {row.params['gamma']:g}"
-            + (f", seed {row.params['seed']}" if several_seeds else ""),
+            "label": label.format(**row.params),
             "flops": row.evaluate["flops_mean"],
             "accuracy": row.evaluate["accuracy"],
-            "blocks": row.evaluate["blocks_mean"],
         }
         for row in rows
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.benchmark.full_resnet_forms import Classify, full_resnet_forms
+from pipeline.benchmark.full_resnet_forms import full_resnet_forms
 from pipeline.benchmark.timing import reason
 from pipeline.device import computes_in_bf16
 from pipeline.inference.auto import make_executor
@@ -69,23 +69,22 @@ class Candidate:
 
     @property
     def label_with_all_blocks(self) -> str:
-        """The label of the same executor with every block."""
         return f"{self.name}{ALL_BLOCKS} {self.precision}"
 
 
-@dataclass(frozen=True)
-class EveryBlock:
-    """An executor that runs every block of a ResNet; logits alone."""
-
-    execute: Executor
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits [B, N] of images [B, H, W, 3] uint8."""
-        return self.execute(images).logits
-
-    def free(self) -> None:
-        """Give back what calls have left on the device."""
-        self.execute.free()
+def fastest_first(
+    candidates: Mapping[str, Candidate],
+    seconds: Mapping[str, float],
+    kind: Kind,
+    precision: str | None = None,
+) -> list[str]:
+    """Labels of a kind (and a precision) by rising seconds; candidates without seconds are left out."""
+    labels = [
+        label
+        for label in seconds
+        if candidates[label].kind == kind and precision in (None, candidates[label].precision)
+    ]
+    return sorted(labels, key=lambda label: seconds[label])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,25 +136,23 @@ class CandidateMaker:
         )
         for name in self.settings.executors:
             if name != Masked.name:  # with every block it is the eager form
-                forms[f"{name}{ALL_BLOCKS}"] = partial(self._with_every_block, name, precision)
+                forms[f"{name}{ALL_BLOCKS}"] = partial(
+                    make_executor, self.full, name=name, precision=precision
+                )
         soles: dict[str, Make] = {
             f"ResNet-{depth}": partial(self._sole, depth, precision)
             for depth in self.settings.sole_depths
         }
         return {"blockdrop": executors, "full": forms, "sole": soles}
 
-    def _with_every_block(self, name: str, precision: str) -> Classify:
-        """The full ResNet by one of our executors."""
-        return EveryBlock(make_executor(self.full, name=name, precision=precision))
-
-    def _sole(self, depth: int, precision: str) -> Classify:
+    def _sole(self, depth: int, precision: str) -> Executor:
         """A full ResNet of another depth with random weights, by the device's best executor."""
         full = self.full.resnet
         sole = make_resnet(
             family=full.family, depth=depth, width=full.width, num_classes=full.num_classes
         )
         networks = replace(self.full, resnet=sole.to(self.networks.device))
-        return EveryBlock(make_executor(networks, precision=precision))
+        return make_executor(networks, precision=precision)
 
 
 def policy_network_alone(networks: Networks, precision: str, *, image_size: int, most: int) -> Run:

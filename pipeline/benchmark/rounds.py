@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.benchmark.candidates import EveryBlock, Run
+from pipeline.benchmark.candidates import Run
 from pipeline.benchmark.full_resnet_forms import WholeGraph
 from pipeline.benchmark.timing import Call, random_policies
 from pipeline.inference.base import Executor
@@ -19,7 +19,6 @@ IMAGES_A_ROUND = 32  # at least: smaller batches are repeated with other images
 
 
 def repeats_of(batch: int) -> int:
-    """How many batches a round times together."""
     return -(-IMAGES_A_ROUND // batch)
 
 
@@ -82,7 +81,7 @@ class Rounds:
 def peak_mib(run: Run, call: Call, device: torch.device) -> float:
     """MiB that a first call takes, with the scratch and the graphs that later ones reuse."""
     torch.cuda.synchronize(device)
-    if isinstance(run, Executor | EveryBlock | WholeGraph):
+    if isinstance(run, Executor | WholeGraph):
         run.free()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -16,6 +16,7 @@ are, and who is slow, is by the warm-up call.)
 Shapes: B images of a batch, M test images of H by W pixels, K blocks.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,13 @@ import torch
 from torch import Tensor
 
 from pipeline.benchmark.answers import Comparison, in_words
-from pipeline.benchmark.candidates import Candidate, CandidateMaker, Settings, policy_network_alone
+from pipeline.benchmark.candidates import (
+    Candidate,
+    CandidateMaker,
+    Settings,
+    fastest_first,
+    policy_network_alone,
+)
 from pipeline.benchmark.reference import CHECKED, Reference
 from pipeline.benchmark.rounds import Rounds, peak_mib, repeats_of
 from pipeline.benchmark.sweep import Sweep, synthetic_policies, with_break_evens
@@ -42,7 +49,7 @@ from pipeline.benchmark.timing import (
 from pipeline.flops import Cost
 from pipeline.inference.base import Executor, Networks
 from pipeline.models.resnet import ResNet
-from pipeline.results import Agreement, Kind, Parts, SweepPoint, Tables, TimingRow
+from pipeline.results import Agreement, Kind, SweepPoint, Tables, TimingRow
 
 WARM_UP = 0.25  # of the time that is left: the most that the warm-up of one batch size may take
 
@@ -114,13 +121,11 @@ class Benchmark:
         return self.tables
 
     def leave_out(self, what: str, why: str) -> None:
-        """Note and say that something is not measured."""
         if what not in self.left_out:
             self.left_out[what] = why
             self.say(f"without {what}: {why}")
 
     def _candidates(self) -> dict[str, Candidate]:
-        """All that can be made, by label."""
         candidates = [
             Candidate(name=name, kind="blockdrop", precision=execute.precision, run=execute)
             for name, execute in self.extra.items()
@@ -177,6 +182,7 @@ class Cell:
 
     def __post_init__(self) -> None:
         self.settings, self.clock = self.benchmark.settings, self.benchmark.clock
+        self.checked_batches = -(-CHECKED // self.batch)
         self.stopwatch = Stopwatch(
             device=self.benchmark.device,
             leave_out=lambda name, why: self.benchmark.leave_out(f"{name} at batch {self.batch}", why),
@@ -205,13 +211,7 @@ class Cell:
 
     def by_seconds(self, kind: Kind, precision: str | None = None) -> list[str]:
         """Labels of a kind (and a precision) that run here, by rising time of a call."""
-        labels = [
-            label
-            for label in self.seconds
-            if self.candidates[label].kind == kind
-            and precision in (None, self.candidates[label].precision)
-        ]
-        return sorted(labels, key=lambda label: self.seconds[label])
+        return fastest_first(self.candidates, self.seconds, kind, precision)
 
     def stays(self) -> set[str]:
         """Who is never dropped: the best full-ResNet form, and each precision's fastest that agrees."""
@@ -222,16 +222,16 @@ class Cell:
         winners = []
         for precision in self.settings.precisions:
             agreeing = (label for label in self.by_seconds("blockdrop", precision) if self.agrees(label))
-            winners += [label for label in [next(agreeing, None)] if label is not None]
+            winners += itertools.islice(agreeing, 1)
         return winners
 
     def agrees(self, label: str) -> bool:
         """Whether an executor gives what the reference gives; one that fails is left out."""
         if label not in self.agreements:
             candidate = self.candidates[label]
-            batches = [images for repeats in self.rounds.batches for images in repeats]
+            batches = itertools.chain.from_iterable(self.rounds.batches)
             try:
-                outputs = [candidate.run(images) for images in batches[: self._checked_batches]]
+                outputs = [candidate.run(b) for b in itertools.islice(batches, self.checked_batches)]
                 actions = torch.cat([output.actions for output in outputs])  # [C, K]
                 logits = torch.cat([output.logits for output in outputs])  # [C, N]
                 self.agreements[label] = self.benchmark.reference.agreement(
@@ -244,15 +244,11 @@ class Cell:
             self.stopwatch.tick()
         return self.agreements[label].agrees
 
-    @property
-    def _checked_batches(self) -> int:
-        return -(-CHECKED // self.batch)
-
     def _predicted(self, label: str) -> float:
         """Seconds of MIN_ROUNDS rounds, and of the check of an executor."""
         calls = float(CALLS * MIN_ROUNDS)
         if self.candidates[label].kind == "blockdrop" and label not in self.agreements:
-            calls += self._checked_batches / repeats_of(self.batch)
+            calls += self.checked_batches / repeats_of(self.batch)
         return calls * self.seconds[label]
 
     def _predicted_after(self, winner: str) -> float:
@@ -279,7 +275,6 @@ class Cell:
     # --------------------------------------------------------------------------------- measuring
 
     def measure(self, seconds: float) -> None:
-        """Fill the tables with everything of this batch size."""
         predicted, tables = self.predicted, self.benchmark.tables
         self.after_seconds = {label: self._predicted_after(label) for label in self._likely_winners()}
         slack = max(1.0, seconds / predicted) if predicted else 1.0  # by which rounds may be more
@@ -328,7 +323,6 @@ class Cell:
         return Comparison(batch=self.batch, candidates=self.candidates, times=times)
 
     def _after(self, winner: str) -> str:
-        """What comes after the comparison, by name."""
         return f"keep ratios and parts {self.candidates[winner].precision}"
 
     def _row(self, label: str, comparison: Comparison) -> TimingRow:
@@ -371,8 +365,7 @@ class Cell:
                 stopwatch=self.stopwatch,
                 clock=self.clock,
             )
-            points: list[SweepPoint] = sweep.points(seconds)
-            parts: Parts = sweep.parts()
+            points, parts = sweep.points(seconds), sweep.parts()
         except Exception as error:
             self.stopwatch.leave_out(self._after(winner), reason(error))
             return []

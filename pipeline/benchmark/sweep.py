@@ -100,14 +100,11 @@ class Sweep:
             "index": self.rounds.on(lambda _: kept_rows(actions)),
         }
         times = self._time_all(calls, MIN_ROUNDS, 0)
-        milliseconds = {name: float(np.median(seconds) * 1000) for name, seconds in times.items()}
         return Parts(
             precision=self.winner.precision,
             batch=self.batch,
             executor=self.winner.name,
-            normalisation_ms=milliseconds["normalisation"],
-            policy_network_ms=milliseconds["policy_network"],
-            index_ms=milliseconds["index"],
+            **{f"{name}_ms": float(np.median(seconds) * 1000) for name, seconds in times.items()},
         )
 
     def _time_all(self, calls: Mapping[str, Call], rounds: int, seconds: float) -> dict[str, Times]:

@@ -36,12 +36,10 @@ class TimeBudget:
 
     @property
     def spent(self) -> float:
-        """Seconds since the benchmark began."""
         return time.monotonic() - self.started
 
     @property
     def left(self) -> float:
-        """Seconds, not below 0."""
         return max(0.0, self.seconds - self.spent)
 
     def share(self, predicted: float, predicted_of_all: float) -> float:

@@ -83,12 +83,10 @@ class Split:
 
     @property
     def image_size(self) -> int:
-        """Side of the (square) images in pixels."""
         return self.images.shape[1]
 
     @property
     def device(self) -> torch.device:
-        """Where the images are."""
         return self.images.device
 
     def batches(
@@ -97,7 +95,6 @@ class Split:
         augmentation: AnyAugmentation | None = None,
         augmentation_state: Tensor | None = None,
     ) -> Iterator[Tensor]:
-        """The images of each part's rows, [B, H, W, 3] uint8."""
         state = None if augmentation_state is None else augmentation_state.to(self.device)
         for rows in parts:
             if augmentation is None:
@@ -108,7 +105,6 @@ class Split:
             yield augmentation(self.images[rows], state[rows])
 
     def iter_batches(self, size: int) -> Iterator[Tensor]:
-        """All images, `size` at a time."""
         return iter(self.images.split(size))
 
     def subset(self, count: int) -> "Split":
@@ -116,7 +112,6 @@ class Split:
         return self
 
     def image_array(self) -> NDArray[np.uint8]:
-        """[M, H, W, 3]."""
         return self.images.cpu().numpy()
 
 

@@ -53,13 +53,11 @@ class ShownPolicies:
 
     @property
     def blocks(self) -> NDArray[np.int64]:
-        """How many blocks each image takes, [M]."""
         counts: NDArray[np.int64] = self.actions.sum(axis=1)
         return counts
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """Whether the prediction under the policy is correct, [M]."""
         return self.predicted == self.labels
 
 

@@ -15,10 +15,9 @@ import subprocess
 import tempfile
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -155,8 +154,7 @@ def _build(compiler: str, source: Path, built: Path) -> None:
     raise UnavailableError(f"{compiler} does not compile {source.name}: {failure}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _PackedConv:
+class _PackedConv(NamedTuple):
     """A convolution in a kernel's layout; `bias` has a number for each column of `weight`."""
 
     weight: Tensor
@@ -180,13 +178,7 @@ class _Fp32Kernel:
         block = next(width for width in (2 * self.lanes, self.lanes, 4) if out_channels % width == 0)
         blocks = weight.view(out_channels // block, block, in_channels, 3, 3)
         packed = blocks.permute(0, 3, 4, 2, 1)  # [O / block, ky, kx, I, block]
-        return _PackedConv(
-            weight=packed.contiguous(),
-            bias=bias.contiguous(),
-            in_channels=in_channels,
-            out_channels=out_channels,
-            block=block,
-        )
+        return _PackedConv(packed.contiguous(), bias.contiguous(), in_channels, out_channels, block)
 
 
 class _Bf16Kernel:
@@ -222,13 +214,9 @@ class _Bf16Kernel:
         rows = F.pad(rows, (0, 0, 0, row_length - taps * inputs))  # [ky, row_length, G * O]
         # pairs of inputs lie side by side, as the bf16 instructions multiply two at a time
         packed = rows.view(3, row_length // 2, 2, -1, self.COLUMNS).permute(3, 0, 1, 4, 2)
-        return _PackedConv(
-            weight=packed.to(torch.bfloat16).contiguous(),
-            bias=F.pad(bias, (0, outputs - out_channels)).repeat(group),
-            in_channels=inputs,
-            out_channels=outputs,
-            block=group,
-        )
+        padded_bias = F.pad(bias, (0, outputs - out_channels)).repeat(group)
+        packed = packed.to(torch.bfloat16).contiguous()
+        return _PackedConv(packed, padded_bias, inputs, outputs, group)
 
 
 def _round_up(size: int, unit: int) -> int:
@@ -250,17 +238,8 @@ class _PackedNetwork:
             if conv.out_channels % 4 != 0:
                 raise UnavailableError(f"{conv.out_channels} channels are no multiple of 4")
             stride = conv.stride[0]
-            packed = kernel.pack(*fold(conv, bn), stride)
-            convs.append(
-                _Conv(
-                    weight=self._keep(packed.weight),
-                    bias=self._keep(packed.bias),
-                    in_channels=packed.in_channels,
-                    out_channels=packed.out_channels,
-                    stride=stride,
-                    block=packed.block,
-                )
-            )
+            weight, bias, *channels, block = kernel.pack(*fold(conv, bn), stride)
+            convs.append(_Conv(self._keep(weight), self._keep(bias), *channels, stride, block))
         self.convs = (_Conv * len(convs))(*convs)
         fc_weight = resnet.fc.weight.detach().float()
         padding = convs[-1].out_channels - fc_weight.shape[1]
@@ -349,9 +328,7 @@ class Native(Executor):
         if actions is None:
             actions = torch.empty(batch, self.networks.num_blocks, dtype=torch.bool)  # C++ fills it in
         actions = actions.contiguous()  # [B, K] or [B, V, K]
-        logits = torch.empty(
-            *actions.shape[:-1], self.networks.resnet.num_classes
-        )  # [B, N] or [B, V, N]
+        logits = self._empty_logits(actions)  # [B, N] or [B, V, N]
         num_policies = actions[0, ..., 0].numel()  # V
         # A team of threads works on one image at a time. With at least as many images as threads each
         # thread is a team; with fewer, several threads share an image and meet at the team's barriers.

@@ -102,7 +102,6 @@ def predict_policy(
 
 
 def evaluation_batch(image_size: int) -> int:
-    """How many images of that side are evaluated at a time."""
     return max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // image_size**2))
 
 

@@ -320,7 +320,6 @@ class TritonKernel(Executor):
         self._prove()
 
     def free(self) -> None:
-        """Drop the scratch."""
         for network in (self.resnet, self.policy_net):
             if network is not None:
                 network.spaces.clear()

@@ -1,6 +1,5 @@
 """Accuracy against cost: BlockDrop, rules that keep the same blocks for all, and shallower ResNets."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.plotting import BLUE, DPI, GREEN, GREY, INK, ORANGE, PINK, WIDTH, headline, save
+from pipeline.plotting import BLUE, GREEN, GREY, INK, ORANGE, PINK, WIDTH, headline, save
 
 Row = Mapping[str, Any]
 RULES = (  # static ones: name, what it keeps, colour, marker
@@ -26,6 +25,7 @@ POWERS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
 SIDES = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
 DISTANCES = (5, 8, 12, 16, 22, 30, 40)
 PLACES = [(distance, *side) for distance in DISTANCES for side in SIDES]  # of labels, in points
+RADIUS = 10  # pixels of a marker
 Label = tuple[float, float, str]  # what is said of a point, in units of the axes
 
 
@@ -71,7 +71,7 @@ def trade_off(
         baselines: {kind, depth, blocks, finetuned, flops, accuracy}; kind is full, sole, first, random
             or distribute. Rows of one kind, number of blocks and finetuning are drawn as their mean;
             a band where some have accuracy_std, of several draws.
-        blockdrop: {accuracy, flops, gamma, label}, one or several.
+        blockdrop: {accuracy, flops, label}, one or several.
         paper: {accuracy, flops, label}: published numbers.
     """
     figure, ax = plt.subplots(figsize=(WIDTH, 5.2), layout="constrained")
@@ -80,9 +80,8 @@ def trade_off(
     labels = _draw_resnets(ax, static, unit)
     labels += _draw_stars(ax, blockdrop, unit, "BlockDrop", ORANGE, INK)
     labels += _draw_stars(ax, paper, unit, "published", "white", ORANGE)
-    plain = [row for row in baselines if not row["finetuned"]]
     tuned = [row for row in baselines if row["finetuned"]]
-    _draw_rules(ax, plain, unit, tuned=False)
+    _draw_rules(ax, [row for row in baselines if not row["finetuned"]], unit, tuned=False)
     _draw_rules(ax, tuned, unit, tuned=True)
     _frame(ax, [*static, *tuned, *blockdrop, *paper], unit, prefix)
     headline(figure, title)
@@ -208,11 +207,8 @@ def _frame(ax: Axes, rows: Sequence[Row], unit: float, prefix: str) -> None:
 def _finish(figure: plt.Figure, ax: Axes, labels: Sequence[Label]) -> None:
     """The legend, and the labels beside their points where nothing is in the way."""
     handles, _ = ax.get_legend_handles_labels()
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=min(len(handles), 4) if len(handles) < 5 else 3,
-    )
+    columns = 3 if len(handles) > 4 else max(1, len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     figure.draw_without_rendering()  # from here on it is known where everything is
     drawn, boxes = _drawn(ax), list[Bbox]()
     for x, y, said in labels:
@@ -225,7 +221,11 @@ def _finish(figure: plt.Figure, ax: Axes, labels: Sequence[Label]) -> None:
         def cost(place: tuple[float, int, int], text: Annotation = text) -> float:
             box = _move(text, *place)
             outside = ax.bbox.count_contains(box.corners()) < 4
-            hidden = box.count_contains(drawn) + 100 * box.count_overlaps(boxes) + 1000 * outside
+            hidden = (
+                box.padded(RADIUS).count_contains(drawn)
+                + 100 * box.count_overlaps(boxes)
+                + 1000 * outside
+            )
             return hidden + place[0]  # far from its point, a label may be taken for another's
 
         boxes.append(_move(text, *min(PLACES, key=cost)))
@@ -239,17 +239,9 @@ def _move(text: Annotation, distance: float, right: int, up: int) -> Bbox:
 
 
 def _drawn(ax: Axes) -> NDArray[np.float64]:
-    """Pixels [P, 2] where lines and markers are."""
-    found = [np.zeros((0, 2))]
-    circle = np.exp(2j * np.pi * np.arange(24) / 24) * DPI / 72 / 2
-    rim = np.stack([circle.real, circle.imag], axis=1)  # of a marker of one point
-    for line in ax.lines:
-        points = ax.transData.transform(line.get_xydata())
-        steps = np.linspace(0, 1, 50)[:, None]
-        found += [a + steps * (b - a) for a, b in itertools.pairwise(points)]
-        if line.get_marker() != "None":
-            found += [point + rim * line.get_markersize() for point in points]
-    for markers in (m for m in ax.collections if isinstance(m, PathCollection)):
-        points = ax.transData.transform(markers.get_offsets())
-        found += [point + rim * np.sqrt(markers.get_sizes()[0]) for point in points]
-    return np.concatenate(found)
+    """Pixels [P, 2] along the lines, and in the middle of markers."""
+    lines = [line for line in ax.lines if len(line.get_xdata())]
+    markers = [each for each in ax.collections if isinstance(each, PathCollection)]
+    found = [ax.transData.transform_path(line.get_path()).interpolated(50).vertices for line in lines]
+    found += [ax.transData.transform(each.get_offsets()) for each in markers]
+    return np.concatenate([np.zeros((0, 2)), *found])

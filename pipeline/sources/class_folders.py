@@ -17,9 +17,7 @@ SPLIT_NAMES: dict[str, SplitName] = {  # of folders, in any case
     "validation": "validation", "val": "validation", "valid": "validation", "dev": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-TOOL_FILES = frozenset(
-    {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
-)  # and names that begin with a dot
+TOOL_FILES = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}  # and names that begin with a dot
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # controls, surrogates, separators of lines and paragraphs
 
 Labelled = list[tuple[Path, int]]  # images, each with the index of its class
@@ -171,10 +169,8 @@ def _require_several(folder: Path, classes: Sequence[str]) -> None:
     inner = [path.name for name in classes for path in _folders(folder / name)]
     deeper = ""
     if inner:
-        deeper = (
-            f"; the classes seem to lie one folder deeper ({_some(inner)}): name "
-            f"{folder / classes[0]} instead"
-        )
+        where = f"{folder / classes[0]} instead"
+        deeper = f"; the classes seem to lie one folder deeper ({some(inner)}): name {where}"
     raise DataError(f"{folder} has {len(classes)} class folders; it takes two or more{deeper}")
 
 
@@ -215,13 +211,13 @@ def _refuse_same_folders(
     if len(common) < 2 or any("" in inner for inner in folders_in):
         return
     raise DataError(
-        f"all of {_some(classes)} in {folder} hold the same folders, {_some(sorted(common))}; if the "
+        f"all of {some(classes)} in {folder} hold the same folders, {some(sorted(common))}; if the "
         f"former are splits, name them {', '.join(sorted(set(SPLIT_NAMES.values())))}, else put each "
         "class's images into its folder itself"
     )
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 

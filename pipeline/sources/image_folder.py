@@ -19,7 +19,7 @@ from pipeline.data.metadata import SplitName
 from pipeline.data.streaming import Listing
 from pipeline.infra.errors import DataError
 from pipeline.infra.safe_io import open_regular
-from pipeline.sources.class_folders import Labelled, Tree
+from pipeline.sources.class_folders import Labelled, Tree, some
 
 
 def imagefolder(tree: Tree, *, image_size: int, shares: dict[SplitName, float], seed: int) -> Dataset:
@@ -58,10 +58,9 @@ def _require_every_class(labels: NDArray[np.int64], classes: Sequence[str]) -> N
     counts = np.bincount(labels, minlength=len(classes))
     without = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if without:
-        names = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
         raise DataError(
-            f"no image to train on is left of {names} when the other splits are drawn; add images of "
-            "it, remove the class, or set another data.split_seed"
+            f"no image to train on is left of {some(without)} when the other splits are drawn; add "
+            "images of it, remove the class, or set another data.split_seed"
         )
 
 
