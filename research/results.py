@@ -139,11 +139,7 @@ class Network(NamedTuple):
 
 
 def row_of(root: Path, preset: str, *, note: str = "") -> Row:
-    """The finished run in a working tree.
-
-    Raises:
-        UserError: the run is not finished there, or Git knows no commit of it.
-    """
+    """The finished run in a working tree."""
     params = config.load(root / "params.yaml")
     try:
         evaluate = read_json(root / "metrics/evaluate.json")

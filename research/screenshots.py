@@ -65,9 +65,6 @@ def photograph(links: Mapping[str, str], name: str, out: Path) -> None:
 
     Args:
         name: of the experiment, which every page shows once it has loaded.
-
-    Raises:
-        UserError: Playwright is not installed.
     """
     try:
         from playwright.sync_api import sync_playwright  # in the dependency group docs alone

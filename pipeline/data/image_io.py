@@ -54,11 +54,7 @@ def open_image(path: Path, *, size: int | None = None) -> Image.Image:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """The image on BACKGROUND, as a viewer shows it: the colours of transparent pixels mean nothing.
-
-    Raises:
-        ValueError: all of it is transparent.
-    """
+    """The image on BACKGROUND, as a viewer shows it: the colours of transparent pixels mean nothing."""
     if not image.has_transparency_data:
         return image
     rgba = image.convert("RGBA")

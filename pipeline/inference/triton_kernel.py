@@ -344,11 +344,7 @@ class TritonKernel(Executor):
         return self._logits(self.policy_net, inputs, self.policy_net.every)
 
     def _logits(self, network: _Network, inputs: Tensor, actions: Tensor) -> Tensor:
-        """Logits [B, N] float32 of inputs [B, 3, H, W] under actions [B, K], or [1, K] for all.
-
-        Raises:
-            ValueError: sides that can't be halved twice.
-        """
+        """Logits [B, N] float32 of inputs [B, 3, H, W] under actions [B, K], or [1, K] for all."""
         batch, _, height, width = inputs.shape
         if height % 4 or width % 4:
             raise ValueError(f"images have {height} x {width} pixels, expected multiples of 4")
@@ -369,11 +365,7 @@ class TritonKernel(Executor):
         return logits
 
     def _prove(self) -> None:
-        """Compare it with the networks in float64, unless this process has done so before.
-
-        Raises:
-            UnavailableError: it differs, or does not compile or run.
-        """
+        """Compare it with the networks in float64, unless this process has done so before."""
         key = str(self.device), self.precision, self.networks.shapes
         if key not in PROOFS:
             PROOFS[key] = self._fault()
@@ -382,11 +374,7 @@ class TritonKernel(Executor):
 
     @torch.no_grad()
     def _fault(self) -> str:
-        """The kernel's fault on random images, or "".
-
-        Raises:
-            UnavailableError: there is too little memory for the comparison.
-        """
+        """The kernel's fault on random images, or ""."""
         draw = torch.Generator().manual_seed(0)
         shape = (PROOF_IMAGES, self.PROOF_SIDE, self.PROOF_SIDE, 3)
         images = torch.randint(256, shape, generator=draw).byte().to(self.device)

@@ -118,11 +118,7 @@ def _split_folders(folder: Path) -> dict[SplitName, Path]:
 def _beside_splits(
     folder: Path, split_folders: dict[SplitName, Path], classes: Sequence[str]
 ) -> list[Path]:
-    """The files in folders beside those of splits.
-
-    Raises:
-        DataError: such a folder is a split by its name or by the classes in it.
-    """
+    """The files in folders beside those of splits."""
     files: list[Path] = []
     for path in sorted(set(_folders(folder)) - set(split_folders.values())):
         if path.name.casefold() in SPLIT_NAMES:
@@ -141,11 +137,7 @@ def _beside_splits(
 
 
 def _class_folders(folder: Path) -> set[str]:
-    """The names of the folders in it.
-
-    Raises:
-        DataError: it can't be listed, or one has a name that can't be a class.
-    """
+    """The names of the folders in it."""
     names: dict[str, str] = {}
     for path in _folders(folder):
         if any(unicodedata.category(letter) in UNPRINTABLE for letter in path.name):
@@ -246,9 +238,6 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
 
     A broken link counts as an image, so that reading it ends in a message. Links to folders are not
     followed and count as other files.
-
-    Raises:
-        DataError: a folder can't be listed.
     """
 
     def refuse(error: OSError) -> None:
