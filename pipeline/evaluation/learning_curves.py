@@ -58,7 +58,7 @@ def learning_curves(path: Path, *, curriculum: Rows, finetune: Rows, num_blocks:
     diversity.set_ylim(0.9, 1.3 * max(most, 4))
     _log(diversity)
     first, last = len(curriculum) + 1, len(curriculum) + len(finetune)
-    title = f"joint finetuning: epochs {first} to {last}\n" if finetune else ""
+    title = f"joint finetuning: epochs {first} to {last}\n\n" if finetune else ""
     title += "accuracy, reward and blocks:\nof the most likely policy"
     if not greedy:
         title += "\n(of training images, while it learns:\nof sampled ones)"

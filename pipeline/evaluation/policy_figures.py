@@ -6,6 +6,7 @@ Shapes: M images of H by W pixels, K blocks.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -61,8 +62,7 @@ class ShownPolicies:
         return self.predicted == self.labels
 
 
-@dataclass(frozen=True, kw_only=True)
-class FrequentPolicy:
+class FrequentPolicy(NamedTuple):
     """A policy that images of a class take.
 
     Attributes:
@@ -141,7 +141,7 @@ def means_by_quantile(
 def policy_overview(path: Path, shown: ShownPolicies) -> None:
     """Which blocks run, by class, and how many blocks correct and wrong predictions took."""
     rows = min(len(shown.classes), MAX_ROWS) + 1
-    figure = plt.figure(figsize=(WIDTH, 0.4 + max(3.2, 0.8 + 0.24 * rows)), layout="constrained")
+    figure = plt.figure(figsize=(WIDTH, 0.41 + max(3.2, 0.8 + 0.24 * rows)), layout="constrained")
     axes = figure.subplot_mosaic("hc;hw", width_ratios=(2, 1))
     _draw_keep_ratios(axes["h"], shown)
     _draw_blocks_by_correctness(axes["c"], axes["w"], shown)
