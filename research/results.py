@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import config
-from pipeline.config import Params
 from pipeline.device import choose_device, describe_machine
 from pipeline.infra.atomic_io import write_text
 from pipeline.infra.errors import UserError
@@ -141,6 +140,7 @@ class Network(NamedTuple):
 def row_of(root: Path, preset: str, *, note: str = "") -> Row:
     """The finished run in a working tree."""
     params = config.load(root / "params.yaml")
+    of_preset = presets.load(preset, root / "presets").flat()
     try:
         evaluate = read_json(root / "metrics/evaluate.json")
     except FileNotFoundError:
@@ -149,25 +149,24 @@ def row_of(root: Path, preset: str, *, note: str = "") -> Row:
     if not commit:
         raise UserError(f"{root} has no Git commit; commit what was run")
     correct = correctness_of(root)
+    times = {path.stem: read_json(path) for path in sorted((root / "metrics/times").glob("*.json"))}
+    measured = root / "metrics/benchmark.json"
+    benchmark = read_json(measured)["benchmark"] if measured.exists() else {}
     return Row(
         preset=preset,
-        changes=changes(params, presets.load(preset, root / "presets")),
+        changes={key: value for key, value in params.flat().items() if of_preset[key] != value},
         params=params.flat(),
         commit=commit,
         machine=describe_machine(choose_device()),
         test_images=len(correct["blockdrop"]),
         evaluate=evaluate,
         rivals=rivals_of(root, correct),
-        times=times_of(root),
-        benchmark=speedups_of(root),
+        times={
+            name: {key: time.get(key) for key in ("seconds", "device")} for name, time in times.items()
+        },
+        benchmark={name: ratio for name, ratio in benchmark.items() if name.startswith("speedup_")},
         note=note,
     )
-
-
-def changes(params: Params, preset: Params) -> dict[str, Any]:
-    """The values of params.yaml that differ from the preset's, by dotted key."""
-    preset_values = preset.flat()
-    return {key: value for key, value in params.flat().items() if preset_values[key] != value}
 
 
 def correctness_of(root: Path) -> dict[str, NDArray[np.bool_]]:
@@ -206,19 +205,6 @@ def rivals_of(root: Path, correct: Mapping[str, NDArray[np.bool_]]) -> list[Riva
     return rivals
 
 
-def times_of(root: Path) -> dict[str, dict[str, Any]]:
-    paths = sorted((root / "metrics/times").glob("*.json"))
-    keys = ("seconds", "device")
-    return {path.stem: {key: read_json(path).get(key) for key in keys} for path in paths}
-
-
-def speedups_of(root: Path) -> dict[str, float]:
-    """BlockDrop's speed-ups that the benchmark measured; empty where it did not run."""
-    path = root / "metrics/benchmark.json"
-    metrics = read_json(path)["benchmark"] if path.exists() else {}
-    return {name: value for name, value in metrics.items() if name.startswith("speedup_")}
-
-
 # --- table and figures, from rows
 
 
@@ -248,6 +234,8 @@ def run_table(rows: Mapping[str, Row]) -> str:
     cells = []
     for name, row in sorted(rows.items(), key=lambda item: item[1].evaluate["flops_mean"]):
         e = row.evaluate
+        # the fastest static network's time divided by BlockDrop's; - where it is not reliable
+        ratios = [row.benchmark.get(f"speedup_batch{size}_fp32") for size in SPEEDUP_BATCH_SIZES]
         cells.append(
             [
                 name,
@@ -259,7 +247,7 @@ def run_table(rows: Mapping[str, Row]) -> str:
                 f"{100 * e['flops_mean'] / e['full_flops']:.1f} %",
                 f"{e['unique_policies']:.0f} ({e['effective_policies']:.1f})",
                 f"{100 * e['shuffled_accuracy']:.2f} %",
-                ", ".join(speedup_of(row, batch_size) for batch_size in SPEEDUP_BATCH_SIZES),
+                ", ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
                 minutes_of(row),
                 row.commit,
             ]
@@ -303,12 +291,6 @@ def minutes_of(row: Row) -> str:
     """Minutes that each of the three trainings took; - for one that was imported."""
     seconds = [row.times.get(stage, {}).get("seconds") for stage in TRAININGS]
     return " + ".join("-" if s is None else f"{s / 60:.0f}" for s in seconds)
-
-
-def speedup_of(row: Row, batch_size: int) -> str:
-    """The fastest static network's time divided by BlockDrop's, fp32; - where it is not reliable."""
-    speedup = row.benchmark.get(f"speedup_batch{batch_size}_fp32")
-    return "-" if speedup is None else f"{speedup:.2f}"
 
 
 def published(source: str) -> list[str]:

@@ -103,7 +103,14 @@ class Benchmark:
         """
         self.say, self.tick = say, tick
         self.clock = TimeBudget(self.settings.seconds)
-        candidates = self._candidates()
+        extra = [
+            Candidate(name=name, kind="blockdrop", precision=execute.precision, run=execute)
+            for name, execute in self.extra.items()
+        ]
+        maker = CandidateMaker(
+            networks=self.networks, full=self.full, settings=self.settings, leave_out=self.leave_out
+        )
+        candidates = {candidate.label: candidate for candidate in [*extra, *maker.make_all()]}
         if not candidates:
             say("nothing to time: every precision or every candidate was left out")
             return self.tables
@@ -114,7 +121,13 @@ class Benchmark:
             self.leave_out("everything, since there is no reference to compare with", reason(error))
             return self.tables
         cells = self._warmed_up(candidates, batches)
-        self._say_if_too_little(cells)
+        least = self.clock.spent + sum(cell.least for cell in cells)
+        if least > self.settings.seconds:
+            say(
+                f"benchmark.seconds {self.settings.seconds:g} are too few: about {least:.0f} s are the "
+                f"least that {MIN_ROUNDS} rounds of the best full-ResNet form and the fastest executors "
+                "take"
+            )
         costs = [cell.predicted for cell in cells]
         for number, cell in enumerate(cells):
             cell.measure(self.clock.share(costs[number], sum(costs[number:])))
@@ -124,16 +137,6 @@ class Benchmark:
         if what not in self.left_out:
             self.left_out[what] = why
             self.say(f"without {what}: {why}")
-
-    def _candidates(self) -> dict[str, Candidate]:
-        candidates = [
-            Candidate(name=name, kind="blockdrop", precision=execute.precision, run=execute)
-            for name, execute in self.extra.items()
-        ]
-        maker = CandidateMaker(
-            networks=self.networks, full=self.full, settings=self.settings, leave_out=self.leave_out
-        )
-        return {candidate.label: candidate for candidate in [*candidates, *maker.make_all()]}
 
     def _warmed_up(self, candidates: Mapping[str, Candidate], batches: Sequence[int]) -> list["Cell"]:
         """All candidates at each batch size, called twice; at the larger ones without the too slow."""
@@ -149,15 +152,6 @@ class Benchmark:
             cell.warm_up()
             cells.append(cell)
         return cells
-
-    def _say_if_too_little(self, cells: Sequence["Cell"]) -> None:
-        least = self.clock.spent + sum(cell.least for cell in cells)
-        if least > self.settings.seconds:
-            self.say(
-                f"benchmark.seconds {self.settings.seconds:g} are too few: about {least:.0f} s are the "
-                f"least that {MIN_ROUNDS} rounds of the best full-ResNet form and the fastest executors "
-                "take"
-            )
 
 
 @dataclass(kw_only=True)

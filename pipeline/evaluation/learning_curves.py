@@ -1,4 +1,4 @@
-"""How training went, epoch by epoch."""
+"""How the policy was learnt, epoch by epoch."""
 
 import math
 from pathlib import Path
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from pipeline.plotting import BLUE, GREY, ORANGE, WIDTH, Rows, headline, save
+from pipeline.plotting import BLUE, GREY, ORANGE, WIDTH, Rows, save
 
 TINT = "#EEF4F9"  # behind the curriculum
 NOT_YET = "#C9CED3"  # blocks that the curriculum has not come to
@@ -32,7 +32,9 @@ def learning_curves(path: Path, *, curriculum: Rows, finetune: Rows, num_blocks:
     figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 5.0), layout="constrained")
     shifted = [{**row, "epoch": row["epoch"] + len(curriculum)} for row in finetune]
     stages = [rows for rows in (curriculum, shifted) if rows]
-    look = _look(len(curriculum) + len(finetune))
+    epochs = len(curriculum) + len(finetune)
+    # points where epochs are few, since one alone has no line; thin lines where they are many
+    look = {"marker": "." if epochs <= 30 else None, "linewidth": 1.4 if epochs <= 300 else 0.6}
     # self_critical runs the greedy policy in training too, the other estimators sampled actions alone
     greedy = all("train_greedy_reward" in row for rows in stages for row in rows[:1])
     of_training_reward = "train_greedy_reward" if greedy else "train_reward"
@@ -57,8 +59,7 @@ def learning_curves(path: Path, *, curriculum: Rows, finetune: Rows, num_blocks:
     most = max(row["validation_effective_policies"] for rows in stages for row in rows)
     diversity.set_ylim(0.9, 1.3 * max(most, 4))
     _log(diversity)
-    first, last = len(curriculum) + 1, len(curriculum) + len(finetune)
-    title = f"joint finetuning: epochs {first} to {last}\n\n" if finetune else ""
+    title = f"joint finetuning: epochs {len(curriculum) + 1} to {epochs}\n\n" if finetune else ""
     title += "accuracy, reward and blocks:\nof the most likely policy"
     if not greedy:
         title += "\n(of training images, while it learns:\nof sampled ones)"
@@ -74,47 +75,16 @@ def learning_curves(path: Path, *, curriculum: Rows, finetune: Rows, num_blocks:
     save(figure, path)
 
 
-def training_curve(path: Path, *, rows: Rows, title: str) -> None:
-    """Accuracy and loss of a ResNet with every block, on training and validation images.
-
-    Args:
-        rows: of plots/pretrain.csv, one an epoch.
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.0), layout="constrained")
-    look = _look(len(rows))
-    for ax, name, scale in ((left, "accuracy", 100), (right, "loss", 1)):
-        _curve(ax, rows, f"train_{name}", scale, color=BLUE, label="training images", **look)
-        _curve(ax, rows, f"validation_{name}", scale, color=ORANGE, label="validation images", **look)
-        _epochs(ax, len(rows))
-        ax.set(xlabel="epoch")
-    left.set(ylabel="accuracy (%)")
-    right.set(ylabel="cross-entropy (nats)")
-    if min(row[f"{split}_loss"] for row in rows for split in ("train", "validation")) > 0:
-        _log(right)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    headline(figure, title)
-    save(figure, path)
-
-
-def _look(epochs: int) -> dict[str, Any]:
-    """Points where epochs are few, since one alone has no line; thin lines where they are many."""
-    return {"marker": "." if epochs <= 30 else None, "linewidth": 1.4 if epochs <= 300 else 0.6}
-
-
 def _curve(ax: Axes, rows: Rows, key: str | None, scale: float, **look: Any) -> None:
     if key is not None:
         ax.plot([row["epoch"] for row in rows], [scale * row[key] for row in rows], **look)
 
 
-def _epochs(ax: Axes, count: int) -> None:
-    ax.set_xlim(0.5, count + 0.5)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-    ax.grid()
-
-
 def _mark_stages(ax: Axes, curriculum: int, finetune: int) -> None:
     """Show which epochs are of which stage."""
-    _epochs(ax, curriculum + finetune)
+    ax.set_xlim(0.5, curriculum + finetune + 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    ax.grid()
     if curriculum:
         said = f"curriculum: epochs 1 to {curriculum}"
         ax.axvspan(0.5, curriculum + 0.5, color=TINT, linewidth=0, zorder=0, label=said)

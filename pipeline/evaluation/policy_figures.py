@@ -234,8 +234,10 @@ def policies_by_class(path: Path, shown: ShownPolicies, *, policies: int = 3) ->
             blocks = _counted(int(policy.policy.sum()), "block")
             title = f"{rank_name}{100 * policy.share:.0f} %, {blocks}"
             strip.set_title(title, loc="left", size=8, pad=2)
-            _draw_row(ax, [shown.images[row] for row in spread(policy.images, PICTURES // policies)])
+            for number, row in enumerate(spread(policy.images, PICTURES // policies)):
+                ax.imshow(shown.images[row], extent=(1.1 * number, 1.1 * number + 1, 0, 1))
             ax.set_xlim(0, 1.1 * (PICTURES // policies))
+            ax.set_anchor("NW")
     note = "gaps: stages; %: share of the class's images"
     if len(names) < len(shown.classes):
         note += f"; the first {len(names)} of {len(shown.classes)} classes"
@@ -252,12 +254,6 @@ def _draw_strip(ax: Axes, policy: FrequentPolicy, stages: Sequence[int]) -> None
         cells[None], cmap=ListedColormap([PALE, BLUE]), vmin=0, vmax=1,
         edgecolors="white", linewidth=0.4 if len(policy.policy) <= 30 else 0.2,
     )  # fmt: skip
-
-
-def _draw_row(ax: Axes, images: Sequence[NDArray[np.uint8]]) -> None:
-    for number, image in enumerate(images):
-        ax.imshow(image, extent=(1.1 * number, 1.1 * number + 1, 0, 1))
-    ax.set_anchor("NW")
 
 
 # ------------------------------------------------------------------------ easy and hard images

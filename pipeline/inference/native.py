@@ -86,9 +86,15 @@ def library(precision: str = "fp32") -> ctypes.CDLL:
         try:
             if not built.exists():
                 _build(compiler, source, built)
-            return _declared(ctypes.CDLL(str(built)))
+            loaded = ctypes.CDLL(str(built))
         except OSError as error:  # a folder that can't be written, or from which nothing may be loaded
             problem = f"{folder} can't hold the compiled {source.name}: {error}"
+            continue
+        loaded.make_space.restype = ctypes.c_void_p
+        loaded.make_space.argtypes = [ctypes.POINTER(_Job)]
+        loaded.free_space.argtypes = [ctypes.c_void_p]
+        loaded.run.argtypes = [ctypes.POINTER(_Job), ctypes.POINTER(ctypes.c_void_p), ctypes.c_int32]
+        return loaded
     raise UnavailableError(problem)
 
 
@@ -111,15 +117,6 @@ def _folders() -> Iterator[Path]:
 @cache
 def _process_folder() -> "tempfile.TemporaryDirectory[str]":
     return tempfile.TemporaryDirectory(prefix="blockdrop-")  # removed when Python exits
-
-
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The library with its functions' types declared."""
-    library.make_space.restype = ctypes.c_void_p
-    library.make_space.argtypes = [ctypes.POINTER(_Job)]
-    library.free_space.argtypes = [ctypes.c_void_p]
-    library.run.argtypes = [ctypes.POINTER(_Job), ctypes.POINTER(ctypes.c_void_p), ctypes.c_int32]
-    return library
 
 
 def _cpu_flags() -> str:

@@ -179,9 +179,11 @@ def _images_of(folder: Path, classes: Sequence[str]) -> tuple[Labelled, list[Pat
     for label, name in enumerate(classes):
         class_images, others = _walk(folder / name)
         if not class_images:
+            names = [path.relative_to(folder).as_posix() for path in others]
+            but = f"; {account(names)}; save them in another format" if names else ""
             raise DataError(
                 f"{folder / name} holds no image; add some or remove the folder (images end in "
-                f"{', '.join(sorted(IMAGE_SUFFIXES))}{_but(others, folder)})"
+                f"{', '.join(sorted(IMAGE_SUFFIXES))}{but})"
             )
         below = (path.relative_to(folder / name).parts for path in class_images)
         folders_in.append({parts[0] if len(parts) > 1 else "" for parts in below})
@@ -189,11 +191,6 @@ def _images_of(folder: Path, classes: Sequence[str]) -> tuple[Labelled, list[Pat
         passed_over += others
     _refuse_same_folders(folder, classes, set.intersection(*folders_in) - {""}, folders_in)
     return images, passed_over
-
-
-def _but(others: Sequence[Path], folder: Path) -> str:
-    names = [path.relative_to(folder).as_posix() for path in others]
-    return f"; {account(names)}; save them in another format" if names else ""
 
 
 def _refuse_same_folders(

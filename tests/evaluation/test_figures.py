@@ -72,22 +72,6 @@ def test_learning_curves_put_both_stages_on_one_axis(tmp_path, drawn):
     np.testing.assert_array_equal(inactive.get_data().edges, [0.5, 1.5, 2.5, 3.5, 4.5])
 
 
-@pytest.mark.parametrize("epochs", [1, 400])
-def test_training_curve(tmp_path, drawn, epochs):
-    path = tmp_path / "curve.png"
-    learning_curves.training_curve(path, rows=rows_of(epochs, 15), title=TITLE)
-    drawn.check(path)
-    accuracy, loss = drawn.figure.axes
-    assert accuracy.lines[0].get_ydata()[-1] == 100
-    assert (loss.get_yscale(), len(loss.lines)) == ("log", 2)
-
-
-def test_training_curve_of_zero_loss_has_a_linear_scale(tmp_path, drawn):
-    rows = [{**row, "train_loss": 0.0} for row in rows_of(3, 6)]
-    learning_curves.training_curve(tmp_path / "curve.png", rows=rows, title="")
-    assert drawn.figure.axes[1].get_yscale() == "linear"
-
-
 # ------------------------------------------------------------------------------- what is to be shown
 
 
@@ -283,17 +267,15 @@ def test_easy_and_hard_without_extremes_claims_none(tmp_path, drawn):
 # ---------------------------------------------------------------------------- all of them, and style
 
 
-@pytest.mark.parametrize("name", [*FIGURES, "learning curves", "training curve"])
+@pytest.mark.parametrize("name", [*FIGURES, "learning curves"])
 def test_figure_is_the_same_bytes_again_and_closed(tmp_path, name):
     for path in (tmp_path / "a.png", tmp_path / "b.png"):
         if name in FIGURES:
             FIGURES[name](path, CASES["all correct"])
-        elif name == "learning curves":
+        else:
             learning_curves.learning_curves(
                 path, curriculum=rows_of(3, 6), finetune=rows_of(2, 6, active=6), num_blocks=6
             )
-        else:
-            learning_curves.training_curve(path, rows=rows_of(3, 6), title=TITLE)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert plt.get_fignums() == []
     with Image.open(tmp_path / "a.png") as image:
