@@ -73,15 +73,11 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Key:
-    """Trainings with equal keys are one and the same.
-
-    Attributes:
-        recipe: digest of all that the result depends on but seed, code and libraries.
-    """
+    """Trainings with equal keys are one and the same."""
 
     variant: str
     seed: int
-    recipe: str
+    recipe: str  # digest of all that the result depends on but seed, code and libraries
 
 
 KEY = list(Key.__dataclass_fields__)
@@ -89,32 +85,22 @@ KEY = list(Key.__dataclass_fields__)
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where a row comes from.
-
-    Attributes:
-        set: the changes to the preset that all variants share.
-    """
+    """Where a row comes from."""
 
     preset: str
-    set: str
+    set: str  # the changes to the preset that all variants share
     commit: str
     torch: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """The greedy policy on a split.
-
-    Attributes:
-        flops: of an image, as a fraction of the full ResNet's.
-        reward: Eq. 3, the mean over images.
-        another_images_policy: accuracy when each image takes another image's policy.
-    """
+    """The greedy policy on a split."""
 
     validation_accuracy: float
-    flops: float
-    reward: float
-    another_images_policy: float
+    flops: float  # of an image, as a fraction of the full ResNet's
+    reward: float  # Eq. 3, the mean over images
+    another_images_policy: float  # accuracy when each image takes another image's policy
     blocks_mean: float
     blocks_std: float
     unique_policies: float
@@ -123,14 +109,10 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all trainings of an ablation share.
-
-    Attributes:
-        preset: with the changes for all variants; its gamma and cost of blocks score every variant.
-    """
+    """What all trainings of an ablation share."""
 
     stage: str
-    preset: Params
+    preset: Params  # with the changes for all variants; its gamma and cost of blocks score every variant
     provenance: Provenance
     resnet: Path
     policy_net: Path

@@ -50,47 +50,34 @@ divided by BlockDrop's, fp32, on the machine named below; - where it was not mea
 
 @dataclass(frozen=True, kw_only=True)
 class Rival:
-    """A static network beside BlockDrop.
-
-    Attributes:
-        kind: full, sole, or the static rule that it was finetuned under.
-        blocks: that run.
-        blockdrop_minus_it: difference in accuracy, with the ends of its 95 % interval.
-        right_alone: images that BlockDrop alone classifies correctly, and that the rival alone does;
-            None in older rows, whose interval is a paired bootstrap.
-    """
+    """A static network beside BlockDrop."""
 
     name: str
-    kind: str
+    kind: str  # full, sole, or the static rule that it was finetuned under
     depth: int
-    blocks: int
+    blocks: int  # that run
     accuracy: float
     flops: float
-    blockdrop_minus_it: Sequence[float]
+    blockdrop_minus_it: Sequence[float]  # difference in accuracy, with the ends of its 95 % interval
+    # images that BlockDrop alone classifies correctly, and that the rival alone does; None in older
+    # rows, whose interval is a paired bootstrap
     right_alone: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A finished run, as a file of results/rows/ holds it.
-
-    Attributes:
-        changes: values of params.yaml that differ from the preset's, by dotted key.
-        params: all values of params.yaml, by dotted key.
-        evaluate: metrics/evaluate.json.
-        times: seconds and device of each training.
-        benchmark: speed-ups, empty where the benchmark did not run.
-    """
+    """A finished run, as a file of results/rows/ holds it."""
 
     preset: str
-    changes: Mapping[str, Any]
-    params: Mapping[str, Any]
+    changes: Mapping[str, Any]  # values of params.yaml that differ from the preset's, by dotted key
+    params: Mapping[str, Any]  # all values of params.yaml, by dotted key
     commit: str
     machine: Mapping[str, Any]
     test_images: int
-    evaluate: Mapping[str, float]
+    evaluate: Mapping[str, float]  # metrics/evaluate.json
     rivals: Sequence[Rival]
-    times: Mapping[str, Mapping[str, Any]]
+    times: Mapping[str, Mapping[str, Any]]  # seconds and device of each training
+    # speed-ups, empty where the benchmark did not run
     benchmark: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
 
@@ -114,15 +101,11 @@ class Row:
 
 
 class Network(NamedTuple):
-    """What the rows of one table and figure have in common.
-
-    Attributes:
-        start: the file of the weights that training started from; empty: from random weights.
-    """
+    """What the rows of one table and figure have in common."""
 
     source: str
     depth: int
-    start: str
+    start: str  # the file of the weights that training started from; empty: from random weights
 
     @property
     def title(self) -> str:

@@ -55,21 +55,15 @@ Epoch = Callable[[], None]  # trains one epoch
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Which loops are measured.
-
-    Attributes:
-        keep_ratio: fraction of the blocks that the policies keep.
-        images: of an epoch.
-        workers: numbers of DataLoader processes, each of which is a plain loop of its own.
-    """
+    """Which loops are measured."""
 
     stages: Sequence[str]
     depth: int
-    keep_ratio: float
-    images: int
+    keep_ratio: float  # fraction of the blocks that the policies keep
+    images: int  # of an epoch
     batch_size: int
     rounds: int
-    workers: Sequence[int]
+    workers: Sequence[int]  # numbers of DataLoader processes, each of which is a plain loop of its own
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,27 +30,19 @@ LeaveOut = Callable[[str, str], None]  # takes what is left out, and why
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured.
-
-    Attributes:
-        executors: names of pipeline.inference.auto.EXECUTORS; those that can't run here are left out.
-        keep_ratios: of synthetic policies.
-        distinct_policies: how many distinct ones the variant `few` has.
-        sole_depths: depths of full ResNets that are timed beside (with random weights: time only).
-        rounds: the most; fewer, but at least MIN_ROUNDS, when the time is up.
-        seconds: for everything but torch.compile's compiling.
-        with_compile: torch.compile among the full-ResNet forms; it takes minutes.
-    """
+    """What is measured."""
 
     batch_sizes: Sequence[int]
     precisions: Sequence[str]
+    # names of pipeline.inference.auto.EXECUTORS; those that can't run here are left out
     executors: Sequence[str]
-    keep_ratios: Sequence[float]
-    distinct_policies: int
+    keep_ratios: Sequence[float]  # of synthetic policies
+    distinct_policies: int  # how many distinct ones the variant `few` has
+    # depths of full ResNets that are timed beside (with random weights: time only)
     sole_depths: Sequence[int]
-    rounds: int
-    seconds: float
-    with_compile: bool
+    rounds: int  # the most; fewer, but at least MIN_ROUNDS, when the time is up
+    seconds: float  # for everything but torch.compile's compiling
+    with_compile: bool  # torch.compile among the full-ResNet forms; it takes minutes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +81,10 @@ def fastest_first(
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateMaker:
-    """Makes every candidate that can run here, and leaves out the others by name and reason.
+    """Makes every candidate that can run here, and leaves out the others by name and reason."""
 
-    Attributes:
-        networks: BlockDrop's ResNet and policy network.
-        full: the ResNet that is best with every block.
-    """
-
-    networks: Networks
-    full: Networks
+    networks: Networks  # BlockDrop's ResNet and policy network
+    full: Networks  # the ResNet that is best with every block
     settings: Settings
     leave_out: LeaveOut
 

@@ -24,15 +24,10 @@ def repeats_of(batch: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds:
-    """The images of every round, in one batch or, if it is small, in several: images differ in cost.
+    """The images of every round, in one batch or, if it is small, in several: images differ in cost."""
 
-    Attributes:
-        batches: [rounds][repeats], each [B, H, W, 3] uint8.
-        rows: [rounds, repeats, B], which test images they are.
-    """
-
-    batches: list[list[Tensor]]
-    rows: Tensor
+    batches: list[list[Tensor]]  # [rounds][repeats], each [B, H, W, 3] uint8
+    rows: Tensor  # [rounds, repeats, B], which test images they are
 
     @classmethod
     def of(cls, images: Tensor, *, batch: int, count: int) -> "Rounds":

@@ -156,22 +156,18 @@ class Benchmark:
 
 @dataclass(kw_only=True)
 class Cell:
-    """All candidates at one batch size.
-
-    Attributes:
-        before: the cell of the batch size before, from which the cost of the first calls is predicted.
-        seconds: of a call, by label of a candidate.
-        agreements: with the reference, by label of an executor.
-        after_seconds: of the sweep and the parts, by the label of an executor that may win.
-    """
+    """All candidates at one batch size."""
 
     benchmark: Benchmark
     candidates: Mapping[str, Candidate]
     batch: int
+    # the cell of the batch size before, from which the cost of the first calls is predicted
     before: "Cell | None"
     rounds: Rounds
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # of a call, by label of a candidate
+    # with the reference, by label of an executor
     agreements: dict[str, Agreement] = field(default_factory=dict)
+    # of the sweep and the parts, by the label of an executor that may win
     after_seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

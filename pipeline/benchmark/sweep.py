@@ -39,15 +39,11 @@ def synthetic_policies(settings: Settings, num_blocks: int, batch: int) -> list[
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The winner of one precision at one batch size, beside the fastest full-ResNet form.
-
-    Attributes:
-        policy: the policy network alone.
-    """
+    """The winner of one precision at one batch size, beside the fastest full-ResNet form."""
 
     winner: Candidate
     full: Candidate
-    policy: Run
+    policy: Run  # the policy network alone
     networks: Networks
     settings: Settings
     batch: int

@@ -67,16 +67,12 @@ def reason(error: Exception) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Stopwatch:
-    """Measures candidates and leaves out those that can't be measured.
-
-    Attributes:
-        leave_out: gets the name of a candidate that fails or is dropped, and why.
-        tick: called whenever some time has passed.
-    """
+    """Measures candidates and leaves out those that can't be measured."""
 
     device: torch.device
+    # gets the name of a candidate that fails or is dropped, and why
     leave_out: Callable[[str, str], None]
-    tick: Callable[[], None] = lambda: None
+    tick: Callable[[], None] = lambda: None  # called whenever some time has passed
 
     def warm_up(self, calls: Mapping[str, Call]) -> dict[str, float]:
         """Seconds of a call of each, after one that compiles and allocates; without who fails."""

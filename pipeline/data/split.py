@@ -68,15 +68,10 @@ class ImageSplit(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One split of a data set, on one device.
+    """One split of a data set, on one device."""
 
-    Attributes:
-        images: [M, H, W, 3] uint8.
-        labels: [M] int64.
-    """
-
-    images: Tensor
-    labels: Tensor
+    images: Tensor  # [M, H, W, 3] uint8
+    labels: Tensor  # [M] int64
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -42,17 +42,11 @@ NO_AUGMENTATION = -1  # in place of a seed
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """The images of a split, M of them.
+    """The images of a split, M of them."""
 
-    Attributes:
-        paths: below the folder of all images, with `/`.
-        labels: [M].
-        sizes: [M], bytes of each file.
-    """
-
-    paths: Sequence[str]
-    labels: NDArray[np.int64]
-    sizes: NDArray[np.int64]
+    paths: Sequence[str]  # below the folder of all images, with `/`
+    labels: NDArray[np.int64]  # [M]
+    sizes: NDArray[np.int64]  # [M], bytes of each file
 
 
 def save(

@@ -32,24 +32,15 @@ COLUMNS, COLUMN = 7, 0.69  # of large pictures; inches of a caption
 
 @dataclass(frozen=True, kw_only=True)
 class ShownPolicies:
-    """What a policy does with the test images.
+    """What a policy does with the test images."""
 
-    Attributes:
-        images: [M, H, W, 3].
-        labels: [M], the true classes.
-        predicted: [M], under the policy.
-        actions: [M, K] bool.
-        losses: [M], the full network's: how difficult an image is.
-        stages: blocks in each stage.
-    """
-
-    images: ImageArray
-    labels: NDArray[np.int64]
-    predicted: NDArray[np.int64]
-    actions: NDArray[np.bool_]
-    losses: NDArray[np.floating]
+    images: ImageArray  # [M, H, W, 3]
+    labels: NDArray[np.int64]  # [M], the true classes
+    predicted: NDArray[np.int64]  # [M], under the policy
+    actions: NDArray[np.bool_]  # [M, K] bool
+    losses: NDArray[np.floating]  # [M], the full network's: how difficult an image is
     classes: Sequence[str]
-    stages: Sequence[int]
+    stages: Sequence[int]  # blocks in each stage
     title: str
 
     @property
@@ -63,17 +54,11 @@ class ShownPolicies:
 
 
 class FrequentPolicy(NamedTuple):
-    """A policy that images of a class take.
+    """A policy that images of a class take."""
 
-    Attributes:
-        policy: [K] bool.
-        share: of the class's images, in (0, 1].
-        images: rows of the images that take it, in their order.
-    """
-
-    policy: NDArray[np.bool_]
-    share: float
-    images: NDArray[np.int64]
+    policy: NDArray[np.bool_]  # [K] bool
+    share: float  # of the class's images, in (0, 1]
+    images: NDArray[np.int64]  # rows of the images that take it, in their order
 
 
 def frequent_policies(

@@ -49,15 +49,10 @@ class Networks:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """The result for a batch, on the device of the images.
+    """The result for a batch, on the device of the images."""
 
-    Attributes:
-        logits: [B, N] float32; [V, B, N] under V policies.
-        actions: [B, K] bool, the blocks that ran; [V, B, K] under V policies.
-    """
-
-    logits: Tensor
-    actions: Tensor
+    logits: Tensor  # [B, N] float32; [V, B, N] under V policies
+    actions: Tensor  # [B, K] bool, the blocks that ran; [V, B, K] under V policies
 
 
 class Executor(ABC):

@@ -23,17 +23,11 @@ EVALUATION_PIXELS = 500 * 96**2  # of all images of a batch: larger images come 
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """The result for each image, on the CPU.
+    """The result for each image, on the CPU."""
 
-    Attributes:
-        classes: [M] int64, the predicted class.
-        losses: [M] float32, cross-entropy in nats.
-        correct: [M] bool.
-    """
-
-    classes: Tensor
-    losses: Tensor
-    correct: Tensor
+    classes: Tensor  # [M] int64, the predicted class
+    losses: Tensor  # [M] float32, cross-entropy in nats
+    correct: Tensor  # [M] bool
 
     @property
     def accuracy(self) -> float:

@@ -59,23 +59,17 @@ class TrainingTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What the stages wrote.
+    """What the stages wrote."""
 
-    Attributes:
-        params: every parameter, flat.
-        correctness: whether each network is correct on each test image; BlockDrop's name is
-            `blockdrop`, the full network's `full`, then `sole-20`, `first-7`, ...
-        times: of every training, by stage.
-        machine: this machine, to be told apart from the one that the benchmark ran on.
-    """
-
-    params: Mapping[str, Any]
+    params: Mapping[str, Any]  # every parameter, flat
     evaluated: Evaluation
     baselines: Baselines
+    # whether each network is correct on each test image; BlockDrop's name is `blockdrop`, the full
+    # network's `full`, then `sole-20`, `first-7` and so on
     correctness: Correctness
-    times: Mapping[str, TrainingTimes]
+    times: Mapping[str, TrainingTimes]  # of every training, by stage
     benchmark: BenchmarkResult
-    machine: Mapping[str, Any]
+    machine: Mapping[str, Any]  # this machine, to be told apart from the one that the benchmark ran on
 
 
 class Baseline(NamedTuple):

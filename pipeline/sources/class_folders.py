@@ -25,19 +25,13 @@ Labelled = list[tuple[Path, int]]  # images, each with the index of its class
 
 @dataclass(frozen=True, kw_only=True)
 class Tree:
-    """The images of a folder by splits and classes.
+    """The images of a folder by splits and classes."""
 
-    Attributes:
-        folder: the root of all paths.
-        classes: their names, sorted.
-        splits: the images of each split that has a folder; without such folders all are in train.
-        passed_over: skipped files and links to folders, as paths below `folder`.
-    """
-
-    folder: Path
-    classes: tuple[str, ...]
+    folder: Path  # the root of all paths
+    classes: tuple[str, ...]  # their names, sorted
+    # the images of each split that has a folder; without such folders all are in train
     splits: dict[SplitName, Labelled]
-    passed_over: tuple[str, ...]
+    passed_over: tuple[str, ...]  # skipped files and links to folders, as paths below `folder`
 
     def missing(self, shares: dict[SplitName, float]) -> dict[SplitName, float]:
         """The shares of the splits that have no folder, which are to be drawn from train.
