@@ -17,9 +17,9 @@ import itertools
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -71,8 +71,7 @@ COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """Trainings with equal keys are one and the same."""
 
     variant: str
@@ -80,7 +79,7 @@ class Key:
     recipe: str  # digest of all that the result depends on but seed, code and libraries
 
 
-KEY = list(Key.__dataclass_fields__)
+KEY = list(Key._fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +253,7 @@ def row_of(setting: Setting, variant: str, params: Params) -> dict[str, Any]:
     seconds = time.monotonic() - started
     gamma = preset.curriculum.gamma if setting.stage == "curriculum" else preset.gamma
     return {
-        **asdict(key_of_row(setting, variant, params)),
+        **key_of_row(setting, variant, params)._asdict(),
         "images": len(setting.train),
         "epochs": getattr(params, setting.stage).epochs,
         **asdict(scores_of(learner, setting.validation, preset, gamma=gamma)),
@@ -300,7 +299,7 @@ def run(
     keys = set()
     for seed, (variant, preset) in itertools.product(seeds, variants.items()):
         params = preset.model_copy(update={"seed": seed})
-        key = astuple(key_of_row(setting, variant, params))
+        key = key_of_row(setting, variant, params)
         keys.add(key)
         if key not in keys_of(rows_of(out)):
             row = row_of(setting, variant, params)

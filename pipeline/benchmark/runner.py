@@ -1,11 +1,7 @@
-"""How long inference takes, measured so that nothing favours BlockDrop.
+"""How long inference takes, measured so that nothing favours BlockDrop (docs/inference-speed.md).
 
-All candidates get the same test images. They take turns round by round, in rotating order, each after
-an unmeasured call of the same candidate; medians; intervals by a bootstrap over the rounds. The policy
-network and the normalisation are inside of every BlockDrop time. The baseline is the fastest of all
-forms of the full ResNet in any of the precisions, those of our own executors included. No speed-up is
-claimed where the interval includes 1 and is wide, or where an executor does not give what the reference
-gives.
+All candidates take turns round by round, in rotating order, each after an unmeasured call of the same
+candidate; medians; intervals by a bootstrap over the rounds.
 
 Who fails is left out by name and reason, and so is a precision that the device would only emulate.
 `seconds` is kept: from the warm-up calls it is predicted what the rounds cost, and the slowest are

@@ -121,22 +121,15 @@ class Stopwatch:
                 self.leave_out(name, TOO_SLOW)
                 del times[name]
             first = number % len(names) if names else 0
-            for name in names[first:] + names[:first]:
-                if name in times and not self._measure(calls[name], number, name, times[name]):
+            for name in (name for name in names[first:] + names[:first] if name in times):
+                try:
+                    calls[name](number)
+                    times[name].append(seconds_of(partial(calls[name], number), self.device))
+                except Exception as error:
+                    self.leave_out(name, reason(error))
                     del times[name]
+                self.tick()
         return {name: np.array(measured) / repeats for name, measured in times.items()}
-
-    def _measure(self, call: Call, number: int, name: str, times: list[float]) -> bool:
-        """Add the seconds of a call, or leave the candidate out; whether that worked."""
-        try:
-            call(number)
-            times.append(seconds_of(partial(call, number), self.device))
-        except Exception as error:
-            self.leave_out(name, reason(error))
-            return False
-        finally:
-            self.tick()
-        return True
 
 
 def random_policies(

@@ -17,7 +17,7 @@ from pipeline.architectures import num_blocks
 from pipeline.report.html import as_markdown, fence_of
 from pipeline.report.paired import Difference, paired_difference
 from pipeline.report.tables import markdown_table
-from pipeline.results import Answer, Baselines, BenchmarkResult, Evaluation, Speedup, Winner
+from pipeline.results import Answer, Baselines, BenchmarkResult, Evaluation, Speedup
 
 Correctness = Mapping[str, NDArray[np.bool_]]  # [M] of each network
 MACHINE = ("device", "processor", "threads")  # what makes times comparable
@@ -274,27 +274,19 @@ def _timing_table(answers: Sequence[Answer]) -> str:
         "batch", "precision", "executor", "ms", "images per second", "times as fast",
         "share of what FLOPs promise, in that precision", "best full-ResNet form", "ms",
     )  # fmt: skip
-    rows = [_timing_row(answer, answer.winner) for answer in answers if answer.winner]
+    rows = []
+    for answer, winner in ((answer, answer.winner) for answer in answers if answer.winner):
+        speedup, ideal = winner.speedup, f"{winner.ideal:.2f}"
+        interval = f"{speedup.low:.2f} to {speedup.high:.2f}"
+        claimed = {"number": f"{speedup.ratio:.2f} ({interval})", "": "too noisy"}
+        if speedup.reliable and winner.share_of_ideal is not None:
+            ideal = f"{100 * winner.share_of_ideal:.0f} % of {ideal}"
+        rows.append((
+            str(answer.batch), answer.precision, winner.executor, f"{winner.milliseconds:.2f}",
+            f"{1000 * answer.batch / winner.milliseconds:,.0f}", claimed.get(speedup.claim, interval),
+            ideal, f"{answer.full_form}, {answer.full_precision}", f"{winner.full_milliseconds:.2f}",
+        ))  # fmt: skip
     return markdown_table(header, rows) if rows else ""
-
-
-def _timing_row(answer: Answer, winner: Winner) -> tuple[str, ...]:
-    speedup, ideal = winner.speedup, f"{winner.ideal:.2f}"
-    interval = f"{speedup.low:.2f} to {speedup.high:.2f}"
-    claimed = {"number": f"{speedup.ratio:.2f} ({interval})", "": "too noisy"}
-    if speedup.reliable and winner.share_of_ideal is not None:
-        ideal = f"{100 * winner.share_of_ideal:.0f} % of {ideal}"
-    return (
-        str(answer.batch),
-        answer.precision,
-        winner.executor,
-        f"{winner.milliseconds:.2f}",
-        f"{1000 * answer.batch / winner.milliseconds:,.0f}",
-        claimed.get(speedup.claim, interval),
-        ideal,
-        f"{answer.full_form}, {answer.full_precision}",
-        f"{winner.full_milliseconds:.2f}",
-    )
 
 
 # ----------------------------------------------------------------------------------- training
