@@ -143,11 +143,7 @@ class CandidateMaker:
 
 
 def policy_network_alone(networks: Networks, precision: str, *, image_size: int, most: int) -> Run:
-    """The policy network with its normalisation, by the device's best executor.
-
-    Args:
-        most: images in the largest batch.
-    """
+    """The policy network with its normalisation, by the best executor here, on up to `most` images."""
     policy_net, normalisation = networks.policy_net, networks.normalisation
     assert policy_net is not None
     alone = Networks(resnet=policy_net.features, policy_net=None, normalisation=normalisation)

@@ -59,10 +59,6 @@ class Benchmark:
         images: [M, H, W, 3] uint8 test images on the networks' device.
         cost: FLOPs of the networks.
         extra: executors by name beside those of the settings (tests put theirs here).
-
-    Attributes:
-        left_out: what was not measured, and why.
-        tables: what was, so far.
     """
 
     def __init__(
@@ -82,8 +78,8 @@ class Benchmark:
         self.settings = settings
         self.extra = dict(extra or {})
         self.device = networks.device
-        self.left_out: dict[str, str] = {}
-        self.tables = Tables()
+        self.left_out: dict[str, str] = {}  # what was not measured, and why
+        self.tables = Tables()  # what was, so far
         self.say: Callable[[str], None] = print
         self.tick: Callable[[float], None] = lambda _: None
 

@@ -52,11 +52,7 @@ class Sweep:
     clock: TimeBudget
 
     def points(self, seconds: float) -> list[SweepPoint]:
-        """Times under synthetic policies of each keep ratio.
-
-        Raises:
-            RuntimeError: a call failed.
-        """
+        """Times under synthetic policies of each keep ratio."""
         draw = generator("benchmark", self.batch)
         num_blocks = self.networks.num_blocks
         calls = {FULL: self.rounds.on(self.full.run)}
@@ -84,11 +80,7 @@ class Sweep:
         ]
 
     def parts(self) -> Parts:
-        """What every BlockDrop time includes, each measured alone.
-
-        Raises:
-            RuntimeError: a call failed.
-        """
+        """What every BlockDrop time includes, each measured alone."""
         actions = self.winner.run(self.rounds.batches[0][0]).actions  # [B, K]
         calls: dict[str, Call] = {
             "normalisation": self.rounds.on(self.networks.normalisation),
@@ -104,7 +96,7 @@ class Sweep:
         )
 
     def _time_all(self, calls: Mapping[str, Call], rounds: int, seconds: float) -> dict[str, Times]:
-        """Seconds of each call of each round; none may be left out."""
+        """Seconds of each call of each round; a RuntimeError where one fails."""
         failures: list[str] = []
         watch = replace(self.stopwatch, leave_out=lambda name, why: failures.append(f"{name}: {why}"))
         started = self.clock.spent

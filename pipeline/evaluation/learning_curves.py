@@ -18,10 +18,7 @@ NOT_YET = "#C9CED3"  # blocks that the curriculum has not come to
 def learning_curves(path: Path, *, curriculum: Rows, finetune: Rows, num_blocks: int) -> None:
     """How the policy was learnt: accuracy, reward, blocks, entropy and diversity, over both stages.
 
-    Args:
-        curriculum: rows of its table, one an epoch; none where the stage was imported.
-        finetune: likewise; its epochs are drawn after the curriculum's.
-        num_blocks: K.
+    A stage's rows are those of its table, one an epoch; none where it was imported.
     """
     if not curriculum and not finetune:
         figure = plt.figure(figsize=(WIDTH, 1.2))

@@ -66,11 +66,8 @@ def frequent_policies(
 ) -> list[FrequentPolicy]:
     """The most frequent policies of a class's images, at most `count`; none of a class without images.
 
-    Of equally frequent ones the first is the one that drops the earlier block.
-
-    Args:
-        actions: [M, K].
-        labels: [M].
+    Of equally frequent ones the first is the one that drops the earlier block. By actions [M, K] and
+    labels [M].
     """
     of_class = np.flatnonzero(labels == label)
     if not len(of_class):
@@ -97,13 +94,10 @@ def spread(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 
 
 def extremes(blocks: NDArray[np.int64], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The images with the fewest blocks, fewest first, and those with the most, most first.
+    """The images with the fewest blocks [M], fewest first, and those with the most, most first.
 
     At most `count` each, no image in both; equals in their order, so that neither difficulty nor
     anything else picks what the figure then seems to show.
-
-    Args:
-        blocks: [M], how many blocks each image takes.
     """
     half = min(count, len(blocks) // 2)
     order = np.argsort(blocks, kind="stable")
@@ -191,11 +185,7 @@ def _draw_blocks_by_correctness(correct_ax: Axes, wrong_ax: Axes, shown: ShownPo
 
 
 def policies_by_class(path: Path, shown: ShownPolicies, *, policies: int = 3) -> None:
-    """The most frequent policies of each class, and images that take them (the paper's Figure 4).
-
-    Args:
-        policies: how many of each class are shown.
-    """
+    """Each class's `policies` most frequent ones, and images that take them (the paper's Figure 4)."""
     names = shown.classes[:MAX_CLASSES]
     figure, axes = plt.subplots(
         2 * len(names), policies, figsize=(WIDTH, 0.8 + 0.85 * len(names)), squeeze=False,

@@ -51,14 +51,10 @@ class Captures:
 
 
 class PolicyReader:
-    """Reads the policy on the host; waits for it, but for nothing that was queued after it.
-
-    Args:
-        actions: [1, K] bool, the buffer to read.
-    """
+    """Reads the policy on the host; waits for it, but for nothing that was queued after it."""
 
     def __init__(self, actions: Tensor) -> None:
-        self.actions = actions
+        self.actions = actions  # [1, K] bool, the buffer to read
         self.on_host = torch.empty(actions.shape, dtype=torch.bool, pin_memory=actions.is_cuda)
         self.copied = torch.cuda.Event()
 
@@ -122,11 +118,7 @@ class Session:
 
 
 class CudaGraphs(Gather):
-    """Single images by CUDA graphs; larger batches as `gather` runs them.
-
-    Raises:
-        UnavailableError: the networks are not on CUDA.
-    """
+    """Single images by CUDA graphs; larger batches as `gather` runs them."""
 
     name = "cuda_graphs"
     captures: type[Captures] = Captures

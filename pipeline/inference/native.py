@@ -254,12 +254,7 @@ class _PackedNetwork:
 
 
 class Native(Executor):
-    """On CPUs: the same time per image at batch 1 as at 1024, and at any mix of policies.
-
-    Raises:
-        UnavailableError: another device, channels that are no multiple of 4, no compiler, or bf16 on a
-            CPU that has neither AMX nor AVX512_BF16.
-    """
+    """On CPUs: the same time per image at batch 1 as at 1024, and at any mix of policies."""
 
     name = "native"
 

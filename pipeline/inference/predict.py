@@ -61,11 +61,7 @@ def predict(
 def correct_under(
     resnet: ResNet, split: ImageSplit, policies: Tensor, *, normalisation: Normalisation
 ) -> Tensor:
-    """Whether each image of a split is classified correctly under each of V policies [V, M, K].
-
-    Returns:
-        [V, M] bool, on the CPU.
-    """
+    """Whether each image is classified correctly under V policies [V, M, K]: [V, M] bool, on the CPU."""
     execute = make_executor(Networks(resnet=resnet, policy_net=None, normalisation=normalisation))
     parts = []
     for part, images in _in_parts(split):

@@ -25,15 +25,7 @@ code { background: #f5f6f7; }
 
 
 def page(markdown: str, pictures: Path) -> str:
-    """A whole HTML document.
-
-    Args:
-        markdown: its text; the first heading is the title.
-        pictures: the folder of the PNG files that it names.
-
-    Raises:
-        FileNotFoundError: a picture isn't there.
-    """
+    """A whole HTML document; the text's first heading is its title, its PNG files are in `pictures`."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
 
     def inside(found: re.Match[str]) -> str:

