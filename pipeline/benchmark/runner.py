@@ -201,7 +201,7 @@ class Cell:
 
     def _likely_winners(self) -> list[str]:
         """Of each precision the fastest executor that agrees with the reference, by the warm-up."""
-        winners = []
+        winners: list[str] = []
         for precision in self.settings.precisions:
             agreeing = (label for label in self.by_seconds("blockdrop", precision) if self.agrees(label))
             winners += itertools.islice(agreeing, 1)
