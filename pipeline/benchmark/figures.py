@@ -51,7 +51,6 @@ def speedups(path: Path, *, times: Sequence[TimingRow], title: str) -> None:
 
 
 def _draw_speedup(ax: Axes, rows: Sequence[TimingRow], *, color: str, marker: str) -> None:
-    """One executor with its intervals."""
     batches = [row.batch for row in rows]
     ratios, lows, highs = np.array(
         [(row.speedup.ratio, row.speedup.low, row.speedup.high) for row in rows]
@@ -62,7 +61,6 @@ def _draw_speedup(ax: Axes, rows: Sequence[TimingRow], *, color: str, marker: st
 
 
 def _mark_noise(ax: Axes, points: Sequence[tuple[float, float]], color: str, marker: str) -> None:
-    """Make these points hollow."""
     for x, y in points:
         ax.plot(x, y, marker, markerfacecolor="white", markeredgecolor=color, zorder=3)
 

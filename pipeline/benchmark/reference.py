@@ -18,11 +18,7 @@ CHECKED = 256  # images, or a batch when it is more, on which results are compar
 
 
 class Reference:
-    """The decisions on all images [M, H, W, 3] uint8, and the classes of some.
-
-    Attributes:
-        actions: [M, K], the decisions on the images, on the CPU.
-    """
+    """The decisions on all images [M, H, W, 3] uint8, and the classes of some."""
 
     def __init__(self, networks: Networks, images: Tensor, *, checked: int) -> None:
         self.execute = Masked(networks)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.benchmark.candidates import EveryBlock, Run
+from pipeline.benchmark.candidates import Run
 from pipeline.benchmark.full_resnet_forms import WholeGraph
 from pipeline.benchmark.timing import Call, random_policies
 from pipeline.inference.base import Executor
@@ -19,21 +19,15 @@ IMAGES_A_ROUND = 32  # at least: smaller batches are repeated with other images
 
 
 def repeats_of(batch: int) -> int:
-    """How many batches a round times together."""
     return -(-IMAGES_A_ROUND // batch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds:
-    """The images of every round, in one batch or, if it is small, in several: images differ in cost.
+    """The images of every round, in one batch or, if it is small, in several: images differ in cost."""
 
-    Attributes:
-        batches: [rounds][repeats], each [B, H, W, 3] uint8.
-        rows: [rounds, repeats, B], which test images they are.
-    """
-
-    batches: list[list[Tensor]]
-    rows: Tensor
+    batches: list[list[Tensor]]  # [rounds][repeats], each [B, H, W, 3] uint8
+    rows: Tensor  # [rounds, repeats, B], which test images they are
 
     @classmethod
     def of(cls, images: Tensor, *, batch: int, count: int) -> "Rounds":
@@ -82,7 +76,7 @@ class Rounds:
 def peak_mib(run: Run, call: Call, device: torch.device) -> float:
     """MiB that a first call takes, with the scratch and the graphs that later ones reuse."""
     torch.cuda.synchronize(device)
-    if isinstance(run, Executor | EveryBlock | WholeGraph):
+    if isinstance(run, Executor | WholeGraph):
         run.free()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
