@@ -192,7 +192,8 @@ def learner_of(setting: Setting, params: Params) -> PolicyLearner:
     resnet = start.need_resnet().to(device)
     seed_everything(params.seed, "ablation")
     if setting.stage == "curriculum":
-        return curriculum.learner_of(params, resnet, start.normalisation)
+        policy_net = curriculum.policy_net_of(params, resnet, num_classes=len(start.classes)).to(device)
+        return curriculum.learner_of(params, resnet, policy_net, start.normalisation)
     policy_net = checkpoint.load(setting.policy_net).need_policy_net().to(device)
     return finetune.learner_of(params, resnet, policy_net, start.normalisation)
 
@@ -228,7 +229,8 @@ def scores_of(learner: PolicyLearner, split: Split, preset: Params, *, gamma: fl
     cost = measure(learner.resnet, learner.policy_net, split.image_size)
     shares = rewarded_shares(learner.resnet, split.image_size, preset.block_cost)
     shuffled = shuffled_accuracy(
-        learner.resnet, split, actions, normalisation=normalisation, repeats=SHUFFLES,
+        learner.resnet,
+        learner.policy_net, split, actions, normalisation=normalisation, repeats=SHUFFLES,
         draw=generator(preset.seed, "ablation"),
     )  # fmt: skip
     block_shares = None if shares is None else torch.tensor(shares)

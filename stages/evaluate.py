@@ -98,6 +98,7 @@ def evaluate(
     flops = cost.of(test_actions)  # [M]
     shuffled = shuffled_accuracy(
         resnet,
+        networks.policy_net,
         steps.over(test, params.evaluate.shuffles),
         test_actions,
         normalisation=normalisation,
@@ -142,7 +143,13 @@ def _predict(networks: Trained, actions: Tensor, steps: Steps) -> DecisionsAndPr
     test, normalisation = networks.test, networks.normalisation
     return DecisionsAndPredictions(
         actions=actions,
-        dropping=predict(networks.resnet, steps.over(test), actions, normalisation=normalisation),
+        dropping=predict(
+            networks.resnet,
+            steps.over(test),
+            actions,
+            normalisation=normalisation,
+            policy_net=networks.policy_net,
+        ),
         full=predict(networks.full, steps.over(test), normalisation=normalisation),
     )
 

@@ -13,6 +13,7 @@ from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
 from pipeline.policy.learner import PolicyLearner
 from pipeline.policy.objectives import PolicyObjective
+from pipeline.policy.value_learner import ValueLearner
 from pipeline.training import legacy_checkpoints
 from pipeline.training.optim import ChainedOptimizer, make_optimizer
 from stages.support import common, compatibility, recipes, training
@@ -53,10 +54,32 @@ def load_pair(path: Path, params: Params, pretrained: Checkpoint) -> tuple[ResNe
 
 def learner_of(
     params: Params, resnet: ResNet, policy_net: PolicyNet, normalisation: Normalisation
-) -> PolicyLearner:
+) -> PolicyLearner | ValueLearner:
     """How params.yaml has both networks learn; the ResNet as it is now is its own teacher."""
     section, policy = params.finetune, params.finetune_policy
     train_epochs = policy.train_epochs or section.epochs - policy.frozen_epochs
+    objective = PolicyObjective(
+        gamma=params.gamma,
+        alpha=policy.alpha,
+        entropy_coef=policy.entropy_coef,
+        entropy_epochs=train_epochs if policy.entropy_schedule == "linear" else None,
+        frozen_epochs=policy.frozen_epochs,
+        train_epochs=policy.train_epochs,
+        marginal_entropy_coef=policy.marginal_entropy_coef,
+        estimator=policy.estimator,
+        block_shares=flops.rewarded_shares(resnet, params.data.image_size, params.block_cost),
+    )
+    if policy_net.path_values is not None:
+        return ValueLearner(
+            resnet,
+            policy_net,
+            optimizer=recipes.resnet_optimizer_of(resnet, section),
+            objective=objective,
+            normalisation=normalisation,
+            image_size=params.data.image_size,
+            precision=section.precision,
+            distillation=recipes.distillation_of(resnet, params),
+        )
     return PolicyLearner(
         resnet,
         policy_net,
@@ -68,17 +91,7 @@ def learner_of(
             ),
             recipes.resnet_optimizer_of(resnet, section),
         ),
-        objective=PolicyObjective(
-            gamma=params.gamma,
-            alpha=policy.alpha,
-            entropy_coef=policy.entropy_coef,
-            entropy_epochs=train_epochs if policy.entropy_schedule == "linear" else None,
-            frozen_epochs=policy.frozen_epochs,
-            train_epochs=policy.train_epochs,
-            marginal_entropy_coef=policy.marginal_entropy_coef,
-            estimator=policy.estimator,
-            block_shares=flops.rewarded_shares(resnet, params.data.image_size, params.block_cost),
-        ),
+        objective=objective,
         normalisation=normalisation,
         precision=section.precision,
         distillation=recipes.distillation_of(resnet, params),
@@ -93,7 +106,7 @@ def main(params: Params) -> None:
         resnet, policy_net = load_pair(path, params, pretrained)
         return replace(pretrained, resnet=resnet, policy_net=policy_net)
 
-    def build() -> tuple[PolicyLearner, Checkpoint]:
+    def build() -> tuple[PolicyLearner | ValueLearner, Checkpoint]:
         device = choose_device()
         resnet = pretrained.need_resnet().to(device)
         policy_net = checkpoint.load(common.POLICY).need_policy_net().to(device)

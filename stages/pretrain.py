@@ -27,7 +27,7 @@ def main(params: Params) -> None:
             width=params.resnet.width,
             num_classes=len(classes),
         ).to(choose_device())
-        learner = recipes.pretraining_of(resnet, params)
+        learner = recipes.pretraining_of(resnet, params.pretrain, params)
         return learner, recipes.full_network("pretrain", resnet, params)
 
     training.run("pretrain", params, params.pretrain, load=load, build=build)

@@ -40,7 +40,7 @@ def main(params: Params, *, depth: int) -> None:
             width=params.resnet.width,
             num_classes=len(classes),
         ).to(choose_device())
-        learner = recipes.pretraining_of(resnet, params)
+        learner = recipes.pretraining_of(resnet, params.pretrain, params)
         return learner, recipes.full_network("sole", resnet, params)
 
     training.run("sole", params, params.pretrain, load=load, build=build, item=str(depth))

@@ -12,11 +12,13 @@ from pipeline.data.split import ImageSplit
 from pipeline.data.transforms import Normalisation
 from pipeline.flops import Cost
 from pipeline.inference.predict import accuracies_of, correct_under
+from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
 
 
 def shuffled_accuracy(
     resnet: ResNet,
+    policy_net: PolicyNet,
     split: ImageSplit,
     actions: Tensor,
     *,
@@ -33,7 +35,7 @@ def shuffled_accuracy(
     for shuffle in others:
         cycle = torch.randperm(len(split), generator=draw)
         shuffle[cycle] = actions[cycle.roll(1)]
-    right = correct_under(resnet, split, others, normalisation=normalisation)
+    right = correct_under(resnet, split, others, normalisation=normalisation, policy_net=policy_net)
     return sum(accuracies_of(right)) / repeats
 
 

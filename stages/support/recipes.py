@@ -51,9 +51,8 @@ def resnet_optimizer_of(resnet: ResNet, section: Pretrain | Finetune) -> torch.o
     )
 
 
-def pretraining_of(resnet: ResNet, params: Params) -> Classification:
-    """Pretrain's recipe, for a ResNet of any depth."""
-    section = params.pretrain
+def pretraining_of(resnet: ResNet, section: Pretrain, params: Params) -> Classification:
+    """The recipe of a section, for a ResNet of any depth that runs every block."""
     return Classification(
         resnet,
         optimizer=resnet_optimizer_of(resnet, section),

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from pipeline import distributed
-from pipeline.config import NO_FILE, Params
+from pipeline.config import NO_FILE, Params, section_name
 from pipeline.data.dataset import load_split
 from pipeline.data.split import ImageSplit
 from pipeline.device import choose_device, computes_in_bf16, describe_device, keep_freed_memory
@@ -53,6 +53,7 @@ POLICY_COLUMNS = (
 CLASSIFICATION_COLUMNS = ("epoch", "train_accuracy", "validation_accuracy")
 COLUMNS = {
     "pretrain": CLASSIFICATION_COLUMNS,
+    "policy_pretrain": CLASSIFICATION_COLUMNS,
     "sole": CLASSIFICATION_COLUMNS,
     "static": CLASSIFICATION_COLUMNS,
     "curriculum": POLICY_COLUMNS,
@@ -138,6 +139,14 @@ def run(
         metrics = learner.validate(load_split(PREPARED, "validation", choose_device()))
         outputs.write_checkpoint(networks, metrics)
         outputs.write_untrained(params, metrics, "0 epochs, the networks as they are")
+
+
+def write_nothing(stage: str, params: Params, networks: Checkpoint, reason: str) -> None:
+    """Write the files of a stage that has nothing to do, so that DVC finds them."""
+    if is_main():
+        outputs = Outputs(stage, "")
+        outputs.write_checkpoint(networks, {})
+        outputs.write_untrained(params, {}, reason)
 
 
 def imported_path(setting: str) -> Path | None:
@@ -257,7 +266,7 @@ def _write_results(
 def _warn_of_emulation(section: TrainingSection, device: torch.device) -> None:
     """Warn of bf16 on a device that has no instructions for it; the training runs all the same."""
     if section.precision == "bf16" and not computes_in_bf16(device):
-        key = f"{type(section).__name__.lower()}.precision"
+        key = f"{section_name(section)}.precision"
         print(
             f"warning: {key} is bf16, for which this {device.type.upper()} has no instructions: PyTorch "
             f"emulates it, which takes several times as long as fp32; set {key} to fp32",
