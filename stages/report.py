@@ -68,7 +68,12 @@ def draw(results: Results) -> None:
         if network.flops is not None
     ]
     trade_off(
-        OUT / "trade_off.png", baselines=baselines, blockdrop=[point], paper=published, title=title
+        OUT / "trade_off.png",
+        baselines=baselines,
+        blockdrop=[point],
+        paper=published,
+        dial=[_as_numbers(row) for row in common.read_csv(EVALUATED / "dial.csv")],
+        title=title,
     )
     for folder in (EVALUATED, common.PLOTS / "benchmark"):
         for picture in sorted(folder.glob("*.png")):

@@ -58,14 +58,22 @@ def folder_of(model: str) -> Iterator[Path]:
     yield folder
 
 
-def load(model: str, image_size: int | None) -> Predictor:
+def load(
+    model: str, image_size: int | None, *, gamma: float | None = None, budget: float | None = None
+) -> Predictor:
     """The predictor of a trained model.
 
     Raises:
-        UserError: it is missing or damaged, or its image size is not known.
+        UserError: it is missing or damaged, its image size is not known, or it has no such dial.
     """
     with folder_of(model) as folder:
-        return Predictor(checkpoint.load(folder), image_size=image_size, device=choose_device())
+        return Predictor(
+            checkpoint.load(folder),
+            image_size=image_size,
+            device=choose_device(),
+            gamma=gamma,
+            budget=budget,
+        )
 
 
 def paths_of(words: str) -> list[Path]:
@@ -177,6 +185,10 @@ def add_options(parser: Parser) -> None:
         help=f"a checkpoint folder ({MODEL}), models:/NAME@ALIAS, models:/NAME/VERSION or models:/m-ID",
     )
     parser.add_argument("--image-size", type=int, help="for a checkpoint that does not say it")
+    parser.add_argument("--gamma", type=float, help="of a policy between paths; larger: more blocks")
+    parser.add_argument(
+        "--budget", type=float, help="in its place: 0.4 is 40 % of the full ResNet's FLOPs on average"
+    )
     parser.add_argument("--json", action="store_true", help="one object a line")
 
 
@@ -188,7 +200,9 @@ def main(arguments: argparse.Namespace) -> None:
     named = [*arguments.images, *paths_of(arguments.words)]
     if not named:
         raise UserError("no image is named; `make predict IMAGES=\"a.png 'b c.png'\"` names two")
-    predictor = load(arguments.model, arguments.image_size)
+    predictor = load(
+        arguments.model, arguments.image_size, gamma=arguments.gamma, budget=arguments.budget
+    )
     paths, images, errors = read(named, predictor.image_size)
     predictions = predictor(images)
     if arguments.json:

@@ -3,8 +3,6 @@
 Shapes: B images of a batch, R of them for which the ResNet runs, P paths, K blocks, N classes.
 """
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +25,7 @@ class ValueLearner:
     """The ResNet learns on the paths that the values choose; each validation fits the values anew.
 
     Nothing is sampled to learn the values, since every path is run on every validation image. The policy
-    network is a finished classifier and stays as it is. During the training the values choose that it
-    began with, so that a resumed training repeats.
+    network is a finished classifier, of which nothing else changes.
 
     Args:
         optimizer: of the ResNet.
@@ -71,10 +68,10 @@ class ValueLearner:
             self.trained = TrainedResNet(resnet, distillation=distillation, precision=precision)
         self.values = policy_net.path_values
         self.values.gamma.fill_(objective.gamma)
-        self.choosing = copy.deepcopy(self.values)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Nothing changes from epoch to epoch."""
+        """Hand the values on to all processes: one of them validates, and so fits them."""
+        distributed.broadcast_modules([self.values])
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One step of the ResNet on the images for which it runs, under the paths that they take."""
@@ -82,7 +79,7 @@ class ValueLearner:
         class_logits = self._class_logits(batch.images)  # [B, N]
         actions = self._actions(class_logits, batch.noise)  # [B, K]
         rows = actions.any(dim=1).nonzero().flatten()  # [R]
-        logits = self.choosing.log_probs(class_logits)
+        logits = self.values.log_probs(class_logits)
         self.optimizer.zero_grad()
         # of all processes: a block's batch norm waits for the others
         in_all = distributed.all_reduce_sum(
@@ -96,7 +93,7 @@ class ValueLearner:
                 weight=float(len(rows) / in_all["rows"]),
             )
             resnet_logits, _ = self.trained.learn(part, actions[rows])
-            logits[rows] = self.choosing.combined(class_logits[rows], resnet_logits)
+            logits[rows] = self.values.combined(class_logits[rows], resnet_logits)
             optimizer_step(self.optimizer)
         correct = logits.argmax(dim=1) == batch.labels
         return {
@@ -113,11 +110,11 @@ class ValueLearner:
 
     def _actions(self, class_logits: Tensor, noise: Tensor) -> Tensor:
         """[B, K] bool: the best path with probability alpha, else one of the others."""
-        best = self.choosing.rewards(class_logits).argmax(dim=1)  # [B]
-        num_paths = len(self.choosing.mask)
+        best = self.values.rewards(class_logits).argmax(dim=1)  # [B]
+        num_paths = len(self.values.mask)
         step = 1 + (noise[:, 1] * (num_paths - 1)).long().clamp_max(num_paths - 2)  # to another path
         other = (best + step) % num_paths
-        return self.choosing.mask[torch.where(noise[:, 0] < self.objective.alpha, best, other)]
+        return self.values.mask[torch.where(noise[:, 0] < self.objective.alpha, best, other)]
 
     def validate(self, split: ImageSplit) -> Metrics:
         """Fit the values, and tell what they are worth on the same images: a little too much."""
