@@ -23,6 +23,7 @@ TRADE_OFF = common.PLOTS / "trade_off.csv"
 def read(params: Params) -> Results:
     """What the stages wrote; of folders that hold more, only what params.yaml names."""
     trainings = ["pretrain", "curriculum", "finetune"]
+    trainings += ["policy_pretrain"] if params.policy_net.paths else []
     trainings += [f"sole-{depth}" for depth in params.sole.depths]
     trainings += [
         f"static-{rule}-{num_kept}"
