@@ -17,7 +17,7 @@ STAGES = ("pretrain", "curriculum", "finetune", "sole", "static")
 NETWORKS = sorted(path.parent for path in FOLDER.rglob("model.json"))
 
 
-def test_the_demo_is_the_quick_preset_with_checkpoints_in_place_of_trainings():
+def test_demo_is_the_quick_preset_without_trainings():
     demo, quick = DEMO.flat(), QUICK.flat()
     assert demo.keys() == quick.keys()
     changed = {key for key in demo if demo[key] != quick[key]}
