@@ -24,7 +24,9 @@ TINY: dict[str, dict[str, Any]] = repository.TINY | {
     "benchmark": repository.TINY["benchmark"] | {"batch_sizes": [4], "sole_depths": []},
     "static": {"rules": ["first"], "num_kept": [3]},
 }
-NEEDS: dict[str, tuple[str, ...]] = {  # trainings, each with those before it
+NEEDS: dict[
+    str, tuple[str, ...]
+] = {  # trainings in an order in which they can run, with what each needs
     "pretrain": (),
     "curriculum": ("pretrain",),
     "finetune": ("pretrain", "curriculum"),
@@ -70,24 +72,22 @@ class Sandbox:
 
     Attributes:
         folder: holds the reference and all copies.
-        library: makes writes fail; None where it can't be compiled.
+        library: makes writes fail.
         deadline: when the time for all cases is over.
         outs: digests of what the stages wrote.
     """
 
     folder: Path
-    library: Path | None
+    library: Path
     deadline: float
     trainings: list[Training] = field(default_factory=list)
     outs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def reference(self) -> Path:
-        """The checkout of the undisturbed run."""
         return self.folder / "reference" / "copy"
 
     def environment(self) -> dict[str, str]:
-        """The variables of all commands."""
         return repository.environment(tracking=True) | {
             "DVC_SITE_CACHE_DIR": str(self.folder / "dvc-site"),
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # ten processes that are not needed
@@ -106,12 +106,6 @@ class Sandbox:
             checks.left_processes(folder, seconds=0)
 
     def run(self, folder: Path, *command: str, **variables: str) -> tuple[int, str]:
-        """Exit status and output of a command.
-
-        Raises:
-            TimeUpError: the time for all cases is over.
-            subprocess.TimeoutExpired: it hangs.
-        """
         return Command(self, folder, *command, **variables).wait()
 
 
@@ -129,7 +123,6 @@ class Command:
 
     @property
     def output(self) -> str:
-        """What it has printed until now."""
         return self.log.read_text(errors="replace")
 
     def trainer(self) -> psutil.Process | None:
@@ -170,24 +163,23 @@ class Command:
 
 
 def make_sandbox(folder: Path, stages: Sequence[str], seconds: float) -> Sandbox:
-    """Run the trainings undisturbed, one by one, and measure what they do.
+    """Run trainings undisturbed, one by one, with those that they need, and measure what they do.
 
     Args:
-        stages: these trainings, and those that they need.
         seconds: for this and all cases.
 
     Raises:
-        SystemExit: one of them fails.
+        SystemExit: one of them fails, or there is no C compiler.
     """
-    sandbox = Sandbox(
-        folder=folder, library=compile_library(folder), deadline=time.monotonic() + seconds
-    )
+    deadline = time.monotonic() + seconds
+    sandbox = Sandbox(folder=folder, library=compile_library(folder), deadline=deadline)
     _make_reference(sandbox, stages)
     reference = sandbox.reference
     try:
         _require(*sandbox.run(reference, "dvc", "repro", "prepare"))
-        for name in _items(sandbox):
-            sandbox.trainings.append(_measure(sandbox, name))
+        _, output = sandbox.run(reference, "dvc", "stage", "list", "--name-only")
+        items = [name for stage in NEEDS for name in output.split() if name.split("@")[0] == stage]
+        sandbox.trainings += [_measure(sandbox, name) for name in items]
         _require(*sandbox.run(reference, "dvc", "repro"))
     except TimeUpError:
         raise SystemExit("error: the undisturbed run took all of the time") from None
@@ -213,18 +205,11 @@ def _make_reference(sandbox: Sandbox, stages: Sequence[str]) -> None:
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": trainings}, sort_keys=False))
 
 
-def _items(sandbox: Sandbox) -> list[str]:
-    """The trainings as DVC names them (sole@8), in an order in which they can run."""
-    _, output = sandbox.run(sandbox.reference, "dvc", "stage", "list", "--name-only")
-    names = output.split()
-    return [name for stage in NEEDS for name in names if name.split("@")[0] == stage]
-
-
 def _measure(sandbox: Sandbox, name: str) -> Training:
     reference = sandbox.reference
     report_of(reference).unlink(missing_ok=True)
     places = [place for places in PLACES.values() for place in places]
-    counting = preloaded(sandbox.library, reference, places) if sandbox.library else {}
+    counting = preloaded(sandbox.library, reference, places)
     begun = time.monotonic()
     running = Command(sandbox, reference, "dvc", "repro", "--single-item", name, **counting)
     running.sleep_until(FIRST_EPOCH, 0)
