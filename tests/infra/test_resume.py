@@ -250,7 +250,8 @@ def test_digest_of_files_follows_contents_and_names_and_no_order(tmp_path):
 def test_root_of_the_project(tmp_path, monkeypatch, told, marks, root):
     (tmp_path / "inner/a").mkdir(parents=True)
     for mark in marks:
-        (tmp_path / mark).mkdir() if mark.endswith("/") else (tmp_path / mark).touch()
+        make = Path.mkdir if mark.endswith("/") else Path.touch
+        make(tmp_path / mark)
     monkeypatch.chdir(tmp_path / "inner/a")
     monkeypatch.delenv("DVC_ROOT", raising=False)
     if told:
