@@ -196,12 +196,13 @@ def test_a_resumed_bar_starts_where_the_training_is(terminal):
 
 
 @pytest.mark.parametrize(
-    ("columns", "ci", "bar"), [(100, "", True), (0, "", False), (100, "true", False)]
+    ("columns", "ci", "bar"), [(100, False, True), (0, False, False), (100, True, False)]
 )
 def test_lines_go_to_a_log_and_a_bar_to_a_terminal_with_a_width(
     terminal, monkeypatch, capsys, columns, ci, bar
 ):
-    monkeypatch.setenv("CI", ci)
+    if ci:
+        monkeypatch.setenv("CI", "true")
     resize(terminal.fileno(), columns)
     with redirect_stderr(terminal), Progress("pretrain", epochs=4, steps=3, history=[]) as progress:
         progress.step()
