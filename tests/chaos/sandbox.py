@@ -43,10 +43,6 @@ FIRST_EPOCH = " epoch 1/"  # of the line after it
 TIMEOUT = 300.0  # seconds for a command to end
 
 
-class TimeUpError(Exception):
-    """The time for all cases is over."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """A training stage in the undisturbed run.
@@ -73,13 +69,11 @@ class Sandbox:
     Attributes:
         folder: holds the reference and all copies.
         library: makes writes fail.
-        deadline: when the time for all cases is over.
         outs: digests of what the stages wrote.
     """
 
     folder: Path
     library: Path
-    deadline: float
     trainings: list[Training] = field(default_factory=list)
     outs: Mapping[str, str] = field(default_factory=dict)
 
@@ -113,7 +107,6 @@ class Command:
     """A running command in a session of its own; its output goes to a log beside its folder."""
 
     def __init__(self, sandbox: Sandbox, folder: Path, *command: str, **variables: str) -> None:
-        self.deadline = sandbox.deadline
         self.log = folder.with_name(f"{time.time_ns()}-{Path(command[0]).name}.log")
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(
@@ -135,44 +128,21 @@ class Command:
 
     def sleep_until(self, text: str, seconds: float) -> None:
         """Return some seconds after it printed a text, or when it has ended."""
-        while self._is_running() and text not in self.output:
+        latest = time.monotonic() + TIMEOUT
+        while self.process.poll() is None and text not in self.output and time.monotonic() < latest:
             time.sleep(0.005)
         moment = time.monotonic() + seconds
-        while time.monotonic() < moment and self._is_running():
+        while self.process.poll() is None and time.monotonic() < moment:
             time.sleep(0.005)
 
-    def _is_running(self) -> bool:
-        if time.monotonic() >= self.deadline:
-            raise TimeUpError
-        return self.process.poll() is None
-
     def wait(self) -> tuple[int, str]:
-        """Its exit status and output.
-
-        Raises:
-            TimeUpError: the time for all cases is over.
-            subprocess.TimeoutExpired: it hangs.
-        """
-        rest = self.deadline - time.monotonic()
-        try:
-            return self.process.wait(max(0.0, min(TIMEOUT, rest))), self.output
-        except subprocess.TimeoutExpired:
-            if rest < TIMEOUT:
-                raise TimeUpError from None
-            raise
+        """Its exit status and output; an error when it hangs."""
+        return self.process.wait(TIMEOUT), self.output
 
 
-def make_sandbox(folder: Path, stages: Sequence[str], seconds: float) -> Sandbox:
-    """Run trainings undisturbed, one by one, with those that they need, and measure what they do.
-
-    Args:
-        seconds: for this and all cases.
-
-    Raises:
-        SystemExit: one of them fails, or there is no C compiler.
-    """
-    deadline = time.monotonic() + seconds
-    sandbox = Sandbox(folder=folder, library=compile_library(folder), deadline=deadline)
+def make_sandbox(folder: Path, stages: Sequence[str]) -> Sandbox:
+    """Run trainings undisturbed, one by one, with those that they need, and measure what they do."""
+    sandbox = Sandbox(folder=folder, library=compile_library(folder))
     _make_reference(sandbox, stages)
     reference = sandbox.reference
     try:
@@ -181,8 +151,6 @@ def make_sandbox(folder: Path, stages: Sequence[str], seconds: float) -> Sandbox
         items = [name for stage in NEEDS for name in output.split() if name.split("@")[0] == stage]
         sandbox.trainings += [_measure(sandbox, name) for name in items]
         _require(*sandbox.run(reference, "dvc", "repro"))
-    except TimeUpError:
-        raise SystemExit("error: the undisturbed run took all of the time") from None
     finally:
         checks.left_processes(reference, seconds=0)
     sandbox.outs = repository.digests(reference)
