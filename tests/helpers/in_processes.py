@@ -159,7 +159,7 @@ def interrupted() -> dict:
 
 
 def finetuning(**objective: str | int) -> PolicyLearner:
-    """SGD, where some gradients are next to nothing: Adam would make whole steps of their float noise."""
+    """By SGD: Adam would make whole steps of the float noise of gradients that are next to nothing."""
     return policy(finetune=True, optimizer="sgd", **objective)
 
 
