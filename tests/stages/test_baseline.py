@@ -28,7 +28,8 @@ BLOCKS = 6  # of the tiny ResNet-14
 
 def put(folder, name: str, depth: int, seed: int) -> ResNet:
     """A checkpoint with weights that tell the classes somewhat apart."""
-    resnet = trained(cifar_resnet(depth=depth, width=4, num_classes=3), seed=seed)
+    torch.manual_seed(seed)
+    resnet = trained(cifar_resnet(depth=depth, width=4, num_classes=3))
     made = checkpoint.Checkpoint(
         stage="test",
         resnet=resnet,
