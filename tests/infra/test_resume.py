@@ -204,13 +204,6 @@ def test_state_that_would_run_code_is_not_opened(point, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_paths_differ_by_stage_and_key(tmp_path, monkeypatch):
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    paths = {ResumePoint.of(stage, key).path for stage in ("pretrain", "finetune") for key in "ab"}
-    assert len(paths) == 4
-    assert {path.parent for path in paths} == {tmp_path / ".resume"}
-
-
 def test_key_differs_by_every_ingredient_in_any_order():
     key = key_of(seed=0, params={"lr": 0.1, "epochs": 2})
     assert key.isalnum()  # it stands in a file's name

@@ -324,7 +324,7 @@ def test_a_parameter_changes_the_key_where_dvc_yaml_lists_it(stage, other, same,
         assert training._resume_key(outputs, changed(params, change)) != key, change
 
 
-def test_code_and_data_of_a_resumed_training_are_what_dvc_yaml_lists():
+def test_code_and_data_of_a_training_are_what_dvc_yaml_lists():
     code = {path.relative_to(ROOT).as_posix() for path in inputs.code_of("finetune")}
     native = "pipeline/inference/native.cpp"
     assert {"pipeline/policy/learner.py", native, "stages/finetune.py"} <= code
@@ -412,7 +412,7 @@ def test_full_disk_is_said_once_and_training_goes_on(params, trained, tmp_path, 
     same_as(trained, tmp_path, "finetune")
 
 
-def test_models_that_can_not_be_written_stop_it_before_any_training(params, tmp_path, monkeypatch):
+def test_unwritable_models_stop_it_before_any_training(params, tmp_path, monkeypatch):
     steps = at_step(monkeypatch, 1, crash)
     (tmp_path / "metrics").write_text("")
     with pytest.raises(OSError, match="metrics"):
@@ -420,7 +420,7 @@ def test_models_that_can_not_be_written_stop_it_before_any_training(params, tmp_
     assert not steps
 
 
-def test_divergence_names_step_and_remedy_and_keeps_the_last_good_state(params, monkeypatch, capsys):
+def test_divergence_names_step_and_remedy_and_keeps_the_state(params, monkeypatch, capsys):
     monkeypatch.setattr(training_state, "MIN_TIMES_A_SAVE", 0)
     with monkeypatch.context() as patch:
         real = classification.Classification.step

@@ -39,7 +39,7 @@ def write(path: Path, content: object) -> Path:
 
 
 @pytest.mark.parametrize("wrap", [dict, parallel])
-def test_logits_of_the_imported_pair_are_those_of_the_authors_definition(path, wrap):
+def test_logits_of_the_imported_pair_are_the_authors(path, wrap):
     content = {"agent": wrap(AGENT), "resnet": wrap(RESNET), "epoch": 10, "reward": -0.8, "acc": 0.76}
     loaded = legacy_checkpoints.load(write(path, content))
     resnet, policy_net = loaded.need_resnet(path).eval(), loaded.need_policy_net(path).eval()
@@ -185,7 +185,7 @@ SMALL = {
 
 
 @pytest.mark.e2e
-def test_policy_is_evaluated_straight_after_the_curriculum_as_by_the_authors(tmp_path, monkeypatch):
+def test_policy_after_the_curriculum_is_the_authors(tmp_path, monkeypatch):
     """An {agent} file with the original ResNet: policy and class of every image are theirs."""
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(changed(SMALL), sort_keys=False))
     (tmp_path / "data").mkdir()

@@ -171,17 +171,6 @@ def test_resumed_training_ends_in_the_same_bytes(
     assert before + found == expected
 
 
-def test_position_moves_with_the_steps_and_holds_the_sums_of_the_epoch(small_resnet, train_split):
-    position = Position()
-    learner = classifier(small_resnet, lr=0.0)
-    run(learner, train_split, train_split, epochs=1, position=position, steps=2)
-    assert (position.epoch, position.step, int(position.finite_steps)) == (0, 2, 2)
-    assert set(position.totals) == {"loss", "accuracy"}
-    (result,) = run(learner, train_split, train_split, epochs=1, position=position)
-    assert (position.epoch, position.step, int(position.finite_steps), position.totals) == (1, 0, 0, {})
-    assert result.first_nonfinite_step is None
-
-
 def spoil(learner: Classification, number: int, value: float) -> Classification:
     """The learner, whose loss is that value in its `number`-th step."""
     real, count = learner.step, itertools.count(1)
