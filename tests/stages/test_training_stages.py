@@ -269,6 +269,18 @@ def test_on_a_terminal_there_is_one_bar_for_the_whole_training(params, tmp_path)
     assert "epoch 1" not in shown
 
 
+def test_in_a_pipe_there_are_lines_alone(params, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.sole", "8"], cwd=tmp_path, text=True, capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=True,
+    )  # fmt: skip
+    assert done.stderr == ""
+    assert "\r" not in done.stdout
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5
+    assert all(re.search(r": accuracy \S+, \d\d:\d\d elapsed, \d\d:\d\d left$", x) for x in lines[1:])
+
+
 OTHERS = {  # than the paper's
     "curriculum": {"estimator": "local_expectation", "num_flips": 2, "soft_reward": True, "epochs": 4},
     "finetune": SMALL["finetune"] | {"optimizer": "sgd", "distillation": 0.5},
