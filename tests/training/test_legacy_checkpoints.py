@@ -214,7 +214,8 @@ def also(name: str, tensor: torch.Tensor):
 
 
 def fourth_stage(weights: dict) -> dict:
-    return weights | {n.replace("layer3", "layer4"): t for n, t in weights.items() if "layer3" in n}
+    of_third = {name: tensor for name, tensor in weights.items() if "layer3" in name}
+    return weights | {name.replace("layer3", "layer4"): t.clone() for name, t in of_third.items()}
 
 
 SAME = "the same number in each of three"
