@@ -85,7 +85,7 @@ def log(run, *steps: int) -> None:
 # a stage whose server fails
 
 
-@pytest.mark.parametrize("mode", ["refuse", "hang", "500", "503", "401", "garbage", "lost"])
+@pytest.mark.parametrize("mode", ["refuse", "hang", "503", "401", "garbage", "lost"])
 def test_server_that_fails_is_said_once_and_asked_again_by_the_next_stage(
     server, client, params, monkeypatch, capsys, mode
 ):
@@ -102,6 +102,8 @@ def test_server_that_fails_is_said_once_and_asked_again_by_the_next_stage(
     assert server.calls == 0  # it is asked no more
     message = capsys.readouterr().err
     assert message.count("\n") == message.count(AWAY) == 1  # and none of MLflow's own pages
+    password = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    assert (password in message) == (mode == "401")
     assert points(client, run.run_id) == [(1, 1.0), (2, 2.0)][: 2 if mode == "lost" else 1]
     with stage_run("curriculum", params) as following:
         log(following, 1)
@@ -209,6 +211,12 @@ def test_interrupted_stage_does_not_wait_for_a_hanging_server(server, params, mo
 
 
 def test_http_timeout_lets_the_users_values_count_and_restores_them(server, params, monkeypatch, caplog):
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT as TIMEOUT
+
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+    with http_timeout(2.5):
+        assert TIMEOUT.get() == 2
+    assert TIMEOUT.get() == 120  # MLflow's own
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
@@ -218,15 +226,6 @@ def test_http_timeout_lets_the_users_values_count_and_restores_them(server, para
     assert server.calls == 3
     assert not [line for line in caplog.records if line.name.startswith(("urllib3", "mlflow"))]
     assert {name: text for name, text in os.environ.items() if name.startswith("MLFLOW")} == before
-
-
-def test_http_timeout_is_mlflows_own_afterwards(monkeypatch):
-    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
-    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT as TIMEOUT
-
-    with http_timeout(2.5):
-        assert TIMEOUT.get() == 2
-    assert TIMEOUT.get() == 120
 
 
 # a file that can't be used
@@ -270,8 +269,11 @@ def damage(file: Path, kind: str) -> str:
     return "database schema"
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("kind", ["read-only file", "read-only folder", "no database", "newer schema"])
+@pytest.mark.parametrize(
+    ("kind", "strict"),
+    [("read-only file", False), ("read-only folder", False), ("no database", False),
+     ("newer schema", False), ("read-only file", True)],
+)  # fmt: skip
 def test_file_that_can_not_be_used_is_said_once_and_stops_strict_stages_alone(
     folder, params, monkeypatch, capsys, kind, strict
 ):
@@ -405,13 +407,6 @@ def test_sync_and_links_show_no_password(server, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert "hidden" not in message
     assert "me:***@127.0.0.1:9" in message
-
-
-def test_missing_password_is_named(server, params, capsys):
-    server.set("401")
-    with stage_run("pretrain", params):
-        pass
-    assert "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in capsys.readouterr().err
 
 
 # what `make sync` logs afterwards

@@ -99,18 +99,28 @@ def registered(request) -> str:
 # logging
 
 
+def values_of(metrics) -> dict[str, float]:
+    return {metric.key: metric.value for metric in metrics}
+
+
+def records(folder: Path, images: np.ndarray) -> list[dict]:
+    return [prediction.record() for prediction in Predictor(checkpoint.load(folder))(images)]
+
+
 def test_model_says_where_it_came_from(client, start, folder):
     run_id = start()
     model = client.get_logged_model(log_model(run_id, folder, dvc_md5="abc"))
     assert (model.name, model.status, model.source_run_id) == ("blockdrop", "READY", run_id)
     assert model.params == {"gamma": "5"}
+    sha256 = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))["weights_sha256"]
     assert model.tags["dvc.md5"] == "abc"
     assert model.tags["blockdrop.stage"] == "finetune"
-    written = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
-    assert model.tags["blockdrop.weights_sha256"] == written["weights_sha256"]
-    assert [output.model_id for output in client.get_run(run_id).outputs.model_outputs] == [
-        model.model_id
-    ]
+    assert model.tags["blockdrop.weights_sha256"] == sha256
+    outputs = client.get_run(run_id).outputs.model_outputs
+    assert [output.model_id for output in outputs] == [model.model_id]
+    with fetched(f"models:/{model.model_id}") as fetched_folder:
+        for name in (WEIGHTS, SIDECAR):
+            assert (fetched_folder / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_model_has_params_and_metrics_of_its_own_when_they_are_given(client, start, folder):
@@ -119,7 +129,7 @@ def test_model_has_params_and_metrics_of_its_own_when_they_are_given(client, sta
     model_id = log_model(run_id, folder, params=params, metrics=metrics)
     model = client.get_logged_model(model_id)
     assert model.params == {"gamma": "5", "size": "None"}
-    assert {metric.key: metric.value for metric in model.metrics} == {"accuracy": 0.75}
+    assert values_of(model.metrics) == {"accuracy": 0.75}
     assert client.get_run(run_id).data.metrics == {"loss": 0.5, "accuracy": 0.75}
 
 
@@ -127,10 +137,9 @@ def test_model_has_the_metrics_of_its_run_but_no_learning_curves(client, start, 
     run_id = start(metrics={"accuracy": 0.75, "loss": 0.5})
     points = [Metric("finetune/loss", 1 / step, 1000, step) for step in (1, 2)]
     client.log_batch(run_id, metrics=points)
-    model_id = log_model(run_id, folder)
-    metrics = {metric.key: metric for metric in client.get_logged_model(model_id).metrics}
-    assert {name: metric.value for name, metric in metrics.items()} == {"accuracy": 0.75, "loss": 0.5}
-    assert {metric.timestamp for metric in metrics.values()} == {1000}
+    metrics = client.get_logged_model(log_model(run_id, folder)).metrics
+    assert values_of(metrics) == {"accuracy": 0.75, "loss": 0.5}
+    assert {metric.timestamp for metric in metrics} == {1000}
     for name, count in (("accuracy", 1), ("finetune/loss", 2)):  # the run has no point twice
         assert len(client.get_metric_history(run_id, name)) == count
 
@@ -149,7 +158,7 @@ def test_metrics_that_come_later_are_linked_to_the_same_model(client, start, fol
     first = log_model(run_id, folder, metrics={"accuracy": 0.75})
     assert log_model(run_id, folder, metrics={"accuracy": 0.75, "flops": 4.0}) == first
     metrics = client.get_logged_model(first).metrics
-    assert {metric.key: metric.value for metric in metrics} == {"accuracy": 0.75, "flops": 4.0}
+    assert values_of(metrics) == {"accuracy": 0.75, "flops": 4.0}
     assert len(metrics) == 2
 
 
@@ -177,30 +186,17 @@ def test_model_that_a_killed_process_left_unfinished_is_logged_anew(client, star
 
 
 def test_logging_leaves_mlflow_as_it_was(start, folder, capfd):
+    def state() -> list[object]:
+        level = logging.getLogger("mlflow").level
+        return [mlflow.get_tracking_uri(), level, dict(os.environ), list(sys.path)]
+
     run_id = start()
-    before = (
-        mlflow.get_tracking_uri(),
-        logging.getLogger("mlflow").level,
-        dict(os.environ),
-        list(sys.path),
-    )
+    before = state()
     capfd.readouterr()
     log_model(run_id, folder)
-    assert before == (
-        mlflow.get_tracking_uri(),
-        logging.getLogger("mlflow").level,
-        dict(os.environ),
-        list(sys.path),
-    )
+    assert before == state()
     assert mlflow.active_run() is None
     assert capfd.readouterr() == ("", "")
-
-
-def test_logged_checkpoint_is_the_one_that_was_given(start, folder):
-    model_id = log_model(start(), folder)
-    with fetched(f"models:/{model_id}") as fetched_folder:
-        for name in (WEIGHTS, SIDECAR):
-            assert (fetched_folder / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_size_of_an_older_checkpoint_is_its_examples_or_its_runs(client, start, tmp_path, images):
@@ -241,7 +237,7 @@ def test_loaded_model_answers_as_the_predictor_does(client, start, folder, image
     model_id = log_model(start(), folder, example=images)
     with monkeypatched_uri(client):
         loaded = mlflow.pyfunc.load_model(f"models:/{model_id}")
-    expected = [one.record() for one in Predictor(checkpoint.load(folder))(images)]
+    expected = records(folder, images)
     assert loaded.predict(images).to_dict(orient="records") == expected
     assert loaded.metadata.metadata["images"] == f"[B, {SIZE}, {SIZE}, 3], whole numbers 0 to 255"
     assert loaded.metadata.signature.outputs.input_names() == list(expected[0])
@@ -264,7 +260,7 @@ def server_of(home):
             loaded = mlflow.pyfunc.load_model(f"models:/{model_id}")
     schema = loaded.metadata.get_input_schema()
 
-    def answer(values: object, key: str = "inputs") -> tuple[int, str]:
+    def answer(values: object, key: str) -> tuple[int, str]:
         text = json.dumps({key: values})
         try:
             given = scoring_server.invocations(text, "application/json", loaded, schema)
@@ -284,15 +280,12 @@ def with_one(images: np.ndarray, value: object) -> list:
     return changed
 
 
-@pytest.mark.parametrize("key", ["inputs", "instances"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda x: (x / 255).tolist(), f"; {WHOLE}"),  # which was answered as black
-        (lambda x: (x / 127.5 - 1).tolist(), f"; {WHOLE}"),
         (lambda x: (x > 99).astype(float).tolist(), f"the largest colour of an image is 1.0; {WHOLE}"),
         (lambda x: (x > 99).tolist(), f"colours are of type bool; {WHOLE}"),
-        (lambda x: x.astype(str).tolist(), f"colours are of type str; {WHOLE}"),
         (lambda x: with_one(x, True), f"colours are of type bool; {WHOLE}"),
         (lambda x: with_one(x, "7"), f"colours are of type str; {WHOLE}"),
         (lambda x: with_one(x, None), f"colours are of type NoneType; {WHOLE}"),
@@ -308,25 +301,21 @@ def with_one(images: np.ndarray, value: object) -> list:
         (lambda x: [[]], "there is no image in (1, 0)"),
         (lambda x: x[:, :4].tolist(), "scale them to 8 x 8 pixels first"),
         (lambda x: x.transpose(0, 3, 1, 2).tolist(), "put the channels last: images.transpose"),
-        (lambda x: x[0].tolist(), "one image is a batch too: images[None]"),
-        (lambda x: x[..., 0].tolist(), "grey images need their channel three times"),
-        (lambda x: x[..., :1].tolist(), "grey images need their channel three times"),
         (lambda x: x[..., [0, 1, 2, 2]].tolist(), "leave out alpha: images[..., :3]"),
-        (lambda x: 7, ""),
         (lambda x: "a", ""),
         (lambda x: {"a": 1}, ""),
     ],
 )
-def test_server_casts_nothing(server_of, images, change, message, key):
-    status, answer = server_of(change(images), key)
+def test_server_casts_nothing(server_of, images, change, message):
+    status, answer = server_of(change(images), "inputs")
     assert status == 400
     assert message in answer
 
 
-@pytest.mark.parametrize("form", [int, float])
-def test_server_takes_whole_numbers_however_json_writes_them(server_of, home, images, form):
-    expected = [one.record() for one in Predictor(checkpoint.load(home / "served"))(images)]
-    assert server_of(images.astype(form).tolist()) == (200, expected)
+@pytest.mark.parametrize(("key", "form"), [("inputs", int), ("instances", float)])
+def test_server_takes_whole_numbers_however_json_writes_them(server_of, home, images, key, form):
+    expected = records(home / "served", images)
+    assert server_of(images.astype(form).tolist(), key) == (200, expected)
 
 
 def monkeypatched_uri(client: MlflowClient):
@@ -348,14 +337,7 @@ def monkeypatched_uri(client: MlflowClient):
 
 
 @pytest.mark.parametrize(
-    "uri",
-    [
-        "models:/m-nothing",
-        "models:/nothing@champion",
-        "models:/nothing/1",
-        "models:/nothing",
-        "models:/",
-    ],
+    "uri", ["models:/m-nothing", "models:/nothing@champion", "models:/nothing/1", "models:/"]
 )
 def test_model_that_is_not_there_is_said_with_its_store(home, uri):
     with pytest.raises(ModelError) as caught, fetched(uri):
@@ -387,22 +369,13 @@ def test_promoting_makes_a_version_and_names_it(client, start, folder, registere
     assert (int(version.version), version.run_id) == (1, run_id)
     tag = client.get_logged_model(model_id).tags["mlflow.modelVersions"]
     assert json.loads(tag) == [{"name": registered, "version": version.version}]
-    expected = [one.record() for one in Predictor(checkpoint.load(folder))(images)]
+    expected = records(folder, images)
     for uri in (promotion.uri, f"models:/{registered}/1"):
         with fetched(uri) as fetched_folder:
-            predictions = Predictor(checkpoint.load(fetched_folder))(images)
-            assert [prediction.record() for prediction in predictions] == expected
+            assert records(fetched_folder, images) == expected
 
 
-def test_promoting_twice_makes_one_version(client, start, folder, registered):
-    run_id = start()
-    log_model(run_id, folder)
-    first, second = (promote(run_id, registered_name=registered) for _ in range(2))
-    assert (first.version, second.version, second.previous) == (1, 1, 1)
-    assert len(client.search_model_versions(f"name = '{registered}'")) == 1
-
-
-def test_champion_changes_and_the_one_before_is_told(start, folder, registered):
+def test_champion_changes_and_the_one_before_is_told(client, start, folder, registered):
     for number, before in ((1, None), (2, 1)):
         run_id = start(f"{registered}-{number}")
         log_model(run_id, folder)
@@ -410,8 +383,11 @@ def test_champion_changes_and_the_one_before_is_told(start, folder, registered):
         assert (promotion.version, promotion.previous, promotion.run_id) == (number, before, run_id)
     back = promote(f"{registered}-1", registered_name=registered)
     assert (back.version, back.previous) == (1, 2)
+    again = promote(f"{registered}-1", registered_name=registered)
+    assert (again.version, again.previous) == (1, 1)
     other = promote(f"{registered}-1", registered_name=registered, alias="candidate")
     assert (other.version, other.previous) == (1, None)
+    assert len(client.search_model_versions(f"name = '{registered}'")) == 2
 
 
 def test_newest_model_of_a_run_is_promoted(start, folder, tmp_path, registered):
@@ -437,7 +413,7 @@ def test_unknown_run_names_the_nearest(start):
         promote("gamma-25-sed-0")
 
 
-@pytest.mark.parametrize("name", ["it's", "a" * 32, "x y", "%"])
+@pytest.mark.parametrize("name", ["it's", "a" * 32, "x %"])
 def test_odd_names_are_no_runs(start, name):
     start()
     with pytest.raises(ModelError, match="no run has the id"):
@@ -458,9 +434,7 @@ def test_run_without_a_model_is_said(start):
         promote("empty")
 
 
-@pytest.mark.parametrize(
-    ("name", "alias"), [("a/b", "champion"), ("refused", "v1"), ("refused", "latest")]
-)
+@pytest.mark.parametrize(("name", "alias"), [("a/b", "champion"), ("refused", "v1")])
 def test_names_that_mlflow_reserves_are_said(start, folder, name, alias):
     run_id = start()
     log_model(run_id, folder)
@@ -492,17 +466,14 @@ def test_command_says_the_old_and_the_new_champion(start, folder, registered, mo
 
 
 def test_command_ends_in_one_line(monkeypatch):
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(
+        SystemExit, match=r"^error: no run has the id and no experiment the name 'nothing'"
+    ):
         run_command(monkeypatch, "nothing")
-    assert str(caught.value).startswith("error: no run has the id and no experiment the name 'nothing'")
-
-
-def test_command_names_the_server_that_is_away(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit, match=r"^error: http://127\.0\.0\.1:9 can't be used"):
         run_command(monkeypatch, "nothing")
-    assert str(caught.value).startswith("error: http://127.0.0.1:9 can't be used")
 
 
 def test_predict_takes_the_champion(start, folder, registered, images, tmp_path, monkeypatch, capsys):
@@ -574,9 +545,7 @@ def served(uri: str, *, cwd: Path, store_uri: str, cache: Path):
 
 def ask(address: str, content: object) -> tuple[int, object]:
     request = urllib.request.Request(
-        f"{address}/invocations",
-        json.dumps(content).encode(),
-        {"Content-Type": "application/json"},
+        f"{address}/invocations", json.dumps(content).encode(), {"Content-Type": "application/json"}
     )
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -600,7 +569,7 @@ def test_champion_is_served_where_there_is_no_checkout(
     uri = promote(run_id, registered_name=registered).uri
     files = Path(client.get_logged_model(model_id).artifact_location.removeprefix("file://"))
     before = files_of(files)
-    expected = [one.record() for one in Predictor(checkpoint.load(folder))(images)]
+    expected = records(folder, images)
     foreign, cache = tmp_path / "elsewhere", tmp_path / "cache"
     foreign.mkdir()
     with served(uri, cwd=foreign, store_uri=client.tracking_uri, cache=cache) as address:
