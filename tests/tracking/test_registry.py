@@ -144,29 +144,25 @@ def test_model_has_the_metrics_of_its_run_but_no_learning_curves(client, start, 
         assert len(client.get_metric_history(run_id, name)) == count
 
 
-def test_same_weights_are_one_model_of_a_run(client, start, folder):
+def test_same_weights_are_one_model_of_a_run_whose_metrics_may_come_later(client, start, folder):
     run_id = start(metrics={"accuracy": 0.75})
     first = log_model(run_id, folder)
     before = client.get_run(run_id).to_dictionary()
     assert log_model(run_id, folder) == first
     assert client.get_run(run_id).to_dictionary() == before
     assert len(client.get_logged_model(first).metrics) == 1
-
-
-def test_metrics_that_come_later_are_linked_to_the_same_model(client, start, folder):
-    run_id = start()
-    first = log_model(run_id, folder, metrics={"accuracy": 0.75})
     assert log_model(run_id, folder, metrics={"accuracy": 0.75, "flops": 4.0}) == first
     metrics = client.get_logged_model(first).metrics
     assert values_of(metrics) == {"accuracy": 0.75, "flops": 4.0}
     assert len(metrics) == 2
 
 
-def test_other_weights_and_other_runs_are_other_models(start, folder, tmp_path):
+def test_other_weights_are_another_model_and_the_newest_is_promoted(start, folder, tmp_path, registered):
     checkpoint.save(networks(seed=1), tmp_path / "other")
     run_id = start()
-    ids = [log_model(run_id, folder), log_model(run_id, tmp_path / "other"), log_model(start(), folder)]
+    ids = [log_model(start(), folder), log_model(run_id, folder), log_model(run_id, tmp_path / "other")]
     assert len(set(ids)) == 3
+    assert promote(run_id, registered_name=registered).model_id == ids[-1]
 
 
 def test_model_that_a_killed_process_left_unfinished_is_logged_anew(client, start, folder, monkeypatch):
@@ -199,7 +195,9 @@ def test_logging_leaves_mlflow_as_it_was(start, folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_size_of_an_older_checkpoint_is_its_examples_or_its_runs(client, start, tmp_path, images):
+def test_size_of_an_older_checkpoint_is_its_examples_or_its_runs(
+    client, start, folder, tmp_path, images
+):
     checkpoint.save(networks(image_size=None), tmp_path)
     run_id = start()
     with pytest.raises(PredictionError, match="is older and does not say"):
@@ -210,11 +208,8 @@ def test_size_of_an_older_checkpoint_is_its_examples_or_its_runs(client, start, 
     client.log_param(run_id, "data.image_size", "12")
     with fetched(f"models:/{log_model(run_id, tmp_path)}") as fetched_folder:
         assert checkpoint.load(fetched_folder).image_size == 12
-
-
-def test_example_of_another_size_is_refused(start, folder):
     with pytest.raises(PredictionError, match="images of 8 x 8 pixels, not 12"):
-        log_model(start(), folder, example=np.zeros((2, 12, 12, 3), np.uint8))
+        log_model(run_id, folder, example=np.zeros((2, 12, 12, 3), np.uint8))
 
 
 @pytest.mark.parametrize("left_out", ["resnet", "weights"])
@@ -233,18 +228,22 @@ def test_checkpoint_that_can_not_predict_is_not_logged(client, start, folder, le
 # loading
 
 
+def loaded(client: MlflowClient, model_id: str) -> mlflow.pyfunc.PyFuncModel:
+    """A model from the store that its user names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
+        return mlflow.pyfunc.load_model(f"models:/{model_id}")
+
+
 def test_loaded_model_answers_as_the_predictor_does(client, start, folder, images):
-    model_id = log_model(start(), folder, example=images)
-    with monkeypatched_uri(client):
-        loaded = mlflow.pyfunc.load_model(f"models:/{model_id}")
+    model = loaded(client, log_model(start(), folder, example=images))
     expected = records(folder, images)
-    assert loaded.predict(images).to_dict(orient="records") == expected
-    assert loaded.metadata.metadata["images"] == f"[B, {SIZE}, {SIZE}, 3], whole numbers 0 to 255"
-    assert loaded.metadata.signature.outputs.input_names() == list(expected[0])
-    assert loaded.metadata.metadata["classes"] == ["cat", "dog", "hält"]
-    example = loaded.input_example
-    assert np.array_equal(example, images[:2])
-    assert loaded.predict(example).to_dict(orient="records") == expected[:2]
+    assert model.predict(images).to_dict(orient="records") == expected
+    assert model.metadata.metadata["images"] == f"[B, {SIZE}, {SIZE}, 3], whole numbers 0 to 255"
+    assert model.metadata.signature.outputs.input_names() == list(expected[0])
+    assert model.metadata.metadata["classes"] == ["cat", "dog", "hält"]
+    assert np.array_equal(model.input_example, images[:2])
+    assert model.predict(model.input_example).to_dict(orient="records") == expected[:2]
 
 
 @pytest.fixture(scope="module")
@@ -255,15 +254,13 @@ def server_of(home):
         checkpoint.save(networks(), home / "served")
         with store() as (client, experiment_id):
             run_id = client.create_run(experiment_id, run_name="served").info.run_id
-        model_id = log_model(run_id, home / "served")
-        with monkeypatched_uri(client):
-            loaded = mlflow.pyfunc.load_model(f"models:/{model_id}")
-    schema = loaded.metadata.get_input_schema()
+        model = loaded(client, log_model(run_id, home / "served"))
+    schema = model.metadata.get_input_schema()
 
     def answer(values: object, key: str) -> tuple[int, str]:
         text = json.dumps({key: values})
         try:
-            given = scoring_server.invocations(text, "application/json", loaded, schema)
+            given = scoring_server.invocations(text, "application/json", model, schema)
         except mlflow.exceptions.MlflowException as error:
             return error.get_http_status_code(), error.message.rpartition("Error: ")[2]
         return given.status, json.loads(given.response)["predictions"]
@@ -316,24 +313,6 @@ def test_server_casts_nothing(server_of, images, change, message):
 def test_server_takes_whole_numbers_however_json_writes_them(server_of, home, images, key, form):
     expected = records(home / "served", images)
     assert server_of(images.astype(form).tolist(), key) == (200, expected)
-
-
-def monkeypatched_uri(client: MlflowClient):
-    """MLflow's global store, which users of load_model set."""
-
-    @contextlib.contextmanager
-    def context():
-        before, environment = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
-        mlflow.set_tracking_uri(client.tracking_uri)
-        try:
-            yield
-        finally:
-            mlflow.set_tracking_uri(before)
-            os.environ.pop("MLFLOW_TRACKING_URI", None)
-            if environment is not None:
-                os.environ["MLFLOW_TRACKING_URI"] = environment
-
-    return context()
 
 
 @pytest.mark.parametrize(
@@ -390,14 +369,6 @@ def test_champion_changes_and_the_one_before_is_told(client, start, folder, regi
     assert len(client.search_model_versions(f"name = '{registered}'")) == 2
 
 
-def test_newest_model_of_a_run_is_promoted(start, folder, tmp_path, registered):
-    checkpoint.save(networks(seed=1), tmp_path / "other")
-    run_id = start()
-    log_model(run_id, folder)
-    newest = log_model(run_id, tmp_path / "other")
-    assert promote(run_id, registered_name=registered).model_id == newest
-
-
 def test_version_that_someone_made_in_the_ui_is_taken(client, start, folder, registered):
     run_id = start()
     model_id = log_model(run_id, folder)
@@ -409,15 +380,11 @@ def test_version_that_someone_made_in_the_ui_is_taken(client, start, folder, reg
 
 def test_unknown_run_names_the_nearest(start):
     start("gamma-25-seed-0")
+    for name in ("it's", "a" * 32, "x %"):
+        with pytest.raises(ModelError, match="no run has the id"):
+            promote(name)
     with pytest.raises(ModelError, match=r"the name 'gamma-25-sed-0'; there are gamma-25-seed-0"):
         promote("gamma-25-sed-0")
-
-
-@pytest.mark.parametrize("name", ["it's", "a" * 32, "x %"])
-def test_odd_names_are_no_runs(start, name):
-    start()
-    with pytest.raises(ModelError, match="no run has the id"):
-        promote(name)
 
 
 def test_experiments_of_one_name_are_told_apart_by_their_runs(start):
@@ -445,35 +412,38 @@ def test_names_that_mlflow_reserves_are_said(start, folder, name, alias):
 # the command
 
 
-def run_command(monkeypatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["promote", *words])
-    command.main()
+@pytest.fixture
+def run_command(monkeypatch, capsys):
+    def run(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["promote", *words])
+        command.main()
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_command_says_the_old_and_the_new_champion(start, folder, registered, monkeypatch, capsys):
-    outputs = []
-    for name in ("one", "two", "two"):
-        if name not in "".join(outputs):
-            log_model(start(f"{registered}-{name}"), folder)
-        run_command(monkeypatch, f"{registered}-{name}", "--registered-name", registered)
-        outputs.append(capsys.readouterr().out)
-    assert f"champion of {registered}: version 1 (run {registered}-one, m-" in outputs[0]
-    assert "before: there was none" in outputs[0]
-    assert f"champion of {registered}: version 2 (run {registered}-two, m-" in outputs[1]
-    assert f"before: version 1 (models:/{registered}/1)" in outputs[1]
-    assert "before: the same" in outputs[2]
-    assert f"--model models:/{registered}@champion" in outputs[2]
+def test_command_says_the_old_and_the_new_champion(start, folder, registered, run_command):
+    for name in ("one", "two"):
+        log_model(start(f"{registered}-{name}"), folder)
+    first, second, again = (
+        run_command(f"{registered}-{name}", "--registered-name", registered)
+        for name in ("one", "two", "two")
+    )
+    assert f"champion of {registered}: version 1 (run {registered}-one, m-" in first
+    assert "before: there was none" in first
+    assert f"champion of {registered}: version 2 (run {registered}-two, m-" in second
+    assert f"before: version 1 (models:/{registered}/1)" in second
+    assert "before: the same" in again
+    assert f"--model models:/{registered}@champion" in again
 
 
-def test_command_ends_in_one_line(monkeypatch):
-    with pytest.raises(
-        SystemExit, match=r"^error: no run has the id and no experiment the name 'nothing'"
-    ):
-        run_command(monkeypatch, "nothing")
+def test_command_ends_in_one_line(run_command, monkeypatch):
+    with pytest.raises(SystemExit, match=r"^error: no run has the id and no experiment the name 'no'"):
+        run_command("no")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(SystemExit, match=r"^error: http://127\.0\.0\.1:9 can't be used"):
-        run_command(monkeypatch, "nothing")
+        run_command("no")
 
 
 def test_predict_takes_the_champion(start, folder, registered, images, tmp_path, monkeypatch, capsys):
