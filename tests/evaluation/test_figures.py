@@ -239,7 +239,7 @@ def test_policy_figures_say_which_classes_they_leave_out(tmp_path, drawn):
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_policies_by_class_shows_policies_with_images_that_take_them(tmp_path, drawn, count):
+def test_policies_by_class_shows_images_that_take_the_policy(tmp_path, drawn, count):
     shown = shown_policies(300, (5, 5, 5), ["a", "b", "c", "d"], missing=(2,))
     path = tmp_path / "figure.png"
     policy_figures.policies_by_class(path, shown, policies=count)

@@ -34,7 +34,7 @@ def shuffled(resnet: torch.nn.Module, split: Split, actions: torch.Tensor, *, re
     )
 
 
-def test_a_policy_that_carries_the_answer_is_worth_what_shuffling_loses():
+def test_policy_that_carries_the_answer_loses_it_by_shuffling():
     split = make_split(300)
     actions = torch.nn.functional.one_hot(split.labels, 3).bool()
     assert predict(Oracle(), split, actions, normalisation=NORMALISATION).accuracy == 1
@@ -63,7 +63,7 @@ def test_one_policy_for_all_loses_nothing_by_shuffling(small_resnet, validation_
     assert shuffled(small_resnet, validation_split, actions, repeats=2) == accuracy
 
 
-def test_single_policies_stay_within_the_budget_and_pay_no_policy_network():
+def test_single_policies_stay_within_the_budget():
     actions = torch.tensor([[1, 0, 0]] * 3 + [[0, 1, 1]] * 2 + [[1, 1, 1]]).bool()
     found = single_policy_candidates(actions, COST, budget=110, limit=10)
     assert found[0].tolist() == [True, False, False]  # the most frequent first: 10 + 100 FLOPs
@@ -89,7 +89,7 @@ def test_the_best_single_policy_is_the_most_often_right_one():
     assert accuracy == 0.75
 
 
-def test_right_under_several_policies_is_right_under_each_in_every_batch(monkeypatch, small_resnet):
+def test_correct_under_several_policies_is_that_under_each(monkeypatch, small_resnet):
     monkeypatch.setattr("pipeline.inference.predict.EVALUATION_BATCH", 7)
     split = make_split(24, seed=1)
     policies = torch.rand(4, 24, 3, generator=torch.Generator().manual_seed(2)) < 0.6
@@ -125,7 +125,7 @@ def test_predictions_do_not_depend_on_how_images_are_batched(small_resnet, monke
     torch.testing.assert_close(policy, predict_policy(policy_net, split, normalisation=NORMALISATION))
 
 
-def test_resamples_in_which_all_losses_are_equal_do_not_take_the_interval_away():
+def test_spearman_has_an_interval_where_resamples_have_none():
     losses, blocks = torch.tensor([0.0, 0, 0, 0, 0, 1]), torch.tensor([3, 4, 5, 3, 4, 5])
     value, low, high = difficulty_spearman(losses, blocks, resamples=200, seed=0)
     assert low <= value <= high

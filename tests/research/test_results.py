@@ -98,7 +98,7 @@ def test_published_numbers_stand_beside_their_data_set_alone(finished):
     assert ["BlockDrop in the paper, gamma 10", "93.60 %", "1.81e+08"] in published
 
 
-def test_networks_from_others_weights_have_their_own_table_and_figure(finished, monkeypatch, tmp_path):
+def test_networks_from_others_weights_have_their_own_table(finished, monkeypatch, tmp_path):
     row = results.row_of(finished, "digits")
     rows = {
         "random": row,

@@ -191,7 +191,7 @@ def test_shipped_code_compiles_into_the_users_cache(shipped, tmp_path, monkeypat
     assert not shipped.exists()
 
 
-def test_shipped_code_compiles_for_its_process_where_there_is_no_cache(shipped, tmp_path, monkeypatch):
+def test_shipped_code_compiles_for_its_process_without_a_cache(shipped, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     folder = Path(native.library()._name).parent

@@ -164,7 +164,7 @@ def other_versions(folder: Path) -> None:
     )
 
 
-def test_unsupported_python_is_refused_with_the_remedy_and_nothing_is_made(tmp_path):
+def test_unsupported_python_is_refused_and_nothing_is_made(tmp_path):
     folder = project(tmp_path / "new")
     there_is_none = "error: there is no python3.99; name a Python, as in `make setup PYTHON=python3.12`"
     assert error_line(make(folder, "setup", "PYTHON=python3.99")) == there_is_none

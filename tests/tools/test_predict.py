@@ -94,9 +94,7 @@ def test_json_is_one_object_a_line(run, files, images, networks):
         assert record == prediction.record() | {"image": file, "probabilities": probabilities}
 
 
-def test_table_on_a_terminal_holds_the_same_and_takes_no_name_for_markup(
-    run, files, monkeypatch, networks
-):
+def test_table_on_a_terminal_takes_no_name_for_markup(run, files, monkeypatch, networks):
     plain = run(*files)[1]
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
@@ -183,7 +181,7 @@ def damage(name: str) -> None:
         ("float.tif", lambda name: Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(name)),
     ],
 )
-def test_image_that_can_not_be_read_is_named_and_the_others_are_predicted(run, files, name, make):
+def test_unreadable_image_is_named_and_the_others_predicted(run, files, name, make):
     make(name)
     expected = run(*files)[1].splitlines()
     status, output, complaints = run(files[0], name, *files[1:])

@@ -75,7 +75,7 @@ def test_defaults_are_the_params_file_of_the_repository():
     assert (ROOT / "params.yaml").read_bytes() == (ROOT / "presets/digits.yaml").read_bytes()
 
 
-def test_preset_keeps_the_comments_of_the_defaults_unless_it_has_its_own(place):
+def test_preset_keeps_the_comments_that_it_does_not_replace(place):
     lists = "benchmark:\n  batch_sizes:\n  - 3\n  - 5\n"
     write_own("mine", f"# Mine.\n\ngamma: 4.5 # guessed\n{lists}pretrain: {{lr: 1e-05}}\n")
     preset.use("mine")
@@ -106,7 +106,7 @@ def test_unknown_preset_lists_those_that_there_are(place, name):
     assert PARAMS.read_bytes() == before
 
 
-def test_written_presets_may_be_replaced_and_changed_ones_are_kept(place):
+def test_written_preset_is_replaced_and_a_changed_one_kept(place):
     preset.use("cifar10_resnet32")
     preset.use("cifar10_demo")
     changed = PARAMS.read_text().replace("gamma: 5.0", "gamma: 3.0")
@@ -132,7 +132,7 @@ def test_written_presets_may_be_replaced_and_changed_ones_are_kept(place):
         ("gamma: [\n", "is no valid YAML"),
     ],
 )
-def test_preset_that_cannot_be_used_is_named_and_not_put_in_place(place, text, words):
+def test_unusable_preset_is_named_and_not_put_in_place(place, text, words):
     write_own("mine", text)
     before = PARAMS.read_bytes()
     with pytest.raises(UserError, match="presets/mine") as caught:
@@ -224,7 +224,7 @@ def test_copy_has_a_name_that_dvc_and_git_take_as_it_is(place, name):
     assert target.read_bytes() == path.read_bytes()
 
 
-def test_own_folder_is_copied_under_the_names_of_it_and_its_parent(place):
+def test_own_folder_is_copied_under_its_and_its_parents_name(place):
     folder = save_own("pretrain", place / "models" / "pretrain")
     (folder / "notes.txt").write_text("not part of it")
     target = bring_in(folder)
@@ -234,7 +234,7 @@ def test_own_folder_is_copied_under_the_names_of_it_and_its_parent(place):
         assert path.read_bytes() == (folder / path.name).read_bytes()
 
 
-def test_folder_beside_params_has_no_name_that_begins_with_a_dash(place):
+def test_folder_beside_params_gets_no_name_with_a_dash(place):
     save_own("pretrain", place / "mine")
     assert not bring_in(Path("mine")).name.startswith("-")
 
@@ -287,7 +287,7 @@ def test_naming_a_checkpoint_changes_its_lines_alone(place, stage, stages, sourc
     assert [s for s, path in named().items() if path == "import/ckpt.t7"] == stages
 
 
-def test_naming_a_finetuned_pair_leaves_stages_that_import_already(place):
+def test_naming_a_pair_leaves_stages_that_import_already(place):
     name_in_params("pretrain", Path("import/resnet.t7"))
     assert name_in_params("finetune", Path("import/pair.t7")) == ["finetune", "curriculum"]
     assert list(named().values()) == ["import/resnet.t7", "import/pair.t7", "import/pair.t7"]
@@ -332,7 +332,7 @@ def test_import_copies_tracks_and_names_the_file(pair, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("file", ["", "model.safetensors", "model.json"])
-def test_own_checkpoint_is_imported_by_its_folder_or_a_file_in_it(place, monkeypatch, file):
+def test_own_checkpoint_is_imported_by_its_folder_or_files(place, monkeypatch, file):
     save_own("pretrain", place / "models" / "pretrain")
     commands = run_main(monkeypatch, Path("models/pretrain") / file, "pretrain")
     assert commands[0][-1] == "import/models-pretrain"
@@ -363,9 +363,7 @@ def nothing_changed() -> bool:
         ("&a [*a]", "params.yaml holds list"),
     ],
 )
-def test_params_that_can_not_be_used_are_named_before_anything_is_copied(
-    pair, monkeypatch, content, words
-):
+def test_import_beside_unusable_params_copies_nothing(pair, monkeypatch, content, words):
     PARAMS.unlink() if content is None else PARAMS.write_text(content)
     with pytest.raises(SystemExit) as caught:
         run_main(monkeypatch, pair, "finetune")
@@ -373,7 +371,7 @@ def test_params_that_can_not_be_used_are_named_before_anything_is_copied(
     assert [path.name for path in Path("import").iterdir()] == ["none"]
 
 
-def test_import_that_stops_while_it_names_the_file_leaves_params_as_they_were(pair, monkeypatch):
+def test_import_that_can_not_write_params_leaves_them(pair, monkeypatch):
     before = PARAMS.read_bytes()
 
     def stop(path, text):
@@ -437,7 +435,7 @@ def test_unknown_stage_lists_those_that_there_are(place, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("program", ["dvc", "git"])
-def test_program_that_fails_ends_in_a_message_and_leaves_params_alone(pair, monkeypatch, program):
+def test_program_that_fails_is_named_and_params_are_left(pair, monkeypatch, program):
     with pytest.raises(SystemExit) as caught:
         run_main(monkeypatch, pair, "finetune", fail=program)
     assert f"{program} add" in str(caught.value)
@@ -485,7 +483,7 @@ def fetched(monkeypatch, name: str, **changes: object) -> Path:
     return import_checkpoint.download(name, ResNetParams(**(IMAGENET | changes)))
 
 
-def test_weights_of_torchvision_that_can_not_be_fetched_say_how_to_bring_them(place, monkeypatch):
+def test_weights_that_can_not_be_fetched_say_how_to_bring_them(place, monkeypatch):
     with pytest.raises(UserError, match=r"resnet18-\w+\.pth can't be fetched \(Network is unreach"):
         fetched(monkeypatch, "IMAGENET1K_V1")
 

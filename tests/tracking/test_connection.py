@@ -86,7 +86,7 @@ def log(run, *steps: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["refuse", "hang", "503", "401", "garbage", "lost"])
-def test_server_that_fails_is_said_once_and_asked_again_by_the_next_stage(
+def test_failing_server_is_said_once_and_asked_by_the_next_stage(
     server, client, params, monkeypatch, capsys, mode
 ):
     monkeypatch.setattr(runs, "TIMEOUT", 1.0 if mode == "hang" else 10.0)
@@ -210,7 +210,7 @@ def test_interrupted_stage_does_not_wait_for_a_hanging_server(server, params, mo
     assert f"{AWAY} (timed out)" in capsys.readouterr().err  # and not (KeyboardInterrupt)
 
 
-def test_http_timeout_lets_the_users_values_count_and_restores_them(server, params, monkeypatch, caplog):
+def test_http_timeout_keeps_the_users_values_and_restores_them(server, params, monkeypatch, caplog):
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT as TIMEOUT
 
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
@@ -274,7 +274,7 @@ def damage(file: Path, kind: str) -> str:
     [("read-only file", False), ("read-only folder", False), ("no database", False),
      ("newer schema", False), ("read-only file", True)],
 )  # fmt: skip
-def test_file_that_can_not_be_used_is_said_once_and_stops_strict_stages_alone(
+def test_unusable_file_is_said_once_and_stops_strict_stages(
     folder, params, monkeypatch, capsys, kind, strict
 ):
     reason = damage(folder / "store/mlflow.db", kind)
@@ -348,9 +348,7 @@ def test_strict_stage_ends_at_the_flush_that_failed(server, client, params, monk
 
 
 @pytest.mark.parametrize("error", [None, ZeroDivisionError])
-def test_strict_stage_fails_when_the_server_dies_at_its_end_but_hides_no_error(
-    server, params, monkeypatch, error
-):
+def test_strict_stage_fails_at_its_end_but_hides_no_error(server, params, monkeypatch, error):
     monkeypatch.setenv("BLOCKDROP_TRACKING", "strict")
 
     def end() -> None:

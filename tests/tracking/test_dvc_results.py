@@ -54,7 +54,7 @@ def edit_lock(folder, stage: str, section: str, change) -> None:
     (folder / "dvc.lock").write_text(yaml.safe_dump(lock))
 
 
-def test_fingerprint_follows_results_and_parameters_and_not_names_or_clocks(folder):
+def test_fingerprint_follows_results_and_not_names_or_clocks(folder):
     first = read(folder)
     assert read(folder, name="two", baseline="def").fingerprint == first.fingerprint
     edit_lock(folder, "report", "outs", lambda outs: outs[0].update(md5="other"))

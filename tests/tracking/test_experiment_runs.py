@@ -96,7 +96,7 @@ def test_interrupted_completion_is_completed(client, tmp_path, monkeypatch):
     assert len(runs_named(client, "interrupted")) == 1
 
 
-def test_stages_that_ran_stand_under_the_parent_that_is_completed(client, tmp_path, monkeypatch):
+def test_stages_that_ran_stand_under_the_completed_parent(client, tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_EXP_NAME", "ran-here")
     monkeypatch.setenv("DVC_EXP_BASELINE_REV", "abc")
     record = record_of(tmp_path, "ran-here")
@@ -134,7 +134,7 @@ def test_equal_results_are_found_under_any_name(client, tmp_path):
         assert experiment_runs.find(client, experiment_id, other) is None
 
 
-def test_experiment_whose_files_are_not_here_is_completed_when_they_come(client, tmp_path):
+def test_experiment_is_completed_when_its_files_come(client, tmp_path):
     record = record_of(tmp_path, "pulled", model=False)
     run_id = completed(record)
     assert "dvc.revision" not in client.get_run(run_id).data.tags  # so the next sync looks again

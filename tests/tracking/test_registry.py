@@ -123,7 +123,7 @@ def test_model_says_where_it_came_from(client, start, folder):
             assert (fetched_folder / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_model_has_params_and_metrics_of_its_own_when_they_are_given(client, start, folder):
+def test_model_has_the_params_and_metrics_that_are_given(client, start, folder):
     run_id = start(metrics={"loss": 0.5})
     params, metrics = {"gamma": 5, "size": None}, {"accuracy": 0.75, "spearman": None}
     model_id = log_model(run_id, folder, params=params, metrics=metrics)
@@ -144,7 +144,7 @@ def test_model_has_the_metrics_of_its_run_but_no_learning_curves(client, start, 
         assert len(client.get_metric_history(run_id, name)) == count
 
 
-def test_same_weights_are_one_model_of_a_run_whose_metrics_may_come_later(client, start, folder):
+def test_same_weights_are_one_model_to_which_metrics_are_added(client, start, folder):
     run_id = start(metrics={"accuracy": 0.75})
     first = log_model(run_id, folder)
     before = client.get_run(run_id).to_dictionary()
@@ -157,7 +157,7 @@ def test_same_weights_are_one_model_of_a_run_whose_metrics_may_come_later(client
     assert len(metrics) == 2
 
 
-def test_other_weights_are_another_model_and_the_newest_is_promoted(start, folder, tmp_path, registered):
+def test_newest_of_the_models_of_a_run_is_promoted(start, folder, tmp_path, registered):
     checkpoint.save(networks(seed=1), tmp_path / "other")
     run_id = start()
     ids = [log_model(start(), folder), log_model(run_id, folder), log_model(run_id, tmp_path / "other")]
@@ -165,7 +165,7 @@ def test_other_weights_are_another_model_and_the_newest_is_promoted(start, folde
     assert promote(run_id, registered_name=registered).model_id == ids[-1]
 
 
-def test_model_that_a_killed_process_left_unfinished_is_logged_anew(client, start, folder, monkeypatch):
+def test_unfinished_model_of_a_killed_process_is_logged_anew(client, start, folder, monkeypatch):
     run_id = start()
 
     def die(*arguments, **options):

@@ -129,7 +129,7 @@ def test_exception_goes_on_and_leaves_its_status(client, params, error, status):
     assert statuses(client, run.run_id, run.parent_id) == [status] * 2
 
 
-def test_next_stage_of_the_same_parameters_finds_the_parent_and_wakes_it(client, params):
+def test_next_stage_of_the_same_parameters_wakes_the_parent(client, params):
     with stage_run("pretrain", params) as first:
         pass
     with stage_run("curriculum", dict(reversed(params.items()))) as second:
@@ -216,7 +216,7 @@ def test_stage_that_finished_takes_the_place_of_its_earlier_runs(client, params)
     assert lifecycles(client, first, failed, other, last) == ["deleted", "deleted", "active", "active"]
 
 
-def test_stage_that_finishes_late_leaves_a_run_that_began_after_it(client, params):
+def test_stage_that_finishes_late_leaves_a_later_run(client, params):
     with stage_run("evaluate", params) as early:
         time.sleep(0.01)  # runs begin at milliseconds
         with stage_run("evaluate", params) as late:
@@ -247,7 +247,7 @@ def test_undefined_metrics_are_left_out(client, params, capsys):
     assert client.get_run(run.run_id).data.metrics == {"accuracy": 0.5}
 
 
-def test_more_metrics_and_parameters_than_mlflow_takes_at_once_all_arrive(client, params, capsys):
+def test_more_metrics_than_mlflow_takes_at_once_all_arrive(client, params, capsys):
     many = {f"p{index}": index for index in range(130)} | params
     with stage_run("pretrain", many) as run:
         for step in range(120):  # of a fast training, all within `FLUSH_SECONDS`
@@ -346,9 +346,7 @@ def test_relative_store_is_in_the_main_checkout(root, tmp_path, monkeypatch, giv
     assert store_uri() == used.format(root=root)
 
 
-def test_run_in_a_temporary_checkout_is_in_the_relative_store_of_the_main_one(
-    root, params, tmp_path, monkeypatch
-):
+def test_run_in_a_temporary_checkout_is_in_the_main_store(root, params, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     monkeypatch.chdir(tmp_path)
     with stage_run("pretrain", params) as run:
@@ -357,9 +355,7 @@ def test_run_in_a_temporary_checkout_is_in_the_relative_store_of_the_main_one(
     assert MlflowClient(f"sqlite:///{root}/mlflow.db").get_run(run.run_id).info.status == "FINISHED"
 
 
-def test_mlflow_that_is_installed_under_a_percent_sign_says_what_helps(
-    root, params, monkeypatch, capsys
-):
+def test_mlflow_under_a_percent_sign_says_what_helps(root, params, monkeypatch, capsys):
     """With a project its .venv may lie in such a folder, and Alembic's settings take no % in a path."""
     monkeypatch.setattr("mlflow.__file__", "/srv/50%/.venv/mlflow/__init__.py")
     with stage_run("pretrain", params):
@@ -479,7 +475,7 @@ def commit_here(*files: str) -> None:
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
 
 
-def test_without_dvc_the_name_says_branch_commit_and_what_differs(root, tmp_path, monkeypatch):
+def test_name_without_dvc_is_branch_commit_and_what_differs(root, tmp_path, monkeypatch):
     assert experiment_name({"gamma": "2"}) == "no-git-no-commit"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_text("gamma: 2\na: {b: 1, c: 2, d: 3}\n")
@@ -583,7 +579,7 @@ def test_folder_of_another_user_has_its_commit_all_the_same(tmp_path, monkeypatc
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="takes root to give a folder to another user")
-def test_repository_of_another_user_around_the_project_runs_no_command(tmp_path, monkeypatch):
+def test_repository_of_another_user_runs_no_command(tmp_path, monkeypatch):
     project, command, trace = (tmp_path / name for name in ("project", "command", "trace"))
     project.mkdir()
     command.write_text(f"#!/bin/sh\ntouch {trace}\n")
