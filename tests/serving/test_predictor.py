@@ -191,22 +191,21 @@ def test_shipped_code_compiles_into_the_users_cache(shipped, tmp_path, monkeypat
     assert not shipped.exists()
 
 
-def test_shipped_code_compiles_for_its_process_without_a_cache(shipped, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    folder = Path(native.library()._name).parent
-    assert folder.name.startswith("blockdrop-")
-    assert folder.stat().st_mode & 0o077 == 0  # nobody else puts a library there
-    assert not shipped.exists()
-
-
-def test_shipped_code_does_without_a_home(shipped, monkeypatch):
+@pytest.mark.parametrize("lacking", ["cache", "home"])
+def test_shipped_code_compiles_for_its_process_without_a_cache(shipped, tmp_path, monkeypatch, lacking):
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", no_home)
-    assert Path(native.library()._name).parent.name.startswith("blockdrop-")
+    if lacking == "home":
+        monkeypatch.setattr(Path, "home", no_home)
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    folder = Path(native.library()._name).parent
+    assert folder.name.startswith("blockdrop-")
+    assert folder.stat().st_mode & 0o077 == 0  # nobody else puts a library there
+    assert not shipped.exists()
 
 
 @pytest.mark.parametrize(("number", "dtype"), [(5, object), (5.0, None)])

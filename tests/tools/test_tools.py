@@ -65,10 +65,10 @@ def test_preset_is_written_whole_and_holds_what_differs_alone(place, name):
         assert (params.gamma == 10) == (not name.endswith(("_quick", "_demo")))
     if name != "digits":
         assert [key for key, value in changes.items() if value == defaults[key]] == []
-        header, values = Path(f"presets/{name}.yaml").read_text().split("\n\n", 1)
+        header, lines = Path(f"presets/{name}.yaml").read_text().split("\n\n", 1)
         assert all(line.startswith("# ") for line in header.splitlines())
         assert header in preset.whole_text(name)
-        assert values
+        assert lines
 
 
 def test_defaults_are_the_params_file_of_the_repository():
@@ -208,12 +208,6 @@ def test_checkpoint_serves_the_stages_whose_networks_it_holds(place, save, made_
         with pytest.raises(CheckpointError, match=f"no {lacking}") as caught:
             check(path, stage)
         assert str(path) in str(caught.value)
-
-
-def test_foreign_file_is_copied_under_its_name(place):
-    path = save_theirs("finetune", place / "downloads" / "ckpt.t7")
-    assert bring_in(path) == Path("import/ckpt.t7")
-    assert Path("import/ckpt.t7").read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["#a b${gamma}", "x:y\none[x]*", "!it's `x` "])

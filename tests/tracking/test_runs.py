@@ -155,27 +155,22 @@ def test_other_parameters_or_experiments_have_another_parent(client, params, mon
     assert client.get_run(parents[-1]).info.run_name == "tawny-quop"
 
 
-def test_resumed_run_goes_on_in_the_same_run(client, params):
+def test_resumed_run_goes_on_under_the_experiment_that_resumed_it(client, params, monkeypatch):
     with stage_run("pretrain", params) as first:
         first.log_metrics({"loss": 2.0}, step=0)
     client.set_terminated(first.run_id, "KILLED")
     with stage_run("pretrain", params, resumed=first.run_id) as second:
-        assert client.get_run(second.run_id).info.status == "RUNNING"
+        assert statuses(client, second.run_id) == ["RUNNING"]
         second.log_metrics({"loss": 1.0}, step=1)
     assert (second.run_id, second.parent_id) == (first.run_id, first.parent_id)
     assert statuses(client, first.run_id) == ["FINISHED"]
     assert points(client, first.run_id) == [(0, 2.0), (1, 1.0)]
-
-
-def test_resumed_run_moves_under_the_experiment_that_resumed_it(client, params, monkeypatch):
-    with stage_run("pretrain", params) as first:
-        pass
     monkeypatch.setenv("DVC_EXP_NAME", "second-try")
-    with stage_run("pretrain", params, resumed=first.run_id) as second:
+    with stage_run("pretrain", params, resumed=first.run_id) as third:
         pass
-    assert second.run_id == first.run_id
-    assert second.parent_id != first.parent_id
-    assert client.get_run(first.run_id).data.tags["mlflow.parentRunId"] == second.parent_id
+    assert third.run_id == first.run_id
+    assert third.parent_id != first.parent_id
+    assert client.get_run(first.run_id).data.tags["mlflow.parentRunId"] == third.parent_id
 
 
 @pytest.mark.parametrize("deleted", [False, True])
@@ -259,18 +254,13 @@ def test_more_metrics_than_mlflow_takes_at_once_all_arrive(client, params, capsy
     assert len(points(client, run.run_id, "m19")) == 120
 
 
-def test_files_go_to_the_main_checkout(client, params, root, tmp_path):
+def test_files_go_to_the_main_checkout(client, params, root, tmp_path, capsys):
     (tmp_path / "own.txt").write_text("own")
     with stage_run("report", params) as run:
+        run.log_artifact(tmp_path / "missing")
         run.log_artifact(tmp_path / "own.txt")
     assert [item.path for item in client.list_artifacts(run.run_id)] == ["own.txt"]
     assert "own.txt" in {path.name for path in (root / "mlartifacts").rglob("*.txt")}
-
-
-@pytest.mark.usefixtures("root")
-def test_missing_file_is_said_and_stops_nothing(params, capsys, tmp_path):
-    with stage_run("report", params) as run:
-        run.log_artifact(tmp_path / "missing")
     assert capsys.readouterr().err == f"{tmp_path / 'missing'} is not there, so it is not logged\n"
 
 
