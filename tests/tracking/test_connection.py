@@ -375,6 +375,7 @@ def test_other_value_of_the_variable_is_refused_with_the_choices(server, params,
         pytest.fail("the stage began")
     for part in ("BLOCKDROP_TRACKING", repr(value), "off", "strict", "unset"):
         assert part in str(caught.value)
+    monkeypatch.setattr(sys, "argv", ["sync"])
     with pytest.raises(SystemExit, match="BLOCKDROP_TRACKING"):
         sync.main()
 
