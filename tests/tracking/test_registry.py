@@ -209,7 +209,7 @@ def test_size_of_an_older_checkpoint_is_its_examples_or_its_runs(
     with fetched(f"models:/{log_model(run_id, tmp_path)}") as fetched_folder:
         assert checkpoint.load(fetched_folder).image_size == 12
     with pytest.raises(PredictionError, match="images of 8 x 8 pixels, not 12"):
-        log_model(run_id, folder, example=np.zeros((2, 12, 12, 3), np.uint8))
+        log_model(start(), folder, example=np.zeros((2, 12, 12, 3), np.uint8))
 
 
 @pytest.mark.parametrize("left_out", ["resnet", "weights"])
