@@ -435,20 +435,12 @@ for _kind, _pattern in {
 
 
 def load(path: Path | str = "params.yaml") -> Params:
-    """Read and check the whole file.
-
-    Raises:
-        ParamsError: it is missing, is no YAML mapping, or holds a key or value that can't be used.
-    """
+    """Read and check the whole file."""
     return check(read(path), path)
 
 
 def read(path: Path | str) -> dict[str, Any]:
-    """The keys and values of a file of parameters, not checked.
-
-    Raises:
-        ParamsError: it is missing, or no YAML mapping.
-    """
+    """The keys and values of a file of parameters, not checked."""
     path = Path(path)
     try:
         content = yaml.load(read_bytes(path, MAX_BYTES).decode(), Loader)
@@ -471,14 +463,7 @@ def read(path: Path | str) -> dict[str, Any]:
 
 
 def check(content: Mapping[str, Any], path: Path | str) -> Params:
-    """The parameters that a file holds.
-
-    Args:
-        path: of the file, for the message.
-
-    Raises:
-        ParamsError: a key or value can't be used.
-    """
+    """The parameters that a file holds."""
     try:
         return Params.model_validate(content)
     except ValidationError as error:

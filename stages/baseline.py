@@ -83,7 +83,6 @@ def random_draws(images: int) -> int:
 
 
 def with_every_block(kind: str, resnet: ResNet, test: ImageSplit, predictions: Predictions) -> Network:
-    """A ResNet all of whose blocks run."""
     return Network(
         kind=kind,
         depth=resnet.depth,

@@ -12,7 +12,6 @@ from stages.support import common, compatibility, recipes, training
 
 
 def main(params: Params) -> None:
-    """Write models/pretrain."""
     classes = load_classes(common.PREPARED)
 
     def load(path: Path) -> Checkpoint:

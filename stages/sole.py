@@ -19,11 +19,6 @@ from stages.support import common, compatibility, recipes, training
 
 
 def main(params: Params, *, depth: int) -> None:
-    """Write models/sole/DEPTH.
-
-    Raises:
-        UserError: params.yaml does not name the depth.
-    """
     if depth not in params.sole.depths:
         raise UserError(f"sole.depths {list(params.sole.depths)} does not name {depth}; add it there")
     classes = load_classes(common.PREPARED)

@@ -35,11 +35,7 @@ UNSAFE = re.compile(
 
 
 def check(path: Path, stage: str) -> None:
-    """Check that the checkpoint can be read and holds the networks that the stage trains.
-
-    Raises:
-        UserError: it can't be read, or lacks a network.
-    """
+    """Check that the checkpoint can be read and holds the networks that the stage trains."""
     if path.is_dir():
         loaded = checkpoint.load(path)
         if stage != "curriculum":
@@ -55,14 +51,7 @@ def check(path: Path, stage: str) -> None:
 
 
 def bring_in(path: Path, in_use: Collection[Path] = ()) -> Path:
-    """Copy a legacy file, or both files of one of our own folders, into import/.
-
-    Args:
-        in_use: imports that params.yaml names for other stages; they are not overwritten.
-
-    Raises:
-        UserError: another stage uses an import of that name with other content.
-    """
+    """Copy a legacy file, or both files of one of our own folders, into import/."""
     path = path.resolve()
     if path.parent == IMPORT.resolve():
         return IMPORT / path.name
@@ -86,15 +75,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def download(name: str, resnet: ResNetParams) -> Path:
-    """Fetch torchvision's pretrained weights into import/, checked by the digest in the file's name.
-
-    Args:
-        name: as torchvision names them, for example IMAGENET1K_V1.
-        resnet: the network that they are for.
-
-    Raises:
-        UserError: torchvision has no such weights, or they can't be fetched.
-    """
+    """Fetch torchvision's pretrained weights into import/, checked by the digest in the file's name."""
     from torch.hub import download_url_to_file
     from torchvision.models import get_model_weights
 
@@ -125,11 +106,7 @@ def download(name: str, resnet: ResNetParams) -> Path:
 
 
 def used_by_others(stage: str) -> set[Path]:
-    """The imports that params.yaml names for other stages.
-
-    Raises:
-        UserError: params.yaml can't be used.
-    """
+    """The imports that params.yaml names for other stages."""
     checkpoints = config.load(PARAMS).checkpoints
     return {Path(getattr(checkpoints, other)) for other in STAGES if other != stage}
 
@@ -166,7 +143,6 @@ def add_options(parser: Parser) -> None:
 
 @command(add_options)
 def main(arguments: argparse.Namespace) -> None:
-    """Check, copy, track, name."""
     path: Path = arguments.file
     if path == Path():
         raise UserError("FILE is empty; `make import FILE=path STAGE=pretrain` names a checkpoint")

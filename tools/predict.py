@@ -37,11 +37,7 @@ REMEDIES = "`make repro` trains one, `dvc pull` fetches one"
 
 @contextmanager
 def folder_of(model: str) -> Iterator[Path]:
-    """The checkpoint folder that a command line names, for as long as the context lasts.
-
-    Raises:
-        UserError: there is no such folder, or no such model in MLflow.
-    """
+    """The checkpoint folder that a command line names, for as long as the context lasts."""
     if model.startswith(REGISTRY):
         from pipeline.tracking.registry import fetched  # slow to import
 
@@ -59,21 +55,12 @@ def folder_of(model: str) -> Iterator[Path]:
 
 
 def load(model: str, image_size: int | None) -> Predictor:
-    """The predictor of a trained model.
-
-    Raises:
-        UserError: it is missing or damaged, or its image size is not known.
-    """
     with folder_of(model) as folder:
         return Predictor(checkpoint.load(folder), image_size=image_size, device=choose_device())
 
 
 def paths_of(words: str) -> list[Path]:
-    """The files that the text of `--words` names.
-
-    Raises:
-        UserError: a quotation mark has no partner.
-    """
+    """The files that the text of `--words` names."""
     if exists(words):
         return [Path(words)]
     try:
@@ -122,7 +109,6 @@ def strip(kept_blocks: NDArray[np.bool_]) -> str:
 
 
 def cells(path: Path, prediction: Prediction) -> tuple[str, ...]:
-    """A row of the table, in the order of COLUMNS."""
     return (
         printable(path),
         printable(prediction.name),

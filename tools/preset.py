@@ -22,11 +22,7 @@ PARAMS = Path("params.yaml")
 
 
 def load(name: str, folder: Path = PRESETS) -> Params:
-    """The parameters of a preset: the defaults with the preset's values.
-
-    Raises:
-        UserError: there is no such preset, or it has a key or value that can't be used.
-    """
+    """The parameters of a preset: the defaults with the preset's values."""
     path = _path(name, folder)
     return config.check(_merge(config.read(folder / DEFAULTS), config.read(path)), path)
 
@@ -36,9 +32,6 @@ def whole_text(name: str, folder: Path = PRESETS) -> str:
 
     A comment beside a value in the preset takes the place of the default's. A preset that has every key
     (the defaults, or a copy of params.yaml) is already whole.
-
-    Raises:
-        UserError: there is no such preset, or it has a key or value that can't be used.
     """
     load(name, folder)
     path = _path(name, folder)
@@ -59,11 +52,7 @@ def whole_text(name: str, folder: Path = PRESETS) -> str:
 
 
 def use(name: str) -> None:
-    """Write params.yaml anew, unless it holds changes that are in no preset.
-
-    Raises:
-        UserError: there is no such preset, it can't be used, or changes would be lost.
-    """
+    """Write params.yaml anew, unless it holds changes that are in no preset."""
     text = whole_text(name)
     if PARAMS.exists() and PARAMS.read_bytes() not in set(_written()):
         raise UserError(
@@ -130,7 +119,6 @@ def add_options(parser: Parser) -> None:
 
 @command(add_options)
 def main(arguments: argparse.Namespace) -> None:
-    """Write params.yaml, or print what would be written."""
     if arguments.show:
         print(whole_text(arguments.name), end="")
         return

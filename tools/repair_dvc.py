@@ -102,7 +102,6 @@ def copy_to_cache(out: Output) -> bool:
 
 
 def require_cached(repo: Repo, missing: list[Output]) -> None:
-    """End with status 1 if the cache lacks results."""
     if missing:
         raise SystemExit(
             f"error: {', '.join(map(str, missing))} could not be written to DVC's cache "
@@ -134,7 +133,6 @@ def add_options(parser: Parser) -> None:
 
 @command(add_options)
 def main(arguments: argparse.Namespace) -> None:
-    """Repair the checkout that is the working folder."""
     if arguments.check:
         with Repo() as repo:
             require_cached(repo, missing_from_cache(repo))

@@ -50,11 +50,7 @@ class Outcome:
 
 
 def references(root: Path) -> list[Reference]:
-    """Every experiment that DVC knows here, of all commits.
-
-    Raises:
-        UserError: DVC can't list them, where there is no Git repository for example.
-    """
+    """Every experiment that DVC knows here, of all commits."""
     try:
         with Repo(str(root)) as repo:
             by_baseline = repo.experiments.ls(all_commits=True)
@@ -71,12 +67,6 @@ def references(root: Path) -> list[Reference]:
 
 
 def read(reference: Reference, root: Path) -> Record:
-    """The record of an experiment.
-
-    Raises:
-        RecordError: it isn't finished.
-        DvcException: DVC can't read it.
-    """
     files = DVCFileSystem(str(root), rev=reference.revision)
     return dvc_results.read(
         files, name=reference.name, baseline=reference.baseline, revision=reference.revision
@@ -88,10 +78,6 @@ def log(reference: Reference, root: Path, names: Container[str]) -> None:
 
     Args:
         names: of all experiments that have its commit.
-
-    Raises:
-        RecordError: its files can't be used.
-        DvcException: DVC can't read it.
     """
     name = printable(reference.name)
     with store() as (client, experiment_id):
@@ -128,12 +114,7 @@ def work_tree(root: Path) -> str | None:
 
 
 def sync(root: Path) -> Outcome:
-    """Complete every experiment's parent run; one that fails does not stop the others.
-
-    Raises:
-        UserError: DVC can't list the experiments.
-        Exception: the store can't be used.
-    """
+    """Complete every experiment's parent run; one that fails does not stop the others."""
     failed = []
     with exclusive(root / LOCK, waiting_message="sync: waiting for another one to end"):
         with store() as (client, experiment_id):
@@ -178,7 +159,6 @@ def usable_store() -> Iterator[None]:
 
 @command()
 def main(_: argparse.Namespace) -> None:
-    """Sync, then show what there is and where to look at it."""
     if is_off():
         print("BLOCKDROP_TRACKING=off: nothing is logged")
         return

@@ -68,7 +68,6 @@ class ResumePoint:
 
     @classmethod
     def of(cls, stage: str, key: str) -> "ResumePoint":
-        """The resume point of a stage's training with this key."""
         return cls(path=project_root() / FOLDER / f"{stage}-{key}.pt")
 
     @property
@@ -116,11 +115,7 @@ class ResumePoint:
         return _read(self.finished)
 
     def finish(self) -> None:
-        """Mark the last state as that of a finished training, for processes that wait for it.
-
-        Raises:
-            OSError: it can't be renamed; the states are as they were.
-        """
+        """Mark the last state as that of a finished training, for processes that wait for it."""
         with failures_name(self.finished):
             self.path.replace(self.finished)
             self.previous.unlink(missing_ok=True)
@@ -128,7 +123,6 @@ class ResumePoint:
         tidy(self.path.parent)
 
     def _write(self, state: Mapping[str, Any]) -> Path:
-        """Write the state into a new file and read it back."""
         fresh = self.path.with_suffix(".fresh.pt")
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)

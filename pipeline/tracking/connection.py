@@ -41,11 +41,7 @@ class TrackingError(UserError):
 
 
 def mode() -> str:
-    """The value of BLOCKDROP_TRACKING: off, strict, or empty (log, and continue when MLflow is away).
-
-    Raises:
-        UserError: it has another value.
-    """
+    """The value of BLOCKDROP_TRACKING: off, strict, or empty (log, and continue when MLflow is away)."""
     value = os.environ.get(VARIABLE, "")
     if value not in ("", OFF, STRICT):
         raise UserError(
@@ -134,11 +130,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def require_store(uri: str) -> None:
-    """Check that a URI names a kind of store that MLflow has.
-
-    Raises:
-        UserError: it is a folder, or a server without its protocol.
-    """
+    """Check that a URI names a kind of store that MLflow has."""
     if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):  # MLflow's own variable
         return
     if re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri):

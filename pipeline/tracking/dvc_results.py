@@ -71,7 +71,6 @@ class Record:
 
     @property
     def key(self) -> str:
-        """Identifies it in MLflow."""
         return experiment_key(self.name, self.baseline, self.params)
 
     @property
@@ -86,7 +85,6 @@ class Record:
 
     @property
     def models(self) -> dict[str, str]:
-        """Digests of the models by path."""
         return {path: md5 for path, md5 in self.outs.items() if path.startswith("models/")}
 
     def artifacts(self) -> dict[str, bytes]:
@@ -119,7 +117,6 @@ class Record:
 
 
 def work_tree(folder: str = ".") -> AbstractFileSystem:
-    """The files of a folder."""
     return DirFileSystem(path=folder, fs=LocalFileSystem())
 
 

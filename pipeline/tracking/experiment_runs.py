@@ -40,14 +40,7 @@ TAG_NOTE = "mlflow.note.content"
 
 
 def complete(record: Record, *, finish: bool) -> str:
-    """Create the parent run of an experiment, or log what it lacks.
-
-    Args:
-        finish: end it as FINISHED; not from inside a stage, which ends it itself.
-
-    Returns:
-        Its id.
-    """
+    """Create the parent run of an experiment, or log what it lacks."""
     with store() as (client, experiment_id):
         run_id = make_parent(
             client,
@@ -131,7 +124,6 @@ def _row(label: str, accuracy: float | None, blocks: float | None, flops: float 
 
 
 def _origin(record: Record) -> dict[str, str]:
-    """Tags that say which code gave the result."""
     if not record.revision:
         return origin_tags()
     return {"git.commit": record.baseline, "mlflow.source.git.commit": record.baseline}

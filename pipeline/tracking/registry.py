@@ -80,7 +80,6 @@ class Promotion:
 
     @property
     def uri(self) -> str:
-        """The address by which MLflow loads and serves the model."""
         return f"{SCHEME}{self.name}@{self.alias}"
 
 
@@ -138,10 +137,6 @@ def promote(run: str, *, registered_name: str = NAME, alias: str = ALIAS) -> Pro
         run: id of a run, or the name of an experiment, which stands for its parent run.
         registered_name: of the model in the registry; made when there is none.
         alias: taken from the version that had it.
-
-    Raises:
-        ModelError: there is no such run, several experiments have that name, the run has no model, or
-            MLflow refuses one of the names.
     """
     with store() as (client, experiment_id):
         source = client.get_run(_find_run(client, experiment_id, run))
@@ -160,14 +155,7 @@ def promote(run: str, *, registered_name: str = NAME, alias: str = ALIAS) -> Pro
 
 @contextmanager
 def fetched(uri: str) -> Iterator[Path]:
-    """Download the checkpoint folder of a logged model; it is deleted at the end of the context.
-
-    Args:
-        uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `models:/m-ID`.
-
-    Raises:
-        ModelError: there is no such model, or another program logged it.
-    """
+    """Download the checkpoint folder of a logged model; it is deleted at the end of the context."""
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
@@ -229,7 +217,6 @@ def _upload(
     networks: Checkpoint,
     example: NDArray[np.uint8],
 ) -> None:
-    """Upload the model's files, then mark it as ready."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
     from mlflow.pyfunc import save_model
@@ -355,7 +342,6 @@ def _find_run(client: "MlflowClient", experiment_id: str, id_or_name: str) -> st
 
 
 def _parent_names(client: "MlflowClient", experiment_id: str) -> dict[str, str]:
-    """Names of the parent runs of experiments, by id."""
     names: dict[str, str] = {}
     token: str | None = None
     while True:
@@ -424,7 +410,6 @@ def _is_of(version: "ModelVersion", model: "LoggedModel") -> bool:
 
 
 def _location(client: "MlflowClient", uri: str) -> str:
-    """The folder of a model's files."""
     path = uri.removeprefix(SCHEME)
     if "@" not in path and "/" not in path:
         return str(client.get_logged_model(path).artifact_location)

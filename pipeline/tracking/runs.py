@@ -104,11 +104,9 @@ class StageRun:
             self._flush()
 
     def set_tag(self, name: str, value: str) -> None:
-        """Set a tag of the run, which the UI shows."""
         self.attempt(lambda: self._client.set_tag(self.run_id, name, value[:TEXT_LIMIT]))
 
     def log_artifact(self, path: Path) -> None:
-        """Log a file."""
         if self._logging and not path.exists():
             print(f"{printable(path)} is not there, so it is not logged", file=sys.stderr)
         else:
@@ -230,10 +228,6 @@ def stage_run(
     Args:
         params: all parameters, flat.
         resumed: id of the run that an interrupted training of this stage had, to be continued.
-
-    Raises:
-        TrackingError: MLflow is away and BLOCKDROP_TRACKING is strict.
-        UserError: BLOCKDROP_TRACKING has a value that it can't have.
     """
     run = StageRun(stage, as_texts(params))
     try:
@@ -257,7 +251,6 @@ def as_metrics(metrics: Mapping[str, float | None], step: int = 0) -> "list[Metr
 
 
 def find_parent(client: "MlflowClient", experiment_id: str, key: str) -> "Run | None":
-    """The parent run of the experiment with this key."""
     condition = f"tags.`{TAG_KEY}` = '{key}' and tags.`{TAG_ROLE}` = 'parent'"
     runs = client.search_runs([experiment_id], filter_string=condition, max_results=1)
     return runs[0] if runs else None
@@ -308,11 +301,7 @@ def _user() -> str:
 
 
 def end_orphans(client: "MlflowClient", experiment_id: str) -> list[str]:
-    """End, as KILLED, the runs that processes of this machine left RUNNING when they died.
-
-    Returns:
-        Their ids.
-    """
+    """End, as KILLED, the runs that processes of this machine left RUNNING when they died."""
     ended = []
     for run in client.search_runs([experiment_id], filter_string="attributes.status = 'RUNNING'"):
         process = run.data.tags.get(TAG_PROCESS, "")

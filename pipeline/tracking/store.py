@@ -38,11 +38,7 @@ PORT = 5000
 
 
 def is_off() -> bool:
-    """Whether the user wants nothing logged.
-
-    Raises:
-        UserError: BLOCKDROP_TRACKING has a value that it can't have.
-    """
+    """Whether the user wants nothing logged."""
     return mode() == OFF
 
 
@@ -118,12 +114,10 @@ def runs_page(experiment: str) -> str:
 
 
 def run_page(experiment: str, run_id: str) -> str:
-    """The part of a link that opens one run."""
     return f"#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
 
 
 def compare_page(experiment: str, run_ids: Sequence[str]) -> str:
-    """The part of a link that compares runs."""
     runs, experiments = (quote(json.dumps(list(ids))) for ids in (run_ids, [experiment]))
     return f"#/compare-runs?runs={runs}&experiments={experiments}&workflowType=machine_learning"
 
@@ -142,11 +136,6 @@ def _experiment(client: "MlflowClient") -> str:
 
 
 def _require_active(experiment: "Experiment") -> None:
-    """Check that runs can be logged to it.
-
-    Raises:
-        UserError: it was deleted.
-    """
     if experiment.lifecycle_stage != "active":
         number = experiment.experiment_id
         raise UserError(
@@ -157,11 +146,7 @@ def _require_active(experiment: "Experiment") -> None:
 
 
 def _require_no_percent_sign() -> None:
-    """Check that MLflow can set up a database: its migration library (Alembic) takes no % in a path.
-
-    Raises:
-        UserError: there is one in the path of the folder where MLflow is installed.
-    """
+    """Check that MLflow can set up a database: its migration library (Alembic) takes no % in a path."""
     import mlflow
 
     folder = Path(mlflow.__file__).parent
@@ -173,11 +158,7 @@ def _require_no_percent_sign() -> None:
 
 
 def _update_paths(location: str) -> None:
-    """In the store of a project that was copied or moved, replace the old folder's paths by this one's.
-
-    Args:
-        location: of the experiment's artifacts, as the store has it.
-    """
+    """In the store of a project that was copied or moved, put this folder's paths for the old ones."""
     root = project_root()
     old = _former_root(location, root)
     if old is None or not _is_own(store_uri(), root):

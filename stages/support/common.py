@@ -115,11 +115,7 @@ def _fail(message: str) -> None:
 
 
 def require_writable(*folders: Path) -> None:
-    """See that files can be written there, before hours of training and not after.
-
-    Raises:
-        OSError: they can't.
-    """
+    """See that files can be written there, before hours of training and not after."""
     for folder in folders:
         with failures_name(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -132,9 +128,6 @@ def require_seen(folder: Path, files: Collection[Path]) -> None:
     """See that DVC notices changes to these files, which lie in a folder that a stage depends on.
 
     DVC leaves out what `.dvcignore` hides and what lies behind a link to another folder.
-
-    Raises:
-        UserError: a file is left out; the message names the pattern or the link.
     """
     folders = {parent for path in files for parent in path.parents if folder in parent.parents}
     link = min((path for path in folders if path.is_symlink()), default=None)
@@ -163,7 +156,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -179,7 +171,6 @@ def csv_text(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None
 def write_csv(
     path: Path, rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None = None
 ) -> None:
-    """Write a table (`csv_text`)."""
     write_text(path, csv_text(rows, columns=columns))
 
 

@@ -38,20 +38,16 @@ class Steps:
         self.bar.close()
 
     def total(self, amount: float) -> None:
-        """Set the amount of all the work."""
         self.amount = self.bar.total = amount
         self.bar.refresh()
 
     def step(self, amount: float = 1) -> None:
-        """Add to what is done."""
         self.bar.update(amount)
 
     def reach(self, done: float) -> None:
-        """Set what is done, at most all of it."""
         self.bar.update(min(done, self.amount) - self.bar.n)
 
     def say(self, line: str) -> None:
-        """Print a line above the bar."""
         self.bar.write(line)
         sys.stdout.flush()
 
@@ -122,11 +118,9 @@ class Progress:
         self.bar.close()  # what comes next begins on a line of its own
 
     def step(self) -> None:
-        """Count a step."""
         self.bar.update()
 
     def note(self, message: str) -> None:
-        """Print a message above the bar."""
         if is_main():
             self.bar.write(f"{self.name}: {message}")
 

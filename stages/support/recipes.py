@@ -20,7 +20,6 @@ STEP_AT = 0.8  # of a training, where the schedule `step` falls to x0.1; the aut
 
 
 def normalisation_of(params: Params) -> Normalisation:
-    """The input normalisation."""
     return Normalisation(mean=params.resnet.mean, std=params.resnet.std)
 
 

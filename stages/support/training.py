@@ -74,7 +74,6 @@ class Outputs:
 
     @property
     def curve(self) -> Path:
-        """The file of the learning curve."""
         return PLOTS / self.stage / f"{self.item}.csv" if self.item else PLOTS / f"{self.stage}.csv"
 
     def write_checkpoint(self, networks: Checkpoint, metrics: Metrics) -> None:
@@ -115,10 +114,6 @@ def run(
         load: reads a checkpoint that is taken, and refuses one that does not fit.
         build: makes what learns, and the checkpoint of its networks, which the training moves.
         item: which training of a matrix stage this is.
-
-    Raises:
-        TrainingError: the numbers went wrong; the last good resume point is kept.
-        UserError: the checkpoint does not fit, or another process trains something else.
     """
     outputs = Outputs(stage, item)
     imported = imported_path(getattr(params.checkpoints, stage))
@@ -141,11 +136,7 @@ def run(
 
 
 def imported_path(setting: str) -> Path | None:
-    """The checkpoint to take instead of training (of a matrix stage: their folder), if one is named.
-
-    Raises:
-        UserError: DVC would not notice a change of it.
-    """
+    """The checkpoint to take instead of training (of a matrix stage: their folder), if one is named."""
     if setting == NO_FILE:
         return None
     path = Path(setting)
@@ -237,11 +228,7 @@ def _write_results(
     images: int,
     fewest: int,
 ) -> None:
-    """Write the trained networks, their curve, metrics and times.
-
-    Raises:
-        ChangedError: what the result depends on is not what it was when the training began.
-    """
+    """Write the trained networks, their curve, metrics and times."""
     require_unchanged()  # before anything is written that DVC or a later training could take
     prefix = "validation_"
     last_epoch = state.history[-1]
@@ -284,11 +271,7 @@ def _resume_key(outputs: Outputs, params: Params) -> str:
 
 
 def _require_same_training(name: str, key: str) -> None:
-    """See that all processes have the parameters, data, code and libraries of process 0.
-
-    Raises:
-        UserError: this one has others.
-    """
+    """See that all processes have the parameters, data, code and libraries of process 0."""
     if distributed.broadcast_from_rank0(lambda: key) != key:
         raise UserError(
             f"{name}: this process has other parameters, data, code, PyTorch, NumPy or kind of device "
