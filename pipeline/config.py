@@ -9,10 +9,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml.constructor import ConstructorError
 
 from pipeline.architectures import Family, num_blocks, require_trainable
@@ -20,7 +20,7 @@ from pipeline.infra.errors import UserError
 from pipeline.infra.safe_io import read_bytes, short_repr, truncate
 
 MAX_BYTES = 1 << 16  # presets have 5 KB; YAML is read at about 100 KB a second
-MAX_PROBLEMS = 30  # lines of a message; a file of before the renaming has 25
+MAX_PROBLEMS = 30  # lines of a message
 NO_FILE = "import/none"  # stands for "nothing is imported": DVC needs a path that exists
 
 # The upper bounds are far above useful values. Beyond them numbers overflow float32 or int64, or
@@ -44,34 +44,23 @@ Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["sgd", "adam"]
 RuleName = Literal["first", "random", "distribute"]
 ExecutorName = Literal["masked", "gather", "grouped", "cuda_graphs", "native", "triton"]
+T = TypeVar("T")
 
 
-RENAMED = {  # keys of older versions
-    "data.validation_share": "data.validation_fraction",
-    "data.test_share": "data.test_fraction",
-    "pretrain.checkpoint": "checkpoints.pretrain",
-    "pretrain.warmup_share": "pretrain.warmup_fraction",
-    "curriculum.checkpoint": "checkpoints.curriculum",
-    "curriculum.flips": "curriculum.num_flips",
-    "curriculum.entropy_weight": "curriculum.entropy_coef",
-    "finetune.checkpoint": "checkpoints.finetune",
-    "finetune.estimator": "finetune_policy.estimator",
-    "finetune.alpha": "finetune_policy.alpha",
-    "finetune.entropy_weight": "finetune_policy.entropy_coef",
-    "finetune.entropy_schedule": "finetune_policy.entropy_schedule",
-    "finetune.diversity_weight": "finetune_policy.marginal_entropy_coef",
-    "finetune.hold_epochs": "finetune_policy.frozen_epochs",
-    "finetune.policy_epochs": "finetune_policy.train_epochs",
-    "finetune.policy_lr": "finetune_policy.lr",
-    "finetune.resnet_optimizer": "finetune.optimizer",
-    "finetune.resnet_lr": "finetune.lr",
-    "benchmark.kept_shares": "benchmark.keep_ratios",
-    "benchmark.few_policies": "benchmark.distinct_policies",
-    "sole.checkpoint": "checkpoints.sole",
-    "static.checkpoint": "checkpoints.static",
-    "static.kept": "static.num_kept",
-}
-RENAMED_EXECUTORS = {"graphed": "cuda_graphs", "persistent": "triton"}  # values of benchmark.executors
+def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{list(values)} names something twice; once is enough")
+    return values
+
+
+def _not_empty(values: tuple[T, ...]) -> tuple[T, ...]:
+    if not values:  # DVC makes no stage of an empty list, and misses its files
+        raise ValueError("is empty; name one at least")
+    return values
+
+
+Distinct = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_distinct)]
+Several = Annotated[Distinct[T], AfterValidator(_not_empty)]
 
 
 class ParamsError(UserError):
@@ -95,7 +84,7 @@ class Data(Section):
     split_seed: Seed
 
     @model_validator(mode="after")
-    def _fits_the_source(self) -> "Data":
+    def _fits_the_source(self) -> Self:
         cifar = self.source in ("cifar10", "cifar100")
         if cifar and (self.validation_fraction is not None or self.test_fraction is not None):
             raise ValueError(
@@ -127,20 +116,25 @@ class AugmentationParams(Section):
     flip: bool
 
 
-class ResNetParams(Section):
-    """The network whose blocks are dropped, and how its input is normalised."""
+class Network(Section):
+    """The size of a ResNet; a policy network has the same blocks."""
 
     family: Family
     depth: Depth
     width: Width
-    mean: Annotated[tuple[Mean, Mean, Mean], Field(strict=False)]
-    std: Annotated[tuple[Deviation, Deviation, Deviation], Field(strict=False)]
 
     @model_validator(mode="after")
-    def _depth(self) -> "ResNetParams":
+    def _can_be_built(self) -> Self:
         num_blocks(self.family, self.depth)
         require_trainable(self.family, self.depth, self.width)
         return self
+
+
+class ResNetParams(Network):
+    """The network whose blocks are dropped, and how its input is normalised."""
+
+    mean: Annotated[tuple[Mean, Mean, Mean], Field(strict=False)]
+    std: Annotated[tuple[Deviation, Deviation, Deviation], Field(strict=False)]
 
     @property
     def num_blocks(self) -> int:
@@ -148,20 +142,11 @@ class ResNetParams(Section):
         return num_blocks(self.family, self.depth)
 
 
-class PolicyNetParams(Section):
+class PolicyNetParams(Network):
     """The network that looks at the image and decides."""
 
-    family: Family
-    depth: Depth
-    width: Width
     input_size: Side | None
     initial_keep_prob: Fraction
-
-    @model_validator(mode="after")
-    def _depth(self) -> "PolicyNetParams":
-        num_blocks(self.family, self.depth)
-        require_trainable(self.family, self.depth, self.width)
-        return self
 
 
 class Pretrain(Section):
@@ -244,20 +229,18 @@ class Evaluate(Section):
 class Benchmark(Section):
     """What is timed, and for how long."""
 
-    batch_sizes: Annotated[tuple[Few, ...], Field(strict=False)]
-    precisions: Annotated[tuple[Precision, ...], Field(strict=False)]
-    executors: Annotated[tuple[ExecutorName, ...], Field(strict=False)]
-    keep_ratios: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(strict=False)]
+    batch_sizes: Several[Few]
+    precisions: Several[Precision]
+    executors: Several[ExecutorName]
+    keep_ratios: Several[Annotated[float, Field(ge=0, le=1)]]
     distinct_policies: Few
-    sole_depths: Annotated[tuple[Depth, ...], Field(strict=False)]
+    sole_depths: Distinct[Depth]
     rounds: Annotated[int, Field(ge=5, le=10**5)]
     seconds: Positive
     with_compile: bool
 
     @model_validator(mode="after")
-    def _lists(self) -> "Benchmark":
-        for name in ("batch_sizes", "precisions", "executors", "keep_ratios", "sole_depths"):
-            _check_list(name, getattr(self, name), may_be_empty=name == "sole_depths")
+    def _makes_a_line(self) -> Self:
         if len(self.keep_ratios) < 2:
             raise ValueError(f"keep_ratios {list(self.keep_ratios)} is one point; a line takes two")
         return self
@@ -266,25 +249,14 @@ class Benchmark(Section):
 class Sole(Section):
     """ResNets of other depths, every block of which runs, by pretrain's recipe."""
 
-    depths: Annotated[tuple[Depth, ...], Field(strict=False)]
-
-    @model_validator(mode="after")
-    def _lists(self) -> "Sole":
-        _check_list("depths", self.depths)
-        return self
+    depths: Several[Depth]
 
 
 class Static(Section):
     """Rules that drop blocks without looking at the image, finetuned by the recipe of `finetune`."""
 
-    rules: Annotated[tuple[RuleName, ...], Field(strict=False)]
-    num_kept: Annotated[tuple[Count, ...], Field(strict=False)]
-
-    @model_validator(mode="after")
-    def _lists(self) -> "Static":
-        _check_list("rules", self.rules)
-        _check_list("num_kept", self.num_kept)
-        return self
+    rules: Several[RuleName]
+    num_kept: Several[Count]
 
 
 class Params(Section):
@@ -308,7 +280,7 @@ class Params(Section):
     static: Static
 
     @model_validator(mode="after")
-    def _fit_together(self) -> "Params":
+    def _fit_together(self) -> Self:
         size = self.policy_net.input_size
         if size is not None and size > self.data.image_size:
             raise ValueError(
@@ -387,13 +359,6 @@ class Params(Section):
         return dict(flatten(self.model_dump()))
 
 
-def _check_list(name: str, values: Sequence[object], *, may_be_empty: bool = False) -> None:
-    if not values and not may_be_empty:  # DVC makes no stage of an empty list, and misses its files
-        raise ValueError(f"{name} is empty; name one at least")
-    if len(set(values)) < len(values):
-        raise ValueError(f"{name} {list(values)} names something twice; once is enough")
-
-
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of nested sections under its dotted key."""
     for key, value in values.items():
@@ -467,24 +432,13 @@ def check(content: Mapping[str, Any], path: Path | str) -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        problems = [truncate(explain(item)) for item in _without_consequences(error.errors())]
+        problems = [truncate(explain(item)) for item in error.errors()]
     if len(problems) > MAX_PROBLEMS:
         problems[MAX_PROBLEMS:] = [f"and {len(problems) - MAX_PROBLEMS} more; {_WRITE_ONE}"]
     raise ParamsError(f"{path} can't be used, and nothing was run:", *(f"  - {p}" for p in problems))
 
 
 _WRITE_ONE = "`make preset NAME=digits` writes one"
-
-
-def _without_consequences(errors: Sequence[Any]) -> list[Any]:
-    """Without keys and sections that are missing because they are there under their old names."""
-    present = {_key(error) for error in errors if error["type"] == "extra_forbidden"}
-    new_keys = [f"{new}." for old, new in RENAMED.items() if old in present]
-
-    def is_renamed(key: str) -> bool:
-        return any(new.startswith(f"{key}.") for new in new_keys)
-
-    return [error for error in errors if error["type"] != "missing" or not is_renamed(_key(error))]
 
 
 def _key(error: Any) -> str:
@@ -496,8 +450,6 @@ def explain(error: Any) -> str:
     """One line for one problem: key, value, what is wrong, what to do."""
     key, kind, value = _key(error), error["type"], error["input"]
     if kind == "extra_forbidden":
-        if key in RENAMED:
-            return f"{key}: renamed; use {RENAMED[key]}"
         *sections, name = error["loc"]
         near = difflib.get_close_matches(name, _names_in(sections), n=1)
         return f"{key}: no such key; " + (
@@ -512,8 +464,6 @@ def explain(error: Any) -> str:
         return f"{key}: {message}" if key else message
     if kind == "model_type":
         return f"{key}: is {short_repr(value)}, but it is a section: give it its keys and values"
-    if isinstance(value, str) and value in RENAMED_EXECUTORS and key == "benchmark.executors":
-        return f"{key}: {value} is renamed; use {RENAMED_EXECUTORS[value]}"
     message = error["msg"][0].lower() + error["msg"][1:].replace("Input ", "it ")
     shown = "a section" if isinstance(value, dict) else short_repr(value)
     advice = ""

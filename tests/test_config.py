@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.architectures import IMAGENET as IMAGENET_DEPTHS
 from pipeline.architectures import require_trainable
-from pipeline.config import RENAMED, RENAMED_EXECUTORS, Params, ParamsError, load
+from pipeline.config import Params, ParamsError, load
 from pipeline.models.build import make_resnet
 
 ROOT = Path(__file__).parents[1]
@@ -175,28 +175,6 @@ def test_byte_order_mark_and_windows_line_ends_change_nothing(path):
 )
 def test_unknown_key_names_its_neighbour(path, key, remedy):
     assert f"{key}: no such key; {remedy}" in refusal(path, {key: 1})
-
-
-def test_every_renamed_key_names_its_new_name(path):
-    message = refusal(path, dict.fromkeys(RENAMED, 1))
-    for old, new in RENAMED.items():
-        assert f"  - {old}: renamed; use {new}\n" in f"{message}\n"
-    assert set(RENAMED.values()) <= set(load(ROOT / "params.yaml").flat())
-
-
-def test_file_of_an_older_version_is_told_the_new_names_alone(path):
-    """Not that the new ones are missing too, or whole sections of them."""
-    sections = {"finetune_policy": REMOVED, "checkpoints": REMOVED}
-    new_names = {new: REMOVED for new in RENAMED.values() if new.split(".")[0] not in sections}
-    lines = refusal(path, dict.fromkeys(RENAMED, 1) | new_names | sections).splitlines()
-    assert len(lines) == 1 + len(RENAMED)
-    assert all(": renamed; use " in line for line in lines[1:])
-
-
-@pytest.mark.parametrize(("old", "new"), RENAMED_EXECUTORS.items())
-def test_renamed_executor_names_its_new_name(path, old, new):
-    message = refusal(path, {"benchmark.executors": ["gather", old]})
-    assert f"benchmark.executors: {old} is renamed; use {new}" in message
 
 
 @pytest.mark.parametrize("key", ["gamma", "resnet", "finetune_policy.lr"])

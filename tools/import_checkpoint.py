@@ -29,9 +29,7 @@ PARAMS = Path("params.yaml")
 TORCHVISION = "torchvision:"  # before the name of weights, in place of a file
 OWN_FILES = (checkpoint.WEIGHTS, checkpoint.SIDECAR)
 STAGES = ("pretrain", "curriculum", "finetune")
-UNSAFE = re.compile(
-    r"[^\w.+=@,()-]"
-)  # some of these mean something in dvc.yaml, DVC's targets or .gitignore
+UNSAFE = re.compile(r"[^\w.+=@,()-]")  # some mean something in dvc.yaml, DVC's targets or .gitignore
 
 
 def check(path: Path, stage: str) -> None:

@@ -22,7 +22,7 @@ from pipeline.infra.resume import project_root
 from pipeline.infra.safe_io import printable
 from pipeline.tracking import dvc_results, experiment_runs, overview
 from pipeline.tracking.connection import http_timeout, reason, silence_mlflow
-from pipeline.tracking.dvc_results import Record, RecordError, UnfinishedError
+from pipeline.tracking.dvc_results import RecordError, UnfinishedError
 from pipeline.tracking.identity import baseline_commit
 from pipeline.tracking.runs import TAG_KEY, end_orphans
 from pipeline.tracking.store import is_off, shown_uri, store
@@ -66,13 +66,6 @@ def references(root: Path) -> list[Reference]:
     ]
 
 
-def read(reference: Reference, root: Path) -> Record:
-    files = DVCFileSystem(str(root), rev=reference.revision)
-    return dvc_results.read(
-        files, name=reference.name, baseline=reference.baseline, revision=reference.revision
-    )
-
-
 def log(reference: Reference, root: Path, names: Container[str]) -> None:
     """Log what MLflow lacks of an experiment, under its present name.
 
@@ -86,7 +79,8 @@ def log(reference: Reference, root: Path, names: Container[str]) -> None:
     if run and (former == reference.name or former in names):  # else `dvc exp rename` has renamed it
         return
     try:
-        record = read(reference, root)
+        files = DVCFileSystem(str(root), rev=reference.revision)
+        record = dvc_results.read(files, **vars(reference))
     except UnfinishedError as error:
         print(f"{name}: not logged, {error}")
         return

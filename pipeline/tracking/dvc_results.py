@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -172,7 +172,9 @@ def _metrics(files: AbstractFileSystem) -> dict[str, float]:
     paths = sorted(files.glob(f"{METRICS}/*.json"))
     # the UI's comparison draws the metric that was logged first: the test accuracy
     for path in sorted(paths, key=lambda path: not path.endswith("evaluate.json")):
-        metrics |= dict(_numbers(_json(files, path)))
+        for name, value in config.flatten(_json(files, path)):
+            if isinstance(value, int | float) and math.isfinite(value):
+                metrics[name] = float(value)
     for stage in TRAININGS:
         times = _json(files, f"{TIMES}/{stage}.json")
         if times.get("seconds") is not None:
@@ -187,12 +189,6 @@ def _json(files: AbstractFileSystem, path: str) -> dict[str, Any]:
     except ValueError as error:
         raise RecordError(f"its {path} can't be read: {error}") from None
     return values if isinstance(values, dict) else {}
-
-
-def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, value in config.flatten(dict(values)):
-        if isinstance(value, int | float) and math.isfinite(value):
-            yield name, float(value)
 
 
 def _curves(files: AbstractFileSystem, values: Mapping[str, Any]) -> dict[str, Curve]:

@@ -91,36 +91,28 @@ def rename(client: "MlflowClient", run: "Run", record: Record) -> None:
 def describe(record: Record) -> str:
     """The run's description: its headline metrics as a Markdown table."""
     metrics = record.metrics
-    rows = [("every block", "full_accuracy", "num_blocks", "full_flops")]
-    rows += [("**BlockDrop**", "accuracy", "blocks_mean", "flops_mean")]
-    lines = ["| network | accuracy | blocks | FLOPs |", "|---|---|---|---|"]
-    for label, accuracy, blocks, flops in rows:
-        lines.append(_row(label, metrics.get(accuracy), metrics.get(blocks), metrics.get(flops)))
+    rows = [
+        ("every block", "full_accuracy", "num_blocks", "full_flops"),
+        ("**BlockDrop**", "accuracy", "blocks_mean", "flops_mean"),
+    ]
     for prefix in sorted({k.rsplit(".", 1)[0] for k in metrics if k.startswith(("sole.", "static."))}):
         kind, name = prefix.split(".", 1)
         tuned = "not finetuned" if record.params.get("finetune.epochs") == "0" else "finetuned"
         name = as_markdown(name.replace("_", " "))
         label = f"ResNet-{name}" if kind == "sole" else f"{name} blocks, {tuned}"
-        values = [metrics.get(f"{prefix}.{field}") for field in ("accuracy", "blocks", "flops")]
-        lines.append(_row(label, *values))
+        rows.append((label, f"{prefix}.accuracy", f"{prefix}.blocks", f"{prefix}.flops"))
+    lines = ["| network | accuracy | blocks | FLOPs |", "|---|---|---|---|"]
+    for label, *names in rows:
+        forms = zip(names, ("{:.2f} %", "{:.2f}", "{:.3g}"), (100, 1, 1), strict=True)
+        cells = [form.format(metrics[n] * factor) if n in metrics else "" for n, form, factor in forms]
+        lines.append(f"| {' | '.join([label, *cells])} |")
     if "flops_saved" in metrics:
-        lines += [
-            "",
-            f"{100 * metrics['flops_saved']:.1f} % of the FLOPs saved, policy network counted.",
-        ]
-    apply = as_code(f"dvc exp apply {shlex.quote(record.name)}")
-    lines += ["", f"{apply} brings it back." if record.revision else ""]
-    return "\n".join(lines).strip()
-
-
-def _row(label: str, accuracy: float | None, blocks: float | None, flops: float | None) -> str:
-    cells = [
-        label,
-        "" if accuracy is None else f"{100 * accuracy:.2f} %",
-        "" if blocks is None else f"{blocks:.2f}",
-        "" if flops is None else f"{flops:.3g}",
-    ]
-    return f"| {' | '.join(cells)} |"
+        saved = 100 * metrics["flops_saved"]
+        lines += ["", f"{saved:.1f} % of the FLOPs saved, policy network counted."]
+    if record.revision:
+        apply = as_code(f"dvc exp apply {shlex.quote(record.name)}")
+        lines += ["", f"{apply} brings it back."]
+    return "\n".join(lines)
 
 
 def _origin(record: Record) -> dict[str, str]:

@@ -179,8 +179,8 @@ class StageRun:
             client.update_run(self.parent_id, status="RUNNING")
         self._client = client
         tags = {TAG_PARENT: self.parent_id, TAG_PROCESS: _this_process()}
-        run = _active_run(client, resumed) if resumed else None
-        if run is None:
+        run = find_run(client, resumed) if resumed else None
+        if run is None or run.info.lifecycle_stage != "active":
             tags |= {TAG_ROLE: "stage", TAG_STAGE: self._stage}
             run = client.create_run(experiment_id, tags=tags, run_name=self._stage)
         else:
@@ -325,14 +325,13 @@ def _is_alive(description: str) -> bool:
         return False
 
 
-def _active_run(client: "MlflowClient", run_id: str) -> "Run | None":
-    """The run; None where it was deleted, or the interrupted training logged to another store."""
+def find_run(client: "MlflowClient", run_id: str) -> "Run | None":
+    """The run of that id; None where the store has none."""
     from mlflow.exceptions import MlflowException
 
     try:
-        run = client.get_run(run_id)
+        return client.get_run(run_id)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise  # the store is away, and may have the run
         return None
-    return run if run.info.lifecycle_stage == "active" else None

@@ -3,8 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from torch import Tensor
 from tqdm import tqdm
@@ -13,10 +12,22 @@ from pipeline.data.split import ImageSplit
 from pipeline.infra.processes import is_main
 from pipeline.training.loop import Metrics
 
-BAR = "{desc} {percentage:3.0f}%|{bar}| {remaining} left"
+BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {remaining} left"
 
 
-class Steps:
+class Bar:
+    """A progress bar that is closed with its context: what comes next begins on a line of its own."""
+
+    bar: tqdm
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+class Steps(Bar):
     """The bar of a stage that trains nothing, on a terminal; elsewhere nothing.
 
     Args:
@@ -26,16 +37,8 @@ class Steps:
     def __init__(self, name: str, total: float = 0) -> None:
         self.amount = total
         self.bar = tqdm(
-            desc=name, total=total, disable=not _can_draw(), dynamic_ncols=True, bar_format=BAR
+            desc=name, total=total, disable=not _can_draw(), dynamic_ncols=True, bar_format=BAR_FORMAT
         )
-
-    def __enter__(self) -> "Steps":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.close()
 
     def total(self, amount: float) -> None:
         self.amount = self.bar.total = amount
@@ -76,7 +79,7 @@ class _CountedSplit:
             self.count(len(images))  # the caller asks for the next batch
 
 
-class Progress:
+class Progress(Bar):
     """The progress of a training: on a terminal one bar for all of it, elsewhere a line for each epoch.
 
     A log file beside a terminal (`dvc repro > log`) gets the lines too.
@@ -108,14 +111,6 @@ class Progress:
         )
         if history:
             self.bar.set_postfix_str(_summary(history[-1], self.IN_BAR))
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.close()  # what comes next begins on a line of its own
 
     def step(self) -> None:
         self.bar.update()

@@ -13,17 +13,27 @@ import yaml
 from pipeline import distributed
 from pipeline.config import NO_FILE, Params
 from pipeline.data.dataset import load_split
+from pipeline.data.metadata import load_classes
 from pipeline.data.split import ImageSplit
-from pipeline.device import choose_device, computes_in_bf16, describe_device, keep_freed_memory
+from pipeline.device import (
+    choose_device,
+    computes_in_bf16,
+    describe_device,
+    keep_freed_memory,
+    seed_everything,
+)
 from pipeline.infra import processes
 from pipeline.infra.errors import UserError
 from pipeline.infra.processes import is_main
 from pipeline.infra.resume import ResumePoint, digest_of_files, key_of
 from pipeline.infra.signals import deferred_signals
 from pipeline.models import checkpoint
+from pipeline.models.build import make_resnet
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.resnet import ResNet
 from pipeline.tracking.runs import StageRun, stage_run
 from pipeline.training import loop
+from pipeline.training.classification import Classification
 from pipeline.training.loop import Learner, Metrics
 from stages.support.common import (
     METRICS,
@@ -36,28 +46,24 @@ from stages.support.common import (
     write_json,
     write_times,
 )
+from stages.support.compatibility import load_resnet
 from stages.support.inputs import code_of, inputs_of, params_of, require_unchanged
 from stages.support.progress import Progress
-from stages.support.recipes import augmentation_of, schedule_of
+from stages.support.recipes import (
+    augmentation_of,
+    normalisation_of,
+    resnet_optimizer_of,
+    schedule_of,
+)
 from stages.support.spared_cores import SparedCores
 from stages.support.training_state import FORMAT, Checkpointer, TrainingSection, TrainingState
 
 # What dvc.yaml draws of each training: without one there are no points, but the columns must be there.
-POLICY_METRICS = ("accuracy", "reward", "blocks")
-POLICY_VALIDATION_METRICS = ("accuracy", "reward", "blocks_mean", "active_blocks")
-POLICY_COLUMNS = (
-    "epoch",
-    *(f"train_{name}" for name in POLICY_METRICS),
-    *(f"validation_{name}" for name in POLICY_VALIDATION_METRICS),
-)
 CLASSIFICATION_COLUMNS = ("epoch", "train_accuracy", "validation_accuracy")
-COLUMNS = {
-    "pretrain": CLASSIFICATION_COLUMNS,
-    "sole": CLASSIFICATION_COLUMNS,
-    "static": CLASSIFICATION_COLUMNS,
-    "curriculum": POLICY_COLUMNS,
-    "finetune": POLICY_COLUMNS,
-}
+POLICY_COLUMNS = (
+    "epoch", "train_accuracy", "train_reward", "train_blocks", "validation_accuracy",
+    "validation_reward", "validation_blocks_mean", "validation_active_blocks",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,8 @@ class Outputs:
     def write_untrained(self, params: Params, metrics: Metrics, reason: str) -> None:
         """Write the small files, and log the run, of a stage that trains nothing: no curve, no time."""
         with stage_run(self.name, params.flat()):
-            write_csv(self.curve, [], columns=COLUMNS[self.stage])
+            with_policy = self.stage in ("curriculum", "finetune")
+            write_csv(self.curve, [], columns=POLICY_COLUMNS if with_policy else CLASSIFICATION_COLUMNS)
             times = {"seconds": None, "images_per_second": None}
             write_json(METRICS / "times" / f"{self.name}.json", times)
             self.write_metrics(metrics)
@@ -133,6 +140,44 @@ def run(
         metrics = learner.validate(load_split(PREPARED, "validation", choose_device()))
         outputs.write_checkpoint(networks, metrics)
         outputs.write_untrained(params, metrics, "0 epochs, the networks as they are")
+
+
+def run_full_network(stage: str, params: Params, *, depth: int, item: str = "") -> None:
+    """Train a ResNet of some depth with every block by pretrain's recipe, or take one."""
+    classes, section = load_classes(PREPARED), params.pretrain
+
+    def checkpoint_of(resnet: ResNet) -> Checkpoint:
+        return Checkpoint(
+            stage=stage,
+            resnet=resnet,
+            policy_net=None,
+            normalisation=normalisation_of(params),
+            image_size=params.data.image_size,  # the size of data/prepared, on which the stage depends
+            classes=classes,
+            metrics={},
+        )
+
+    def load(path: Path) -> Checkpoint:
+        return checkpoint_of(load_resnet(path, params, classes, depth=depth))
+
+    def build() -> tuple[Classification, Checkpoint]:
+        seed_everything(params.seed, stage, *([depth] if item else []))
+        resnet = make_resnet(
+            family=params.resnet.family,
+            depth=depth,
+            width=params.resnet.width,
+            num_classes=len(classes),
+        ).to(choose_device())
+        learner = Classification(
+            resnet,
+            optimizer=resnet_optimizer_of(resnet, section),
+            normalisation=normalisation_of(params),
+            precision=section.precision,
+            label_smoothing=section.label_smoothing,
+        )
+        return learner, checkpoint_of(resnet)
+
+    run(stage, params, section, load=load, build=build, item=item)
 
 
 def imported_path(setting: str) -> Path | None:
