@@ -39,24 +39,16 @@ MOST_DRAWS, PREDICTIONS = 5, 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """One network on the test images, M of them.
+    """One network on the test images, M of them."""
 
-    Attributes:
-        kind: full, sole, or the static rule.
-        blocks: that run on an image.
-        flops: per image.
-        accuracy_std: over draws; 0 where nothing is drawn.
-        correct: [M] bool; under the rule `random` in the first draw.
-    """
-
-    kind: str
+    kind: str  # full, sole, or the static rule
     depth: int
-    blocks: int
+    blocks: int  # that run on an image
     finetuned: bool
-    flops: float
+    flops: float  # per image
     accuracy: float
-    accuracy_std: float
-    correct: Tensor
+    accuracy_std: float  # over draws; 0 where nothing is drawn
+    correct: Tensor  # [M] bool; under the rule `random` in the first draw
 
     @property
     def name(self) -> str:

@@ -51,17 +51,11 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class DecisionsAndPredictions:
-    """What the networks give on the test images.
+    """What the networks give on the test images."""
 
-    Attributes:
-        actions: [M, K] bool, the policy's decisions.
-        dropping: under these decisions.
-        full: of the pretrained ResNet with every block.
-    """
-
-    actions: Tensor
-    dropping: Predictions
-    full: Predictions
+    actions: Tensor  # [M, K] bool, the policy's decisions
+    dropping: Predictions  # under these decisions
+    full: Predictions  # of the pretrained ResNet with every block
 
 
 def load() -> Trained:

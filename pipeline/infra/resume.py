@@ -58,13 +58,9 @@ def digest_of_files(paths: list[Path]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePoint:
-    """The file that holds a training's last state.
+    """The file that holds a training's last state."""
 
-    Attributes:
-        path: of the last state, while the training runs or is interrupted.
-    """
-
-    path: Path
+    path: Path  # of the last state, while the training runs or is interrupted
 
     @classmethod
     def of(cls, stage: str, key: str) -> "ResumePoint":

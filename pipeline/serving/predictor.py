@@ -27,21 +27,13 @@ class PredictionError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The networks' prediction for one image, and its cost.
+    """The networks' prediction for one image, and its cost."""
 
-    Attributes:
-        name: the likeliest class.
-        probabilities: [N] float64, in the order of the checkpoint's classes.
-        kept_blocks: [K] bool, the blocks that ran.
-        flops: of this image, 2 per multiply-add, the policy network included.
-        flops_saved: fraction of the full ResNet's FLOPs; negative where the policy network costs more
-            than it saves.
-    """
-
-    name: str
-    probabilities: NDArray[np.float64]
-    kept_blocks: NDArray[np.bool_]
-    flops: float
+    name: str  # the likeliest class
+    probabilities: NDArray[np.float64]  # [N] float64, in the order of the checkpoint's classes
+    kept_blocks: NDArray[np.bool_]  # [K] bool, the blocks that ran
+    flops: float  # of this image, 2 per multiply-add, the policy network included
+    # fraction of the full ResNet's FLOPs; negative where the policy network costs more than it saves
     flops_saved: float
 
     @property

@@ -47,26 +47,17 @@ class UnfinishedError(RecordError):
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One experiment.
+    """One experiment."""
 
-    Attributes:
-        name: DVC's, or branch and commit.
-        baseline: the commit it was started from.
-        revision: the commit that holds it; empty for the work tree.
-        params: every parameter as text, flat.
-        metrics: those of all stages, flat.
-        curves: of every training, (epoch, value) under name/metric, the name being pretrain, sole-20 ...
-        outs: DVC's digest (md5) of what each stage wrote, by path.
-        files: where to read more, with paths relative to the project.
-    """
-
-    name: str
-    baseline: str
-    revision: str
-    params: Mapping[str, str]
-    metrics: Mapping[str, float]
+    name: str  # DVC's, or branch and commit
+    baseline: str  # the commit it was started from
+    revision: str  # the commit that holds it; empty for the work tree
+    params: Mapping[str, str]  # every parameter as text, flat
+    metrics: Mapping[str, float]  # those of all stages, flat
+    # of every training, (epoch, value) under name/metric, the name being pretrain, sole-20, ...
     curves: Mapping[str, Curve]
-    outs: Mapping[str, str]
+    outs: Mapping[str, str]  # DVC's digest (md5) of what each stage wrote, by path
+    # where to read more, with paths relative to the project
     files: AbstractFileSystem = field(repr=False)
 
     @property

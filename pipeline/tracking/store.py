@@ -4,19 +4,18 @@ MLFLOW_TRACKING_URI names it; otherwise it is mlflow.db in the main checkout, al
 a temporary one. When a project was copied or moved, the paths in its mlflow.db are updated.
 """
 
-import json
 import os
 import sqlite3
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.infra.errors import UserError
 from pipeline.infra.resume import PROJECT_MARK, project_root
-from pipeline.tracking.connection import OFF, masked, mode, require_store, require_usable
+from pipeline.tracking.connection import masked, require_store, require_usable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,11 +34,6 @@ PATH_COLUMNS = (  # of MLflow's tables, with absolute paths of files
 LOCK_TIMEOUT = 60.0  # seconds to wait for another process that sets up the store
 HOST = "127.0.0.1"  # of the UI that `make ui` starts
 PORT = 5000
-
-
-def is_off() -> bool:
-    """Whether the user wants nothing logged."""
-    return mode() == OFF
 
 
 def store_uri() -> str:
@@ -102,24 +96,6 @@ def ui_address() -> str:
         return f"http://{HOST}:{PORT}"
     parts = urlsplit(uri)  # a link has no user and password in it
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
-
-
-def runs_page(experiment: str) -> str:
-    """The part of a link that opens the table of runs.
-
-    MLflow 3.17 opens experiments in its GenAI view, where training runs are out of sight, unless the
-    link says otherwise.
-    """
-    return f"#/experiments/{experiment}/runs?workflowType=machine_learning"
-
-
-def run_page(experiment: str, run_id: str) -> str:
-    return f"#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
-
-
-def compare_page(experiment: str, run_ids: Sequence[str]) -> str:
-    runs, experiments = (quote(json.dumps(list(ids))) for ids in (run_ids, [experiment]))
-    return f"#/compare-runs?runs={runs}&experiments={experiments}&workflowType=machine_learning"
 
 
 def _experiment(client: "MlflowClient") -> str:
