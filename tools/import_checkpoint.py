@@ -103,12 +103,6 @@ def download(name: str, resnet: ResNetParams) -> Path:
     return path
 
 
-def used_by_others(stage: str) -> set[Path]:
-    """The imports that params.yaml names for other stages."""
-    checkpoints = config.load(PARAMS).checkpoints
-    return {Path(getattr(checkpoints, other)) for other in STAGES if other != stage}
-
-
 def name_in_params(stage: str, path: Path) -> list[str]:
     """Set checkpoints.STAGE in params.yaml, comments kept; returns all stages that now import `path`.
 
@@ -147,9 +141,11 @@ def main(arguments: argparse.Namespace) -> None:
     if path.name in OWN_FILES:  # one of our own folders, named by a file in it
         path = path.resolve().parent
     try:
-        in_use = used_by_others(arguments.stage)  # first: it refuses a broken params.yaml
+        params = config.load(PARAMS)  # first: it refuses a broken one
+        others = [stage for stage in STAGES if stage != arguments.stage]
+        in_use = {Path(getattr(params.checkpoints, stage)) for stage in others}
         if str(path).startswith(TORCHVISION):
-            path = download(str(path).removeprefix(TORCHVISION), config.load(PARAMS).resnet)
+            path = download(str(path).removeprefix(TORCHVISION), params.resnet)
         check(path, arguments.stage)
         target = bring_in(path, in_use)
         subprocess.run(["dvc", "add", "--quiet", str(target)], check=True)

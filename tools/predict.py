@@ -83,11 +83,7 @@ def matches(word: str) -> list[str]:
 
 
 def read(paths: Sequence[Path], image_size: int) -> tuple[list[Path], NDArray[np.uint8], list[str]]:
-    """The images that can be read.
-
-    Returns:
-        Their paths, the images [B, S, S, 3], and an error for each of the others.
-    """
+    """Paths of the images that can be read, the images [B, S, S, 3], and an error for each other one."""
     readable, images, errors = [], [], []
     for path in paths:
         try:

@@ -50,14 +50,6 @@ def corrupted(folder: Path) -> list[Path]:
     return names
 
 
-def move_corrupted(folder: Path) -> list[Path]:
-    """Rename the corrupted files, so that DVC writes new ones and the user can still look at them."""
-    names = corrupted(folder)
-    for name in names:
-        (folder / name).replace(folder / f"{name}.corrupted")
-    return names
-
-
 def require_plain_files(folder: Path) -> None:
     """Refuse pipes and devices in the place of DVC's files: DVC would read them without end."""
     for name in READ_BY_DVC:
@@ -138,7 +130,8 @@ def main(arguments: argparse.Namespace) -> None:
             require_cached(repo, missing_from_cache(repo))
         return
     require_plain_files(Path())
-    for name in move_corrupted(Path()):
+    for name in corrupted(Path()):
+        name.replace(f"{name}.corrupted")
         print(
             f"{name} was left corrupted when DVC was killed; it is kept as {name}.corrupted, and DVC "
             "writes a new one"

@@ -72,11 +72,7 @@ def read(reference: Reference, root: Path) -> Record:
 
 
 def log(reference: Reference, root: Path, names: Container[str]) -> None:
-    """Log what MLflow lacks of an experiment, under its present name.
-
-    Args:
-        names: of all experiments that have its commit.
-    """
+    """Log what MLflow lacks of an experiment, under its present name."""
     name = printable(reference.name)
     with store() as (client, experiment_id):
         run = experiment_runs.find_complete(client, experiment_id, reference.revision)

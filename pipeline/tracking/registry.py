@@ -26,7 +26,7 @@ from pipeline.serving import mlflow_model
 from pipeline.serving.mlflow_model import ARTIFACT
 from pipeline.serving.predictor import image_size_of
 from pipeline.tracking.connection import reason, silence_mlflow
-from pipeline.tracking.runs import TAG_ROLE, find_run
+from pipeline.tracking.runs import TAG_ROLE, TAG_STAGE, find_run
 from pipeline.tracking.store import shown_uri, store, store_uri
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 NAME = "blockdrop"  # of logged models and, by default, of the registered one
 ALIAS = "champion"
 TAG_WEIGHTS = "blockdrop.weights_sha256"
-TAG_STAGE = "blockdrop.stage"
 TAG_DVC = "dvc.md5"
 TAG_MODEL = "blockdrop.model_id"  # of a registered version; the SQL store forgets MLflow's own field
 SCHEME = "models:/"
@@ -111,13 +110,7 @@ def log_model(
 
 
 def promote(run: str, *, registered_name: str = NAME, alias: str = ALIAS) -> Promotion:
-    """Register the model of a run, unless it is registered already, and give it an alias.
-
-    Args:
-        run: id of a run, or the name of an experiment, which stands for its parent run.
-        registered_name: of the model in the registry; made when there is none.
-        alias: taken from the version that had it.
-    """
+    """Give an alias to the model of a run, by its id or its experiment's name, and register it first."""
     with store() as (client, experiment_id):
         source = _find_run(client, experiment_id, run)
         model = _newest(client, source)

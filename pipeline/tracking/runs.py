@@ -225,9 +225,7 @@ def stage_run(
 ) -> Iterator[StageRun]:
     """A run for one stage: FINISHED at the end, KILLED by Ctrl-C or SIGTERM, FAILED by anything else.
 
-    Args:
-        params: all parameters, flat.
-        resumed: id of the run that an interrupted training of this stage had, to be continued.
+    Where an interrupted training had one, of the id `resumed`, that is continued.
     """
     run = StageRun(stage, as_texts(params))
     try:

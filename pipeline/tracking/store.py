@@ -19,7 +19,6 @@ from pipeline.tracking.connection import masked, require_store, require_usable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment
 
 EXPERIMENT = "blockdrop"
 DATABASE = "mlflow.db"
@@ -103,22 +102,18 @@ def _experiment(client: "MlflowClient") -> str:
     by_number = client.get_experiment(number) if number and not name else None
     name = name or EXPERIMENT
     experiment = by_number or client.get_experiment_by_name(name)
-    if experiment is not None:
-        _require_active(experiment)
-        _update_paths(str(experiment.artifact_location))
-        return str(experiment.experiment_id)
-    location = None if store_uri().startswith("http") else (project_root() / ARTIFACTS).as_uri()
-    return str(client.create_experiment(name, artifact_location=location))
-
-
-def _require_active(experiment: "Experiment") -> None:
+    if experiment is None:
+        location = None if store_uri().startswith("http") else (project_root() / ARTIFACTS).as_uri()
+        return str(client.create_experiment(name, artifact_location=location))
+    number = str(experiment.experiment_id)
     if experiment.lifecycle_stage != "active":
-        number = experiment.experiment_id
         raise UserError(
             f"the experiment {experiment.name!r} was deleted in MLflow; "
             f"`MLFLOW_TRACKING_URI={shown_uri()} mlflow experiments restore --experiment-id {number}` "
             "brings it back, and MLFLOW_EXPERIMENT_NAME names another one"
         )
+    _update_paths(str(experiment.artifact_location))
+    return number
 
 
 def _require_no_percent_sign() -> None:
@@ -135,11 +130,15 @@ def _require_no_percent_sign() -> None:
 
 def _update_paths(location: str) -> None:
     """In the store of a project that was copied or moved, put this folder's paths for the old ones."""
-    root = project_root()
-    old = _former_root(location, root)
-    if old is None or not _is_own(store_uri(), root):
+    from sqlalchemy.engine import make_url
+
+    root, uri = project_root(), store_uri()
+    file, old = root / DATABASE, _former_root(location, root)
+    if old is None or file.is_symlink() or not uri.startswith("sqlite"):
         return
-    with closing(sqlite3.connect(root / DATABASE)) as database, database:  # all or nothing
+    if make_url(uri).database != str(file):  # other projects may share it
+        return
+    with closing(sqlite3.connect(file)) as database, database:  # all or nothing
         for before, after in ((old.as_uri(), root.as_uri()), (str(old), str(root))):
             for table, column in PATH_COLUMNS:
                 database.execute(
@@ -170,11 +169,3 @@ def _former_root(location: str, root: Path) -> Path | None:
     except OSError:  # it is gone, or another user's
         keep = False
     return None if keep else old
-
-
-def _is_own(uri: str, root: Path) -> bool:
-    """Whether it is this folder's own store, and no link to that of another folder."""
-    from sqlalchemy.engine import make_url
-
-    path = root / DATABASE
-    return uri.startswith("sqlite") and make_url(uri).database == str(path) and not path.is_symlink()

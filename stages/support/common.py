@@ -172,13 +172,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def write_times(stage: str, seconds: float, images: int, *, fewest_threads: int) -> None:
-    """How long a training took, in a file of its own: it differs from run to run, results do not.
-
-    Args:
-        seconds: of the whole training.
-        images: trained on, each counted once an epoch.
-        fewest_threads: the least that it used, beside other work on the machine.
-    """
+    """How long a training took, in a file of its own: it differs from run to run, results do not."""
     content = {
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 1) if seconds else None,

@@ -44,9 +44,6 @@ class Steps(Bar):
         self.amount = self.bar.total = amount
         self.bar.refresh()
 
-    def step(self, amount: float = 1) -> None:
-        self.bar.update(amount)
-
     def reach(self, done: float) -> None:
         self.bar.update(min(done, self.amount) - self.bar.n)
 
@@ -56,7 +53,7 @@ class Steps(Bar):
 
     def over(self, split: ImageSplit, passes: int = 1) -> ImageSplit:
         """The same images; a batch that is done counts `passes` times, once for each policy."""
-        return cast(ImageSplit, _CountedSplit(split, lambda images: self.step(images * passes)))
+        return cast(ImageSplit, _CountedSplit(split, lambda images: self.bar.update(images * passes)))
 
 
 class _CountedSplit:
