@@ -23,6 +23,7 @@ from pipeline.tracking.runs import (
     TAG_STAGE,
     as_metrics,
     find_parent,
+    first_run,
     make_parent,
 )
 from pipeline.tracking.store import store
@@ -67,19 +68,15 @@ def complete(record: Record, *, finish: bool) -> str:
 
 def find(client: "MlflowClient", experiment_id: str, record: Record) -> "Run | None":
     """The parent run that has the record's result already, possibly under another name."""
-    run = find_parent(client, experiment_id, record.key)
-    if run is not None:
-        return run
     condition = f"tags.`{TAG_FINGERPRINT}` = '{record.fingerprint}' and tags.`{TAG_ROLE}` = 'parent'"
-    runs = client.search_runs([experiment_id], filter_string=condition, max_results=1)
-    return runs[0] if runs else None
+    named = find_parent(client, experiment_id, record.key)
+    return named or first_run(client, experiment_id, condition)
 
 
 def find_complete(client: "MlflowClient", experiment_id: str, revision: str) -> "Run | None":
     """The finished parent run that has everything of an experiment's commit."""
     condition = f"tags.`{TAG_REVISION}` = '{revision}' and attributes.status = 'FINISHED'"
-    runs = client.search_runs([experiment_id], filter_string=condition, max_results=1)
-    return runs[0] if runs else None
+    return first_run(client, experiment_id, condition)
 
 
 def rename(client: "MlflowClient", run: "Run", record: Record) -> None:

@@ -58,20 +58,10 @@ BATCH = 1000  # metrics that MLflow takes in one call
 
 
 class StageRun:
-    """One stage's run; every method may be called when there is no MLflow.
-
-    Args:
-        stage: its name.
-        params: all parameters, as `as_texts` gives them.
-
-    Attributes:
-        run_id: empty where MLflow was not reached.
-        parent_id: likewise.
-    """
+    """One stage's run, with parameters from `as_texts`; any method may be called without MLflow too."""
 
     def __init__(self, stage: str, params: Mapping[str, str]) -> None:
-        self.run_id = ""
-        self.parent_id = ""
+        self.run_id = self.parent_id = ""  # as long as MLflow was not reached
         self._stage = stage
         self._params = params
         self._mode = mode()
@@ -250,6 +240,10 @@ def as_metrics(metrics: Mapping[str, float | None], step: int = 0) -> "list[Metr
 
 def find_parent(client: "MlflowClient", experiment_id: str, key: str) -> "Run | None":
     condition = f"tags.`{TAG_KEY}` = '{key}' and tags.`{TAG_ROLE}` = 'parent'"
+    return first_run(client, experiment_id, condition)
+
+
+def first_run(client: "MlflowClient", experiment_id: str, condition: str) -> "Run | None":
     runs = client.search_runs([experiment_id], filter_string=condition, max_results=1)
     return runs[0] if runs else None
 
