@@ -59,7 +59,7 @@ class Steps(Bar):
 class _CountedSplit:
     """A split that counts the images of its batches when the work on them is done."""
 
-    def __init__(self, split: ImageSplit, count: Callable[[int], None]) -> None:
+    def __init__(self, split: ImageSplit, count: Callable[[int], object]) -> None:
         self.split = split
         self.count = count
 

@@ -64,6 +64,10 @@ POLICY_COLUMNS = (
     "epoch", "train_accuracy", "train_reward", "train_blocks", "validation_accuracy",
     "validation_reward", "validation_blocks_mean", "validation_active_blocks",
 )  # fmt: skip
+COLUMNS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("pretrain", "sole", "static"), CLASSIFICATION_COLUMNS),
+    **dict.fromkeys(("curriculum", "finetune"), POLICY_COLUMNS),
+}
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,7 @@ class Outputs:
     def write_untrained(self, params: Params, metrics: Metrics, reason: str) -> None:
         """Write the small files, and log the run, of a stage that trains nothing: no curve, no time."""
         with stage_run(self.name, params.flat()):
-            with_policy = self.stage in ("curriculum", "finetune")
-            write_csv(self.curve, [], columns=POLICY_COLUMNS if with_policy else CLASSIFICATION_COLUMNS)
+            write_csv(self.curve, [], columns=COLUMNS[self.stage])
             times = {"seconds": None, "images_per_second": None}
             write_json(METRICS / "times" / f"{self.name}.json", times)
             self.write_metrics(metrics)
