@@ -146,7 +146,6 @@ def test_written_presets_may_be_replaced_and_changed_ones_are_kept(place):
         ("gama: 1\n", "gama: no such key; did you mean gamma?"),
         ("resnet:\n", "resnet: is None, but it is a section"),
         ("gamma: {a: 1}\n", "gamma: is a section"),
-        ("finetune: {policy_lr: 1.0}\n", "finetune.policy_lr: renamed; use finetune_policy.lr"),
         ("gamma: [\n", "is no valid YAML"),
     ],
 )
