@@ -23,11 +23,7 @@ MAX_WORKERS = 64
 
 
 def choose_device() -> torch.device:
-    """The device named by BLOCKDROP_DEVICE: `auto` (the default; CUDA when there is one), `cpu`, `cuda`.
-
-    Raises:
-        UserError: another name, or CUDA asked for where there is none.
-    """
+    """The device by BLOCKDROP_DEVICE: `auto` (the default; CUDA where there is one), `cpu`, `cuda`."""
     name = os.environ.get(DEVICE_VARIABLE, "auto")
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"{DEVICE_VARIABLE}={name!r}: choose auto, cpu or cuda")
@@ -45,9 +41,6 @@ def loader_workers(device: torch.device) -> int:
     """Processes that decode images ahead of the device: BLOCKDROP_WORKERS, or one for each core.
 
     On a CPU none unless asked for: they would take the cores from the networks.
-
-    Raises:
-        UserError: BLOCKDROP_WORKERS is no number from 0 to 64.
     """
     text = os.environ.get(WORKERS_VARIABLE)
     if text is not None:
@@ -108,7 +101,6 @@ def keep_freed_memory() -> bool:
 
 
 def usable_cores() -> list[int]:
-    """The numbers of the cores on which this process may run."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))

@@ -19,11 +19,7 @@ from stages.support import common, compatibility, training
 
 
 def load_policy_net(path: Path, params: Params, pretrained: Checkpoint) -> PolicyNet:
-    """The policy network of our own or the authors' checkpoint, when it fits the pretrained ResNet.
-
-    Raises:
-        CheckpointError: it can't be read, or was trained for another ResNet or data set.
-    """
+    """The policy network of our own or the authors' checkpoint, when it fits the pretrained ResNet."""
     if path.is_dir():
         imported = checkpoint.load(path)
         compatibility.require_same(
@@ -45,14 +41,8 @@ def load_policy_net(path: Path, params: Params, pretrained: Checkpoint) -> Polic
 def learner_of(params: Params, resnet: ResNet, normalisation: Normalisation) -> PolicyLearner:
     """A fresh policy network on the ResNet's device, and how params.yaml has it learnt."""
     section = params.curriculum
-    policy_net = PolicyNet(
-        num_blocks=resnet.num_blocks,
-        depth=params.policy_net.depth,
-        width=params.policy_net.width,
-        input_size=params.policy_net.input_size,
-        family=params.policy_net.family,
-        initial_keep_prob=params.policy_net.initial_keep_prob,
-    ).to(next(resnet.parameters()).device)
+    policy_net = PolicyNet(num_blocks=resnet.num_blocks, **dict(params.policy_net))
+    policy_net.to(next(resnet.parameters()).device)
     return PolicyLearner(
         resnet,
         policy_net,

@@ -19,11 +19,7 @@ from stages.support import common, compatibility, recipes, training
 
 
 def load_pair(path: Path, params: Params, pretrained: Checkpoint) -> tuple[ResNet, PolicyNet]:
-    """ResNet and policy network of our own or the authors' finetuned checkpoint, when they fit.
-
-    Raises:
-        CheckpointError: they can't be read, or were finetuned from another ResNet or on other data.
-    """
+    """ResNet and policy network of our own or the authors' finetuned checkpoint, when they fit."""
     origin = "import for pretrain the ResNet that it was finetuned from"
     if path.is_dir():
         imported = checkpoint.load(path)
@@ -86,7 +82,6 @@ def learner_of(
 
 
 def main(params: Params) -> None:
-    """Write models/finetune (both networks)."""
     pretrained = replace(checkpoint.load(common.PRETRAINED), stage="finetune")
 
     def load(path: Path) -> Checkpoint:

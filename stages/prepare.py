@@ -16,11 +16,7 @@ RAW = project_root() / "data/raw"  # archives, kept between runs and out of DVC 
 
 
 def read(data: Data) -> Dataset:
-    """The data set that params.yaml names, if its classes and images are known beforehand.
-
-    Raises:
-        ValueError: it is another source (`write` reads folders of images).
-    """
+    """The data set that params.yaml names, if its classes and images are known beforehand."""
     if data.source == "cifar10":
         return cifar.cifar10(RAW)
     if data.source == "cifar100":
@@ -68,7 +64,6 @@ def _report_passed_over(tree: Tree) -> int:
 
 
 def main(params: Params) -> None:
-    """Write data/prepared and metrics/prepare.json."""
     with stage_run("prepare", params.flat()) as mlflow_run:
         counts = write(params.data)
         write_json(METRICS / "prepare.json", {"data": counts})  # DVC names them data.train_images, ...

@@ -97,11 +97,7 @@ def run_check() -> "tuple[int, str]":
 
 
 def require_replaceable(why: str) -> None:
-    """Refuse to replace what `make setup` did not make.
-
-    Raises:
-        SystemExit: .venv is a link to another folder's environment, or no environment.
-    """
+    """Refuse to replace what `make setup` did not make."""
     if VENV.is_symlink():
         sys.exit(
             f"error: .venv is a link to {VENV.resolve()}, which {why} and is left as it is; `rm .venv`, "
@@ -114,11 +110,7 @@ def require_replaceable(why: str) -> None:
 
 
 def make_environment(why: str) -> None:
-    """Make an environment without packages, in the place of one that can't be used.
-
-    Raises:
-        SystemExit: pyproject.toml does not allow this Python.
-    """
+    """Make an environment without packages, in the place of one that can't be used."""
     if not is_supported():
         sys.exit(
             f"error: {sys.executable} is Python {version()}, and this project takes {versions()}; name "
@@ -138,7 +130,6 @@ def make_environment(why: str) -> None:
 
 
 def install() -> None:
-    """Install the packages of requirements.txt."""
     UNFINISHED.touch()
     if not (VENV / "bin/pip").exists():  # uv makes environments without it
         subprocess.run([str(PYTHON), "-m", "ensurepip", "--default-pip"], check=True)
@@ -160,7 +151,6 @@ def wait_for_others(file: IO[str]) -> None:
 
 
 def main() -> int:
-    """Check, or set up; returns the exit status."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--check", action="store_true", help="see what is to be done, and do nothing")
     if parser.parse_args().check:

@@ -48,11 +48,7 @@ def baselines_of(experiment: Experiment) -> list[dict[str, Any]]:
 
 
 def choose(finished: list[Experiment], name: str | None) -> list[Experiment]:
-    """The experiment of that name (without: the newest) and its siblings.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The experiment of that name (without: the newest) and its siblings."""
     named = [experiment for experiment in finished if name in (None, experiment.name)]
     if not named:
         known = ", ".join(experiment.name for experiment in finished[:10]) or "none"
@@ -70,7 +66,6 @@ def add_options(parser: Parser) -> None:
 
 @command(add_options)
 def main(arguments: argparse.Namespace) -> None:
-    """Write the figure and the table."""
     with usable_store():
         sync(project_root())
         _, finished = experiments()

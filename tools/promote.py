@@ -34,11 +34,7 @@ def describe(promotion: Promotion) -> str:
 
 
 def promote_newest(run: str, **names: str) -> Promotion:
-    """`promote`, after a sync where DVC knows the experiment and MLflow does not, or by an old name.
-
-    Raises:
-        ModelError: as `promote`.
-    """
+    """`promote`, after a sync where DVC knows the experiment and MLflow does not, or by an old name."""
     try:
         return promote(run, **names)
     except UnknownRunError:
@@ -62,7 +58,6 @@ def add_options(parser: Parser) -> None:
 
 @command(add_options)
 def main(arguments: argparse.Namespace) -> None:
-    """Promote, then say which version was the champion and which is."""
     try:
         promotion = promote_newest(
             arguments.run, registered_name=arguments.registered_name, alias=arguments.alias

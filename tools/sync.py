@@ -21,11 +21,11 @@ from pipeline.infra.locks import exclusive
 from pipeline.infra.resume import project_root
 from pipeline.infra.safe_io import printable
 from pipeline.tracking import dvc_results, experiment_runs, overview
-from pipeline.tracking.connection import http_timeout, reason, silence_mlflow
+from pipeline.tracking.connection import OFF, http_timeout, mode, reason, silence_mlflow
 from pipeline.tracking.dvc_results import Record, RecordError, UnfinishedError
 from pipeline.tracking.identity import baseline_commit
 from pipeline.tracking.runs import TAG_KEY, end_orphans
-from pipeline.tracking.store import is_off, shown_uri, store
+from pipeline.tracking.store import shown_uri, store
 from tools.command import command
 
 LOCK = Path(".dvc/tmp/blockdrop-sync.lock")
@@ -50,11 +50,7 @@ class Outcome:
 
 
 def references(root: Path) -> list[Reference]:
-    """Every experiment that DVC knows here, of all commits.
-
-    Raises:
-        UserError: DVC can't list them, where there is no Git repository for example.
-    """
+    """Every experiment that DVC knows here, of all commits."""
     try:
         with Repo(str(root)) as repo:
             by_baseline = repo.experiments.ls(all_commits=True)
@@ -71,28 +67,12 @@ def references(root: Path) -> list[Reference]:
 
 
 def read(reference: Reference, root: Path) -> Record:
-    """The record of an experiment.
-
-    Raises:
-        RecordError: it isn't finished.
-        DvcException: DVC can't read it.
-    """
     files = DVCFileSystem(str(root), rev=reference.revision)
-    return dvc_results.read(
-        files, name=reference.name, baseline=reference.baseline, revision=reference.revision
-    )
+    return dvc_results.read(files, **vars(reference))
 
 
 def log(reference: Reference, root: Path, names: Container[str]) -> None:
-    """Log what MLflow lacks of an experiment, under its present name.
-
-    Args:
-        names: of all experiments that have its commit.
-
-    Raises:
-        RecordError: its files can't be used.
-        DvcException: DVC can't read it.
-    """
+    """Log what MLflow lacks of an experiment, under its present name."""
     name = printable(reference.name)
     with store() as (client, experiment_id):
         run = experiment_runs.find_complete(client, experiment_id, reference.revision)
@@ -128,12 +108,7 @@ def work_tree(root: Path) -> str | None:
 
 
 def sync(root: Path) -> Outcome:
-    """Complete every experiment's parent run; one that fails does not stop the others.
-
-    Raises:
-        UserError: DVC can't list the experiments.
-        Exception: the store can't be used.
-    """
+    """Complete every experiment's parent run; one that fails does not stop the others."""
     failed = []
     with exclusive(root / LOCK, waiting_message="sync: waiting for another one to end"):
         with store() as (client, experiment_id):
@@ -178,8 +153,7 @@ def usable_store() -> Iterator[None]:
 
 @command()
 def main(_: argparse.Namespace) -> None:
-    """Sync, then show what there is and where to look at it."""
-    if is_off():
+    if mode() == OFF:
         print("BLOCKDROP_TRACKING=off: nothing is logged")
         return
     with usable_store():

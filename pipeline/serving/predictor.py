@@ -27,31 +27,21 @@ class PredictionError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The networks' prediction for one image, and its cost.
+    """The networks' prediction for one image, and its cost."""
 
-    Attributes:
-        name: the likeliest class.
-        probabilities: [N] float64, in the order of the checkpoint's classes.
-        kept_blocks: [K] bool, the blocks that ran.
-        flops: of this image, 2 per multiply-add, the policy network included.
-        flops_saved: fraction of the full ResNet's FLOPs; negative where the policy network costs more
-            than it saves.
-    """
-
-    name: str
-    probabilities: NDArray[np.float64]
-    kept_blocks: NDArray[np.bool_]
-    flops: float
+    name: str  # the likeliest class
+    probabilities: NDArray[np.float64]  # [N] float64, in the order of the checkpoint's classes
+    kept_blocks: NDArray[np.bool_]  # [K] bool, the blocks that ran
+    flops: float  # of this image, 2 per multiply-add, the policy network included
+    # fraction of the full ResNet's FLOPs; negative where the policy network costs more than it saves
     flops_saved: float
 
     @property
     def confidence(self) -> float:
-        """Probability of the likeliest class."""
         return float(self.probabilities.max())
 
     @property
     def blocks(self) -> int:
-        """Number of blocks that ran."""
         return int(self.kept_blocks.sum())
 
     def record(self) -> dict[str, Any]:
@@ -76,10 +66,6 @@ class Predictor:
         checkpoint: with a ResNet; its networks are moved to `device`.
         image_size: side in pixels, for a checkpoint that does not hold it.
         device: where to run; None: where the weights are.
-
-    Raises:
-        CheckpointError: it holds no ResNet.
-        PredictionError: the image size is not known, or differs from the checkpoint's.
     """
 
     def __init__(
@@ -108,15 +94,10 @@ class Predictor:
 
     @property
     def num_blocks(self) -> int:
-        """K."""
         return len(self.cost.blocks)
 
     def __call__(self, images: NDArray[np.uint8] | Tensor) -> list[Prediction]:
-        """A prediction for each of the images [B, H, W, 3] uint8; B may be 0 or whatever fits in memory.
-
-        Raises:
-            PredictionError: they have another size or type.
-        """
+        """A prediction for each image of [B, H, W, 3] uint8; B may be 0 or whatever fits in memory."""
         batches = self._checked(images).split(evaluation_batch(self.image_size))
         return [prediction for batch in batches for prediction in self._predict(batch)]
 
@@ -167,9 +148,6 @@ def as_colours(images: NDArray[Any]) -> NDArray[np.uint8]:
 
     Args:
         images: [B, ...]; of dtype object where they come from JSON, so that a bool or a text shows.
-
-    Raises:
-        PredictionError: there is no batch or no image, or a number is refused.
     """
     if images.ndim == 0:
         raise PredictionError(f"a single number is no batch of images; {_COLOURS}")
@@ -219,11 +197,7 @@ def _remedy(dtype: str, shape: tuple[int, ...], side: int) -> str:
 
 
 def image_size_of(checkpoint: Checkpoint, given: int | None = None) -> int:
-    """Side in pixels of the images that a checkpoint takes; `given` is for one that does not hold it.
-
-    Raises:
-        PredictionError: it is not known, the two differ, or it is no multiple of 4 from 8 to 512.
-    """
+    """Side in pixels of the images that a checkpoint takes; `given` is for one that does not hold it."""
     trained = checkpoint.image_size
     if trained is not None and given not in (None, trained):
         raise PredictionError(

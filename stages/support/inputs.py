@@ -49,11 +49,7 @@ class FileState:
 
     @classmethod
     def of(cls, path: Path, *, read: bool) -> "FileState":
-        """The state of the file now.
-
-        Raises:
-            OSError: it is missing or can't be read.
-        """
+        """The state of the file now."""
         status = path.stat()
         digest = None
         if read and path.is_file():  # a pipe would be waited for
@@ -71,22 +67,13 @@ class FileState:
 
 @dataclass(frozen=True, kw_only=True)
 class StageInputs:
-    """What dvc.yaml lists for a stage.
-
-    Attributes:
-        stage: its name.
-        params: the bytes of params.yaml.
-        keys: the parameters that are listed; None: all.
-        deps: files and folders, by their names in dvc.yaml.
-        files: the states of those files, and of the files in the folders.
-        outs: what the stage writes.
-    """
+    """What dvc.yaml lists for a stage."""
 
     stage: str
-    params: bytes
-    keys: tuple[str, ...] | None
-    deps: Mapping[str, Path]
-    files: Mapping[str, FileState]
+    params: bytes  # of params.yaml
+    keys: tuple[str, ...] | None  # the parameters that are listed; None: all
+    deps: Mapping[str, Path]  # files and folders, by their names in dvc.yaml
+    files: Mapping[str, FileState]  # the states of those files, and of the files in the folders
     outs: tuple[Path, ...]
 
     @classmethod
@@ -95,9 +82,6 @@ class StageInputs:
 
         Args:
             arguments: of the command line; they name the item of a matrix.
-
-        Raises:
-            OSError, yaml.YAMLError, LookupError, TypeError: dvc.yaml or params.yaml can't be read.
         """
         entry = _entry(stage)
         code = {name: ROOT / name for name in entry["deps"] if name.startswith(CODE)}
@@ -181,11 +165,7 @@ def params_of(stage: str, params: "Params") -> dict[str, Any]:
 
 
 def require_unchanged() -> None:
-    """See that this stage's parameters, code and inputs are as they were when its process began.
-
-    Raises:
-        ChangedError: they are not; its outs, if it has written any, are removed.
-    """
+    """See that this stage's parameters, code and inputs are as they were when its process began."""
     changes = [] if AT_START is None else list(AT_START.changes())
     if AT_START is None or not changes:
         return

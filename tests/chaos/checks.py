@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
-
-from tools.sandbox import digests
+from helpers.sandbox import digests
 
 ORPHAN_SECONDS = 20.0  # in which a trainer notices that its DVC was killed, and ends
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import psutil
 import yaml
+from helpers import sandbox as repository
 
 from chaos import checks
 from chaos.write_faults import compile_library, count_writes, preloaded, report_of
-from tools import sandbox as repository
 
 # longer trainings than the tests have, so that most kills hit one
 TINY: dict[str, dict[str, Any]] = repository.TINY | {

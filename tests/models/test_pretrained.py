@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from repository_copy import ROOT
 
 from pipeline.models import checkpoint
 from tools.preset import load
-from tools.sandbox import ROOT
 
 FOLDER = ROOT / "pretrained"
 DEMO = load("cifar10_demo", ROOT / "presets")

@@ -20,8 +20,7 @@ from chaos.cases import Outcome, draw_kill, draw_write, missing_points, unclear_
 from chaos.sandbox import DVC, PLACES, Sandbox, Training
 from chaos.write_faults import compile_library, count_writes, failed_write, preloaded
 from repository_copy import ROOT, environment
-
-from tools.sandbox import digests
+from sandbox import digests
 
 OBJECT = ".dvc/cache/files/md5/99/914b932bd37a50b983c5e7c90ae93b"  # the MD5 of {}
 

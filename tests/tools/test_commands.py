@@ -13,7 +13,7 @@ from tools.command import Parser, command
 from tools.predict import paths_of
 
 ROOT = Path(__file__).parents[2]
-LIBRARY = {"tools.command", "tools.sandbox", "research.tables"}  # modules that are no commands
+LIBRARY = {"tools.command", "research.tables"}  # modules that are no commands
 COMMANDS = sorted(
     name
     for path in [*ROOT.glob("tools/[a-z]*.py"), *ROOT.glob("research/[a-z]*.py")]

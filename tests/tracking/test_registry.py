@@ -123,16 +123,6 @@ def test_model_says_where_it_came_from(client, start, folder):
             assert (fetched_folder / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_model_has_the_params_and_metrics_that_are_given(client, start, folder):
-    run_id = start(metrics={"loss": 0.5})
-    params, metrics = {"gamma": 5, "size": None}, {"accuracy": 0.75, "spearman": None}
-    model_id = log_model(run_id, folder, params=params, metrics=metrics)
-    model = client.get_logged_model(model_id)
-    assert model.params == {"gamma": "5", "size": "None"}
-    assert values_of(model.metrics) == {"accuracy": 0.75}
-    assert client.get_run(run_id).data.metrics == {"loss": 0.5, "accuracy": 0.75}
-
-
 def test_model_has_the_metrics_of_its_run_but_no_learning_curves(client, start, folder):
     run_id = start(metrics={"accuracy": 0.75, "loss": 0.5})
     points = [Metric("finetune/loss", 1 / step, 1000, step) for step in (1, 2)]
@@ -151,7 +141,13 @@ def test_same_weights_are_one_model_to_which_metrics_are_added(client, start, fo
     assert log_model(run_id, folder) == first
     assert client.get_run(run_id).to_dictionary() == before
     assert len(client.get_logged_model(first).metrics) == 1
-    assert log_model(run_id, folder, metrics={"accuracy": 0.75, "flops": 4.0}) == first
+
+
+def test_metrics_that_come_later_are_linked_to_the_same_model(client, start, folder):
+    run_id = start(metrics={"accuracy": 0.75})
+    first = log_model(run_id, folder)
+    client.log_metric(run_id, "flops", 4.0)
+    assert log_model(run_id, folder) == first
     metrics = client.get_logged_model(first).metrics
     assert values_of(metrics) == {"accuracy": 0.75, "flops": 4.0}
     assert len(metrics) == 2

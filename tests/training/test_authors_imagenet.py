@@ -11,6 +11,7 @@ import torch
 import torchvision
 import yaml
 from image_tree import write_tree
+from repository_copy import changed
 
 from pipeline.config import load
 from pipeline.data.dataset import load_split
@@ -18,7 +19,6 @@ from pipeline.models import checkpoint
 from pipeline.models.checkpoint import CheckpointError
 from pipeline.training import legacy_checkpoints
 from stages import check, curriculum, evaluate, finetune, prepare, pretrain, static
-from tools.sandbox import changed
 
 SIZES = (3, 4, 23, 3)
 RESNET, AGENT = authors.pair(SIZES, width=8, classes=5)
