@@ -25,9 +25,9 @@ from pipeline.sources.class_folders import Labelled, Tree, some
 
 def imagefolder(tree: Tree, *, image_size: int, shares: dict[SplitName, float], seed: int) -> Dataset:
     """Images of any size and kind, as squares of `image_size`; splits without a folder are drawn."""
-    missing = tree.missing(shares)
+    tree.check(shares)
     splits = {name: _read(name, images, image_size) for name, images in tree.splits.items()}
-    splits.update(split_by_seed(splits.pop("train"), shares=missing, seed=seed))
+    splits.update(split_by_seed(splits.pop("train"), shares=shares, seed=seed))
     _require_every_class(splits["train"].labels, tree.classes)
     return Dataset(source="imagefolder", classes=tree.classes, splits=splits)
 
@@ -36,10 +36,10 @@ def imagefolder_stream(
     tree: Tree, *, shares: dict[SplitName, float], seed: int
 ) -> dict[SplitName, Listing]:
     """The images of each split, listed and not decoded: for trees of any size."""
-    missing = tree.missing(shares)
+    tree.check(shares)
     splits = {name: _list(name, images, tree.folder) for name, images in tree.splits.items()}
     whole = splits.pop("train")
-    for name, rows in split_rows(len(whole.paths), shares=missing, seed=seed).items():
+    for name, rows in split_rows(len(whole.paths), shares=shares, seed=seed).items():
         splits[name] = Listing(
             paths=[whole.paths[row] for row in rows], labels=whole.labels[rows], sizes=whole.sizes[rows]
         )
