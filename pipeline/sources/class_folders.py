@@ -168,8 +168,8 @@ def _images_of(folder: Path, classes: Sequence[str]) -> tuple[Labelled, list[Pat
     for label, name in enumerate(classes):
         class_images, others = _walk(folder / name)
         if not class_images:
-            names = [path.relative_to(folder).as_posix() for path in others]
-            but = f"; {account(names)}; save them in another format" if names else ""
+            files = [path.relative_to(folder).as_posix() for path in others]
+            but = f"; {account(files)}; save them in another format" if files else ""
             raise DataError(
                 f"{folder / name} holds no image; add some or remove the folder (images end in "
                 f"{', '.join(sorted(IMAGE_SUFFIXES))}{but})"
