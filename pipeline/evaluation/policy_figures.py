@@ -26,7 +26,7 @@ QUANTILES = 10  # of difficulty, where there are images enough for means of 20
 PICTURES = 18  # of a class, under all of its policies together
 NAME = 1.1  # inches of a class's name
 COLUMNS, COLUMN = 7, 0.69  # of large pictures; inches of a caption
-PITCH, LINE = 1.1, 1.6  # in pictures: to the next one, to the next line
+PITCH, LINE = 1.1, 1.65  # in pictures: to the next one, to the next line
 
 # ------------------------------------------------------------------------------- what is to be shown
 
@@ -250,7 +250,7 @@ def easy_and_hard(path: Path, shown: ShownPolicies) -> None:
         every = spread(np.arange(len(blocks)), 4 * COLUMNS)
         groups = [(f"every image takes {_counted(int(blocks[0]), 'block')}", every)]
     lines = [-(-len(rows) // COLUMNS) for _, rows in groups]
-    height = max(0.8 + 0.3 * len(groups) + 1.17 * sum(lines), 4.6)
+    height = max(0.8 + 0.3 * len(groups) + 1.2 * sum(lines), 4.6)
     figure = plt.figure(figsize=(WIDTH, height), layout="constrained")
     ((left, right),) = figure.subfigures(1, 2, width_ratios=(2, 1), squeeze=False)
     axes = left.subplots(len(groups), 1, height_ratios=lines, squeeze=False)[:, 0]
