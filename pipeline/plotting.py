@@ -19,7 +19,7 @@ INK, PALE = "#222222", "#E4E4E4"  # of text; of what is not there
 CYCLE = (GREY, BLUE, GREEN, ORANGE, PINK, SKY, AMBER)
 MARKERS = ("X", "o", "s", "D", "^", "v", "P")
 WIDTH = 9.0  # inches of a figure; shown 900 pixels wide, 9 points are 12 pixels
-DPI = 160  # so that 0.4 inches hold an image of 16, 32 or 64 pixels without resampling
+DPI = 160
 Rows = Sequence[Mapping[str, float]]
 
 matplotlib.rcdefaults()  # a reader's matplotlibrc changes nothing: equal bytes everywhere
@@ -47,13 +47,10 @@ plt.rcParams.update(
 
 
 def headline(figure: plt.Figure, title: str) -> None:
-    """The figure's title, over as many lines as it needs."""
-    figure.suptitle("\n".join(wrapped(title)))
-
-
-def wrapped(title: str) -> list[str]:
-    """The lines of a title."""
-    return textwrap.wrap(title, 105) or [""]
+    """The figure's title, over as many lines as it needs; all but one make the figure higher."""
+    lines = textwrap.wrap(title, 105)
+    figure.suptitle("\n".join(lines))
+    figure.set_figheight(figure.get_figheight() + 0.17 * max(0, len(lines) - 1))
 
 
 def fitting(text: str, inches: float, size: float, weight: str = "normal") -> str:

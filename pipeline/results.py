@@ -38,19 +38,10 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Row):
-    """The finetuned pair on the test images; FLOPs are per image, policy network included.
-
-    Attributes:
-        full_accuracy: of the pretrained ResNet with every block.
-        shuffled_accuracy: when each image takes another image's policy.
-        best_single_policy_accuracy: of one policy for all images at no more FLOPs, chosen on the
-            validation images.
-        difficulty_spearman: rank correlation of the full ResNet's loss and the number of blocks, with
-            the ends of its 95 % interval; None where all images take equally many blocks.
-    """
+    """The finetuned pair on the test images; FLOPs are per image, policy network included."""
 
     accuracy: float
-    full_accuracy: float
+    full_accuracy: float  # of the pretrained ResNet with every block
     num_blocks: int
     blocks_mean: float
     blocks_std: float
@@ -60,10 +51,13 @@ class Evaluation(Row):
     flops_std: float
     full_flops: float
     flops_saved: float
-    shuffled_accuracy: float
+    shuffled_accuracy: float  # when each image takes another image's policy
+    # of one policy for all images at no more FLOPs, chosen on the validation images
     best_single_policy_accuracy: float
     best_single_policy_validation_accuracy: float
     best_single_policy_blocks: float
+    # rank correlation of the full ResNet's loss and the number of blocks, with the ends of its 95 %
+    # interval; None where all images take equally many blocks
     difficulty_spearman: float | None
     difficulty_spearman_low: float | None
     difficulty_spearman_high: float | None
@@ -110,16 +104,12 @@ class Baselines(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class Speedup(Row):
-    """How many times as fast: a ratio of medians, with the ends of its 95 % interval.
-
-    Attributes:
-        reliable: the rounds are enough and the interval is narrow enough to state the ratio.
-    """
+    """How many times as fast: a ratio of medians, with the ends of its 95 % interval."""
 
     ratio: float
     low: float
     high: float
-    reliable: bool
+    reliable: bool  # the rounds are enough and the interval is narrow enough to state the ratio
 
     @property
     def claim(self) -> Claim:
@@ -154,40 +144,28 @@ class Timing(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement(Row):
-    """What share of an executor's results is the fp32 reference's.
+    """What share of an executor's results is the fp32 reference's."""
 
-    Attributes:
-        decisions: of its decisions.
-        classes: of its classes, under its decisions.
-        agrees: both are high enough for its precision.
-    """
-
-    decisions: float
-    classes: float
-    agrees: bool
+    decisions: float  # of its decisions
+    classes: float  # of its classes, under its decisions
+    agrees: bool  # both are high enough for its precision
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimingRow(Row):
-    """One candidate at one batch size.
-
-    Attributes:
-        speedup: over the fastest full-ResNet form.
-        agreement: of BlockDrop executors alone, as is `ideal`, the speed-up that FLOPs promise.
-        speedup_over_itself: over the same executor with every block.
-        peak_mib: CUDA memory that it takes.
-    """
+    """One candidate at one batch size."""
 
     candidate: str
     kind: Kind
     precision: Precision
     batch: int
     time: Timing
-    speedup: Speedup
+    speedup: Speedup  # over the fastest full-ResNet form
+    # of BlockDrop executors alone, as is `ideal`, the speed-up that FLOPs promise
     agreement: Agreement | None = None
     ideal: float | None = None
-    speedup_over_itself: float | None = None
-    peak_mib: float | None = None
+    speedup_over_itself: float | None = None  # over the same executor with every block
+    peak_mib: float | None = None  # CUDA memory that it takes
 
     @property
     def claim(self) -> Claim:
@@ -231,27 +209,20 @@ class BesideSole(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class Winner(Row):
-    """The fastest executor that agrees with the reference.
-
-    Attributes:
-        speedup: over the fastest full-ResNet form in any precision.
-        ideal: what FLOPs promise.
-        share_of_ideal: its speed-up over the fastest full form in its own precision, by `ideal`; None
-            where no such form was timed.
-        sole: by name, the fastest first.
-        faster_than: the fastest of these that is not faster than BlockDrop.
-        break_even_few: keep ratio up to which it is faster, with few distinct policies; None where
-            that was not measured or can't be told. `break_even_many` likewise.
-    """
+    """The fastest executor that agrees with the reference."""
 
     executor: str
     milliseconds: float
     full_milliseconds: float
-    speedup: Speedup
-    ideal: float
+    speedup: Speedup  # over the fastest full-ResNet form in any precision
+    ideal: float  # what FLOPs promise
+    # its speed-up over the fastest full form in its own precision, by `ideal`; None where no such form
+    # was timed
     share_of_ideal: float | None
-    sole: dict[str, BesideSole]
-    faster_than: str | None
+    sole: dict[str, BesideSole]  # by name, the fastest first
+    faster_than: str | None  # the fastest of these that is not faster than BlockDrop
+    # keep ratio up to which it is faster, with few distinct policies; None where that was not measured
+    # or can't be told. `break_even_many` likewise
     break_even_few: float | None = None
     break_even_many: float | None = None
 
@@ -264,17 +235,13 @@ class Winner(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer(Row):
-    """BlockDrop in one precision at one batch size, beside the fastest full-ResNet form in any.
-
-    Attributes:
-        winner: None where no executor agrees with the reference.
-    """
+    """BlockDrop in one precision at one batch size, beside the fastest full-ResNet form in any."""
 
     precision: Precision
     batch: int
     full_form: str
     full_precision: Precision
-    winner: Winner | None
+    winner: Winner | None  # None where no executor agrees with the reference
 
 
 @dataclass(kw_only=True)

@@ -12,12 +12,14 @@ It trains with the stages' own learners, and uses no DVC, MLflow or test image.
 """
 
 import argparse
+import functools
+import itertools
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -42,8 +44,9 @@ from pipeline.models import checkpoint
 from pipeline.models.policies import greedy_actions, policy_statistics
 from pipeline.policy import objectives as pg
 from pipeline.policy.learner import PolicyLearner
+from pipeline.report.tables import markdown_table
 from pipeline.training.loop import NotFiniteError, Position, fit, require_finite
-from research.tables import markdown_table, mean_and_std
+from research.tables import mean_and_std
 from stages import curriculum, finetune
 from stages.support import common, compatibility, recipes
 from tools import preset as presets
@@ -68,50 +71,35 @@ COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
-class Key:
-    """Trainings with equal keys are one and the same.
-
-    Attributes:
-        recipe: digest of all that the result depends on but seed, code and libraries.
-    """
+class Key(NamedTuple):
+    """Trainings with equal keys are one and the same."""
 
     variant: str
     seed: int
-    recipe: str
+    recipe: str  # digest of all that the result depends on but seed, code and libraries
 
 
-KEY = list(Key.__dataclass_fields__)
+KEY = list(Key._fields)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where a row comes from.
-
-    Attributes:
-        set: the changes to the preset that all variants share.
-    """
+    """Where a row comes from."""
 
     preset: str
-    set: str
+    set: str  # the changes to the preset that all variants share
     commit: str
     torch: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """The greedy policy on a split.
-
-    Attributes:
-        flops: of an image, as a fraction of the full ResNet's.
-        reward: Eq. 3, the mean over images.
-        another_images_policy: accuracy when each image takes another image's policy.
-    """
+    """The greedy policy on a split."""
 
     validation_accuracy: float
-    flops: float
-    reward: float
-    another_images_policy: float
+    flops: float  # of an image, as a fraction of the full ResNet's
+    reward: float  # Eq. 3, the mean over images
+    another_images_policy: float  # accuracy when each image takes another image's policy
     blocks_mean: float
     blocks_std: float
     unique_policies: float
@@ -120,14 +108,10 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all trainings of an ablation share.
-
-    Attributes:
-        preset: with the changes for all variants; its gamma and cost of blocks score every variant.
-    """
+    """What all trainings of an ablation share."""
 
     stage: str
-    preset: Params
+    preset: Params  # with the changes for all variants; its gamma and cost of blocks score every variant
     provenance: Provenance
     resnet: Path
     policy_net: Path
@@ -135,17 +119,8 @@ class Setting:
     validation: Split
 
 
-def section_of(stage: str, params: Params) -> Curriculum | Finetune:
-    """The stage's own parameters."""
-    return params.curriculum if stage == "curriculum" else params.finetune
-
-
 def parsed(text: str, *, flag: str) -> dict[str, Any]:
-    """The values of `key=value,key=value`, each of the type that params.yaml would give it.
-
-    Raises:
-        UserError: the text is not of that form.
-    """
+    """The values of `key=value,key=value`, each of the type that params.yaml would give it."""
     values = {}
     for part in re.split(r",(?=\s*[\w.]+=)", text) if text else []:
         key, equals, value = part.partition("=")
@@ -159,21 +134,14 @@ def parsed(text: str, *, flag: str) -> dict[str, Any]:
 
 
 def changed(preset: Params, text: str, *, flag: str = "--vary") -> Params:
-    """The preset with other values under dotted keys.
-
-    Raises:
-        UserError: a key does not exist, or does not take its value.
-    """
+    """The preset with other values under dotted keys."""
     values = preset.model_dump()
     known = preset.flat()
     for key, value in parsed(text, flag=flag).items():
         if key not in known:
             raise UserError(f"{flag} {key}: there is no such parameter; params.yaml has them all")
         *sections, name = key.split(".")
-        section_values = values
-        for section in sections:
-            section_values = section_values[section]
-        section_values[name] = value
+        functools.reduce(dict.__getitem__, sections, values)[name] = value
     try:
         return Params.model_validate(values)
     except ValidationError as error:
@@ -181,11 +149,7 @@ def changed(preset: Params, text: str, *, flag: str = "--vary") -> Params:
 
 
 def variant_of(setting: Setting, text: str) -> Params:
-    """The preset with one change that the stage reads.
-
-    Raises:
-        UserError: the stage does not read the changed value, or it was the same before.
-    """
+    """The preset with one change that the stage reads."""
     params = changed(setting.preset, text)
     read = READS[setting.stage]
     if params.model_dump(include=read) == setting.preset.model_dump(include=read):
@@ -195,11 +159,7 @@ def variant_of(setting: Setting, text: str) -> Params:
 
 
 def checked(setting: Setting) -> Setting:
-    """The setting, when its preset, data and checkpoints belong together.
-
-    Raises:
-        UserError: they do not.
-    """
+    """The setting, when its preset, data and checkpoints belong together."""
     preset = setting.preset
     compatibility.require_same(
         common.PREPARED, "image size", setting.train.image_size, preset.data.image_size,
@@ -238,13 +198,9 @@ def learner_of(setting: Setting, params: Params) -> PolicyLearner:
 
 
 def trained(setting: Setting, params: Params) -> PolicyLearner:
-    """The learner after its epochs.
-
-    Raises:
-        NotFiniteError: its numbers went wrong.
-    """
+    """The learner after its epochs."""
     learner = learner_of(setting, params)
-    section = section_of(setting.stage, params)
+    section: Curriculum | Finetune = getattr(params, setting.stage)
     position = Position()
     for result in fit(
         learner,
@@ -287,11 +243,7 @@ def scores_of(learner: PolicyLearner, split: Split, preset: Params, *, gamma: fl
 
 
 def row_of(setting: Setting, variant: str, params: Params) -> dict[str, Any]:
-    """Train a variant, and its row of the table.
-
-    Raises:
-        UserError: its numbers went wrong.
-    """
+    """Train a variant, and its row of the table."""
     preset = setting.preset
     started = time.monotonic()
     try:
@@ -301,9 +253,9 @@ def row_of(setting: Setting, variant: str, params: Params) -> dict[str, Any]:
     seconds = time.monotonic() - started
     gamma = preset.curriculum.gamma if setting.stage == "curriculum" else preset.gamma
     return {
-        **asdict(key_of_row(setting, variant, params)),
+        **key_of_row(setting, variant, params)._asdict(),
         "images": len(setting.train),
-        "epochs": section_of(setting.stage, params).epochs,
+        "epochs": getattr(params, setting.stage).epochs,
         **asdict(scores_of(learner, setting.validation, preset, gamma=gamma)),
         "seconds": round(seconds, 1),  # validation after each epoch included
         **asdict(setting.provenance),
@@ -311,11 +263,7 @@ def row_of(setting: Setting, variant: str, params: Params) -> dict[str, Any]:
 
 
 def rows_of(path: Path) -> pd.DataFrame:
-    """The rows of a table; none where there is no file.
-
-    Raises:
-        UserError: the file is no such table.
-    """
+    """The rows of a table; none where there is no file."""
     if not path.exists():
         return pd.DataFrame(columns=KEY)
     try:
@@ -349,23 +297,21 @@ def run(
     """Train the rows that the table lacks, seed by seed; returns the rows of all variants and seeds."""
     out.parent.mkdir(parents=True, exist_ok=True)
     keys = set()
-    for seed in seeds:
-        for variant, preset in variants.items():
-            params = preset.model_copy(update={"seed": seed})
-            key = astuple(key_of_row(setting, variant, params))
-            keys.add(key)
-            if key in keys_of(rows_of(out)):
-                continue
+    for seed, (variant, preset) in itertools.product(seeds, variants.items()):
+        params = preset.model_copy(update={"seed": seed})
+        key = key_of_row(setting, variant, params)
+        keys.add(key)
+        if key not in keys_of(rows_of(out)):
             row = row_of(setting, variant, params)
             add_row(out, row)
             accuracy, blocks = 100 * row["validation_accuracy"], row["blocks_mean"]
             print(f"{variant}, seed {seed}: {accuracy:.2f} % with {blocks:.2f} blocks", flush=True)
     table = rows_of(out)
-    return table[[key in keys for key in table[KEY].itertuples(index=False, name=None)]]
+    return table[[key in keys for key in keys_of(table)]]
 
 
-def keys_of(table: pd.DataFrame) -> set[tuple[Any, ...]]:
-    return set(table[KEY].itertuples(index=False, name=None))
+def keys_of(table: pd.DataFrame) -> list[tuple[Any, ...]]:
+    return list(table[KEY].itertuples(index=False, name=None))
 
 
 def add_row(out: Path, row: Mapping[str, Any]) -> None:
@@ -381,27 +327,14 @@ def add_row(out: Path, row: Mapping[str, Any]) -> None:
 
 
 def in_memory(split: ImageSplit, count: int | None = None) -> Split:
-    """The first `count` images of a split that lies in memory, or all of them.
-
-    Raises:
-        UserError: they are streamed.
-    """
+    """The first `count` images of a split that lies in memory, or all of them."""
     if not isinstance(split, Split):
         raise UserError(f"{common.PREPARED} lists its images; take a data set that fits into memory")
     return Split(images=split.images[:count], labels=split.labels[:count])
 
 
-def provenance_of(preset: str, changes: str) -> Provenance:
-    commit = git("rev-parse", "--short", "HEAD")
-    return Provenance(preset=preset, set=changes or "-", commit=commit or "-", torch=torch.__version__)
-
-
 def positive(text: str) -> int:
-    """A positive number.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """A positive number."""
     if (number := int(text)) < 1:
         raise ValueError
     return number
@@ -426,12 +359,16 @@ def main(arguments: argparse.Namespace) -> None:
     keep_freed_memory()
     out = arguments.out or project_root() / "results" / f"ablation_{arguments.stage}.csv"
     device = choose_device()
+    preset = presets.load(arguments.preset, project_root() / "presets")
     setting = Setting(
         stage=arguments.stage,
-        preset=changed(
-            presets.load(arguments.preset, project_root() / "presets"), arguments.set, flag="--set"
+        preset=changed(preset, arguments.set, flag="--set"),
+        provenance=Provenance(
+            preset=arguments.preset,
+            set=arguments.set or "-",
+            commit=git("rev-parse", "--short", "HEAD") or "-",
+            torch=torch.__version__,
         ),
-        provenance=provenance_of(arguments.preset, arguments.set),
         resnet=arguments.resnet,
         policy_net=arguments.policy_net,
         train=in_memory(load_split(common.PREPARED, "train", device), arguments.images),

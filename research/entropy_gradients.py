@@ -21,9 +21,10 @@ from pipeline.models import checkpoint
 from pipeline.policy import objectives as pg
 from pipeline.policy.estimators import PolicyOutput
 from pipeline.policy.learner import PolicyLearner
+from pipeline.report.tables import markdown_table
 from pipeline.training.loop import Batch
 from research.ablation import in_memory
-from research.tables import markdown_table, mean_and_std
+from research.tables import mean_and_std
 from stages import curriculum
 from stages.support import common
 from tools import preset as presets

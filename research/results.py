@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import config
-from pipeline.config import Params
 from pipeline.device import choose_device, describe_machine
 from pipeline.infra.atomic_io import write_text
 from pipeline.infra.errors import UserError
@@ -25,8 +24,8 @@ from pipeline.infra.git import git
 from pipeline.infra.resume import project_root
 from pipeline.report.markdown import PAPER
 from pipeline.report.paired import paired_difference
+from pipeline.report.tables import markdown_table
 from pipeline.report.trade_off import trade_off
-from research.tables import markdown_table
 from stages.support.common import read_csv, read_json
 from tools import preset as presets
 from tools.command import Parser, command
@@ -51,47 +50,34 @@ divided by BlockDrop's, fp32, on the machine named below; - where it was not mea
 
 @dataclass(frozen=True, kw_only=True)
 class Rival:
-    """A static network beside BlockDrop.
-
-    Attributes:
-        kind: full, sole, or the static rule that it was finetuned under.
-        blocks: that run.
-        blockdrop_minus_it: difference in accuracy, with the ends of its 95 % interval.
-        right_alone: images that BlockDrop alone classifies correctly, and that the rival alone does;
-            None in older rows, whose interval is a paired bootstrap.
-    """
+    """A static network beside BlockDrop."""
 
     name: str
-    kind: str
+    kind: str  # full, sole, or the static rule that it was finetuned under
     depth: int
-    blocks: int
+    blocks: int  # that run
     accuracy: float
     flops: float
-    blockdrop_minus_it: Sequence[float]
+    blockdrop_minus_it: Sequence[float]  # difference in accuracy, with the ends of its 95 % interval
+    # images that BlockDrop alone classifies correctly, and that the rival alone does; None in older
+    # rows, whose interval is a paired bootstrap
     right_alone: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A finished run, as a file of results/rows/ holds it.
-
-    Attributes:
-        changes: values of params.yaml that differ from the preset's, by dotted key.
-        params: all values of params.yaml, by dotted key.
-        evaluate: metrics/evaluate.json.
-        times: seconds and device of each training.
-        benchmark: speed-ups, empty where the benchmark did not run.
-    """
+    """A finished run, as a file of results/rows/ holds it."""
 
     preset: str
-    changes: Mapping[str, Any]
-    params: Mapping[str, Any]
+    changes: Mapping[str, Any]  # values of params.yaml that differ from the preset's, by dotted key
+    params: Mapping[str, Any]  # all values of params.yaml, by dotted key
     commit: str
     machine: Mapping[str, Any]
     test_images: int
-    evaluate: Mapping[str, float]
+    evaluate: Mapping[str, float]  # metrics/evaluate.json
     rivals: Sequence[Rival]
-    times: Mapping[str, Mapping[str, Any]]
+    times: Mapping[str, Mapping[str, Any]]  # seconds and device of each training
+    # speed-ups, empty where the benchmark did not run
     benchmark: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
 
@@ -115,15 +101,11 @@ class Row:
 
 
 class Network(NamedTuple):
-    """What the rows of one table and figure have in common.
-
-    Attributes:
-        start: the file of the weights that training started from; empty: from random weights.
-    """
+    """What the rows of one table and figure have in common."""
 
     source: str
     depth: int
-    start: str
+    start: str  # the file of the weights that training started from; empty: from random weights
 
     @property
     def title(self) -> str:
@@ -139,12 +121,9 @@ class Network(NamedTuple):
 
 
 def row_of(root: Path, preset: str, *, note: str = "") -> Row:
-    """The finished run in a working tree.
-
-    Raises:
-        UserError: the run is not finished there, or Git knows no commit of it.
-    """
+    """The finished run in a working tree."""
     params = config.load(root / "params.yaml")
+    of_preset = presets.load(preset, root / "presets").flat()
     try:
         evaluate = read_json(root / "metrics/evaluate.json")
     except FileNotFoundError:
@@ -153,25 +132,24 @@ def row_of(root: Path, preset: str, *, note: str = "") -> Row:
     if not commit:
         raise UserError(f"{root} has no Git commit; commit what was run")
     correct = correctness_of(root)
+    times = {path.stem: read_json(path) for path in sorted((root / "metrics/times").glob("*.json"))}
+    measured = root / "metrics/benchmark.json"
+    benchmark = read_json(measured)["benchmark"] if measured.exists() else {}
     return Row(
         preset=preset,
-        changes=changes(params, presets.load(preset, root / "presets")),
+        changes={key: value for key, value in params.flat().items() if of_preset[key] != value},
         params=params.flat(),
         commit=commit,
         machine=describe_machine(choose_device()),
         test_images=len(correct["blockdrop"]),
         evaluate=evaluate,
         rivals=rivals_of(root, correct),
-        times=times_of(root),
-        benchmark=speedups_of(root),
+        times={
+            name: {key: time.get(key) for key in ("seconds", "device")} for name, time in times.items()
+        },
+        benchmark={name: ratio for name, ratio in benchmark.items() if name.startswith("speedup_")},
         note=note,
     )
-
-
-def changes(params: Params, preset: Params) -> dict[str, Any]:
-    """The values of params.yaml that differ from the preset's, by dotted key."""
-    preset_values = preset.flat()
-    return {key: value for key, value in params.flat().items() if preset_values[key] != value}
 
 
 def correctness_of(root: Path) -> dict[str, NDArray[np.bool_]]:
@@ -210,22 +188,6 @@ def rivals_of(root: Path, correct: Mapping[str, NDArray[np.bool_]]) -> list[Riva
     return rivals
 
 
-def times_of(root: Path) -> dict[str, dict[str, Any]]:
-    """Seconds and device of each training."""
-    contents = {path.stem: read_json(path) for path in sorted((root / "metrics/times").glob("*.json"))}
-    return {
-        stage: {key: content.get(key) for key in ("seconds", "device")}
-        for stage, content in contents.items()
-    }
-
-
-def speedups_of(root: Path) -> dict[str, float]:
-    """BlockDrop's speed-ups that the benchmark measured; empty where it did not run."""
-    path = root / "metrics/benchmark.json"
-    metrics = read_json(path)["benchmark"] if path.exists() else {}
-    return {name: value for name, value in metrics.items() if name.startswith("speedup_")}
-
-
 # --- table and figures, from rows
 
 
@@ -255,6 +217,8 @@ def run_table(rows: Mapping[str, Row]) -> str:
     cells = []
     for name, row in sorted(rows.items(), key=lambda item: item[1].evaluate["flops_mean"]):
         e = row.evaluate
+        # the fastest static network's time divided by BlockDrop's; - where it is not reliable
+        ratios = [row.benchmark.get(f"speedup_batch{size}_fp32") for size in SPEEDUP_BATCH_SIZES]
         cells.append(
             [
                 name,
@@ -266,7 +230,7 @@ def run_table(rows: Mapping[str, Row]) -> str:
                 f"{100 * e['flops_mean'] / e['full_flops']:.1f} %",
                 f"{e['unique_policies']:.0f} ({e['effective_policies']:.1f})",
                 f"{100 * e['shuffled_accuracy']:.2f} %",
-                ", ".join(speedup_of(row, batch_size) for batch_size in SPEEDUP_BATCH_SIZES),
+                ", ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
                 minutes_of(row),
                 row.commit,
             ]
@@ -301,7 +265,6 @@ def provenance(name: str, row: Row) -> str:
 
 
 def command_of(row: Row) -> str:
-    """The command that runs it again."""
     preset = f"make preset NAME={row.preset}"
     options = " ".join(f"-S {key}={json.dumps(value)}" for key, value in row.changes.items())
     return f"`{preset} && " + (f"dvc exp run {options}`" if options else "make repro`")
@@ -311,12 +274,6 @@ def minutes_of(row: Row) -> str:
     """Minutes that each of the three trainings took; - for one that was imported."""
     seconds = [row.times.get(stage, {}).get("seconds") for stage in TRAININGS]
     return " + ".join("-" if s is None else f"{s / 60:.0f}" for s in seconds)
-
-
-def speedup_of(row: Row, batch_size: int) -> str:
-    """The fastest static network's time divided by BlockDrop's, fp32; - where it is not reliable."""
-    speedup = row.benchmark.get(f"speedup_batch{batch_size}_fp32")
-    return "-" if speedup is None else f"{speedup:.2f}"
 
 
 def published(source: str) -> list[str]:
@@ -343,15 +300,14 @@ def figure(path: Path, rows: Sequence[Row]) -> None:
         }
         for rival in rivals.values()
     ]  # fmt: skip
-    several_seeds = len({row.params["seed"] for row in rows}) > 1
+    label = "gamma {gamma:g}"
+    if len({row.params["seed"] for row in rows}) > 1:
+        label += ", seed {seed}"
     points = [
         {
-            "gamma": row.params["gamma"],
-            "label": f"gamma {row.params['gamma']:g}"
-            + (f", seed {row.params['seed']}" if several_seeds else ""),
+            "label": label.format(**row.params),
             "flops": row.evaluate["flops_mean"],
             "accuracy": row.evaluate["accuracy"],
-            "blocks": row.evaluate["blocks_mean"],
         }
         for row in rows
     ]

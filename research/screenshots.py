@@ -61,13 +61,9 @@ def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def photograph(links: Mapping[str, str], name: str, out: Path) -> None:
-    """Save all pages; the comparison adds FLOPs and blocks, and lists only what differs.
+    """Save all pages, each once it shows the experiment's name.
 
-    Args:
-        name: of the experiment, which every page shows once it has loaded.
-
-    Raises:
-        UserError: Playwright is not installed.
+    The comparison adds FLOPs and blocks, and lists only what differs.
     """
     try:
         from playwright.sync_api import sync_playwright  # in the dependency group docs alone

@@ -26,7 +26,6 @@ from pipeline.inference.auto import EXECUTORS
 from pipeline.inference.base import Networks
 from pipeline.infra.atomic_io import write_text
 from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet import ResNet
 from pipeline.models.resnet_cifar import cifar_resnet
 from pipeline.results import TimingRow
 from tools.command import Parser, command
@@ -50,9 +49,8 @@ def decide_at_random(policy_net: PolicyNet, images: Tensor, keep_ratio: float) -
     mean = x.mean(dim=0)
     _, scales, axes = torch.linalg.svd(x - mean, full_matrices=False)
     whiten = axes / scales.clamp_min(1e-6 * scales.max())[:, None] * len(x) ** 0.5  # [F, F]
-    weight = (
-        torch.randn(policy_net.num_blocks, len(whiten), dtype=torch.float64) @ whiten.cpu()
-    )  # [K, F]
+    directions = torch.randn(policy_net.num_blocks, len(whiten), dtype=torch.float64)
+    weight = directions @ whiten.cpu()  # [K, F]
     logits = (x - mean) @ weight.to(x.device).t()  # [M, K]
     threshold = logits.quantile(1 - keep_ratio, dim=0)
     fc = policy_net.features.fc
@@ -62,6 +60,8 @@ def decide_at_random(policy_net: PolicyNet, images: Tensor, keep_ratio: float) -
 
 def settle_batch_norm(module: nn.Module, images: Tensor) -> None:
     """Set running statistics as a training would, so that activations keep a sensible size."""
+    for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.momentum = None  # the plain mean over what it has seen
     module.train()
     with torch.no_grad():
         for _ in range(3):
@@ -69,21 +69,17 @@ def settle_batch_norm(module: nn.Module, images: Tensor) -> None:
     module.eval()
 
 
-def make_networks(depth: int, width: int, keep_ratio: float, images: Tensor) -> tuple[Networks, ResNet]:
-    """The pair, and the full network beside it."""
+def make_networks(depth: int, width: int, keep_ratio: float, images: Tensor) -> Networks:
     torch.manual_seed(0)
     resnet = cifar_resnet(depth=depth, width=width).to(images.device)
     policy_net = PolicyNet(num_blocks=resnet.num_blocks).to(images.device)
     for part in resnet, policy_net:
-        for norm in (m for m in part.modules() if isinstance(m, nn.BatchNorm2d)):
-            norm.momentum = None  # the plain mean over what it has seen
         settle_batch_norm(part, images)
     decide_at_random(policy_net, images, keep_ratio)
-    return Networks(resnet=resnet, policy_net=policy_net, normalisation=NORMALISATION), resnet
+    return Networks(resnet=resnet, policy_net=policy_net, normalisation=NORMALISATION)
 
 
 def numbers(text: str) -> list[float]:
-    """`1,2,3` as numbers."""
     return [float(part) for part in text.split(",") if part]
 
 
@@ -154,11 +150,11 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         images = torch.from_numpy(np.load(arguments.images))
     images = images.to(device)
-    networks, full = make_networks(arguments.depth, arguments.width, arguments.keep_ratio, images)
+    networks = make_networks(arguments.depth, arguments.width, arguments.keep_ratio, images)
     print(f"speed: ResNet-{arguments.depth} on {describe_device(device)}", flush=True)
     benchmark = Benchmark(
         networks,
-        full=full,
+        full=networks.resnet,
         images=images,
         cost=measure(networks.resnet, networks.policy_net, images.shape[1]),
         settings=settings_of(arguments),

@@ -13,7 +13,8 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.infra.errors import UserError
-from research.tables import markdown_table, mean_and_std
+from pipeline.report.tables import markdown_table
+from research.tables import mean_and_std
 from tools.command import Parser, command
 
 POLL_SECONDS = 5
@@ -29,7 +30,6 @@ METRICS = {
 
 
 def name_of(gamma: float, seed: int) -> str:
-    """The DVC experiment's name."""
     return f"gamma-{gamma:g}-seed-{seed}".replace(".", "p")
 
 
@@ -67,9 +67,6 @@ def wait_for(names: set[str], jobs: int) -> None:
 
     DVC 3.67's workers sometimes die between two experiments (their broker reads a file while it is
     written); this starts them again.
-
-    Raises:
-        UserError: an experiment failed.
     """
     while True:
         status = subprocess.run(

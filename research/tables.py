@@ -1,14 +1,6 @@
-"""Markdown tables, and cells with a mean over seeds."""
-
-from collections.abc import Iterable, Sequence
+"""Cells of tables with a mean over seeds."""
 
 import pandas as pd
-from tabulate import tabulate
-
-
-def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Rows as a Markdown table; every number stays as its text was formatted."""
-    return str(tabulate(list(rows), headers=headers, tablefmt="github", disable_numparse=True))
 
 
 def mean_and_std(values: pd.Series, *, digits: int = 2, percent: bool = False) -> str:

@@ -11,11 +11,12 @@ ImageNet.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from pipeline.policy.learner import PolicyLearner
 from pipeline.policy.objectives import PolicyObjective
 from pipeline.training.classification import Classification
 from pipeline.training.distillation import Distillation
-from pipeline.training.loop import Learner, Position, fit
+from pipeline.training.loop import Learner, Position, fit, steps_per_epoch
 from pipeline.training.optim import ChainedOptimizer, constant, make_optimizer
 from tools.command import Parser, command
 
@@ -54,21 +55,15 @@ Epoch = Callable[[], None]  # trains one epoch
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Which loops are measured.
-
-    Attributes:
-        keep_ratio: fraction of the blocks that the policies keep.
-        images: of an epoch.
-        workers: numbers of DataLoader processes, each of which is a plain loop of its own.
-    """
+    """Which loops are measured."""
 
     stages: Sequence[str]
     depth: int
-    keep_ratio: float
-    images: int
+    keep_ratio: float  # fraction of the blocks that the policies keep
+    images: int  # of an epoch
     batch_size: int
     rounds: int
-    workers: Sequence[int]
+    workers: Sequence[int]  # numbers of DataLoader processes, each of which is a plain loop of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +168,8 @@ def networks(depth: int, keep_ratio: float, device: torch.device) -> tuple[ResNe
     """A ResNet and a policy network that keeps about that fraction of the blocks, random weights."""
     torch.manual_seed(0)
     resnet = cifar_resnet(depth=depth, num_classes=CLASSES).to(device)
-    policy_net = PolicyNet(num_blocks=resnet.num_blocks, width=8, initial_keep_prob=keep_ratio).to(
-        device
-    )
-    return resnet, policy_net
+    policy_net = PolicyNet(num_blocks=resnet.num_blocks, width=8, initial_keep_prob=keep_ratio)
+    return resnet, policy_net.to(device)
 
 
 def learner_of(
@@ -184,12 +177,12 @@ def learner_of(
 ) -> Learner:
     """The stage's learner, with the paper's estimator or the fast one."""
     resnet, policy_net = networks(depth, keep_ratio, device)
-    adam = make_optimizer("adam", [{"params": list(resnet.parameters()), "lr": 1e-3}], weight_decay=0)
+    adam, of_policy = (
+        make_optimizer("adam", [{"params": list(net.parameters()), "lr": 1e-3}], weight_decay=0)
+        for net in (resnet, policy_net)
+    )
     if stage == "pretrain":
         return Classification(resnet, optimizer=adam, normalisation=NORMALISATION, precision="bf16")
-    of_policy = make_optimizer(
-        "adam", [{"params": list(policy_net.parameters()), "lr": 1e-3}], weight_decay=0
-    )
     finetune = stage == "finetune"
     estimator = ("reinmax" if finetune else "local_expectation") if fast else "self_critical"
     distillation = Distillation(
@@ -208,31 +201,26 @@ def learner_of(
     )
 
 
-class Ours:
+def our_loop(learner: Learner, split: Split, batch_size: int) -> Epoch:
     """An epoch of the stage's own loop, without the validation, which the plain loop does not have."""
 
-    def __init__(self, learner: Learner, split: Split, batch_size: int) -> None:
-        self.learner, self.split, self.batch_size = learner, split, batch_size
-
-    def __call__(self) -> None:
-        num_steps = -(-len(self.split) // self.batch_size)
-        for step, _ in enumerate(self._steps(), start=1):
-            if step == num_steps:  # validation would follow
-                return
-
-    def _steps(self) -> Iterator[object]:
-        return fit(
-            self.learner,
-            train=self.split,
-            validation=self.split,
+    def run() -> None:
+        steps = fit(
+            learner,
+            train=split,
+            validation=split,
             epochs=1,
-            batch_size=self.batch_size,
+            batch_size=batch_size,
             schedule=constant,
             augmentation=Augmentation(crop_padding=4, flip=True),
             normalisation=NORMALISATION,
             key=(0, "throughput"),
             position=Position(),
         )
+        for _ in itertools.islice(steps, steps_per_epoch(len(split), batch_size)):
+            pass  # after the last step validation would follow
+
+    return run
 
 
 def measure(options: Options, device: torch.device) -> list[LoopRate]:
@@ -267,16 +255,14 @@ def plain_loops(stage: str, split: Split, options: Options, device: torch.device
 def our_loops(stage: str, split: Split, options: Options, device: torch.device) -> dict[str, Epoch]:
     on_device = Split(images=split.images.to(device), labels=split.labels.to(device))
 
-    def loop(*, fast: bool) -> Ours:
-        learner = learner_of(stage, options.depth, options.keep_ratio, device, fast=fast)
-        return Ours(learner, on_device, options.batch_size)
-
+    names = {"ours, the paper's estimator": False, "ours, the fast estimator": True}
     if stage == "pretrain":  # there is no policy to estimate a gradient for
-        return {"ours": loop(fast=False)}
-    return {
-        "ours, the paper's estimator": loop(fast=False),
-        "ours, the fast estimator": loop(fast=True),
+        names = {"ours": False}
+    learners = {
+        name: learner_of(stage, options.depth, options.keep_ratio, device, fast=fast)
+        for name, fast in names.items()
     }
+    return {name: our_loop(one, on_device, options.batch_size) for name, one in learners.items()}
 
 
 def timed(loops: dict[str, Epoch], options: Options, device: torch.device) -> dict[str, list[float]]:
@@ -309,11 +295,7 @@ def loop_rates(stage: str, rates: dict[str, list[float]]) -> list[LoopRate]:
 
 
 def decoding(folder: Path, *, rounds: int, images: int, size: int = 224) -> list[dict[str, Any]]:
-    """One row: images per second that one process reads, decodes and crops for training.
-
-    Raises:
-        UserError: there are no images in the folder.
-    """
+    """One row: images per second that one process reads, decodes and crops for training."""
     paths = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)}); name a folder of some")

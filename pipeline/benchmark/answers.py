@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.benchmark.candidates import Candidate
+from pipeline.benchmark.candidates import Candidate, fastest_first
 from pipeline.benchmark.timing import Times, speedup, statistics
-from pipeline.results import Agreement, Answer, BesideSole, Kind, Speedup, TimingRow, Winner
+from pipeline.results import Agreement, Answer, BesideSole, Kind, TimingRow, Winner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,18 +24,12 @@ class Comparison:
 
     def labels(self, kind: Kind, precision: str | None = None) -> list[str]:
         """Candidates of a kind (and a precision), the fastest first."""
-        labels = [
-            label
-            for label in self.times
-            if self.candidates[label].kind == kind
-            and precision in (None, self.candidates[label].precision)
-        ]
-        return sorted(labels, key=self.seconds)
+        seconds = {label: self.seconds(label) for label in self.times}
+        return fastest_first(self.candidates, seconds, kind, precision)
 
     def row(
         self, label: str, *, agreement: Agreement | None, ideal: float | None, peak_mib: float | None
     ) -> TimingRow:
-        """A candidate beside the fastest full-ResNet form."""
         candidate = self.candidates[label]
         over_full = speedup(self.times[self.labels("full")[0]], self.times[label])
         if agreement is not None and not agreement.agrees:
@@ -59,12 +53,13 @@ class Comparison:
 
     def winner(self, precision: str, rows: Mapping[str, TimingRow]) -> str | None:
         """The fastest executor of a precision that agrees with the reference."""
-        agreements = {label: rows[label].agreement for label in self.labels("blockdrop", precision)}
-        agreeing = [label for label, agreement in agreements.items() if agreement and agreement.agrees]
-        return agreeing[0] if agreeing else None
+        for label in self.labels("blockdrop", precision):
+            agreement = rows[label].agreement
+            if agreement and agreement.agrees:
+                return label
+        return None
 
     def answer(self, precision: str, rows: Mapping[str, TimingRow]) -> Answer:
-        """BlockDrop in a precision beside the fastest full-ResNet form in any."""
         best = self.labels("full")[0]
         label = self.winner(precision, rows)
         return Answer(
@@ -88,16 +83,12 @@ class Comparison:
             executor=self.candidates[label].name,
             milliseconds=row.time.milliseconds,
             full_milliseconds=self.seconds(best) * 1000,
-            speedup=self.speedup_over(best, label),
+            speedup=speedup(self.times[best], self.times[label]),
             ideal=row.ideal,
             share_of_ideal=share_of_ideal,
             sole=sole,
             faster_than=not_faster[0] if not_faster else None,  # the fastest of them
         )
-
-    def speedup_over(self, other: str, label: str) -> Speedup:
-        """Of a candidate over another one."""
-        return speedup(self.times[other], self.times[label])
 
     def _beside_sole(self, label: str) -> dict[str, BesideSole]:
         """A candidate beside full ResNets of other depths, each in its fastest precision."""
@@ -106,13 +97,13 @@ class Comparison:
             name = self.candidates[sole].name
             if name not in beside:
                 beside[name] = BesideSole(
-                    milliseconds=self.seconds(sole) * 1000, speedup=self.speedup_over(sole, label)
+                    milliseconds=self.seconds(sole) * 1000,
+                    speedup=speedup(self.times[sole], self.times[label]),
                 )
         return beside
 
 
 def in_words(answer: Answer) -> str:
-    """An answer as a line."""
     where, winner = f"batch {answer.batch}, {answer.precision}", answer.winner
     if winner is None:
         return f"{where}: no executor gave what the reference gives, so nothing is claimed"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.benchmark.full_resnet_forms import Classify, full_resnet_forms
+from pipeline.benchmark.full_resnet_forms import full_resnet_forms
 from pipeline.benchmark.timing import reason
 from pipeline.device import computes_in_bf16
 from pipeline.inference.auto import make_executor
@@ -30,27 +30,19 @@ LeaveOut = Callable[[str, str], None]  # takes what is left out, and why
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured.
-
-    Attributes:
-        executors: names of pipeline.inference.auto.EXECUTORS; those that can't run here are left out.
-        keep_ratios: of synthetic policies.
-        distinct_policies: how many distinct ones the variant `few` has.
-        sole_depths: depths of full ResNets that are timed beside (with random weights: time only).
-        rounds: the most; fewer, but at least MIN_ROUNDS, when the time is up.
-        seconds: for everything but torch.compile's compiling.
-        with_compile: torch.compile among the full-ResNet forms; it takes minutes.
-    """
+    """What is measured."""
 
     batch_sizes: Sequence[int]
     precisions: Sequence[str]
+    # names of pipeline.inference.auto.EXECUTORS; those that can't run here are left out
     executors: Sequence[str]
-    keep_ratios: Sequence[float]
-    distinct_policies: int
+    keep_ratios: Sequence[float]  # of synthetic policies
+    distinct_policies: int  # how many distinct ones the variant `few` has
+    # depths of full ResNets that are timed beside (with random weights: time only)
     sole_depths: Sequence[int]
-    rounds: int
-    seconds: float
-    with_compile: bool
+    rounds: int  # the most; fewer, but at least MIN_ROUNDS, when the time is up
+    seconds: float  # for everything but torch.compile's compiling
+    with_compile: bool  # torch.compile among the full-ResNet forms; it takes minutes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,36 +61,30 @@ class Candidate:
 
     @property
     def label_with_all_blocks(self) -> str:
-        """The label of the same executor with every block."""
         return f"{self.name}{ALL_BLOCKS} {self.precision}"
 
 
-@dataclass(frozen=True)
-class EveryBlock:
-    """An executor that runs every block of a ResNet; logits alone."""
-
-    execute: Executor
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits [B, N] of images [B, H, W, 3] uint8."""
-        return self.execute(images).logits
-
-    def free(self) -> None:
-        """Give back what calls have left on the device."""
-        self.execute.free()
+def fastest_first(
+    candidates: Mapping[str, Candidate],
+    seconds: Mapping[str, float],
+    kind: Kind,
+    precision: str | None = None,
+) -> list[str]:
+    """Labels of a kind (and a precision) by rising seconds; candidates without seconds are left out."""
+    labels = [
+        label
+        for label in seconds
+        if candidates[label].kind == kind and precision in (None, candidates[label].precision)
+    ]
+    return sorted(labels, key=lambda label: seconds[label])
 
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateMaker:
-    """Makes every candidate that can run here, and leaves out the others by name and reason.
+    """Makes every candidate that can run here, and leaves out the others by name and reason."""
 
-    Attributes:
-        networks: BlockDrop's ResNet and policy network.
-        full: the ResNet that is best with every block.
-    """
-
-    networks: Networks
-    full: Networks
+    networks: Networks  # BlockDrop's ResNet and policy network
+    full: Networks  # the ResNet that is best with every block
     settings: Settings
     leave_out: LeaveOut
 
@@ -137,33 +123,27 @@ class CandidateMaker:
         )
         for name in self.settings.executors:
             if name != Masked.name:  # with every block it is the eager form
-                forms[f"{name}{ALL_BLOCKS}"] = partial(self._with_every_block, name, precision)
+                forms[f"{name}{ALL_BLOCKS}"] = partial(
+                    make_executor, self.full, name=name, precision=precision
+                )
         soles: dict[str, Make] = {
             f"ResNet-{depth}": partial(self._sole, depth, precision)
             for depth in self.settings.sole_depths
         }
         return {"blockdrop": executors, "full": forms, "sole": soles}
 
-    def _with_every_block(self, name: str, precision: str) -> Classify:
-        """The full ResNet by one of our executors."""
-        return EveryBlock(make_executor(self.full, name=name, precision=precision))
-
-    def _sole(self, depth: int, precision: str) -> Classify:
+    def _sole(self, depth: int, precision: str) -> Executor:
         """A full ResNet of another depth with random weights, by the device's best executor."""
         full = self.full.resnet
         sole = make_resnet(
             family=full.family, depth=depth, width=full.width, num_classes=full.num_classes
         )
         networks = replace(self.full, resnet=sole.to(self.networks.device))
-        return EveryBlock(make_executor(networks, precision=precision))
+        return make_executor(networks, precision=precision)
 
 
 def policy_network_alone(networks: Networks, precision: str, *, image_size: int, most: int) -> Run:
-    """The policy network with its normalisation, by the device's best executor.
-
-    Args:
-        most: images in the largest batch.
-    """
+    """The policy network with its normalisation, by the best executor here, on up to `most` images."""
     policy_net, normalisation = networks.policy_net, networks.normalisation
     assert policy_net is not None
     alone = Networks(resnet=policy_net.features, policy_net=None, normalisation=normalisation)

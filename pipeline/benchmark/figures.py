@@ -24,10 +24,8 @@ def speedups(path: Path, *, times: Sequence[TimingRow], title: str) -> None:
     figure, axes = plt.subplots(
         1, len(precisions), figsize=(WIDTH, 4.2), layout="constrained", squeeze=False
     )
-    looks: dict[str, dict[str, Any]] = {
-        name: {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)]}
-        for i, name in enumerate(names)
-    }
+    cycle = plt.cycler(color=CYCLE, marker=MARKERS)()
+    looks: dict[str, dict[str, Any]] = dict(zip(names, cycle, strict=False))
     for ax, precision in zip(axes[0], precisions, strict=True):
         of_precision = [row for row in rows if row.precision == precision]
         for name, look in looks.items():
@@ -51,7 +49,6 @@ def speedups(path: Path, *, times: Sequence[TimingRow], title: str) -> None:
 
 
 def _draw_speedup(ax: Axes, rows: Sequence[TimingRow], *, color: str, marker: str) -> None:
-    """One executor with its intervals."""
     batches = [row.batch for row in rows]
     ratios, lows, highs = np.array(
         [(row.speedup.ratio, row.speedup.low, row.speedup.high) for row in rows]
@@ -62,7 +59,6 @@ def _draw_speedup(ax: Axes, rows: Sequence[TimingRow], *, color: str, marker: st
 
 
 def _mark_noise(ax: Axes, points: Sequence[tuple[float, float]], color: str, marker: str) -> None:
-    """Make these points hollow."""
     for x, y in points:
         ax.plot(x, y, marker, markerfacecolor="white", markeredgecolor=color, zorder=3)
 

@@ -60,21 +60,15 @@ class WholeGraph:
         self.free()
 
     def free(self) -> None:
-        """Drop the graphs and their buffers."""
         self.graphs: dict[int, tuple[Replay, Tensor, Tensor]] = {}
         self.capture = Captures()
-
-    def _captured(self, images: Tensor) -> tuple[Replay, Tensor, Tensor]:
-        """A graph for as many images, the buffer that it reads and the one that it leaves logits in."""
-        inputs = images.clone()
-        outputs: list[Tensor] = []
-        replay = self.capture(lambda: outputs.append(self.run(inputs)))
-        return replay, inputs, outputs[-1]
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits [B, N] of images [B, H, W, 3] uint8."""
         if len(images) not in self.graphs:
-            self.graphs[len(images)] = self._captured(images)
+            read, outputs = images.clone(), list[Tensor]()
+            replay = self.capture(lambda: outputs.append(self.run(read)))
+            self.graphs[len(images)] = replay, read, outputs[-1]
         replay, inputs, logits = self.graphs[len(images)]
         inputs.copy_(images)
         replay()

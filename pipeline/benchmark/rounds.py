@@ -5,12 +5,13 @@ Shapes: B images of a batch, M test images, K blocks.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.benchmark.candidates import EveryBlock, Run
+from pipeline.benchmark.candidates import Run
 from pipeline.benchmark.full_resnet_forms import WholeGraph
 from pipeline.benchmark.timing import Call, random_policies
 from pipeline.inference.base import Executor
@@ -19,21 +20,15 @@ IMAGES_A_ROUND = 32  # at least: smaller batches are repeated with other images
 
 
 def repeats_of(batch: int) -> int:
-    """How many batches a round times together."""
     return -(-IMAGES_A_ROUND // batch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds:
-    """The images of every round, in one batch or, if it is small, in several: images differ in cost.
+    """The images of every round, in one batch or, if it is small, in several: images differ in cost."""
 
-    Attributes:
-        batches: [rounds][repeats], each [B, H, W, 3] uint8.
-        rows: [rounds, repeats, B], which test images they are.
-    """
-
-    batches: list[list[Tensor]]
-    rows: Tensor
+    batches: list[list[Tensor]]  # [rounds][repeats], each [B, H, W, 3] uint8
+    rows: Tensor  # [rounds, repeats, B], which test images they are
 
     @classmethod
     def of(cls, images: Tensor, *, batch: int, count: int) -> "Rounds":
@@ -56,14 +51,11 @@ class Rounds:
         self, num_blocks: int, *, num_kept: int, distinct: int | None, draw: torch.Generator
     ) -> list[list[Tensor]]:
         """Random policies [B, K] for every batch."""
-
-        def policies_for(images: Tensor) -> Tensor:
-            policies = random_policies(
-                len(images), num_blocks, num_kept=num_kept, distinct=distinct, draw=draw
-            )
-            return policies.to(images.device)
-
-        return [[policies_for(images) for images in batches] for batches in self.batches]
+        make = partial(random_policies, num_kept=num_kept, distinct=distinct, draw=draw)
+        return [
+            [make(len(images), num_blocks).to(images.device) for images in batches]
+            for batches in self.batches
+        ]
 
     def forced(self, execute: Callable[..., Any], policy: Run, policies: list[list[Tensor]]) -> Call:
         """Run the policy network, then an executor's ResNet under other actions than it chose.
@@ -82,7 +74,7 @@ class Rounds:
 def peak_mib(run: Run, call: Call, device: torch.device) -> float:
     """MiB that a first call takes, with the scratch and the graphs that later ones reuse."""
     torch.cuda.synchronize(device)
-    if isinstance(run, Executor | EveryBlock | WholeGraph):
+    if isinstance(run, Executor | WholeGraph):
         run.free()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -1,11 +1,7 @@
-"""How long inference takes, measured so that nothing favours BlockDrop.
+"""How long inference takes, measured so that nothing favours BlockDrop (docs/inference-speed.md).
 
-All candidates get the same test images. They take turns round by round, in rotating order, each after
-an unmeasured call of the same candidate; medians; intervals by a bootstrap over the rounds. The policy
-network and the normalisation are inside of every BlockDrop time. The baseline is the fastest of all
-forms of the full ResNet in any of the precisions, those of our own executors included. No speed-up is
-claimed where the interval includes 1 and is wide, or where an executor does not give what the reference
-gives.
+All candidates take turns round by round, in rotating order, each after an unmeasured call of the same
+candidate; medians; intervals by a bootstrap over the rounds.
 
 Who fails is left out by name and reason, and so is a precision that the device would only emulate.
 `seconds` is kept: from the warm-up calls it is predicted what the rounds cost, and the slowest are
@@ -16,6 +12,7 @@ are, and who is slow, is by the warm-up call.)
 Shapes: B images of a batch, M test images of H by W pixels, K blocks.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,7 +21,13 @@ import torch
 from torch import Tensor
 
 from pipeline.benchmark.answers import Comparison, in_words
-from pipeline.benchmark.candidates import Candidate, CandidateMaker, Settings, policy_network_alone
+from pipeline.benchmark.candidates import (
+    Candidate,
+    CandidateMaker,
+    Settings,
+    fastest_first,
+    policy_network_alone,
+)
 from pipeline.benchmark.reference import CHECKED, Reference
 from pipeline.benchmark.rounds import Rounds, peak_mib, repeats_of
 from pipeline.benchmark.sweep import Sweep, synthetic_policies, with_break_evens
@@ -42,7 +45,7 @@ from pipeline.benchmark.timing import (
 from pipeline.flops import Cost
 from pipeline.inference.base import Executor, Networks
 from pipeline.models.resnet import ResNet
-from pipeline.results import Agreement, Kind, Parts, SweepPoint, Tables, TimingRow
+from pipeline.results import Agreement, Kind, SweepPoint, Tables, TimingRow
 
 WARM_UP = 0.25  # of the time that is left: the most that the warm-up of one batch size may take
 
@@ -56,10 +59,6 @@ class Benchmark:
         images: [M, H, W, 3] uint8 test images on the networks' device.
         cost: FLOPs of the networks.
         extra: executors by name beside those of the settings (tests put theirs here).
-
-    Attributes:
-        left_out: what was not measured, and why.
-        tables: what was, so far.
     """
 
     def __init__(
@@ -79,8 +78,8 @@ class Benchmark:
         self.settings = settings
         self.extra = dict(extra or {})
         self.device = networks.device
-        self.left_out: dict[str, str] = {}
-        self.tables = Tables()
+        self.left_out: dict[str, str] = {}  # what was not measured, and why
+        self.tables = Tables()  # what was, so far
         self.say: Callable[[str], None] = print
         self.tick: Callable[[float], None] = lambda _: None
 
@@ -96,7 +95,14 @@ class Benchmark:
         """
         self.say, self.tick = say, tick
         self.clock = TimeBudget(self.settings.seconds)
-        candidates = self._candidates()
+        extra = [
+            Candidate(name=name, kind="blockdrop", precision=execute.precision, run=execute)
+            for name, execute in self.extra.items()
+        ]
+        maker = CandidateMaker(
+            networks=self.networks, full=self.full, settings=self.settings, leave_out=self.leave_out
+        )
+        candidates = {candidate.label: candidate for candidate in [*extra, *maker.make_all()]}
         if not candidates:
             say("nothing to time: every precision or every candidate was left out")
             return self.tables
@@ -107,28 +113,22 @@ class Benchmark:
             self.leave_out("everything, since there is no reference to compare with", reason(error))
             return self.tables
         cells = self._warmed_up(candidates, batches)
-        self._say_if_too_little(cells)
+        least = self.clock.spent + sum(cell.least for cell in cells)
+        if least > self.settings.seconds:
+            say(
+                f"benchmark.seconds {self.settings.seconds:g} are too few: about {least:.0f} s are the "
+                f"least that {MIN_ROUNDS} rounds of the best full-ResNet form and the fastest executors "
+                "take"
+            )
         costs = [cell.predicted for cell in cells]
         for number, cell in enumerate(cells):
             cell.measure(self.clock.share(costs[number], sum(costs[number:])))
         return self.tables
 
     def leave_out(self, what: str, why: str) -> None:
-        """Note and say that something is not measured."""
         if what not in self.left_out:
             self.left_out[what] = why
             self.say(f"without {what}: {why}")
-
-    def _candidates(self) -> dict[str, Candidate]:
-        """All that can be made, by label."""
-        candidates = [
-            Candidate(name=name, kind="blockdrop", precision=execute.precision, run=execute)
-            for name, execute in self.extra.items()
-        ]
-        maker = CandidateMaker(
-            networks=self.networks, full=self.full, settings=self.settings, leave_out=self.leave_out
-        )
-        return {candidate.label: candidate for candidate in [*candidates, *maker.make_all()]}
 
     def _warmed_up(self, candidates: Mapping[str, Candidate], batches: Sequence[int]) -> list["Cell"]:
         """All candidates at each batch size, called twice; at the larger ones without the too slow."""
@@ -145,38 +145,26 @@ class Benchmark:
             cells.append(cell)
         return cells
 
-    def _say_if_too_little(self, cells: Sequence["Cell"]) -> None:
-        least = self.clock.spent + sum(cell.least for cell in cells)
-        if least > self.settings.seconds:
-            self.say(
-                f"benchmark.seconds {self.settings.seconds:g} are too few: about {least:.0f} s are the "
-                f"least that {MIN_ROUNDS} rounds of the best full-ResNet form and the fastest executors "
-                "take"
-            )
-
 
 @dataclass(kw_only=True)
 class Cell:
-    """All candidates at one batch size.
-
-    Attributes:
-        before: the cell of the batch size before, from which the cost of the first calls is predicted.
-        seconds: of a call, by label of a candidate.
-        agreements: with the reference, by label of an executor.
-        after_seconds: of the sweep and the parts, by the label of an executor that may win.
-    """
+    """All candidates at one batch size."""
 
     benchmark: Benchmark
     candidates: Mapping[str, Candidate]
     batch: int
+    # the cell of the batch size before, from which the cost of the first calls is predicted
     before: "Cell | None"
     rounds: Rounds
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # of a call, by label of a candidate
+    # with the reference, by label of an executor
     agreements: dict[str, Agreement] = field(default_factory=dict)
+    # of the sweep and the parts, by the label of an executor that may win
     after_seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.settings, self.clock = self.benchmark.settings, self.benchmark.clock
+        self.checked_batches = -(-CHECKED // self.batch)
         self.stopwatch = Stopwatch(
             device=self.benchmark.device,
             leave_out=lambda name, why: self.benchmark.leave_out(f"{name} at batch {self.batch}", why),
@@ -205,13 +193,7 @@ class Cell:
 
     def by_seconds(self, kind: Kind, precision: str | None = None) -> list[str]:
         """Labels of a kind (and a precision) that run here, by rising time of a call."""
-        labels = [
-            label
-            for label in self.seconds
-            if self.candidates[label].kind == kind
-            and precision in (None, self.candidates[label].precision)
-        ]
-        return sorted(labels, key=lambda label: self.seconds[label])
+        return fastest_first(self.candidates, self.seconds, kind, precision)
 
     def stays(self) -> set[str]:
         """Who is never dropped: the best full-ResNet form, and each precision's fastest that agrees."""
@@ -219,19 +201,19 @@ class Cell:
 
     def _likely_winners(self) -> list[str]:
         """Of each precision the fastest executor that agrees with the reference, by the warm-up."""
-        winners = []
+        winners: list[str] = []
         for precision in self.settings.precisions:
             agreeing = (label for label in self.by_seconds("blockdrop", precision) if self.agrees(label))
-            winners += [label for label in [next(agreeing, None)] if label is not None]
+            winners += itertools.islice(agreeing, 1)
         return winners
 
     def agrees(self, label: str) -> bool:
         """Whether an executor gives what the reference gives; one that fails is left out."""
         if label not in self.agreements:
             candidate = self.candidates[label]
-            batches = [images for repeats in self.rounds.batches for images in repeats]
+            batches = itertools.chain.from_iterable(self.rounds.batches)
             try:
-                outputs = [candidate.run(images) for images in batches[: self._checked_batches]]
+                outputs = [candidate.run(b) for b in itertools.islice(batches, self.checked_batches)]
                 actions = torch.cat([output.actions for output in outputs])  # [C, K]
                 logits = torch.cat([output.logits for output in outputs])  # [C, N]
                 self.agreements[label] = self.benchmark.reference.agreement(
@@ -244,15 +226,11 @@ class Cell:
             self.stopwatch.tick()
         return self.agreements[label].agrees
 
-    @property
-    def _checked_batches(self) -> int:
-        return -(-CHECKED // self.batch)
-
     def _predicted(self, label: str) -> float:
         """Seconds of MIN_ROUNDS rounds, and of the check of an executor."""
         calls = float(CALLS * MIN_ROUNDS)
         if self.candidates[label].kind == "blockdrop" and label not in self.agreements:
-            calls += self._checked_batches / repeats_of(self.batch)
+            calls += self.checked_batches / repeats_of(self.batch)
         return calls * self.seconds[label]
 
     def _predicted_after(self, winner: str) -> float:
@@ -279,7 +257,6 @@ class Cell:
     # --------------------------------------------------------------------------------- measuring
 
     def measure(self, seconds: float) -> None:
-        """Fill the tables with everything of this batch size."""
         predicted, tables = self.predicted, self.benchmark.tables
         self.after_seconds = {label: self._predicted_after(label) for label in self._likely_winners()}
         slack = max(1.0, seconds / predicted) if predicted else 1.0  # by which rounds may be more
@@ -328,7 +305,6 @@ class Cell:
         return Comparison(batch=self.batch, candidates=self.candidates, times=times)
 
     def _after(self, winner: str) -> str:
-        """What comes after the comparison, by name."""
         return f"keep ratios and parts {self.candidates[winner].precision}"
 
     def _row(self, label: str, comparison: Comparison) -> TimingRow:
@@ -371,8 +347,7 @@ class Cell:
                 stopwatch=self.stopwatch,
                 clock=self.clock,
             )
-            points: list[SweepPoint] = sweep.points(seconds)
-            parts: Parts = sweep.parts()
+            points, parts = sweep.points(seconds), sweep.parts()
         except Exception as error:
             self.stopwatch.leave_out(self._after(winner), reason(error))
             return []

@@ -39,15 +39,11 @@ def synthetic_policies(settings: Settings, num_blocks: int, batch: int) -> list[
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The winner of one precision at one batch size, beside the fastest full-ResNet form.
-
-    Attributes:
-        policy: the policy network alone.
-    """
+    """The winner of one precision at one batch size, beside the fastest full-ResNet form."""
 
     winner: Candidate
     full: Candidate
-    policy: Run
+    policy: Run  # the policy network alone
     networks: Networks
     settings: Settings
     batch: int
@@ -56,11 +52,7 @@ class Sweep:
     clock: TimeBudget
 
     def points(self, seconds: float) -> list[SweepPoint]:
-        """Times under synthetic policies of each keep ratio.
-
-        Raises:
-            RuntimeError: a call failed.
-        """
+        """Times under synthetic policies of each keep ratio."""
         draw = generator("benchmark", self.batch)
         num_blocks = self.networks.num_blocks
         calls = {FULL: self.rounds.on(self.full.run)}
@@ -88,11 +80,7 @@ class Sweep:
         ]
 
     def parts(self) -> Parts:
-        """What every BlockDrop time includes, each measured alone.
-
-        Raises:
-            RuntimeError: a call failed.
-        """
+        """What every BlockDrop time includes, each measured alone."""
         actions = self.winner.run(self.rounds.batches[0][0]).actions  # [B, K]
         calls: dict[str, Call] = {
             "normalisation": self.rounds.on(self.networks.normalisation),
@@ -100,18 +88,15 @@ class Sweep:
             "index": self.rounds.on(lambda _: kept_rows(actions)),
         }
         times = self._time_all(calls, MIN_ROUNDS, 0)
-        milliseconds = {name: float(np.median(seconds) * 1000) for name, seconds in times.items()}
         return Parts(
             precision=self.winner.precision,
             batch=self.batch,
             executor=self.winner.name,
-            normalisation_ms=milliseconds["normalisation"],
-            policy_network_ms=milliseconds["policy_network"],
-            index_ms=milliseconds["index"],
+            **{f"{name}_ms": float(np.median(seconds) * 1000) for name, seconds in times.items()},
         )
 
     def _time_all(self, calls: Mapping[str, Call], rounds: int, seconds: float) -> dict[str, Times]:
-        """Seconds of each call of each round; none may be left out."""
+        """Seconds of each call of each round; a RuntimeError where one fails."""
         failures: list[str] = []
         watch = replace(self.stopwatch, leave_out=lambda name, why: failures.append(f"{name}: {why}"))
         started = self.clock.spent

@@ -36,12 +36,10 @@ class TimeBudget:
 
     @property
     def spent(self) -> float:
-        """Seconds since the benchmark began."""
         return time.monotonic() - self.started
 
     @property
     def left(self) -> float:
-        """Seconds, not below 0."""
         return max(0.0, self.seconds - self.spent)
 
     def share(self, predicted: float, predicted_of_all: float) -> float:
@@ -69,16 +67,12 @@ def reason(error: Exception) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Stopwatch:
-    """Measures candidates and leaves out those that can't be measured.
-
-    Attributes:
-        leave_out: gets the name of a candidate that fails or is dropped, and why.
-        tick: called whenever some time has passed.
-    """
+    """Measures candidates and leaves out those that can't be measured."""
 
     device: torch.device
+    # gets the name of a candidate that fails or is dropped, and why
     leave_out: Callable[[str, str], None]
-    tick: Callable[[], None] = lambda: None
+    tick: Callable[[], None] = lambda: None  # called whenever some time has passed
 
     def warm_up(self, calls: Mapping[str, Call]) -> dict[str, float]:
         """Seconds of a call of each, after one that compiles and allocates; without who fails."""
@@ -127,22 +121,15 @@ class Stopwatch:
                 self.leave_out(name, TOO_SLOW)
                 del times[name]
             first = number % len(names) if names else 0
-            for name in names[first:] + names[:first]:
-                if name in times and not self._measure(calls[name], number, name, times[name]):
+            for name in (name for name in names[first:] + names[:first] if name in times):
+                try:
+                    calls[name](number)
+                    times[name].append(seconds_of(partial(calls[name], number), self.device))
+                except Exception as error:
+                    self.leave_out(name, reason(error))
                     del times[name]
+                self.tick()
         return {name: np.array(measured) / repeats for name, measured in times.items()}
-
-    def _measure(self, call: Call, number: int, name: str, times: list[float]) -> bool:
-        """Add the seconds of a call, or leave the candidate out; whether that worked."""
-        try:
-            call(number)
-            times.append(seconds_of(partial(call, number), self.device))
-        except Exception as error:
-            self.leave_out(name, reason(error))
-            return False
-        finally:
-            self.tick()
-        return True
 
 
 def random_policies(

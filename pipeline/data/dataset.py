@@ -8,7 +8,6 @@ Shapes: M images of a split, H and W pixels.
 
 import hashlib
 import io
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -25,10 +24,11 @@ from pipeline.data.metadata import (
     ListedRecord,
     SplitName,
     read_description,
+    write_description,
 )
 from pipeline.data.split import ImageSplit, Split
 from pipeline.data.streaming import StreamedSplit, read_manifest
-from pipeline.infra.atomic_io import write_atomically, write_text
+from pipeline.infra.atomic_io import write_atomically
 from pipeline.infra.errors import DataError
 from pipeline.infra.resume import project_root
 from pipeline.infra.safe_io import open_regular, truncate
@@ -44,7 +44,6 @@ class Arrays:
     labels: NDArray[np.int64]
 
     def take(self, rows: NDArray[np.int64]) -> "Arrays":
-        """The images and labels of these rows."""
         return Arrays(images=self.images[rows], labels=self.labels[rows])
 
 
@@ -77,11 +76,7 @@ def split_by_seed(
 def split_rows(
     images: int, *, shares: dict[SplitName, float], seed: int
 ) -> dict[SplitName, NDArray[np.int64]]:
-    """The row numbers of each split, ascending, as `split_by_seed` draws them.
-
-    Raises:
-        DataError: a split would be empty.
-    """
+    """The row numbers of each split, ascending, as `split_by_seed` draws them."""
     order = np.random.default_rng(seed).permutation(images)
     splits: dict[SplitName, NDArray[np.int64]] = {}
     start = 0
@@ -103,22 +98,16 @@ def save(dataset: Dataset, folder: Path) -> None:
     The description comes last and holds the digests of the arrays, so a folder in which only some files
     are new is refused by `load_split`.
     """
-    description = {
-        "source": dataset.source,
-        "classes": list(dataset.classes),
-        "splits": {
-            name: {
-                "images": len(split.labels),
-                "images_sha256": digest(split.images),
-                "labels_sha256": digest(split.labels),
-            }
-            for name, split in sorted(dataset.splits.items())
-        },
-    }
+    described = {}
     for name, split in dataset.splits.items():
         _write_array(folder / f"{name}_images.npy", split.images)
         _write_array(folder / f"{name}_labels.npy", split.labels.astype(np.int64))
-    write_text(folder / DESCRIPTION, json.dumps(description, indent=2, sort_keys=True) + "\n")
+        described[name] = {
+            "images": len(split.labels),
+            "images_sha256": digest(split.images),
+            "labels_sha256": digest(split.labels),
+        }
+    write_description(folder, dataset.source, dataset.classes, described)
 
 
 def _write_array(path: Path, array: NDArray[np.generic]) -> None:

@@ -21,6 +21,7 @@ MAX_BYTES = 1 << 30  # of a file; some decoders take all of it into memory
 MAX_SIDE = 65_535  # what JPEG allows; PIL refuses over 179 million pixels
 BACKGROUND = (128, 128, 128, 255)  # of transparent images: dark and light drawings stand out from it
 BILINEAR = Image.Resampling.BILINEAR
+_LIST_AGAIN = "`dvc repro -f prepare` lists it again"
 
 
 def open_image(path: Path, *, size: int | None = None) -> Image.Image:
@@ -48,17 +49,16 @@ def open_image(path: Path, *, size: int | None = None) -> Image.Image:
                 image = Image.fromarray((np.asarray(image, dtype=np.uint16) // 257).astype(np.uint8))
             return _opaque(image).convert("RGB")
     except Exception as error:  # each decoder raises what the damaged bytes happen to break
+        reason = getattr(error, "strerror", None) or truncate(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"it is none of {', '.join(IMAGE_FORMATS)}, or its beginning is damaged"
         raise DataError(
-            f"{truncate(path)} can't be read as an image ({_reason(error)}); repair or remove it"
+            f"{truncate(path)} can't be read as an image ({reason}); repair or remove it"
         ) from None
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """The image on BACKGROUND, as a viewer shows it: the colours of transparent pixels mean nothing.
-
-    Raises:
-        ValueError: all of it is transparent.
-    """
+    """The image on BACKGROUND, as a viewer shows it: the colours of transparent pixels mean nothing."""
     if not image.has_transparency_data:
         return image
     rgba = image.convert("RGBA")
@@ -70,14 +70,3 @@ def _opaque(image: Image.Image) -> Image.Image:
     background = Image.new("RGBA", rgba.size, BACKGROUND)
     background.alpha_composite(rgba)
     return background
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return f"it is none of {', '.join(IMAGE_FORMATS)}, or its beginning is damaged"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return truncate(error) or type(error).__name__
-
-
-_LIST_AGAIN = "`dvc repro -f prepare` lists it again"

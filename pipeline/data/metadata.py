@@ -1,10 +1,13 @@
 """`dataset.json`, which describes a prepared folder: `prepare` writes it last, later stages read it."""
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pipeline.infra.atomic_io import write_text
 from pipeline.infra.errors import DataError
 from pipeline.infra.safe_io import read_json, truncate
 
@@ -60,7 +63,6 @@ class Description(_Record):
 
 
 def load_classes(folder: Path) -> tuple[str, ...]:
-    """The names of the classes of a prepared folder."""
     return read_description(folder).classes
 
 
@@ -80,3 +82,11 @@ def read_description(folder: Path) -> Description:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else truncate(error)
         raise DataError(f"{path} can't be read ({reason}); {REMEDY}") from None
+
+
+def write_description(
+    folder: Path, source: str, classes: Sequence[str], splits: Mapping[SplitName, object], **more: int
+) -> None:
+    """Write `dataset.json`; equal content gives equal bytes."""
+    content = {"source": source, "classes": list(classes), "splits": splits, **more}
+    write_text(folder / DESCRIPTION, json.dumps(content, indent=2, sort_keys=True) + "\n")

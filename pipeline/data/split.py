@@ -68,27 +68,20 @@ class ImageSplit(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One split of a data set, on one device.
+    """One split of a data set, on one device."""
 
-    Attributes:
-        images: [M, H, W, 3] uint8.
-        labels: [M] int64.
-    """
-
-    images: Tensor
-    labels: Tensor
+    images: Tensor  # [M, H, W, 3] uint8
+    labels: Tensor  # [M] int64
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def image_size(self) -> int:
-        """Side of the (square) images in pixels."""
         return self.images.shape[1]
 
     @property
     def device(self) -> torch.device:
-        """Where the images are."""
         return self.images.device
 
     def batches(
@@ -97,7 +90,6 @@ class Split:
         augmentation: AnyAugmentation | None = None,
         augmentation_state: Tensor | None = None,
     ) -> Iterator[Tensor]:
-        """The images of each part's rows, [B, H, W, 3] uint8."""
         state = None if augmentation_state is None else augmentation_state.to(self.device)
         for rows in parts:
             if augmentation is None:
@@ -108,7 +100,6 @@ class Split:
             yield augmentation(self.images[rows], state[rows])
 
     def iter_batches(self, size: int) -> Iterator[Tensor]:
-        """All images, `size` at a time."""
         return iter(self.images.split(size))
 
     def subset(self, count: int) -> "Split":
@@ -116,7 +107,6 @@ class Split:
         return self
 
     def image_array(self) -> NDArray[np.uint8]:
-        """[M, H, W, 3]."""
         return self.images.cpu().numpy()
 
 

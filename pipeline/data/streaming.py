@@ -10,7 +10,6 @@ Shapes: B images of a batch, M images of a split, S pixels of a side.
 """
 
 import hashlib
-import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -25,11 +24,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.image_io import open_image
-from pipeline.data.metadata import DESCRIPTION, REMEDY, SplitName
+from pipeline.data.metadata import DESCRIPTION, REMEDY, SplitName, write_description
 from pipeline.data.split import Split
 from pipeline.data.transforms import AnyAugmentation, SeededCrop
 from pipeline.device import loader_workers
-from pipeline.infra.atomic_io import write_atomically, write_text
+from pipeline.infra.atomic_io import write_atomically
 from pipeline.infra.errors import DataError
 from pipeline.infra.safe_io import read_bytes, truncate
 
@@ -43,17 +42,11 @@ NO_AUGMENTATION = -1  # in place of a seed
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """The images of a split, M of them.
+    """The images of a split, M of them."""
 
-    Attributes:
-        paths: below the folder of all images, with `/`.
-        labels: [M].
-        sizes: [M], bytes of each file.
-    """
-
-    paths: Sequence[str]
-    labels: NDArray[np.int64]
-    sizes: NDArray[np.int64]
+    paths: Sequence[str]  # below the folder of all images, with `/`
+    labels: NDArray[np.int64]  # [M]
+    sizes: NDArray[np.int64]  # [M], bytes of each file
 
 
 def save(
@@ -68,13 +61,7 @@ def save(
         write_atomically(folder / f"{name}_manifest.tsv", content)
         digest = hashlib.sha256(content).hexdigest()
         described[name] = {"images": len(listing.paths), "manifest_sha256": digest}
-    description = {
-        "source": SOURCE,
-        "classes": list(classes),
-        "image_size": image_size,
-        "splits": described,
-    }
-    write_text(folder / DESCRIPTION, json.dumps(description, indent=2, sort_keys=True) + "\n")
+    write_description(folder, SOURCE, classes, described, image_size=image_size)
 
 
 def read_manifest(path: Path, *, sha256: str, images: int, classes: int) -> Listing:
@@ -146,7 +133,7 @@ class Reader(Dataset[Tensor | str]):
 def collate(items: list[Tensor | str]) -> Tensor | str:
     """A batch [B, S, S, 3], or the message on the first image that can't be read."""
     message = next((item for item in items if isinstance(item, str)), None)
-    return message if message is not None else torch.stack([i for i in items if isinstance(i, Tensor)])
+    return message or torch.stack([item for item in items if isinstance(item, Tensor)])
 
 
 class _Plan:
@@ -216,18 +203,16 @@ class StreamedSplit:
         self.labels = torch.from_numpy(listing.labels).to(device)
         self._plan = _Plan()
         count = loader_workers(device) if workers is None else workers
-        options: dict[str, Any] = {}
-        if count:
-            options = {"prefetch_factor": PREFETCH, "persistent_workers": True}
         self._loader: DataLoader[Tensor | str] = DataLoader(
             self.reader,
             batch_sampler=self._plan,
             num_workers=count,
+            prefetch_factor=PREFETCH if count else None,
+            persistent_workers=count > 0,
             collate_fn=collate,
             pin_memory=device.type == "cuda",
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # else it draws from the global one
-            **options,
         )
         self._cache: Tensor | None = None
 
@@ -261,18 +246,16 @@ class StreamedSplit:
 
     def iter_batches(self, size: int) -> Iterator[Tensor]:
         """All images without augmentation, `size` at a time; decoded once, where they can be cached."""
+        parts = torch.arange(len(self)).split(size)
         if self._cache is None and self._fits_cache():
             cache = torch.empty(len(self), self.image_size, self.image_size, 3, dtype=torch.uint8)
-            start = 0
-            for images in self.batches(torch.arange(len(self)).split(size)):
-                cache[start : start + len(images)] = images.cpu()
-                start += len(images)
+            for rows, images in zip(parts, self.batches(parts), strict=True):
+                cache[rows] = images.cpu()
             self._cache = cache
-        if self._cache is not None:
-            for images in self._cache.split(size):
-                yield images.to(self.device)
-            return
-        yield from self.batches(torch.arange(len(self)).split(size))
+        if self._cache is None:
+            yield from self.batches(parts)
+        else:
+            yield from (images.to(self.device) for images in self._cache.split(size))
 
     def _fits_cache(self) -> bool:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

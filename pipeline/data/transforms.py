@@ -48,15 +48,10 @@ def scaled(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Random crop after padding with black, and random horizontal flip, as the authors use for CIFAR.
+    """Random crop after padding with black, and random horizontal flip, as the authors use for CIFAR."""
 
-    Attributes:
-        crop_padding: pixels added on each side before a crop of the old size.
-        flip: whether half of the images are mirrored left to right.
-    """
-
-    crop_padding: int
-    flip: bool
+    crop_padding: int  # pixels added on each side before a crop of the old size
+    flip: bool  # whether half of the images are mirrored left to right
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """The augmentation state of `count` images [count, 3] int64: crop row, crop column, mirrored."""
@@ -84,12 +79,9 @@ class SeededCrop:
     """A crop of random area, position and aspect ratio, resized to the image size, as for ImageNet.
 
     streaming.py applies it, by torchvision's RandomResizedCrop, when it decodes an image.
-
-    Attributes:
-        flip: whether half of the images are mirrored left to right.
     """
 
-    flip: bool
+    flip: bool  # whether half of the images are mirrored left to right
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """The augmentation state of `count` images: [count, 1] int64, a seed for each."""

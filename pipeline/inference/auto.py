@@ -81,7 +81,6 @@ class Auto(Executor):
         return names + "".join(f" (no {name}: {reason})" for name, reason in self.left_out.items())
 
     def free(self) -> None:
-        """Free what all candidates keep."""
         for executor in self.candidates:
             executor.free()
 
@@ -105,39 +104,34 @@ class Auto(Executor):
         _warn_once(f"inference goes on without the executor {name}: {self.left_out[name]}")
 
     def _run(self, images: Tensor, actions: Tensor | None) -> Output:
-        sides = images.shape[1:3]
-        return self._by_fastest(len(images), sides, lambda executor: executor._run(images, actions))
+        return self._by_fastest(images.shape[:3], lambda executor: executor._run(images, actions))
 
     def _decide(self, inputs: Tensor) -> Tensor:
         raise NotImplementedError("the executor that runs the ResNet runs its own policy network")
 
     def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
-        return self._by_fastest(
-            len(inputs), inputs.shape[2:], lambda executor: executor._classify(inputs, actions)
-        )
+        shape = (len(inputs), *inputs.shape[2:])
+        return self._by_fastest(shape, lambda executor: executor._classify(inputs, actions))
 
     def _run_under(self, images: Tensor, policies: Tensor) -> Tensor:
         if len(self.candidates) > 1:
             return super()._run_under(images, policies)  # a race for each policy
-        return self._by_fastest(
-            len(images), images.shape[1:3], lambda executor: executor._run_under(images, policies)
-        )
+        return self._by_fastest(images.shape[:3], lambda executor: executor._run_under(images, policies))
 
     def _classify_under(self, inputs: Tensor, policies: Tensor) -> Tensor:
         if len(self.candidates) > 1:
             return super()._classify_under(inputs, policies)
-        return self._by_fastest(
-            len(inputs), inputs.shape[2:], lambda executor: executor._classify_under(inputs, policies)
-        )
+        shape = (len(inputs), *inputs.shape[2:])
+        return self._by_fastest(shape, lambda executor: executor._classify_under(inputs, policies))
 
-    def _by_fastest(self, batch: int, sides: Sequence[int], run: Callable[[Executor], R]) -> R:
-        """Run a batch by the executor that is the fastest at this size; the first batch decides.
+    def _by_fastest(self, shape: Sequence[int], run: Callable[[Executor], R]) -> R:
+        """Run a batch of shape B, H, W by the fastest executor at this size; the first batch decides.
 
         Where it fails, the others are tried in turn. If one of them succeeds, those that failed are left
         out. If none does, the input is at fault: its first error is raised and no executor is left out.
         """
         failures: dict[Executor, Exception] = {}
-        for executor in self._in_turn(self._key(batch, sides), run, failures):
+        for executor in self._in_turn(self._key(*shape), run, failures):
             try:
                 result = run(executor)
             except Exception as error:
@@ -149,9 +143,9 @@ class Auto(Executor):
                 return result
         raise next(iter(failures.values()))
 
-    def _key(self, batch: int, sides: Sequence[int]) -> str:
+    def _key(self, batch: int, height: int, width: int) -> str:
         """The key of CHOICES; batches between two powers of two share one."""
-        setting = f"{self.networks.shapes}, {self.precision}, {sides[0]} x {sides[1]} pixels"
+        setting = f"{self.networks.shapes}, {self.precision}, {height} x {width} pixels"
         return f"{setting}, under {1 << batch.bit_length()} images"
 
     def _in_turn(

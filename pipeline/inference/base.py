@@ -49,15 +49,10 @@ class Networks:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """The result for a batch, on the device of the images.
+    """The result for a batch, on the device of the images."""
 
-    Attributes:
-        logits: [B, N] float32; [V, B, N] under V policies.
-        actions: [B, K] bool, the blocks that ran; [V, B, K] under V policies.
-    """
-
-    logits: Tensor
-    actions: Tensor
+    logits: Tensor  # [B, N] float32; [V, B, N] under V policies
+    actions: Tensor  # [B, K] bool, the blocks that ran; [V, B, K] under V policies
 
 
 class Executor(ABC):
@@ -102,7 +97,7 @@ class Executor(ABC):
         if len(images) == 0:
             if actions is None:
                 actions = torch.empty(0, self.networks.num_blocks, dtype=torch.bool, device=self.device)
-            return Output(logits=self._no_logits(actions), actions=actions)
+            return Output(logits=self._empty_logits(actions), actions=actions)
         if actions is not None and actions.dim() == 3:
             return Output(logits=self._run_under(images, actions), actions=actions)
         return self._run(images, actions)
@@ -118,7 +113,7 @@ class Executor(ABC):
         """
         actions = self._checked(actions, len(inputs))
         if len(inputs) == 0:
-            return self._no_logits(actions)
+            return self._empty_logits(actions)
         if actions.dim() == 3:
             return self._classify_under(inputs, actions)
         return self._classify(inputs, actions)
@@ -126,7 +121,7 @@ class Executor(ABC):
     def free(self) -> None:  # noqa: B027 - most keep nothing
         """Free the scratch memory and graphs of past calls; the next call builds them again."""
 
-    def _no_logits(self, actions: Tensor) -> Tensor:
+    def _empty_logits(self, actions: Tensor) -> Tensor:
         return torch.empty(*actions.shape[:-1], self.networks.resnet.num_classes, device=self.device)
 
     def _checked(self, actions: Tensor, batch: int) -> Tensor:

@@ -51,19 +51,14 @@ class Captures:
 
 
 class PolicyReader:
-    """Reads the policy on the host; waits for it, but for nothing that was queued after it.
-
-    Args:
-        actions: [1, K] bool, the buffer to read.
-    """
+    """Reads the policy on the host; waits for it, but for nothing that was queued after it."""
 
     def __init__(self, actions: Tensor) -> None:
-        self.actions = actions
+        self.actions = actions  # [1, K] bool, the buffer to read
         self.on_host = torch.empty(actions.shape, dtype=torch.bool, pin_memory=actions.is_cuda)
         self.copied = torch.cuda.Event()
 
     def begin(self) -> None:
-        """Queue the copy to the host."""
         self.on_host.copy_(self.actions, non_blocking=True)
         self.copied.record()
 
@@ -85,9 +80,9 @@ class Session:
         self.policy_reader = PolicyReader(self.actions)
         self.capture = executor.captures()
         # A buffer for each shape of activations. Blocks that keep the shape work in place on it.
-        self.buffers = [network.stem.relu(self.inputs).clone()]  # [1, C, H, W]
+        self.buffers = [network.stem(self.inputs).clone()]  # [1, C, H, W]
         self.read = self.capture(lambda: self.inputs.copy_(networks.normalisation(self.images)))
-        self.stem = self.capture(lambda: self.buffers[0].copy_(network.stem.relu(self.inputs)))
+        self.stem = self.capture(lambda: self.buffers[0].copy_(network.stem(self.inputs)))
         if executor.policy_net is not None:
             policy_net = executor.policy_net
             self.decide = self.capture(lambda: self.actions.copy_(policy_net.actions(self.inputs)))
@@ -123,11 +118,7 @@ class Session:
 
 
 class CudaGraphs(Gather):
-    """Single images by CUDA graphs; larger batches as `gather` runs them.
-
-    Raises:
-        UnavailableError: the networks are not on CUDA.
-    """
+    """Single images by CUDA graphs; larger batches as `gather` runs them."""
 
     name = "cuda_graphs"
     captures: type[Captures] = Captures
@@ -139,7 +130,6 @@ class CudaGraphs(Gather):
         self.sessions: dict[tuple[int, int], Session] = {}
 
     def free(self) -> None:
-        """Drop the graphs and their buffers."""
         self.sessions.clear()
 
     def _session(self, height: int, width: int) -> Session:

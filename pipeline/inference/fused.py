@@ -39,18 +39,15 @@ class FusedConv:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The convolution of x alone, channels_last."""
-        return self._convolution(x)
-
-    def _convolution(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, stride=self.stride, padding=self.padding)
 
     def relu(self, x: Tensor) -> Tensor:
         """The convolution of x and its ReLU, channels_last."""
-        return F.relu_(self._convolution(x))
+        return F.relu_(self(x))
 
     def add_relu_(self, x: Tensor, out: Tensor) -> Tensor:
         """In place: relu(out + conv(x)), written to `out`."""
-        return out.add_(self._convolution(x)).relu_()
+        return out.add_(self(x)).relu_()
 
 
 class OneDnnConv(FusedConv):
@@ -62,19 +59,15 @@ class OneDnnConv(FusedConv):
         self.geometry = ([self.padding] * 2, [self.stride] * 2, [1, 1], 1)
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry)
 
-    def _convolution(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, then: str = "none") -> Tensor:
         return torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, *self.geometry, "none", [], ""
+            x, self.weight, self.bias, *self.geometry, then, [], ""
         )
 
     def relu(self, x: Tensor) -> Tensor:
-        """The convolution of x and its ReLU, channels_last."""
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, *self.geometry, "relu", [], ""
-        )
+        return self(x, "relu")
 
     def add_relu_(self, x: Tensor, out: Tensor) -> Tensor:
-        """In place: relu(out + conv(x)), written to `out`."""
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             out, x, self.weight, self.bias, *self.geometry, "add", None, "relu", [], ""
         )
@@ -93,21 +86,6 @@ def _has_fused_onednn(dtype: torch.dtype) -> bool:
     except (AttributeError, RuntimeError, TypeError):
         return False
     return True
-
-
-class FusedStem:
-    """The first convolution and the pooling after it, if there is one."""
-
-    def __init__(self, conv: FusedConv, pool: nn.Module) -> None:
-        self.conv = conv
-        self.pool = pool
-
-    def relu(self, x: Tensor) -> Tensor:
-        """The first block's input [B, C, H, W] of images x [B, 3, H, W], channels_last."""
-        x = self.conv.relu(x)
-        if isinstance(self.pool, nn.Identity):
-            return x
-        return self.pool(x).contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -157,10 +135,14 @@ class FusedNetwork:
                 shortcut = kind(conv, bn, dtype)
             return FusedBlock(inner=tuple(inner), last=last, shortcut=shortcut)
 
-        self.stem = FusedStem(kind(resnet.conv1, resnet.bn1, dtype), resnet.pool)
+        self.conv1, self.pool = kind(resnet.conv1, resnet.bn1, dtype), resnet.pool
         self.blocks = [fuse(block) for block in resnet.flat_blocks()]
         self.fc_weight = resnet.fc.weight.detach().to(dtype)
         self.fc_bias = resnet.fc.bias.detach().to(dtype)
+
+    def stem(self, x: Tensor) -> Tensor:
+        """The first block's input [B, C, H, W] of images x [B, 3, H, W], channels_last."""
+        return self.pool(self.conv1.relu(x)).contiguous(memory_format=torch.channels_last)
 
     def head(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to logits [B, N] float32."""
@@ -168,7 +150,7 @@ class FusedNetwork:
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits [B, N] float32 of inputs [B, 3, H, W] with every block."""
-        x = self.stem.relu(inputs)
+        x = self.stem(inputs)
         for block in self.blocks:
             x = block.keep_(x, block.skip(x))
         return self.head(x)

@@ -53,7 +53,7 @@ class FusedExecutor(Executor):
 
     def _stem(self, inputs: Tensor) -> Tensor:
         inputs = inputs.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        return self.network.stem.relu(inputs)
+        return self.network.stem(inputs)
 
 
 class Gather(FusedExecutor):

@@ -56,7 +56,7 @@ class Masked(Executor):
     def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
         resnet = self.networks.resnet.eval()
         x = inputs.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        x = resnet.stem(x) if self.fused is None else self.fused.stem.relu(x)
+        x = resnet.stem(x) if self.fused is None else self.fused.stem(x)
         blocks: Sequence[_TrainedBlock | FusedBlock] = (
             [_TrainedBlock(b) for b in resnet.flat_blocks()] if self.fused is None else self.fused.blocks
         )

@@ -15,10 +15,9 @@ import subprocess
 import tempfile
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,9 +86,15 @@ def library(precision: str = "fp32") -> ctypes.CDLL:
         try:
             if not built.exists():
                 _build(compiler, source, built)
-            return _declared(ctypes.CDLL(str(built)))
+            loaded = ctypes.CDLL(str(built))
         except OSError as error:  # a folder that can't be written, or from which nothing may be loaded
             problem = f"{folder} can't hold the compiled {source.name}: {error}"
+            continue
+        loaded.make_space.restype = ctypes.c_void_p
+        loaded.make_space.argtypes = [ctypes.POINTER(_Job)]
+        loaded.free_space.argtypes = [ctypes.c_void_p]
+        loaded.run.argtypes = [ctypes.POINTER(_Job), ctypes.POINTER(ctypes.c_void_p), ctypes.c_int32]
+        return loaded
     raise UnavailableError(problem)
 
 
@@ -112,15 +117,6 @@ def _folders() -> Iterator[Path]:
 @cache
 def _process_folder() -> "tempfile.TemporaryDirectory[str]":
     return tempfile.TemporaryDirectory(prefix="blockdrop-")  # removed when Python exits
-
-
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The library with its functions' types declared."""
-    library.make_space.restype = ctypes.c_void_p
-    library.make_space.argtypes = [ctypes.POINTER(_Job)]
-    library.free_space.argtypes = [ctypes.c_void_p]
-    library.run.argtypes = [ctypes.POINTER(_Job), ctypes.POINTER(ctypes.c_void_p), ctypes.c_int32]
-    return library
 
 
 def _cpu_flags() -> str:
@@ -155,8 +151,7 @@ def _build(compiler: str, source: Path, built: Path) -> None:
     raise UnavailableError(f"{compiler} does not compile {source.name}: {failure}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _PackedConv:
+class _PackedConv(NamedTuple):
     """A convolution in a kernel's layout; `bias` has a number for each column of `weight`."""
 
     weight: Tensor
@@ -180,13 +175,7 @@ class _Fp32Kernel:
         block = next(width for width in (2 * self.lanes, self.lanes, 4) if out_channels % width == 0)
         blocks = weight.view(out_channels // block, block, in_channels, 3, 3)
         packed = blocks.permute(0, 3, 4, 2, 1)  # [O / block, ky, kx, I, block]
-        return _PackedConv(
-            weight=packed.contiguous(),
-            bias=bias.contiguous(),
-            in_channels=in_channels,
-            out_channels=out_channels,
-            block=block,
-        )
+        return _PackedConv(packed.contiguous(), bias.contiguous(), in_channels, out_channels, block)
 
 
 class _Bf16Kernel:
@@ -222,13 +211,9 @@ class _Bf16Kernel:
         rows = F.pad(rows, (0, 0, 0, row_length - taps * inputs))  # [ky, row_length, G * O]
         # pairs of inputs lie side by side, as the bf16 instructions multiply two at a time
         packed = rows.view(3, row_length // 2, 2, -1, self.COLUMNS).permute(3, 0, 1, 4, 2)
-        return _PackedConv(
-            weight=packed.to(torch.bfloat16).contiguous(),
-            bias=F.pad(bias, (0, outputs - out_channels)).repeat(group),
-            in_channels=inputs,
-            out_channels=outputs,
-            block=group,
-        )
+        padded_bias = F.pad(bias, (0, outputs - out_channels)).repeat(group)
+        packed = packed.to(torch.bfloat16).contiguous()
+        return _PackedConv(packed, padded_bias, inputs, outputs, group)
 
 
 def _round_up(size: int, unit: int) -> int:
@@ -250,17 +235,8 @@ class _PackedNetwork:
             if conv.out_channels % 4 != 0:
                 raise UnavailableError(f"{conv.out_channels} channels are no multiple of 4")
             stride = conv.stride[0]
-            packed = kernel.pack(*fold(conv, bn), stride)
-            convs.append(
-                _Conv(
-                    weight=self._keep(packed.weight),
-                    bias=self._keep(packed.bias),
-                    in_channels=packed.in_channels,
-                    out_channels=packed.out_channels,
-                    stride=stride,
-                    block=packed.block,
-                )
-            )
+            weight, bias, *channels, width = kernel.pack(*fold(conv, bn), stride)
+            convs.append(_Conv(self._keep(weight), self._keep(bias), *channels, stride, width))
         self.convs = (_Conv * len(convs))(*convs)
         fc_weight = resnet.fc.weight.detach().float()
         padding = convs[-1].out_channels - fc_weight.shape[1]
@@ -278,12 +254,7 @@ class _PackedNetwork:
 
 
 class Native(Executor):
-    """On CPUs: the same time per image at batch 1 as at 1024, and at any mix of policies.
-
-    Raises:
-        UnavailableError: another device, channels that are no multiple of 4, no compiler, or bf16 on a
-            CPU that has neither AMX nor AVX512_BF16.
-    """
+    """On CPUs: the same time per image at batch 1 as at 1024, and at any mix of policies."""
 
     name = "native"
 
@@ -349,9 +320,7 @@ class Native(Executor):
         if actions is None:
             actions = torch.empty(batch, self.networks.num_blocks, dtype=torch.bool)  # C++ fills it in
         actions = actions.contiguous()  # [B, K] or [B, V, K]
-        logits = torch.empty(
-            *actions.shape[:-1], self.networks.resnet.num_classes
-        )  # [B, N] or [B, V, N]
+        logits = self._empty_logits(actions)  # [B, N] or [B, V, N]
         num_policies = actions[0, ..., 0].numel()  # V
         # A team of threads works on one image at a time. With at least as many images as threads each
         # thread is a team; with fewer, several threads share an image and meet at the team's barriers.

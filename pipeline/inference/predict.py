@@ -23,17 +23,11 @@ EVALUATION_PIXELS = 500 * 96**2  # of all images of a batch: larger images come 
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """The result for each image, on the CPU.
+    """The result for each image, on the CPU."""
 
-    Attributes:
-        classes: [M] int64, the predicted class.
-        losses: [M] float32, cross-entropy in nats.
-        correct: [M] bool.
-    """
-
-    classes: Tensor
-    losses: Tensor
-    correct: Tensor
+    classes: Tensor  # [M] int64, the predicted class
+    losses: Tensor  # [M] float32, cross-entropy in nats
+    correct: Tensor  # [M] bool
 
     @property
     def accuracy(self) -> float:
@@ -67,11 +61,7 @@ def predict(
 def correct_under(
     resnet: ResNet, split: ImageSplit, policies: Tensor, *, normalisation: Normalisation
 ) -> Tensor:
-    """Whether each image of a split is classified correctly under each of V policies [V, M, K].
-
-    Returns:
-        [V, M] bool, on the CPU.
-    """
+    """Whether each image is classified correctly under V policies [V, M, K]: [V, M] bool, on the CPU."""
     execute = make_executor(Networks(resnet=resnet, policy_net=None, normalisation=normalisation))
     parts = []
     for part, images in _in_parts(split):
@@ -102,7 +92,6 @@ def predict_policy(
 
 
 def evaluation_batch(image_size: int) -> int:
-    """How many images of that side are evaluated at a time."""
     return max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // image_size**2))
 
 

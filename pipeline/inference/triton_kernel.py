@@ -289,9 +289,6 @@ class TritonKernel(Executor):
 
     When it is built, it compiles (seconds) and is compared with float64 on random images, once in a
     process for networks of the same shapes.
-
-    Raises:
-        UnavailableError: no Triton, another device, too many channels, or a proof that fails.
     """
 
     name = "triton"
@@ -320,7 +317,6 @@ class TritonKernel(Executor):
         self._prove()
 
     def free(self) -> None:
-        """Drop the scratch."""
         for network in (self.resnet, self.policy_net):
             if network is not None:
                 network.spaces.clear()
@@ -345,11 +341,7 @@ class TritonKernel(Executor):
         return self._logits(self.policy_net, inputs, self.policy_net.every)
 
     def _logits(self, network: _Network, inputs: Tensor, actions: Tensor) -> Tensor:
-        """Logits [B, N] float32 of inputs [B, 3, H, W] under actions [B, K], or [1, K] for all.
-
-        Raises:
-            ValueError: sides that can't be halved twice.
-        """
+        """Logits [B, N] float32 of inputs [B, 3, H, W] under actions [B, K], or [1, K] for all."""
         batch, _, height, width = inputs.shape
         if height % 4 or width % 4:
             raise ValueError(f"images have {height} x {width} pixels, expected multiples of 4")
@@ -370,11 +362,7 @@ class TritonKernel(Executor):
         return logits
 
     def _prove(self) -> None:
-        """Compare it with the networks in float64, unless this process has done so before.
-
-        Raises:
-            UnavailableError: it differs, or does not compile or run.
-        """
+        """Compare it with the networks in float64, unless this process has done so before."""
         key = str(self.device), self.precision, self.networks.shapes
         if key not in PROOFS:
             PROOFS[key] = self._fault()
@@ -383,11 +371,7 @@ class TritonKernel(Executor):
 
     @torch.no_grad()
     def _fault(self) -> str:
-        """The kernel's fault on random images, or "".
-
-        Raises:
-            UnavailableError: there is too little memory for the comparison.
-        """
+        """The kernel's fault on random images, or ""."""
         draw = torch.Generator().manual_seed(0)
         shape = (PROOF_IMAGES, self.PROOF_SIDE, self.PROOF_SIDE, 3)
         images = torch.randint(256, shape, generator=draw).byte().to(self.device)

@@ -25,17 +25,14 @@ code { background: #f5f6f7; }
 
 
 def page(markdown: str, pictures: Path) -> str:
-    """A whole HTML document.
-
-    Args:
-        markdown: its text; the first heading is the title.
-        pictures: the folder of the PNG files that it names.
-
-    Raises:
-        FileNotFoundError: a picture isn't there.
-    """
+    """A whole HTML document; the text's first heading is its title, its PNG files are in `pictures`."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
-    body = re.sub(r'src="([^":]+\.png)"', lambda found: f'src="{_inside(pictures / found[1])}"', body)
+
+    def inside(found: re.Match[str]) -> str:
+        content = base64.b64encode((pictures / found[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{content}"'
+
+    body = re.sub(r'src="([^":]+\.png)"', inside, body)
     title = next((line[2:] for line in markdown.splitlines() if line.startswith("# ")), "report")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -46,7 +43,6 @@ def page(markdown: str, pictures: Path) -> str:
 
 
 def as_markdown(text: str) -> str:
-    """Markdown that shows this very text."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", printable(text))
 
 
@@ -61,7 +57,3 @@ def fence_of(text: str, *, shortest: int = 3) -> str:
     """Backticks that begin and end code: more than stand together within it."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     return "`" * max(shortest, longest + 1)
-
-
-def _inside(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

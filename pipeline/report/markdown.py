@@ -17,7 +17,7 @@ from pipeline.architectures import num_blocks
 from pipeline.report.html import as_markdown, fence_of
 from pipeline.report.paired import Difference, paired_difference
 from pipeline.report.tables import markdown_table
-from pipeline.results import Answer, Baselines, BenchmarkResult, Evaluation, Speedup, Winner
+from pipeline.results import Answer, Baselines, BenchmarkResult, Evaluation, Speedup
 
 Correctness = Mapping[str, NDArray[np.bool_]]  # [M] of each network
 MACHINE = ("device", "processor", "threads")  # what makes times comparable
@@ -59,27 +59,20 @@ class TrainingTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What the stages wrote.
+    """What the stages wrote."""
 
-    Attributes:
-        params: every parameter, flat.
-        correctness: whether each network is correct on each test image; BlockDrop's name is
-            `blockdrop`, the full network's `full`, then `sole-20`, `first-7`, ...
-        times: of every training, by stage.
-        machine: this machine, to be told apart from the one that the benchmark ran on.
-    """
-
-    params: Mapping[str, Any]
+    params: Mapping[str, Any]  # every parameter, flat
     evaluated: Evaluation
     baselines: Baselines
+    # whether each network is correct on each test image; BlockDrop's name is `blockdrop`, the full
+    # network's `full`, then `sole-20`, `first-7` and so on
     correctness: Correctness
-    times: Mapping[str, TrainingTimes]
+    times: Mapping[str, TrainingTimes]  # of every training, by stage
     benchmark: BenchmarkResult
-    machine: Mapping[str, Any]
+    machine: Mapping[str, Any]  # this machine, to be told apart from the one that the benchmark ran on
 
 
-@dataclass(frozen=True, kw_only=True)
-class Baseline:
+class Baseline(NamedTuple):
     """A static network to compare with: its name, its key in `Results.correctness`, and its cost."""
 
     name: str
@@ -99,15 +92,12 @@ class BesideBaseline:
 
     @property
     def verdict(self) -> str:
-        """Who is ahead."""
         sign, ratio = self.difference.sign, self.cost_ratio
         cost = 0 if abs(ratio - 1) <= SAME_COST else 1 if ratio > 1 else -1
-        costs = {-1: "cheaper", 0: "costs as much", 1: "dearer"}[cost]
-        costs = costs if cost == 0 else f"is {costs}"
+        costs = ("cheaper", "costs as much", "dearer")[cost + 1]
         if sign == 0:
-            return f"their accuracies can't be told apart, and it {costs}"
+            return f"their accuracies can't be told apart, and it {'is ' if cost else ''}{costs}"
         accuracy = "more accurate" if sign > 0 else "less accurate"
-        costs = costs.removeprefix("is ")
         if sign == cost:
             return f"{accuracy}, but {costs}"
         return f"**{'ahead' if sign > 0 else 'behind'}**, {accuracy} and {costs}"
@@ -124,7 +114,6 @@ class Payback:
 
     @property
     def images(self) -> float:
-        """How many."""
         return 1e6 * self.seconds / self.saved_microseconds
 
 
@@ -132,7 +121,6 @@ class Payback:
 
 
 def page(results: Results) -> str:
-    """The whole report."""
     benchmark, correctness = results.benchmark, results.correctness
     baselines = trained_baselines(results)
     params_yaml = yaml.safe_dump(
@@ -155,7 +143,7 @@ def page(results: Results) -> str:
         on_another_machine=any(benchmark.machine[k] != results.machine[k] for k in MACHINE),
         blockdrop_was_timed=any(row.kind == "blockdrop" for row in benchmark.times),
         timing_table=_timing_table(benchmark.answers),
-        left_out=_by_reason(benchmark.left_out),
+        left_out=benchmark.left_out,
         training_table=_training_table(results.times),
         payback=_payback(results),
     )  # fmt: skip
@@ -188,25 +176,16 @@ def trained_baselines(results: Results) -> list[Baseline]:
     family = results.params["resnet.family"]
     baselines = [
         Baseline(
-            name=f"ResNet-{depth}",
-            key=f"sole-{depth}",
-            accuracy=sole.accuracy,
-            blocks=num_blocks(family, int(depth)),
-            flops=sole.flops,
+            f"ResNet-{depth}", f"sole-{depth}", sole.accuracy, num_blocks(family, int(depth)), sole.flops
         )
         for depth, sole in results.baselines.sole.items()
     ]
     tuned = "finetuned" if results.params["finetune.epochs"] else "not finetuned"
     for key, static in results.baselines.static.items():
         rule, num_kept = key.rsplit("_", 1)
+        name = f"{RULES[rule]}, {num_kept} blocks, {tuned}"
         baselines.append(
-            Baseline(
-                name=f"{RULES[rule]}, {num_kept} blocks, {tuned}",
-                key=f"{rule}-{num_kept}",
-                accuracy=static.accuracy,
-                blocks=static.blocks,
-                flops=static.flops,
-            )
+            Baseline(name, f"{rule}-{num_kept}", static.accuracy, static.blocks, static.flops)
         )
     return baselines
 
@@ -217,12 +196,10 @@ def published(params: Mapping[str, Any]) -> Sequence[Network]:
 
 
 def beside(results: Results, baseline: Baseline) -> BesideBaseline:
-    """BlockDrop beside a static network."""
+    correctness = results.correctness
     return BesideBaseline(
         name=baseline.name,
-        difference=paired_difference(
-            results.correctness["blockdrop"], results.correctness[baseline.key]
-        ),
+        difference=paired_difference(correctness["blockdrop"], correctness[baseline.key]),
         cost_ratio=results.evaluated.flops_mean / baseline.flops,
     )
 
@@ -232,7 +209,7 @@ def _network_table(results: Results, baselines: Sequence[Baseline]) -> str:
     networks = [
         Network("ResNet, every block", full.accuracy, full.num_blocks, full.flops),
         Network("**BlockDrop**", evaluated.accuracy, evaluated.blocks_mean, evaluated.flops_mean),
-        *(Network(b.name, b.accuracy, b.blocks, b.flops) for b in baselines),
+        *(Network(name, *numbers) for name, _, *numbers in baselines),
         *published(results.params),
     ]
     return markdown_table(
@@ -297,35 +274,19 @@ def _timing_table(answers: Sequence[Answer]) -> str:
         "batch", "precision", "executor", "ms", "images per second", "times as fast",
         "share of what FLOPs promise, in that precision", "best full-ResNet form", "ms",
     )  # fmt: skip
-    rows = [_timing_row(answer, answer.winner) for answer in answers if answer.winner]
+    rows = []
+    for answer, winner in ((answer, answer.winner) for answer in answers if answer.winner):
+        speedup, ideal = winner.speedup, f"{winner.ideal:.2f}"
+        interval = f"{speedup.low:.2f} to {speedup.high:.2f}"
+        claimed = {"number": f"{speedup.ratio:.2f} ({interval})", "": "too noisy"}
+        if speedup.reliable and winner.share_of_ideal is not None:
+            ideal = f"{100 * winner.share_of_ideal:.0f} % of {ideal}"
+        rows.append((
+            str(answer.batch), answer.precision, winner.executor, f"{winner.milliseconds:.2f}",
+            f"{1000 * answer.batch / winner.milliseconds:,.0f}", claimed.get(speedup.claim, interval),
+            ideal, f"{answer.full_form}, {answer.full_precision}", f"{winner.full_milliseconds:.2f}",
+        ))  # fmt: skip
     return markdown_table(header, rows) if rows else ""
-
-
-def _timing_row(answer: Answer, winner: Winner) -> tuple[str, ...]:
-    speedup, ideal = winner.speedup, f"{winner.ideal:.2f}"
-    interval = f"{speedup.low:.2f} to {speedup.high:.2f}"
-    claimed = {"number": f"{speedup.ratio:.2f} ({interval})", "": "too noisy"}
-    if speedup.reliable and winner.share_of_ideal is not None:
-        ideal = f"{100 * winner.share_of_ideal:.0f} % of {ideal}"
-    return (
-        str(answer.batch),
-        answer.precision,
-        winner.executor,
-        f"{winner.milliseconds:.2f}",
-        f"{1000 * answer.batch / winner.milliseconds:,.0f}",
-        claimed.get(speedup.claim, interval),
-        ideal,
-        f"{answer.full_form}, {answer.full_precision}",
-        f"{winner.full_milliseconds:.2f}",
-    )
-
-
-def _by_reason(left_out: Mapping[str, str]) -> dict[str, list[str]]:
-    """The names of what was not timed, by reason."""
-    names: dict[str, list[str]] = {}
-    for name, reason in left_out.items():
-        names.setdefault(reason, []).append(name)
-    return names
 
 
 # ----------------------------------------------------------------------------------- training
@@ -353,10 +314,5 @@ def _payback(results: Results) -> Payback | None:
     }  # microseconds an image
     if len(seconds) < len(trained) or not saved:
         return None
-    batch, precision = max(saved, key=lambda cell: saved[cell])
-    return Payback(
-        seconds=sum(seconds),
-        batch=batch,
-        precision=precision,
-        saved_microseconds=saved[batch, precision],
-    )
+    (batch, precision), most = max(saved.items(), key=lambda item: item[1])
+    return Payback(seconds=sum(seconds), batch=batch, precision=precision, saved_microseconds=most)

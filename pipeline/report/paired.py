@@ -14,17 +14,12 @@ LEVEL = 0.05
 
 
 class Difference(NamedTuple):
-    """Share of images on which the first network is right minus that of the second.
-
-    Attributes:
-        low, high: the ends of a 95 % interval.
-        only_first: images on which the first alone is right; `only_second` likewise.
-    """
+    """Share of images on which the first network is right minus that of the second."""
 
     mean: float
-    low: float
+    low: float  # the ends of a 95 % interval
     high: float
-    only_first: int
+    only_first: int  # images on which it alone is right
     only_second: int
 
     @property

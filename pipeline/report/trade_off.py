@@ -1,6 +1,5 @@
 """Accuracy against cost: BlockDrop, rules that keep the same blocks for all, and shallower ResNets."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
+from matplotlib.ticker import EngFormatter
 from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.plotting import BLUE, DPI, GREEN, GREY, INK, ORANGE, PINK, WIDTH, headline, save
+from pipeline.plotting import BLUE, GREEN, GREY, INK, ORANGE, PINK, WIDTH, headline, save
 
 Row = Mapping[str, Any]
 RULES = (  # static ones: name, what it keeps, colour, marker
@@ -22,10 +22,10 @@ RULES = (  # static ones: name, what it keeps, colour, marker
     ("random", "random blocks", PINK, "o"),
     ("distribute", "evenly spread blocks", GREEN, "D"),
 )
-POWERS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
 SIDES = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
 DISTANCES = (5, 8, 12, 16, 22, 30, 40)
 PLACES = [(distance, *side) for distance in DISTANCES for side in SIDES]  # of labels, in points
+RADIUS = 10  # pixels of a marker
 Label = tuple[float, float, str]  # what is said of a point, in units of the axes
 
 
@@ -71,20 +71,18 @@ def trade_off(
         baselines: {kind, depth, blocks, finetuned, flops, accuracy}; kind is full, sole, first, random
             or distribute. Rows of one kind, number of blocks and finetuning are drawn as their mean;
             a band where some have accuracy_std, of several draws.
-        blockdrop: {accuracy, flops, gamma, label}, one or several.
+        blockdrop: {accuracy, flops, label}, one or several.
         paper: {accuracy, flops, label}: published numbers.
     """
     figure, ax = plt.subplots(figsize=(WIDTH, 5.2), layout="constrained")
-    unit, prefix = _unit([*baselines, *blockdrop, *paper])
     static = [row for row in baselines if row["kind"] in ("full", "sole")]
-    labels = _draw_resnets(ax, static, unit)
-    labels += _draw_stars(ax, blockdrop, unit, "BlockDrop", ORANGE, INK)
-    labels += _draw_stars(ax, paper, unit, "published", "white", ORANGE)
-    plain = [row for row in baselines if not row["finetuned"]]
+    labels = _draw_resnets(ax, static)
+    labels += _draw_stars(ax, blockdrop, "BlockDrop", ORANGE, INK)
+    labels += _draw_stars(ax, paper, "published", "white", ORANGE)
     tuned = [row for row in baselines if row["finetuned"]]
-    _draw_rules(ax, plain, unit, tuned=False)
-    _draw_rules(ax, tuned, unit, tuned=True)
-    _frame(ax, [*static, *tuned, *blockdrop, *paper], unit, prefix)
+    _draw_rules(ax, [row for row in baselines if not row["finetuned"]], tuned=False)
+    _draw_rules(ax, tuned, tuned=True)
+    _frame(ax, [*static, *tuned, *blockdrop, *paper])
     headline(figure, title)
     _finish(figure, ax, labels)
     save(figure, path)
@@ -98,13 +96,12 @@ def front(path: Path, *, experiments: Sequence[Row], baselines: Sequence[Row], t
         baselines: as for `trade_off`; the full ResNet and sole ones are drawn.
     """
     figure, ax = plt.subplots(figsize=(WIDTH, 4.8), layout="constrained")
-    unit, prefix = _unit([*experiments, *baselines])
     static = [row for row in baselines if row["kind"] in ("full", "sole")]
-    labels = _draw_resnets(ax, static, unit)
+    labels = _draw_resnets(ax, static)
     means = []
     gammas = sorted({row["gamma"] for row in experiments})
     for place, gamma in enumerate(gammas):
-        x, y = _columns([row for row in experiments if row["gamma"] == gamma], unit)
+        x, y = _columns([row for row in experiments if row["gamma"] == gamma])
         colour = plt.get_cmap("cividis")(0.9 * place / max(1, len(gammas) - 1))
         if len(x) > 1:
             _draw_seeds(ax, x, y, colour)
@@ -117,57 +114,47 @@ def front(path: Path, *, experiments: Sequence[Row], baselines: Sequence[Row], t
     if of_means:
         _draw_seeds(ax, [], [], GREY, "one seed")
     _draw_front(ax, means)
-    _frame(ax, [*experiments, *static], unit, prefix)
+    _frame(ax, [*experiments, *static])
     headline(figure, title)
     _finish(figure, ax, labels)
     save(figure, path)
 
 
-def _unit(rows: Sequence[Row]) -> tuple[float, str]:
-    """The power of 1000 in which all FLOPs are written, and its prefix."""
-    most = max(row["flops"] for row in rows)
-    return next((power, prefix) for power, prefix in POWERS if most >= power or power == 1)
+def _columns(rows: Sequence[Row]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """FLOPs, and accuracies in percent."""
+    columns = np.array([(row["flops"], 100 * row["accuracy"]) for row in rows]).reshape(-1, 2)
+    return columns[:, 0], columns[:, 1]
 
 
-def _columns(rows: Sequence[Row], unit: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """FLOPs in units, and accuracies in percent."""
-    return (
-        np.array([row["flops"] / unit for row in rows]),
-        np.array([100 * row["accuracy"] for row in rows]),
-    )
-
-
-def _draw_resnets(ax: Axes, rows: Sequence[Row], unit: float) -> list[Label]:
+def _draw_resnets(ax: Axes, rows: Sequence[Row]) -> list[Label]:
     """The full ResNet joined with those of other depths that were trained for themselves; labels."""
     rows = sorted(rows, key=lambda row: row["flops"])
     if not rows:
         return []
-    x, y = _columns(rows, unit)
+    x, y = _columns(rows)
     ax.plot(x, y, color=INK, marker="s", label="ResNets with every block")
     return [(*place, f"ResNet-{row['depth']}") for row, *place in zip(rows, x, y, strict=True)]
 
 
-def _draw_stars(
-    ax: Axes, rows: Sequence[Row], unit: float, legend: str, face: str, edge: str
-) -> list[Label]:
+def _draw_stars(ax: Axes, rows: Sequence[Row], legend: str, face: str, edge: str) -> list[Label]:
     """Large stars; their labels."""
     if not rows:
         return []
-    x, y = _columns(rows, unit)
+    x, y = _columns(rows)
     stars = ax.scatter(x, y, s=230, marker="*", zorder=5, label=legend)
     stars.set(facecolor=face, edgecolor=edge, linewidth=0.9)
     return [(*place, str(row["label"])) for row, *place in zip(rows, x, y, strict=True)]
 
 
-def _draw_rules(ax: Axes, rows: Sequence[Row], unit: float, *, tuned: bool) -> None:
+def _draw_rules(ax: Axes, rows: Sequence[Row], *, tuned: bool) -> None:
     """Static rules: filled markers where the ResNet was finetuned under them, thin curves otherwise."""
     for kind, said, colour, marker in RULES:
         own = mean_by_blocks([row for row in rows if row["kind"] == kind])
         if own and tuned:
-            points = ax.scatter(*_columns(own, unit), s=42, color=colour, marker=marker, zorder=3)
+            points = ax.scatter(*_columns(own), s=42, color=colour, marker=marker, zorder=3)
             points.set(label=f"{said}, finetuned", edgecolor=INK, linewidth=0.6)
         elif own:
-            x, y = _columns(own, unit)
+            x, y = _columns(own)
             std = np.array([100 * row["accuracy_std"] for row in own])
             (line,) = ax.plot(x, y, color=colour, linewidth=1, linestyle="--")
             line.set_label(f"{said}, not finetuned")
@@ -188,18 +175,19 @@ def _draw_front(ax: Axes, points: Sequence[tuple[float, float]]) -> None:
         ax.plot(np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1], color=ORANGE, linewidth=1.2, label=label)
 
 
-def _frame(ax: Axes, rows: Sequence[Row], unit: float, prefix: str) -> None:
+def _frame(ax: Axes, rows: Sequence[Row]) -> None:
     """Axes that show these rows; others may leave below. Above, the share of the full FLOPs."""
     accuracies = [100 * row["accuracy"] for row in rows]
     low, high = min(accuracies), max(accuracies)
     margin = 0.12 * max(high - low, 2.0)
     ax.set_ylim(low - margin, high + 1.3 * margin)
     ax.set_xlim(0, 1.06 * ax.dataLim.x1)
-    ax.set(xlabel=f"{prefix}FLOPs per image (2 per multiply-add)", ylabel="test accuracy (%)")
+    ax.set(xlabel="FLOPs per image (2 per multiply-add)", ylabel="test accuracy (%)")
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.grid()
     full = [row["flops"] for row in rows if row.get("kind") == "full"]
     if full:
-        percent = 100 * unit / full[0]
+        percent = 100 / full[0]
         both_ways = (lambda x: np.multiply(x, percent), lambda x: np.divide(x, percent))
         top = ax.secondary_xaxis("top", functions=both_ways)
         top.set_xlabel("% of the full ResNet's FLOPs")
@@ -208,11 +196,8 @@ def _frame(ax: Axes, rows: Sequence[Row], unit: float, prefix: str) -> None:
 def _finish(figure: plt.Figure, ax: Axes, labels: Sequence[Label]) -> None:
     """The legend, and the labels beside their points where nothing is in the way."""
     handles, _ = ax.get_legend_handles_labels()
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=min(len(handles), 4) if len(handles) < 5 else 3,
-    )
+    columns = 3 if len(handles) > 4 else max(1, len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     figure.draw_without_rendering()  # from here on it is known where everything is
     drawn, boxes = _drawn(ax), list[Bbox]()
     for x, y, said in labels:
@@ -225,7 +210,11 @@ def _finish(figure: plt.Figure, ax: Axes, labels: Sequence[Label]) -> None:
         def cost(place: tuple[float, int, int], text: Annotation = text) -> float:
             box = _move(text, *place)
             outside = ax.bbox.count_contains(box.corners()) < 4
-            hidden = box.count_contains(drawn) + 100 * box.count_overlaps(boxes) + 1000 * outside
+            hidden = (
+                box.padded(RADIUS).count_contains(drawn)
+                + 100 * box.count_overlaps(boxes)
+                + 1000 * outside
+            )
             return hidden + place[0]  # far from its point, a label may be taken for another's
 
         boxes.append(_move(text, *min(PLACES, key=cost)))
@@ -239,17 +228,9 @@ def _move(text: Annotation, distance: float, right: int, up: int) -> Bbox:
 
 
 def _drawn(ax: Axes) -> NDArray[np.float64]:
-    """Pixels [P, 2] where lines and markers are."""
-    found = [np.zeros((0, 2))]
-    circle = np.exp(2j * np.pi * np.arange(24) / 24) * DPI / 72 / 2
-    rim = np.stack([circle.real, circle.imag], axis=1)  # of a marker of one point
-    for line in ax.lines:
-        points = ax.transData.transform(line.get_xydata())
-        steps = np.linspace(0, 1, 50)[:, None]
-        found += [a + steps * (b - a) for a, b in itertools.pairwise(points)]
-        if line.get_marker() != "None":
-            found += [point + rim * line.get_markersize() for point in points]
-    for markers in (m for m in ax.collections if isinstance(m, PathCollection)):
-        points = ax.transData.transform(markers.get_offsets())
-        found += [point + rim * np.sqrt(markers.get_sizes()[0]) for point in points]
-    return np.concatenate(found)
+    """Pixels [P, 2] along the lines, and in the middle of markers."""
+    lines = [line for line in ax.lines if np.size(line.get_xdata())]
+    markers = [each for each in ax.collections if isinstance(each, PathCollection)]
+    found = [ax.transData.transform_path(line.get_path()).interpolated(50).vertices for line in lines]
+    found += [ax.transData.transform(each.get_offsets()) for each in markers]
+    return np.concatenate([np.zeros((0, 2)), *found])

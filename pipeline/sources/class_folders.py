@@ -17,9 +17,7 @@ SPLIT_NAMES: dict[str, SplitName] = {  # of folders, in any case
     "validation": "validation", "val": "validation", "valid": "validation", "dev": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-TOOL_FILES = frozenset(
-    {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
-)  # and names that begin with a dot
+TOOL_FILES = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}  # and names that begin with a dot
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # controls, surrogates, separators of lines and paragraphs
 
 Labelled = list[tuple[Path, int]]  # images, each with the index of its class
@@ -27,26 +25,16 @@ Labelled = list[tuple[Path, int]]  # images, each with the index of its class
 
 @dataclass(frozen=True, kw_only=True)
 class Tree:
-    """The images of a folder by splits and classes.
+    """The images of a folder by splits and classes."""
 
-    Attributes:
-        folder: the root of all paths.
-        classes: their names, sorted.
-        splits: the images of each split that has a folder; without such folders all are in train.
-        passed_over: skipped files and links to folders, as paths below `folder`.
-    """
-
-    folder: Path
-    classes: tuple[str, ...]
+    folder: Path  # the root of all paths
+    classes: tuple[str, ...]  # their names, sorted
+    # the images of each split that has a folder; without such folders all are in train
     splits: dict[SplitName, Labelled]
-    passed_over: tuple[str, ...]
+    passed_over: tuple[str, ...]  # skipped files and links to folders, as paths below `folder`
 
-    def missing(self, shares: dict[SplitName, float]) -> dict[SplitName, float]:
-        """The shares of the splits that have no folder, which are to be drawn from train.
-
-        Raises:
-            DataError: a split has neither a folder nor a share, or both.
-        """
+    def check(self, shares: dict[SplitName, float]) -> None:
+        """Refuse a split with neither a folder nor a share (which is drawn from train), or with both."""
         problems = []
         for split in (name for name in SPLITS if name != "train"):
             key = f"data.{split}_fraction"
@@ -59,7 +47,6 @@ class Tree:
                 problems.append(f"{self.folder} has no {split}/ and {key} is null; set one")
         if problems:
             raise DataError("\n".join(problems))
-        return shares
 
 
 def scan(folder: Path) -> Tree:
@@ -120,11 +107,7 @@ def _split_folders(folder: Path) -> dict[SplitName, Path]:
 def _beside_splits(
     folder: Path, split_folders: dict[SplitName, Path], classes: Sequence[str]
 ) -> list[Path]:
-    """The files in folders beside those of splits.
-
-    Raises:
-        DataError: such a folder is a split by its name or by the classes in it.
-    """
+    """The files in folders beside those of splits."""
     files: list[Path] = []
     for path in sorted(set(_folders(folder)) - set(split_folders.values())):
         if path.name.casefold() in SPLIT_NAMES:
@@ -143,11 +126,7 @@ def _beside_splits(
 
 
 def _class_folders(folder: Path) -> set[str]:
-    """The names of the folders in it.
-
-    Raises:
-        DataError: it can't be listed, or one has a name that can't be a class.
-    """
+    """The names of the folders in it."""
     names: dict[str, str] = {}
     for path in _folders(folder):
         if any(unicodedata.category(letter) in UNPRINTABLE for letter in path.name):
@@ -171,10 +150,8 @@ def _require_several(folder: Path, classes: Sequence[str]) -> None:
     inner = [path.name for name in classes for path in _folders(folder / name)]
     deeper = ""
     if inner:
-        deeper = (
-            f"; the classes seem to lie one folder deeper ({_some(inner)}): name "
-            f"{folder / classes[0]} instead"
-        )
+        where = f"{folder / classes[0]} instead"
+        deeper = f"; the classes seem to lie one folder deeper ({some(inner)}): name {where}"
     raise DataError(f"{folder} has {len(classes)} class folders; it takes two or more{deeper}")
 
 
@@ -191,9 +168,11 @@ def _images_of(folder: Path, classes: Sequence[str]) -> tuple[Labelled, list[Pat
     for label, name in enumerate(classes):
         class_images, others = _walk(folder / name)
         if not class_images:
+            files = [path.relative_to(folder).as_posix() for path in others]
+            but = f"; {account(files)}; save them in another format" if files else ""
             raise DataError(
                 f"{folder / name} holds no image; add some or remove the folder (images end in "
-                f"{', '.join(sorted(IMAGE_SUFFIXES))}{_but(others, folder)})"
+                f"{', '.join(sorted(IMAGE_SUFFIXES))}{but})"
             )
         below = (path.relative_to(folder / name).parts for path in class_images)
         folders_in.append({parts[0] if len(parts) > 1 else "" for parts in below})
@@ -203,11 +182,6 @@ def _images_of(folder: Path, classes: Sequence[str]) -> tuple[Labelled, list[Pat
     return images, passed_over
 
 
-def _but(others: Sequence[Path], folder: Path) -> str:
-    names = [path.relative_to(folder).as_posix() for path in others]
-    return f"; {account(names)}; save them in another format" if names else ""
-
-
 def _refuse_same_folders(
     folder: Path, classes: Sequence[str], common: set[str], folders_in: Iterable[set[str]]
 ) -> None:
@@ -215,13 +189,13 @@ def _refuse_same_folders(
     if len(common) < 2 or any("" in inner for inner in folders_in):
         return
     raise DataError(
-        f"all of {_some(classes)} in {folder} hold the same folders, {_some(sorted(common))}; if the "
+        f"all of {some(classes)} in {folder} hold the same folders, {some(sorted(common))}; if the "
         f"former are splits, name them {', '.join(sorted(set(SPLIT_NAMES.values())))}, else put each "
         "class's images into its folder itself"
     )
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
@@ -250,9 +224,6 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
 
     A broken link counts as an image, so that reading it ends in a message. Links to folders are not
     followed and count as other files.
-
-    Raises:
-        DataError: a folder can't be listed.
     """
 
     def refuse(error: OSError) -> None:

@@ -1,6 +1,7 @@
 """Folders of images as data sets: read into memory (imagefolder), or only listed (imagefolder_stream).
 
-class_folders.py says which files belong to which split and class.
+class_folders.py says which files belong to which split and class. A file, class or share at fault is
+named by a DataError.
 """
 
 import os
@@ -19,18 +20,14 @@ from pipeline.data.metadata import SplitName
 from pipeline.data.streaming import Listing
 from pipeline.infra.errors import DataError
 from pipeline.infra.safe_io import open_regular
-from pipeline.sources.class_folders import Labelled, Tree
+from pipeline.sources.class_folders import Labelled, Tree, some
 
 
 def imagefolder(tree: Tree, *, image_size: int, shares: dict[SplitName, float], seed: int) -> Dataset:
-    """Images of any size and kind, as squares of `image_size`; splits without a folder are drawn.
-
-    Raises:
-        DataError: the tree and the shares don't fit together, or an image can't be read.
-    """
-    missing = tree.missing(shares)
+    """Images of any size and kind, as squares of `image_size`; splits without a folder are drawn."""
+    tree.check(shares)
     splits = {name: _read(name, images, image_size) for name, images in tree.splits.items()}
-    splits.update(split_by_seed(splits.pop("train"), shares=missing, seed=seed))
+    splits.update(split_by_seed(splits.pop("train"), shares=shares, seed=seed))
     _require_every_class(splits["train"].labels, tree.classes)
     return Dataset(source="imagefolder", classes=tree.classes, splits=splits)
 
@@ -38,15 +35,11 @@ def imagefolder(tree: Tree, *, image_size: int, shares: dict[SplitName, float], 
 def imagefolder_stream(
     tree: Tree, *, shares: dict[SplitName, float], seed: int
 ) -> dict[SplitName, Listing]:
-    """The images of each split, listed and not decoded: for trees of any size.
-
-    Raises:
-        DataError: the tree and the shares don't fit together, or a file is missing, empty or misnamed.
-    """
-    missing = tree.missing(shares)
+    """The images of each split, listed and not decoded: for trees of any size."""
+    tree.check(shares)
     splits = {name: _list(name, images, tree.folder) for name, images in tree.splits.items()}
     whole = splits.pop("train")
-    for name, rows in split_rows(len(whole.paths), shares=missing, seed=seed).items():
+    for name, rows in split_rows(len(whole.paths), shares=shares, seed=seed).items():
         splits[name] = Listing(
             paths=[whole.paths[row] for row in rows], labels=whole.labels[rows], sizes=whole.sizes[rows]
         )
@@ -58,10 +51,9 @@ def _require_every_class(labels: NDArray[np.int64], classes: Sequence[str]) -> N
     counts = np.bincount(labels, minlength=len(classes))
     without = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if without:
-        names = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
         raise DataError(
-            f"no image to train on is left of {names} when the other splits are drawn; add images of "
-            "it, remove the class, or set another data.split_seed"
+            f"no image to train on is left of {some(without)} when the other splits are drawn; add "
+            "images of it, remove the class, or set another data.split_seed"
         )
 
 
@@ -91,9 +83,5 @@ def _list(split: str, images: Labelled, root: Path) -> Listing:
 
 
 def read_image(path: Path, image_size: int) -> NDArray[np.uint8]:
-    """An upright RGB square: the shorter side resized to `image_size`, the longer one cropped to it.
-
-    Raises:
-        DataError: the file is missing or damaged, no image, or one whose brightness has no known range.
-    """
+    """An upright RGB square: the shorter side resized to `image_size`, the longer one cropped to it."""
     return np.asarray(ImageOps.fit(open_image(path), (image_size,) * 2, BILINEAR))

@@ -150,10 +150,12 @@ def _as_torchvision(name: str) -> str:
 
 def _is_plain(value: object) -> bool:
     """Whether it is a dense tensor in memory: not sparse, nested or without data."""
-    if not isinstance(value, Tensor):
-        return False
-    strided = value.layout == torch.strided and value.device.type == "cpu"
-    return strided and not value.is_nested
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_nested
+    )
 
 
 def _length(weights: Weights, name: str, path: Path) -> int:
@@ -161,16 +163,6 @@ def _length(weights: Weights, name: str, path: Path) -> int:
     if name not in weights or weights[name].ndim == 0:
         raise CheckpointError(f"{path} lacks {name}, or it is a single number; {_TAKEN}")
     return weights[name].shape[0]
-
-
-def _complete(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with batch counters, which files from before PyTorch 0.4.1 lack and no result uses."""
-    counters = {
-        name.replace("running_mean", "num_batches_tracked"): torch.tensor(0)
-        for name in weights
-        if name.endswith("running_mean")
-    }
-    return counters | weights
 
 
 def _resnet(weights: Weights, path: Path) -> ResNet:
@@ -211,7 +203,11 @@ def _trunk(weights: Weights, path: Path) -> tuple[dict[str, object], dict[str, T
             f"with {', '.join(map(str, sorted(IMAGENET)))} layers"
         )
     shape: dict[str, object] = {"family": family, "depth": depth, "width": width}
-    return shape, _complete(from_torchvision(weights, sizes))
+    named = from_torchvision(weights, sizes)
+    means = [name for name in named if name.endswith("running_mean")]
+    # batch counters, which files from before PyTorch 0.4.1 lack and no result uses
+    counters = {name.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for name in means}
+    return shape, counters | named
 
 
 def _depth(family: Family, sizes: tuple[int, ...], *, bottlenecks: bool) -> int | None:

@@ -26,19 +26,12 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What a step sees. Each of several processes sees its part of the whole batch, maybe no image.
+    """What a step sees. Each of several processes sees its part of the whole batch, maybe no image."""
 
-    Attributes:
-        images: [B, 3, H, W] float32, augmented and normalised.
-        labels: [B] int64.
-        noise: [B, columns] uniform in [0, 1), from which a learner that asks for it draws actions.
-        weight: of this part in means over the whole batch: B over the images of that.
-    """
-
-    images: Tensor
-    labels: Tensor
-    noise: Tensor
-    weight: float = 1.0
+    images: Tensor  # [B, 3, H, W] float32, augmented and normalised
+    labels: Tensor  # [B] int64
+    noise: Tensor  # [B, columns] uniform in [0, 1), from which a learner that asks for it draws actions
+    weight: float = 1.0  # of this part in means over the whole batch: B over the images of that
 
 
 @dataclass(frozen=True, kw_only=True)

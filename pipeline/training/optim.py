@@ -15,7 +15,6 @@ from pipeline.training.loop import Batch
 
 
 def constant(progress: float) -> float:
-    """The same learning rate throughout."""
     return 1.0
 
 
@@ -73,16 +72,13 @@ class ChainedOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The groups of all parts, in order."""
         return [group for part in self.parts for group in part.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of all parts."""
         for part in self.parts:
             part.zero_grad(set_to_none)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step of every part."""
         for part in self.parts:
             part.step()
 
@@ -91,6 +87,5 @@ class ChainedOptimizer(torch.optim.Optimizer):
         return {str(number): part.state_dict() for number, part in enumerate(self.parts)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` gave."""
         for number, part in enumerate(self.parts):
             part.load_state_dict(state_dict[str(number)])

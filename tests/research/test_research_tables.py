@@ -3,8 +3,9 @@
 import pandas as pd
 import pytest
 
+from pipeline.report.tables import markdown_table
 from research import study
-from research.tables import markdown_table, mean_and_std
+from research.tables import mean_and_std
 
 
 def test_numbers_keep_their_format():
