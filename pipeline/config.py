@@ -428,12 +428,20 @@ for _kind, _pattern in {
 
 
 def load(path: Path | str = "params.yaml") -> Params:
-    """Read and check the whole file."""
+    """Read and check the whole file.
+
+    Raises:
+        ParamsError: it is missing, is no YAML mapping, or holds a key or value that can't be used.
+    """
     return check(read(path), path)
 
 
 def read(path: Path | str) -> dict[str, Any]:
-    """The keys and values of a file of parameters, not checked."""
+    """The keys and values of a file of parameters, not checked.
+
+    Raises:
+        ParamsError: it is missing, or no YAML mapping.
+    """
     path = Path(path)
     try:
         content = yaml.load(read_bytes(path, MAX_BYTES).decode(), Loader)
@@ -456,7 +464,11 @@ def read(path: Path | str) -> dict[str, Any]:
 
 
 def check(content: Mapping[str, Any], path: Path | str) -> Params:
-    """The parameters that a file holds."""
+    """The parameters that a file holds.
+
+    Raises:
+        ParamsError: a key or value can't be used.
+    """
     try:
         return Params.model_validate(content)
     except ValidationError as error:

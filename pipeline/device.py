@@ -23,7 +23,11 @@ MAX_WORKERS = 64
 
 
 def choose_device() -> torch.device:
-    """The device by BLOCKDROP_DEVICE: `auto` (the default; CUDA where there is one), `cpu`, `cuda`."""
+    """The device by BLOCKDROP_DEVICE: `auto` (the default; CUDA where there is one), `cpu`, `cuda`.
+
+    Raises:
+        UserError: another name, or CUDA asked for where there is none.
+    """
     name = os.environ.get(DEVICE_VARIABLE, "auto")
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"{DEVICE_VARIABLE}={name!r}: choose auto, cpu or cuda")
@@ -41,6 +45,9 @@ def loader_workers(device: torch.device) -> int:
     """Processes that decode images ahead of the device: BLOCKDROP_WORKERS, or one for each core.
 
     On a CPU none unless asked for: they would take the cores from the networks.
+
+    Raises:
+        UserError: BLOCKDROP_WORKERS is no number from 0 to 64.
     """
     text = os.environ.get(WORKERS_VARIABLE)
     if text is not None:

@@ -19,7 +19,11 @@ from stages.support import common, compatibility, training
 
 
 def load_policy_net(path: Path, params: Params, pretrained: Checkpoint) -> PolicyNet:
-    """The policy network of our own or the authors' checkpoint, when it fits the pretrained ResNet."""
+    """The policy network of our own or the authors' checkpoint, when it fits the pretrained ResNet.
+
+    Raises:
+        CheckpointError: it can't be read, or was trained for another ResNet or data set.
+    """
     if path.is_dir():
         imported = checkpoint.load(path)
         compatibility.require_same(

@@ -19,7 +19,11 @@ from stages.support import common, compatibility, recipes, training
 
 
 def load_pair(path: Path, params: Params, pretrained: Checkpoint) -> tuple[ResNet, PolicyNet]:
-    """ResNet and policy network of our own or the authors' finetuned checkpoint, when they fit."""
+    """ResNet and policy network of our own or the authors' finetuned checkpoint, when they fit.
+
+    Raises:
+        CheckpointError: they can't be read, or were finetuned from another ResNet or on other data.
+    """
     origin = "import for pretrain the ResNet that it was finetuned from"
     if path.is_dir():
         imported = checkpoint.load(path)

@@ -16,7 +16,11 @@ RAW = project_root() / "data/raw"  # archives, kept between runs and out of DVC 
 
 
 def read(data: Data) -> Dataset:
-    """The data set that params.yaml names, if its classes and images are known beforehand."""
+    """The data set that params.yaml names, if its classes and images are known beforehand.
+
+    Raises:
+        ValueError: it is another source (`write` reads folders of images).
+    """
     if data.source == "cifar10":
         return cifar.cifar10(RAW)
     if data.source == "cifar100":

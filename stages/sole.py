@@ -13,6 +13,11 @@ from stages.support import common, training
 
 
 def main(params: Params, *, depth: int) -> None:
+    """Write models/sole/DEPTH.
+
+    Raises:
+        UserError: params.yaml does not name the depth.
+    """
     if depth not in params.sole.depths:
         raise UserError(f"sole.depths {list(params.sole.depths)} does not name {depth}; add it there")
     training.run_full_network("sole", params, depth=depth, item=str(depth))

@@ -21,6 +21,11 @@ from stages.support import common, compatibility, recipes, training
 
 
 def main(params: Params, *, rule: str, num_kept: int) -> None:
+    """Write models/static/RULE-NUM_KEPT.
+
+    Raises:
+        UserError: params.yaml does not name the rule or the number of blocks.
+    """
     if rule not in params.static.rules or num_kept not in params.static.num_kept:
         raise UserError(f"static in params.yaml does not name {rule} with {num_kept} kept; add it there")
     pretrained = replace(checkpoint.load(common.PRETRAINED), stage="static")

@@ -97,7 +97,11 @@ def run_check() -> "tuple[int, str]":
 
 
 def require_replaceable(why: str) -> None:
-    """Refuse to replace what `make setup` did not make."""
+    """Refuse to replace what `make setup` did not make.
+
+    Raises:
+        SystemExit: .venv is a link to another folder's environment, or no environment.
+    """
     if VENV.is_symlink():
         sys.exit(
             f"error: .venv is a link to {VENV.resolve()}, which {why} and is left as it is; `rm .venv`, "
@@ -110,7 +114,11 @@ def require_replaceable(why: str) -> None:
 
 
 def make_environment(why: str) -> None:
-    """Make an environment without packages, in the place of one that can't be used."""
+    """Make an environment without packages, in the place of one that can't be used.
+
+    Raises:
+        SystemExit: pyproject.toml does not allow this Python.
+    """
     if not is_supported():
         sys.exit(
             f"error: {sys.executable} is Python {version()}, and this project takes {versions()}; name "

@@ -48,7 +48,11 @@ def baselines_of(experiment: Experiment) -> list[dict[str, Any]]:
 
 
 def choose(finished: list[Experiment], name: str | None) -> list[Experiment]:
-    """The experiment of that name (without: the newest) and its siblings."""
+    """The experiment of that name (without: the newest) and its siblings.
+
+    Raises:
+        UserError: there is none.
+    """
     named = [experiment for experiment in finished if name in (None, experiment.name)]
     if not named:
         known = ", ".join(experiment.name for experiment in finished[:10]) or "none"

@@ -33,7 +33,11 @@ UNSAFE = re.compile(r"[^\w.+=@,()-]")  # some mean something in dvc.yaml, DVC's 
 
 
 def check(path: Path, stage: str) -> None:
-    """Check that the checkpoint can be read and holds the networks that the stage trains."""
+    """Check that the checkpoint can be read and holds the networks that the stage trains.
+
+    Raises:
+        UserError: it can't be read, or lacks a network.
+    """
     if path.is_dir():
         loaded = checkpoint.load(path)
         if stage != "curriculum":
@@ -49,7 +53,11 @@ def check(path: Path, stage: str) -> None:
 
 
 def bring_in(path: Path, in_use: Collection[Path] = ()) -> Path:
-    """Copy a legacy file, or both files of one of our own folders, into import/."""
+    """Copy a legacy file, or both files of one of our own folders, into import/.
+
+    Raises:
+        UserError: another stage uses an import of that name with other content.
+    """
     path = path.resolve()
     if path.parent == IMPORT.resolve():
         return IMPORT / path.name
@@ -73,7 +81,11 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def download(name: str, resnet: ResNetParams) -> Path:
-    """Fetch torchvision's pretrained weights into import/, checked by the digest in the file's name."""
+    """Fetch torchvision's pretrained weights into import/, checked by the digest in the file's name.
+
+    Raises:
+        UserError: torchvision has no such weights, or they can't be fetched.
+    """
     from torch.hub import download_url_to_file
     from torchvision.models import get_model_weights
 

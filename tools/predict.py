@@ -38,7 +38,11 @@ REMEDIES = "`make repro` trains one, `dvc pull` fetches one"
 
 @contextmanager
 def folder_of(model: str) -> Iterator[Path]:
-    """The checkpoint folder that a command line names, for as long as the context lasts."""
+    """The checkpoint folder that a command line names, for as long as the context lasts.
+
+    Raises:
+        UserError: there is no such folder, or no such model in MLflow.
+    """
     if model.startswith(REGISTRY):
         from pipeline.tracking.registry import fetched  # slow to import
 
@@ -56,7 +60,11 @@ def folder_of(model: str) -> Iterator[Path]:
 
 
 def paths_of(words: str) -> list[Path]:
-    """The files that the text of `--words` names."""
+    """The files that the text of `--words` names.
+
+    Raises:
+        UserError: a quotation mark has no partner.
+    """
     if exists(words):
         return [Path(words)]
     try:

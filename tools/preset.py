@@ -22,7 +22,11 @@ PARAMS = Path("params.yaml")
 
 
 def load(name: str, folder: Path = PRESETS) -> Params:
-    """The parameters of a preset: the defaults with the preset's values."""
+    """The parameters of a preset: the defaults with the preset's values.
+
+    Raises:
+        UserError: there is no such preset, or it has a key or value that can't be used.
+    """
     path = _path(name, folder)
     return config.check(_merge(config.read(folder / DEFAULTS), config.read(path)), path)
 
@@ -32,6 +36,9 @@ def whole_text(name: str, folder: Path = PRESETS) -> str:
 
     A comment beside a value in the preset takes the place of the default's. A preset that has every key
     (the defaults, or a copy of params.yaml) is already whole.
+
+    Raises:
+        UserError: there is no such preset, or it has a key or value that can't be used.
     """
     load(name, folder)
     path = _path(name, folder)
@@ -52,7 +59,11 @@ def whole_text(name: str, folder: Path = PRESETS) -> str:
 
 
 def use(name: str) -> None:
-    """Write params.yaml anew, unless it holds changes that are in no preset."""
+    """Write params.yaml anew, unless it holds changes that are in no preset.
+
+    Raises:
+        UserError: there is no such preset, it can't be used, or changes would be lost.
+    """
     text = whole_text(name)
     if PARAMS.exists() and PARAMS.read_bytes() not in set(_written()):
         raise UserError(

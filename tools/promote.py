@@ -34,7 +34,11 @@ def describe(promotion: Promotion) -> str:
 
 
 def promote_newest(run: str, **names: str) -> Promotion:
-    """`promote`, after a sync where DVC knows the experiment and MLflow does not, or by an old name."""
+    """`promote`, after a sync where DVC knows the experiment and MLflow does not, or by an old name.
+
+    Raises:
+        ModelError: as `promote`.
+    """
     try:
         return promote(run, **names)
     except UnknownRunError:

@@ -50,7 +50,11 @@ class Outcome:
 
 
 def references(root: Path) -> list[Reference]:
-    """Every experiment that DVC knows here, of all commits."""
+    """Every experiment that DVC knows here, of all commits.
+
+    Raises:
+        UserError: DVC can't list them, where there is no Git repository for example.
+    """
     try:
         with Repo(str(root)) as repo:
             by_baseline = repo.experiments.ls(all_commits=True)
@@ -67,12 +71,23 @@ def references(root: Path) -> list[Reference]:
 
 
 def read(reference: Reference, root: Path) -> Record:
+    """The record of an experiment.
+
+    Raises:
+        RecordError: it isn't finished.
+        DvcException: DVC can't read it.
+    """
     files = DVCFileSystem(str(root), rev=reference.revision)
     return dvc_results.read(files, **vars(reference))
 
 
 def log(reference: Reference, root: Path, names: Container[str]) -> None:
-    """Log what MLflow lacks of an experiment, under its present name."""
+    """Log what MLflow lacks of an experiment, under its present name.
+
+    Raises:
+        RecordError: its files can't be used.
+        DvcException: DVC can't read it.
+    """
     name = printable(reference.name)
     with store() as (client, experiment_id):
         run = experiment_runs.find_complete(client, experiment_id, reference.revision)
@@ -108,7 +123,12 @@ def work_tree(root: Path) -> str | None:
 
 
 def sync(root: Path) -> Outcome:
-    """Complete every experiment's parent run; one that fails does not stop the others."""
+    """Complete every experiment's parent run; one that fails does not stop the others.
+
+    Raises:
+        UserError: DVC can't list the experiments.
+        Exception: the store can't be used.
+    """
     failed = []
     with exclusive(root / LOCK, waiting_message="sync: waiting for another one to end"):
         with store() as (client, experiment_id):

@@ -15,7 +15,11 @@ from tools.sync import sync, usable_store
 
 
 def require_free(host: str, port: int) -> None:
-    """Check before the sync that the UI can be served there."""
+    """Check before the sync that the UI can be served there.
+
+    Raises:
+        UserError: the port is taken, or the host is none of this machine's.
+    """
     try:
         family, kind, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

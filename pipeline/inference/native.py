@@ -254,7 +254,12 @@ class _PackedNetwork:
 
 
 class Native(Executor):
-    """On CPUs: the same time per image at batch 1 as at 1024, and at any mix of policies."""
+    """On CPUs: the same time per image at batch 1 as at 1024, and at any mix of policies.
+
+    Raises:
+        UnavailableError: another device, channels that are no multiple of 4, no compiler, or bf16 on a
+            CPU that has neither AMX nor AVX512_BF16.
+    """
 
     name = "native"
 

@@ -36,7 +36,11 @@ class RankInfo:
 
 
 def rank_info() -> RankInfo:
-    """Read this process's rank from torchrun's variables."""
+    """Read this process's rank from torchrun's variables.
+
+    Raises:
+        UserError: some of the variables are missing, or they contradict each other.
+    """
     values = {name: os.environ.get(name, "") for name in TORCHRUN_VARIABLES}
     if not values["RANK"] and not values["WORLD_SIZE"]:
         return RankInfo()
@@ -59,7 +63,11 @@ def is_main() -> bool:
 
 
 def requested_world_size(device: torch.device) -> int:
-    """How many processes BLOCKDROP_PROCESSES asks for on this machine; 1 where it is not set."""
+    """How many processes BLOCKDROP_PROCESSES asks for on this machine; 1 where it is not set.
+
+    Raises:
+        UserError: it is no number of processes, or more than there are CUDA devices to train on.
+    """
     text = os.environ.get(PROCESSES_VARIABLE, "")
     if not text:
         return 1
@@ -74,7 +82,11 @@ def requested_world_size(device: torch.device) -> int:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Connect the processes of this training for as long as the context lasts."""
+    """Connect the processes of this training for as long as the context lasts.
+
+    Raises:
+        UserError: torchrun's variables can't be used, or the machine has too few CUDA devices.
+    """
     info = rank_info()
     if info.size == 1:
         yield

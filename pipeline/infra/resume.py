@@ -111,7 +111,11 @@ class ResumePoint:
         return _read(self.finished)
 
     def finish(self) -> None:
-        """Mark the last state as that of a finished training, for processes that wait for it."""
+        """Mark the last state as that of a finished training, for processes that wait for it.
+
+        Raises:
+            OSError: it can't be renamed; the states are as they were.
+        """
         with failures_name(self.finished):
             self.path.replace(self.finished)
             self.previous.unlink(missing_ok=True)

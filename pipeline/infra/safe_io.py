@@ -32,7 +32,11 @@ def open_regular(path: Path, limit: int | None = None) -> io.BufferedReader:
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """All of a file of at most `limit` bytes."""
+    """All of a file of at most `limit` bytes.
+
+    Raises:
+        OSError: it can't be read; `strerror` says why.
+    """
     with open_regular(path, limit) as file:
         return file.read()  # with a number Python takes that much memory first
 

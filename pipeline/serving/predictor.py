@@ -66,6 +66,10 @@ class Predictor:
         checkpoint: with a ResNet; its networks are moved to `device`.
         image_size: side in pixels, for a checkpoint that does not hold it.
         device: where to run; None: where the weights are.
+
+    Raises:
+        CheckpointError: it holds no ResNet.
+        PredictionError: the image size is not known, or differs from the checkpoint's.
     """
 
     def __init__(
@@ -97,7 +101,11 @@ class Predictor:
         return len(self.cost.blocks)
 
     def __call__(self, images: NDArray[np.uint8] | Tensor) -> list[Prediction]:
-        """A prediction for each image of [B, H, W, 3] uint8; B may be 0 or whatever fits in memory."""
+        """A prediction for each image of [B, H, W, 3] uint8; B may be 0 or whatever fits in memory.
+
+        Raises:
+            PredictionError: they have another size or type.
+        """
         batches = self._checked(images).split(evaluation_batch(self.image_size))
         return [prediction for batch in batches for prediction in self._predict(batch)]
 
@@ -148,6 +156,9 @@ def as_colours(images: NDArray[Any]) -> NDArray[np.uint8]:
 
     Args:
         images: [B, ...]; of dtype object where they come from JSON, so that a bool or a text shows.
+
+    Raises:
+        PredictionError: there is no batch or no image, or a number is refused.
     """
     if images.ndim == 0:
         raise PredictionError(f"a single number is no batch of images; {_COLOURS}")
@@ -197,7 +208,11 @@ def _remedy(dtype: str, shape: tuple[int, ...], side: int) -> str:
 
 
 def image_size_of(checkpoint: Checkpoint, given: int | None = None) -> int:
-    """Side in pixels of the images that a checkpoint takes; `given` is for one that does not hold it."""
+    """Side in pixels of the images that a checkpoint takes; `given` is for one that does not hold it.
+
+    Raises:
+        PredictionError: it is not known, the two differ, or it is no multiple of 4 from 8 to 512.
+    """
     trained = checkpoint.image_size
     if trained is not None and given not in (None, trained):
         raise PredictionError(

@@ -41,7 +41,11 @@ class TrackingError(UserError):
 
 
 def mode() -> str:
-    """The value of BLOCKDROP_TRACKING: off, strict, or empty (log, and continue when MLflow is away)."""
+    """The value of BLOCKDROP_TRACKING: off, strict, or empty (log, and continue when MLflow is away).
+
+    Raises:
+        UserError: it has another value.
+    """
     value = os.environ.get(VARIABLE, "")
     if value not in ("", OFF, STRICT):
         raise UserError(
@@ -130,7 +134,11 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def require_store(uri: str) -> None:
-    """Check that a URI names a kind of store that MLflow has."""
+    """Check that a URI names a kind of store that MLflow has.
+
+    Raises:
+        UserError: it is a folder, or a server without its protocol.
+    """
     if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):  # MLflow's own variable
         return
     if re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri):
@@ -143,7 +151,12 @@ def require_store(uri: str) -> None:
 
 
 def require_usable(uri: str, *, seconds: float = SQLITE_TIMEOUT) -> None:
-    """Check within seconds that an SQLite file is a database, unlocked and writable."""
+    """Check within seconds that an SQLite file is a database, unlocked and writable.
+
+    Raises:
+        OSError: the file, or its folder, can't be written to.
+        sqlite3.Error: the file can't be used.
+    """
     from sqlalchemy.engine import make_url
 
     if not uri.startswith(SQLITE):

@@ -89,6 +89,10 @@ def log_model(
             noise. An older checkpoint holds no image size; then it is that of these images, or else the
             run's parameter data.image_size.
         dvc_md5: DVC's digest of the folder.
+
+    Raises:
+        CheckpointError: the folder can't be used.
+        PredictionError: its image size is not known, or the example has another.
     """
     networks = checkpoint.load(folder)
     networks.need_resnet()
@@ -109,7 +113,12 @@ def log_model(
 
 
 def promote(run: str, *, registered_name: str = NAME, alias: str = ALIAS) -> Promotion:
-    """Give an alias to the model of a run, by its id or its experiment's name, and register it first."""
+    """Give an alias to the model of a run, by its id or its experiment's name, and register it first.
+
+    Raises:
+        ModelError: there is no such run, several experiments have that name, the run has no model, or
+            MLflow refuses one of the names.
+    """
     with store() as (client, experiment_id):
         source = _find_run(client, experiment_id, run)
         model = _newest(client, source)
@@ -127,7 +136,11 @@ def promote(run: str, *, registered_name: str = NAME, alias: str = ALIAS) -> Pro
 
 @contextmanager
 def fetched(uri: str) -> Iterator[Path]:
-    """Download the checkpoint folder of a logged model; it is deleted at the end of the context."""
+    """Download the checkpoint folder of a logged model; it is deleted at the end of the context.
+
+    Raises:
+        ModelError: there is no such model, or another program logged it.
+    """
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 

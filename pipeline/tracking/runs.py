@@ -216,6 +216,10 @@ def stage_run(
     """A run for one stage: FINISHED at the end, KILLED by Ctrl-C or SIGTERM, FAILED by anything else.
 
     Where an interrupted training had one, of the id `resumed`, that is continued.
+
+    Raises:
+        TrackingError: MLflow is away and BLOCKDROP_TRACKING is strict.
+        UserError: BLOCKDROP_TRACKING has a value that it can't have.
     """
     run = StageRun(stage, as_texts(params))
     try:

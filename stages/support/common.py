@@ -106,7 +106,11 @@ def _fail(message: str) -> None:
 
 
 def require_writable(*folders: Path) -> None:
-    """See that files can be written there, before hours of training and not after."""
+    """See that files can be written there, before hours of training and not after.
+
+    Raises:
+        OSError: they can't.
+    """
     for folder in folders:
         with failures_name(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -119,6 +123,9 @@ def require_seen(folder: Path, files: Collection[Path]) -> None:
     """See that DVC notices changes to these files, which lie in a folder that a stage depends on.
 
     DVC leaves out what `.dvcignore` hides and what lies behind a link to another folder.
+
+    Raises:
+        UserError: a file is left out; the message names the pattern or the link.
     """
     folders = {parent for path in files for parent in path.parents if folder in parent.parents}
     link = min((path for path in folders if path.is_symlink()), default=None)

@@ -16,7 +16,11 @@ from stages.support.recipes import normalisation_of
 
 
 def require_same(path: Path, what: str, actual: object, expected: object, remedy: str) -> None:
-    """Refuse a checkpoint in which something is not as the rest of the pipeline expects it."""
+    """Refuse a checkpoint in which something is not as the rest of the pipeline expects it.
+
+    Raises:
+        CheckpointError: `actual` is not `expected`.
+    """
     if actual != expected:
         raise CheckpointError(f"{path}: its {what} is {actual}, expected {expected}; {remedy}")
 
@@ -25,6 +29,9 @@ def require_same_image_size(path: Path, imported: Checkpoint, params: Params) ->
     """Compare the side of the images with params.yaml's, where the checkpoint states it.
 
     The authors' files and our first ones do not.
+
+    Raises:
+        CheckpointError: they differ.
     """
     if imported.image_size is not None:
         require_same(
@@ -34,7 +41,11 @@ def require_same_image_size(path: Path, imported: Checkpoint, params: Params) ->
 
 
 def require_same_policy_net(path: Path, policy_net: PolicyNet, params: Params) -> None:
-    """Compare a policy network with the one that params.yaml describes."""
+    """Compare a policy network with the one that params.yaml describes.
+
+    Raises:
+        CheckpointError: they differ.
+    """
     expected, features, image_size = params.policy_net, policy_net.features, params.data.image_size
     require_same(
         path, "policy network's family, depth, width and input_size",
@@ -45,7 +56,11 @@ def require_same_policy_net(path: Path, policy_net: PolicyNet, params: Params) -
 
 
 def load_resnet(path: Path, params: Params, classes: tuple[str, ...], *, depth: int) -> ResNet:
-    """The ResNet of our own or the authors' checkpoint, if it is the one that params.yaml describes."""
+    """The ResNet of our own or the authors' checkpoint, if it is the one that params.yaml describes.
+
+    Raises:
+        CheckpointError: it can't be read, or is of another network, data set or depth.
+    """
     if path.is_dir():
         imported = checkpoint.load(path)
         require_same(

@@ -49,7 +49,11 @@ class FileState:
 
     @classmethod
     def of(cls, path: Path, *, read: bool) -> "FileState":
-        """The state of the file now."""
+        """The state of the file now.
+
+        Raises:
+            OSError: it is missing or can't be read.
+        """
         status = path.stat()
         digest = None
         if read and path.is_file():  # a pipe would be waited for
@@ -82,6 +86,9 @@ class StageInputs:
 
         Args:
             arguments: of the command line; they name the item of a matrix.
+
+        Raises:
+            OSError, yaml.YAMLError, LookupError, TypeError: dvc.yaml or params.yaml can't be read.
         """
         entry = _entry(stage)
         code = {name: ROOT / name for name in entry["deps"] if name.startswith(CODE)}
@@ -165,7 +172,11 @@ def params_of(stage: str, params: "Params") -> dict[str, Any]:
 
 
 def require_unchanged() -> None:
-    """See that this stage's parameters, code and inputs are as they were when its process began."""
+    """See that this stage's parameters, code and inputs are as they were when its process began.
+
+    Raises:
+        ChangedError: they are not; its outs, if it has written any, are removed.
+    """
     changes = [] if AT_START is None else list(AT_START.changes())
     if AT_START is None or not changes:
         return

@@ -124,6 +124,10 @@ def run(
         load: reads a checkpoint that is taken, and refuses one that does not fit.
         build: makes what learns, and the checkpoint of its networks, which the training moves.
         item: which training of a matrix stage this is.
+
+    Raises:
+        TrainingError: the numbers went wrong; the last good resume point is kept.
+        UserError: the checkpoint does not fit, or another process trains something else.
     """
     outputs = Outputs(stage, item)
     imported = imported_path(getattr(params.checkpoints, stage))
@@ -184,7 +188,11 @@ def run_full_network(stage: str, params: Params, *, depth: int, item: str = "") 
 
 
 def imported_path(setting: str) -> Path | None:
-    """The checkpoint to take instead of training (of a matrix stage: their folder), if one is named."""
+    """The checkpoint to take instead of training (of a matrix stage: their folder), if one is named.
+
+    Raises:
+        UserError: DVC would not notice a change of it.
+    """
     if setting == NO_FILE:
         return None
     path = Path(setting)

@@ -142,7 +142,11 @@ class Checkpointer:
             self.run.log_metrics(row, step=int(row["epoch"]))
 
     def epoch_done(self, result: loop.EpochResult) -> None:
-        """Add an epoch's metrics to the history and log them."""
+        """Add an epoch's metrics to the history and log them.
+
+        Raises:
+            TrainingError: they, or weights, are not finite.
+        """
         self._require_finite(result)
         row: Metrics = {"epoch": result.epoch + 1}
         row |= {f"train_{name}": value for name, value in result.train.items()}
