@@ -9,10 +9,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml.constructor import ConstructorError
 
 from pipeline.architectures import Family, num_blocks, require_trainable
@@ -44,6 +44,7 @@ Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["sgd", "adam"]
 RuleName = Literal["first", "random", "distribute"]
 ExecutorName = Literal["masked", "gather", "grouped", "cuda_graphs", "native", "triton"]
+T = TypeVar("T")
 
 
 RENAMED = {  # keys of older versions
@@ -74,6 +75,22 @@ RENAMED = {  # keys of older versions
 RENAMED_EXECUTORS = {"graphed": "cuda_graphs", "persistent": "triton"}  # values of benchmark.executors
 
 
+def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{list(values)} names something twice; once is enough")
+    return values
+
+
+def _not_empty(values: tuple[T, ...]) -> tuple[T, ...]:
+    if not values:  # DVC makes no stage of an empty list, and misses its files
+        raise ValueError("is empty; name one at least")
+    return values
+
+
+Distinct = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_distinct)]
+Several = Annotated[Distinct[T], AfterValidator(_not_empty)]
+
+
 class ParamsError(UserError):
     """params.yaml can't be used; the message names every key, its value and the remedy."""
 
@@ -100,7 +117,7 @@ class Data(Section):
     split_seed: Seed
 
     @model_validator(mode="after")
-    def _fits_the_source(self) -> "Data":
+    def _fits_the_source(self) -> Self:
         cifar = self.source in ("cifar10", "cifar100")
         if cifar and (self.validation_fraction is not None or self.test_fraction is not None):
             raise ValueError(
@@ -132,20 +149,25 @@ class AugmentationParams(Section):
     flip: bool
 
 
-class ResNetParams(Section):
-    """The network whose blocks are dropped, and how its input is normalised."""
+class Network(Section):
+    """The size of a ResNet; a policy network has the same blocks."""
 
     family: Family
     depth: Depth
     width: Width
-    mean: Annotated[tuple[Mean, Mean, Mean], Field(strict=False)]
-    std: Annotated[tuple[Deviation, Deviation, Deviation], Field(strict=False)]
 
     @model_validator(mode="after")
-    def _depth(self) -> "ResNetParams":
+    def _can_be_built(self) -> Self:
         num_blocks(self.family, self.depth)
         require_trainable(self.family, self.depth, self.width)
         return self
+
+
+class ResNetParams(Network):
+    """The network whose blocks are dropped, and how its input is normalised."""
+
+    mean: Annotated[tuple[Mean, Mean, Mean], Field(strict=False)]
+    std: Annotated[tuple[Deviation, Deviation, Deviation], Field(strict=False)]
 
     @property
     def num_blocks(self) -> int:
@@ -153,22 +175,15 @@ class ResNetParams(Section):
         return num_blocks(self.family, self.depth)
 
 
-class PolicyNetParams(Section):
+class PolicyNetParams(Network):
     """The network that looks at the image and decides."""
 
-    family: Family
-    depth: Depth
-    width: Width
     input_size: Side | None
     initial_keep_prob: Fraction
-    paths: Annotated[tuple[CountOrNone, ...], Field(strict=False)]
+    paths: Distinct[CountOrNone]
 
     @model_validator(mode="after")
-    def _depth(self) -> "PolicyNetParams":
-        num_blocks(self.family, self.depth)
-        require_trainable(self.family, self.depth, self.width)
-        if self.paths:
-            _check_list("paths", self.paths)
+    def _leaves_a_choice(self) -> Self:
         if len(self.paths) == 1:
             raise ValueError(f"paths {list(self.paths)} leave no choice; name two at least, or none: []")
         return self
@@ -261,20 +276,18 @@ class Evaluate(Section):
 class Benchmark(Section):
     """What is timed, and for how long."""
 
-    batch_sizes: Annotated[tuple[Few, ...], Field(strict=False)]
-    precisions: Annotated[tuple[Precision, ...], Field(strict=False)]
-    executors: Annotated[tuple[ExecutorName, ...], Field(strict=False)]
-    keep_ratios: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(strict=False)]
+    batch_sizes: Several[Few]
+    precisions: Several[Precision]
+    executors: Several[ExecutorName]
+    keep_ratios: Several[Annotated[float, Field(ge=0, le=1)]]
     distinct_policies: Few
-    sole_depths: Annotated[tuple[Depth, ...], Field(strict=False)]
+    sole_depths: Distinct[Depth]
     rounds: Annotated[int, Field(ge=5, le=10**5)]
     seconds: Positive
     with_compile: bool
 
     @model_validator(mode="after")
-    def _lists(self) -> "Benchmark":
-        for name in ("batch_sizes", "precisions", "executors", "keep_ratios", "sole_depths"):
-            _check_list(name, getattr(self, name), may_be_empty=name == "sole_depths")
+    def _makes_a_line(self) -> Self:
         if len(self.keep_ratios) < 2:
             raise ValueError(f"keep_ratios {list(self.keep_ratios)} is one point; a line takes two")
         return self
@@ -283,25 +296,14 @@ class Benchmark(Section):
 class Sole(Section):
     """ResNets of other depths, every block of which runs, by pretrain's recipe."""
 
-    depths: Annotated[tuple[Depth, ...], Field(strict=False)]
-
-    @model_validator(mode="after")
-    def _lists(self) -> "Sole":
-        _check_list("depths", self.depths)
-        return self
+    depths: Several[Depth]
 
 
 class Static(Section):
     """Rules that drop blocks without looking at the image, finetuned by the recipe of `finetune`."""
 
-    rules: Annotated[tuple[RuleName, ...], Field(strict=False)]
-    num_kept: Annotated[tuple[Count, ...], Field(strict=False)]
-
-    @model_validator(mode="after")
-    def _lists(self) -> "Static":
-        _check_list("rules", self.rules)
-        _check_list("num_kept", self.num_kept)
-        return self
+    rules: Several[RuleName]
+    num_kept: Several[Count]
 
 
 class Params(Section):
@@ -326,7 +328,7 @@ class Params(Section):
     static: Static
 
     @model_validator(mode="after")
-    def _fit_together(self) -> "Params":
+    def _fit_together(self) -> Self:
         size = self.policy_net.input_size
         if size is not None and size > self.data.image_size:
             raise ValueError(
@@ -431,13 +433,6 @@ class Params(Section):
         return dict(flatten(self.model_dump()))
 
 
-def _check_list(name: str, values: Sequence[object], *, may_be_empty: bool = False) -> None:
-    if not values and not may_be_empty:  # DVC makes no stage of an empty list, and misses its files
-        raise ValueError(f"{name} is empty; name one at least")
-    if len(set(values)) < len(values):
-        raise ValueError(f"{name} {list(values)} names something twice; once is enough")
-
-
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of nested sections under its dotted key."""
     for key, value in values.items():
@@ -516,9 +511,6 @@ def read(path: Path | str) -> dict[str, Any]:
 
 def check(content: Mapping[str, Any], path: Path | str) -> Params:
     """The parameters that a file holds.
-
-    Args:
-        path: of the file, for the message.
 
     Raises:
         ParamsError: a key or value can't be used.

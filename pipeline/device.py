@@ -23,7 +23,7 @@ MAX_WORKERS = 64
 
 
 def choose_device() -> torch.device:
-    """The device named by BLOCKDROP_DEVICE: `auto` (the default; CUDA when there is one), `cpu`, `cuda`.
+    """The device by BLOCKDROP_DEVICE: `auto` (the default; CUDA where there is one), `cpu`, `cuda`.
 
     Raises:
         UserError: another name, or CUDA asked for where there is none.
@@ -108,7 +108,6 @@ def keep_freed_memory() -> bool:
 
 
 def usable_cores() -> list[int]:
-    """The numbers of the cores on which this process may run."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))

@@ -47,8 +47,10 @@ plt.rcParams.update(
 
 
 def headline(figure: plt.Figure, title: str) -> None:
-    """The figure's title, over as many lines as it needs."""
-    figure.suptitle(textwrap.fill(title, 105))
+    """The figure's title, over as many lines as it needs; all but one make the figure higher."""
+    lines = textwrap.wrap(title, 105)
+    figure.suptitle("\n".join(lines))
+    figure.set_figheight(figure.get_figheight() + 0.17 * max(0, len(lines) - 1))
 
 
 def fitting(text: str, inches: float, size: float, weight: str = "normal") -> str:

@@ -120,7 +120,11 @@ class Setting:
 
 
 def parsed(text: str, *, flag: str) -> dict[str, Any]:
-    """The values of `key=value,key=value`, each of the type that params.yaml would give it."""
+    """The values of `key=value,key=value`, each of the type that params.yaml would give it.
+
+    Raises:
+        UserError: the text is not of that form.
+    """
     values = {}
     for part in re.split(r",(?=\s*[\w.]+=)", text) if text else []:
         key, equals, value = part.partition("=")
@@ -134,7 +138,11 @@ def parsed(text: str, *, flag: str) -> dict[str, Any]:
 
 
 def changed(preset: Params, text: str, *, flag: str = "--vary") -> Params:
-    """The preset with other values under dotted keys."""
+    """The preset with other values under dotted keys.
+
+    Raises:
+        UserError: a key does not exist, or does not take its value.
+    """
     values = preset.model_dump()
     known = preset.flat()
     for key, value in parsed(text, flag=flag).items():
@@ -149,7 +157,11 @@ def changed(preset: Params, text: str, *, flag: str = "--vary") -> Params:
 
 
 def variant_of(setting: Setting, text: str) -> Params:
-    """The preset with one change that the stage reads."""
+    """The preset with one change that the stage reads.
+
+    Raises:
+        UserError: the stage does not read the changed value, or it was the same before.
+    """
     params = changed(setting.preset, text)
     read = READS[setting.stage]
     if params.model_dump(include=read) == setting.preset.model_dump(include=read):
@@ -159,7 +171,11 @@ def variant_of(setting: Setting, text: str) -> Params:
 
 
 def checked(setting: Setting) -> Setting:
-    """The setting, when its preset, data and checkpoints belong together."""
+    """The setting, when its preset, data and checkpoints belong together.
+
+    Raises:
+        UserError: they do not.
+    """
     preset = setting.preset
     compatibility.require_same(
         common.PREPARED, "image size", setting.train.image_size, preset.data.image_size,
@@ -199,7 +215,11 @@ def learner_of(setting: Setting, params: Params) -> PolicyLearner:
 
 
 def trained(setting: Setting, params: Params) -> PolicyLearner:
-    """The learner after its epochs."""
+    """The learner after its epochs.
+
+    Raises:
+        NotFiniteError: its numbers went wrong.
+    """
     learner = learner_of(setting, params)
     section: Curriculum | Finetune = getattr(params, setting.stage)
     position = Position()
@@ -245,7 +265,11 @@ def scores_of(learner: PolicyLearner, split: Split, preset: Params, *, gamma: fl
 
 
 def row_of(setting: Setting, variant: str, params: Params) -> dict[str, Any]:
-    """Train a variant, and its row of the table."""
+    """Train a variant, and its row of the table.
+
+    Raises:
+        UserError: its numbers went wrong.
+    """
     preset = setting.preset
     started = time.monotonic()
     try:
@@ -265,7 +289,11 @@ def row_of(setting: Setting, variant: str, params: Params) -> dict[str, Any]:
 
 
 def rows_of(path: Path) -> pd.DataFrame:
-    """The rows of a table; none where there is no file."""
+    """The rows of a table; none where there is no file.
+
+    Raises:
+        UserError: the file is no such table.
+    """
     if not path.exists():
         return pd.DataFrame(columns=KEY)
     try:
@@ -329,14 +357,22 @@ def add_row(out: Path, row: Mapping[str, Any]) -> None:
 
 
 def in_memory(split: ImageSplit, count: int | None = None) -> Split:
-    """The first `count` images of a split that lies in memory, or all of them."""
+    """The first `count` images of a split that lies in memory, or all of them.
+
+    Raises:
+        UserError: they are streamed.
+    """
     if not isinstance(split, Split):
         raise UserError(f"{common.PREPARED} lists its images; take a data set that fits into memory")
     return Split(images=split.images[:count], labels=split.labels[:count])
 
 
 def positive(text: str) -> int:
-    """A positive number."""
+    """A positive number.
+
+    Raises:
+        ValueError: it is none.
+    """
     if (number := int(text)) < 1:
         raise ValueError
     return number

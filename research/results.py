@@ -121,7 +121,11 @@ class Network(NamedTuple):
 
 
 def row_of(root: Path, preset: str, *, note: str = "") -> Row:
-    """The finished run in a working tree."""
+    """The finished run in a working tree.
+
+    Raises:
+        UserError: the run is not finished there, or Git knows no commit of it.
+    """
     params = config.load(root / "params.yaml")
     of_preset = presets.load(preset, root / "presets").flat()
     try:

@@ -64,6 +64,9 @@ def photograph(links: Mapping[str, str], name: str, out: Path) -> None:
     """Save all pages, each once it shows the experiment's name.
 
     The comparison adds FLOPs and blocks, and lists only what differs.
+
+    Raises:
+        UserError: Playwright is not installed.
     """
     try:
         from playwright.sync_api import sync_playwright  # in the dependency group docs alone

@@ -26,7 +26,6 @@ from pipeline.inference.auto import EXECUTORS
 from pipeline.inference.base import Networks
 from pipeline.infra.atomic_io import write_text
 from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet import ResNet
 from pipeline.models.resnet_cifar import cifar_resnet
 from pipeline.results import TimingRow
 from tools.command import Parser, command
@@ -70,15 +69,14 @@ def settle_batch_norm(module: nn.Module, images: Tensor) -> None:
     module.eval()
 
 
-def make_networks(depth: int, width: int, keep_ratio: float, images: Tensor) -> tuple[Networks, ResNet]:
-    """The pair, and the full network beside it."""
+def make_networks(depth: int, width: int, keep_ratio: float, images: Tensor) -> Networks:
     torch.manual_seed(0)
     resnet = cifar_resnet(depth=depth, width=width).to(images.device)
     policy_net = PolicyNet(num_blocks=resnet.num_blocks).to(images.device)
     for part in resnet, policy_net:
         settle_batch_norm(part, images)
     decide_at_random(policy_net, images, keep_ratio)
-    return Networks(resnet=resnet, policy_net=policy_net, normalisation=NORMALISATION), resnet
+    return Networks(resnet=resnet, policy_net=policy_net, normalisation=NORMALISATION)
 
 
 def numbers(text: str) -> list[float]:
@@ -152,11 +150,11 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         images = torch.from_numpy(np.load(arguments.images))
     images = images.to(device)
-    networks, full = make_networks(arguments.depth, arguments.width, arguments.keep_ratio, images)
+    networks = make_networks(arguments.depth, arguments.width, arguments.keep_ratio, images)
     print(f"speed: ResNet-{arguments.depth} on {describe_device(device)}", flush=True)
     benchmark = Benchmark(
         networks,
-        full=full,
+        full=networks.resnet,
         images=images,
         cost=measure(networks.resnet, networks.policy_net, images.shape[1]),
         settings=settings_of(arguments),

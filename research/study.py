@@ -67,6 +67,9 @@ def wait_for(names: set[str], jobs: int) -> None:
 
     DVC 3.67's workers sometimes die between two experiments (their broker reads a file while it is
     written); this starts them again.
+
+    Raises:
+        UserError: an experiment failed.
     """
     while True:
         status = subprocess.run(

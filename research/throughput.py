@@ -295,7 +295,11 @@ def loop_rates(stage: str, rates: dict[str, list[float]]) -> list[LoopRate]:
 
 
 def decoding(folder: Path, *, rounds: int, images: int, size: int = 224) -> list[dict[str, Any]]:
-    """One row: images per second that one process reads, decodes and crops for training."""
+    """One row: images per second that one process reads, decodes and crops for training.
+
+    Raises:
+        UserError: there are no images in the folder.
+    """
     paths = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)}); name a folder of some")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import Params
+from pipeline.config import Params, flatten
 from pipeline.data.dataset import load_split
 from pipeline.data.split import ImageSplit
 from pipeline.device import choose_device, describe_device, generator
@@ -39,24 +39,16 @@ MOST_DRAWS, PREDICTIONS = 5, 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """One network on the test images, M of them.
+    """One network on the test images, M of them."""
 
-    Attributes:
-        kind: full, sole, or the static rule.
-        blocks: that run on an image.
-        flops: per image.
-        accuracy_std: over draws; 0 where nothing is drawn.
-        correct: [M] bool; under the rule `random` in the first draw.
-    """
-
-    kind: str
+    kind: str  # full, sole, or the static rule
     depth: int
-    blocks: int
+    blocks: int  # that run on an image
     finetuned: bool
-    flops: float
+    flops: float  # per image
     accuracy: float
-    accuracy_std: float
-    correct: Tensor
+    accuracy_std: float  # over draws; 0 where nothing is drawn
+    correct: Tensor  # [M] bool; under the rule `random` in the first draw
 
     @property
     def name(self) -> str:
@@ -66,15 +58,8 @@ class Network:
 
     def row(self) -> dict[str, Any]:
         """Its line of plots/baseline/curves.csv."""
-        return {
-            "kind": self.kind,
-            "depth": self.depth,
-            "blocks": self.blocks,
-            "finetuned": int(self.finetuned),
-            "flops": self.flops,
-            "accuracy": self.accuracy,
-            "accuracy_std": self.accuracy_std,
-        }
+        row = {name: value for name, value in vars(self).items() if name != "correct"}
+        return row | {"finetuned": int(self.finetuned)}
 
 
 def random_draws(images: int) -> int:
@@ -83,7 +68,6 @@ def random_draws(images: int) -> int:
 
 
 def with_every_block(kind: str, resnet: ResNet, test: ImageSplit, predictions: Predictions) -> Network:
-    """A ResNet all of whose blocks run."""
     return Network(
         kind=kind,
         depth=resnet.depth,
@@ -175,12 +159,8 @@ def metrics_of(full: Network, loss: float, trained: list[Network]) -> Baselines:
 
 def flat(metrics: Baselines) -> dict[str, float]:
     """The metrics as MLflow takes them: those of the full ResNet as they are, others dotted."""
-    values: dict[str, float] = asdict(metrics.baseline)
-    networks = {f"sole.{name}": asdict(network) for name, network in metrics.sole.items()}
-    networks |= {f"static.{name}": asdict(network) for name, network in metrics.static.items()}
-    for prefix, numbers in networks.items():
-        values |= {f"{prefix}.{name}": number for name, number in numbers.items()}
-    return values
+    sections = asdict(metrics)
+    return dict(flatten(sections.pop("baseline") | sections))
 
 
 def _passes(params: Params, resnet: ResNet, draws: int) -> int:

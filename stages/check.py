@@ -16,7 +16,6 @@ OUT = Path("data/params.ok")
 
 
 def main() -> None:
-    """Refuse a params.yaml that can't be used."""
     mode()  # refuses an unknown BLOCKDROP_TRACKING
     load()
     write_text(OUT, "params.yaml was read and can be used\n")

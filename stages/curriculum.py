@@ -57,13 +57,7 @@ def policy_net_of(params: Params, resnet: ResNet, *, num_classes: int) -> Policy
         paths = ["".join("1" if kept else "0" for kept in mask) for mask in masks]
         values = PathValues(paths, num_classes=num_classes)
     return PolicyNet(
-        num_blocks=resnet.num_blocks,
-        depth=section.depth,
-        width=section.width,
-        input_size=section.input_size,
-        family=section.family,
-        initial_keep_prob=section.initial_keep_prob,
-        path_values=values,
+        num_blocks=resnet.num_blocks, path_values=values, **section.model_dump(exclude={"paths"})
     )
 
 

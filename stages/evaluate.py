@@ -52,17 +52,11 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class DecisionsAndPredictions:
-    """What the networks give on the test images.
+    """What the networks give on the test images."""
 
-    Attributes:
-        actions: [M, K] bool, the policy's decisions.
-        dropping: under these decisions.
-        full: of the pretrained ResNet with every block.
-    """
-
-    actions: Tensor
-    dropping: Predictions
-    full: Predictions
+    actions: Tensor  # [M, K] bool, the policy's decisions
+    dropping: Predictions  # under these decisions
+    full: Predictions  # of the pretrained ResNet with every block
 
 
 def load() -> Trained:
@@ -96,7 +90,17 @@ def evaluate(
     test_actions, validation_actions = (
         _decide(networks.policy_net, steps.over(split), normalisation) for split in (test, validation)
     )
-    results = _predict(networks, test_actions, steps)
+    results = DecisionsAndPredictions(
+        actions=test_actions,
+        dropping=predict(
+            resnet,
+            steps.over(test),
+            test_actions,
+            normalisation=normalisation,
+            policy_net=networks.policy_net,
+        ),
+        full=predict(networks.full, steps.over(test), normalisation=normalisation),
+    )
     flops = cost.of(test_actions)  # [M]
     shuffled = shuffled_accuracy(
         resnet,
@@ -138,22 +142,6 @@ def evaluate(
         difficulty_spearman_high=high,
     )
     return evaluation, results
-
-
-def _predict(networks: Trained, actions: Tensor, steps: Steps) -> DecisionsAndPredictions:
-    """Classify the test images under actions [M, K], and with every block of the pretrained ResNet."""
-    test, normalisation = networks.test, networks.normalisation
-    return DecisionsAndPredictions(
-        actions=actions,
-        dropping=predict(
-            networks.resnet,
-            steps.over(test),
-            actions,
-            normalisation=normalisation,
-            policy_net=networks.policy_net,
-        ),
-        full=predict(networks.full, steps.over(test), normalisation=normalisation),
-    )
 
 
 def _best_single_policy(
@@ -214,13 +202,8 @@ def write_tables(test: ImageSplit, results: DecisionsAndPredictions) -> None:
     )
     dropping, full = results.dropping, results.full
     columns = (
-        test.labels,
-        dropping.classes,
-        dropping.correct,
-        results.actions,
-        full.correct,
-        full.losses,
-    )
+        test.labels, dropping.classes, dropping.correct, results.actions, full.correct, full.losses,
+    )  # fmt: skip
     rows = zip(*(column.tolist() for column in columns), strict=True)
     table = [
         {
@@ -253,13 +236,11 @@ def write_dial(networks: Trained, steps: Steps) -> None:
 
 def draw_learning_curves(num_blocks: int) -> None:
     """The curves of both policy stages; one that was imported has none."""
-    tables = []
+    curves = {}
     for stage in ("curriculum", "finetune"):
         rows = common.read_csv(common.PLOTS / f"{stage}.csv")
-        tables.append([{name: float(text) for name, text in row.items()} for row in rows])
-    learning_curves.learning_curves(
-        OUT / "learning_curves.png", curriculum=tables[0], finetune=tables[1], num_blocks=num_blocks
-    )
+        curves[stage] = [{name: float(text) for name, text in row.items()} for row in rows]
+    learning_curves.learning_curves(OUT / "learning_curves.png", **curves, num_blocks=num_blocks)
 
 
 def main(params: Params) -> None:

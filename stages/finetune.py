@@ -99,7 +99,6 @@ def learner_of(
 
 
 def main(params: Params) -> None:
-    """Write models/finetune (both networks)."""
     pretrained = replace(checkpoint.load(common.PRETRAINED), stage="finetune")
 
     def load(path: Path) -> Checkpoint:

@@ -68,7 +68,6 @@ def _report_passed_over(tree: Tree) -> int:
 
 
 def main(params: Params) -> None:
-    """Write data/prepared and metrics/prepare.json."""
     with stage_run("prepare", params.flat()) as mlflow_run:
         counts = write(params.data)
         write_json(METRICS / "prepare.json", {"data": counts})  # DVC names them data.train_images, ...

@@ -1,5 +1,6 @@
 """report: one page on the experiment, as Markdown and as HTML, from what the other stages wrote."""
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,8 @@ def read(params: Params) -> Results:
     trainings = ["pretrain", "curriculum", "finetune"]
     trainings += ["policy_pretrain"] if params.policy_net.paths else []
     trainings += [f"sole-{depth}" for depth in params.sole.depths]
-    trainings += [
-        f"static-{rule}-{num_kept}"
-        for rule in params.static.rules
-        for num_kept in params.static.num_kept
-    ]
+    pairs = product(params.static.rules, params.static.num_kept)
+    trainings += [f"static-{rule}-{num_kept}" for rule, num_kept in pairs]
     times = common.METRICS / "times"
     blockdrop = common.read_csv(EVALUATED / "images.csv")
     baselines = common.read_csv(BASELINES / "images.csv")

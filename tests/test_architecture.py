@@ -84,9 +84,9 @@ def test_imported_trainings_have_the_columns_that_are_drawn():
 
 
 def test_no_parameter_has_a_default():
-    from pipeline.config import Params, Section
+    from pipeline.config import Network, Params, Section
 
-    for section in [Params, *Section.__subclasses__()]:
+    for section in [Params, *Section.__subclasses__(), *Network.__subclasses__()]:
         assert all(field.is_required() for field in section.model_fields.values()), section
 
 

@@ -1,6 +1,5 @@
 """params.yaml: what is accepted, and that each refusal names the key, the value and the remedy."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,16 +41,13 @@ def path(tmp_path: Path) -> Path:
 
 def write(path: Path, changes: Mapping[str, object]) -> None:
     """The defaults with other values under dotted keys."""
-    content = copy.deepcopy(yaml.safe_load(DIGITS))
+    content = yaml.safe_load(DIGITS)
     for key, value in changes.items():
         *sections, last = key.split(".")
-        section = content
-        for name in sections:
-            section = section[name]
+        section = content[sections[0]] if sections else content
+        section[last] = value
         if value is REMOVED:
             del section[last]
-        else:
-            section[last] = value
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
@@ -74,7 +70,7 @@ def refusal(path: Path, changes: Mapping[str, object] | str) -> str:
 # YAML
 
 
-@pytest.mark.parametrize("text", ["1e-05", "1e-5", "1E-5", "1.0e-05", ".1e-4", "+1e-05"])
+@pytest.mark.parametrize("text", ["1e-05", "1E-5", ".1e-4", "+1e-05"])
 def test_exponent_without_a_point_is_a_number(path, text):
     path.write_text(DIGITS.replace("lr: 0.002", f"lr: {text}"), encoding="utf-8")
     assert load(path).curriculum.lr == 1e-5
@@ -109,48 +105,35 @@ def test_merged_keys_are_read(path):
     ("text", "words"),
     [
         ("a: [1,\n", "line 2, column 1"),
-        ("a: b: c\n", "line 1, column 5"),
         ("\tgamma: 1\n", "line 1, column 1"),
         ("a: \x00\n", "special characters"),
         ("1: 2\n", "this is no name of a parameter"),
         ("? [a]\n: 1\n", "this is no name of a parameter"),
-        (DIGITS + "---\n" + DIGITS, "expected a single document"),
+        ("a: 1\n---\na: 1\n", "expected a single document"),
+        ("gamma: !!python/object/apply:os.mkdir [ran]\n", "could not determine a constructor"),
     ],
 )
-def test_broken_yaml_names_the_line(path, text, words):
+def test_broken_yaml_names_the_line(path, monkeypatch, text, words):
+    monkeypatch.chdir(path.parent)
     message = refusal(path, text)
     assert f"{path} is no valid YAML" in message
     assert words in message
     assert "correct it there" in message
+    assert not Path("ran").exists()
 
 
-def test_yaml_that_would_run_code_is_refused(path, tmp_path):
-    ran = tmp_path / "ran"
-    message = refusal(path, f"gamma: !!python/object/apply:os.mkdir ['{ran}']\n")
-    assert f"{path} is no valid YAML" in message
-    assert not ran.exists()
-
-
-@pytest.mark.parametrize(
-    "text", ["", "- 1\n", "words\n", "seed: !!int x\n", "seed: " + 5000 * "9", 5000 * "["]
-)
+@pytest.mark.parametrize("text", ["", "- 1\n", "seed: !!int x\n", "seed: " + 5000 * "9", 5000 * "["])
 def test_unreadable_file_says_how_to_get_another(path, text):
     message = refusal(path, text)
     assert str(path) in message
     assert "make preset NAME=digits" in message
 
 
-def test_missing_file_says_how_to_get_one(path):
+def test_file_that_can_not_be_read_is_named_with_a_remedy(path):
     with pytest.raises(ParamsError, match="is missing; `make preset"):
         load(path)
-
-
-def test_folder_in_place_of_the_file_is_refused(tmp_path):
     with pytest.raises(ParamsError, match="can't be read"):
-        load(tmp_path)
-
-
-def test_other_encoding_is_named_with_a_remedy(path):
+        load(path.parent)
     path.write_bytes(DIGITS.replace("gamma", "gämma").encode("latin-1"))
     with pytest.raises(ParamsError, match=r"is not UTF-8 text .*save it as UTF-8"):
         load(path)
@@ -165,52 +148,40 @@ def test_byte_order_mark_and_windows_line_ends_change_nothing(path):
 
 
 @pytest.mark.parametrize(
-    ("key", "remedy"),
+    ("changes", "words"),
     [
-        ("gama", "did you mean gamma?"),
-        ("resnet.dept", "did you mean resnet.depth?"),
-        ("data.zzzz", "remove it"),
-        ("evaluate.epochs", "remove it"),  # which stands in other sections
+        ({"gama": 1}, "gama: no such key; did you mean gamma?"),
+        ({"resnet.dept": 1}, "resnet.dept: no such key; did you mean resnet.depth?"),
+        ({"evaluate.epochs": 1}, "evaluate.epochs: no such key; remove it"),  # other sections have it
+        ({"gamma": REMOVED}, "gamma: missing; add it (presets/digits.yaml"),
+        ({"resnet": REMOVED}, "resnet: missing; add it (presets/digits.yaml"),
+        ({"finetune_policy.lr": REMOVED}, "finetune_policy.lr: missing; add it (presets/digits.yaml"),
+        ({"resnet": None}, "resnet: is None, but it is a section: give it"),
+        *(
+            ({"benchmark.executors": ["gather", old]}, f"executors: {old} is renamed; use {new}")
+            for old, new in RENAMED_EXECUTORS.items()
+        ),
     ],
 )
-def test_unknown_key_names_its_neighbour(path, key, remedy):
-    assert f"{key}: no such key; {remedy}" in refusal(path, {key: 1})
-
-
-def test_every_renamed_key_names_its_new_name(path):
-    message = refusal(path, dict.fromkeys(RENAMED, 1))
-    for old, new in RENAMED.items():
-        assert f"  - {old}: renamed; use {new}\n" in f"{message}\n"
-    assert set(RENAMED.values()) <= set(load(ROOT / "params.yaml").flat())
+def test_key_that_is_not_expected_names_its_neighbour(path, changes, words):
+    assert words in refusal(path, changes)
 
 
 def test_file_of_an_older_version_is_told_the_new_names_alone(path):
     """Not that the new ones are missing too, or whole sections of them."""
+    assert set(RENAMED.values()) <= set(load(ROOT / "params.yaml").flat())
     sections = {"finetune_policy": REMOVED, "checkpoints": REMOVED}
     new_names = {new: REMOVED for new in RENAMED.values() if new.split(".")[0] not in sections}
     lines = refusal(path, dict.fromkeys(RENAMED, 1) | new_names | sections).splitlines()
-    assert len(lines) == 1 + len(RENAMED)
-    assert all(": renamed; use " in line for line in lines[1:])
-
-
-@pytest.mark.parametrize(("old", "new"), RENAMED_EXECUTORS.items())
-def test_renamed_executor_names_its_new_name(path, old, new):
-    message = refusal(path, {"benchmark.executors": ["gather", old]})
-    assert f"benchmark.executors: {old} is renamed; use {new}" in message
-
-
-@pytest.mark.parametrize("key", ["gamma", "resnet", "finetune_policy.lr"])
-def test_missing_key_says_where_to_copy_it_from(path, key):
-    assert f"{key}: missing; add it (presets/digits.yaml" in refusal(path, {key: REMOVED})
+    assert sorted(lines[1:]) == sorted(f"  - {old}: renamed; use {new}" for old, new in RENAMED.items())
 
 
 def test_several_problems_stand_in_one_message(path):
     message = refusal(path, {"gama": 2, "gamma": -1, "resnet.depth": 33, "curriculum.lr": "0.1"})
     heading, *lines = message.splitlines()
     assert heading == f"{path} can't be used, and nothing was run:"
-    assert {line.split(":")[0] for line in lines} == {f"  - {key}" for key in (
-        "gama", "gamma", "resnet", "curriculum.lr"
-    )}  # fmt: skip
+    keys = ("gama", "gamma", "resnet", "curriculum.lr")
+    assert {line.split(":")[0] for line in lines} == {f"  - {key}" for key in keys}
 
 
 # Types and ranges
@@ -224,7 +195,6 @@ def test_several_problems_stand_in_one_message(path):
         ("gamma", True, "a valid number"),
         ("gamma", None, "a valid number"),
         ("gamma", float("nan"), "a finite number"),
-        ("pretrain.lr", float("inf"), "a finite number"),
         ("augmentation.flip", 1, "a valid boolean"),
         ("data.folder", 3, "a valid string"),
         ("pretrain.optimizer", "rmsprop", "'sgd' or 'adam'"),
@@ -241,40 +211,21 @@ def test_several_problems_stand_in_one_message(path):
         ("data.image_size", 10, "a multiple of 4"),
         ("policy_net.input_size", 4, "greater than or equal to 8"),
         ("policy_net.initial_keep_prob", 1.0, "less than 1"),
-        ("resnet.family", "resnext", "'cifar' or"),
         ("evaluate.bootstrap", 99, "greater than or equal to 100"),
         ("benchmark.rounds", 4, "greater than or equal to 5"),
         ("sole.depths", 20, "a valid tuple"),
     ],
-)  # fmt: skip
+)
 def test_wrong_value_names_what_is_allowed(path, key, value, words):
     message = refusal(path, {key: value})
     assert f"{key}: is {value!r}, but it should be {words}" in message
     assert "quotes" not in message
 
 
-@pytest.mark.parametrize(("key", "value"), [("pretrain.lr", "0.1"), ("pretrain.epochs", "5")])
-def test_quoted_number_is_refused_with_a_hint(path, key, value):
-    message = refusal(path, {key: value})
-    assert f"{key}: is {value!r}" in message
+def test_quoted_number_is_refused_with_a_hint(path):
+    message = refusal(path, {"pretrain.lr": "0.1"})
+    assert "pretrain.lr: is '0.1'" in message
     assert "write a number without quotes" in message
-
-
-@pytest.mark.parametrize("value", [None, 3, [1]])
-def test_section_without_keys_is_explained(path, value):
-    assert f"resnet: is {value!r}, but it is a section: give it" in refusal(path, {"resnet": value})
-
-
-@pytest.mark.parametrize("value", [[0.3, 0.3], [0.3] * 4])
-def test_wrong_number_of_channels_shows_the_list(path, value):
-    message = refusal(path, {"resnet.mean": value})
-    assert "resnet.mean: is " in message
-    assert str(value) in message
-
-
-def test_channel_that_would_be_divided_by_zero_is_refused(path):
-    message = refusal(path, {"resnet.std": [0.3, 0.0, 0.3]})
-    assert "resnet.std: is 0.0, but it should be greater than or equal to 0.001" in message
 
 
 def test_whole_number_serves_where_a_fraction_may_stand(path):
@@ -284,21 +235,24 @@ def test_whole_number_serves_where_a_fraction_may_stand(path):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
+        ("resnet.mean", [0.3, 0.3], "resnet.mean: is [0.3, 0.3], but it takes 3 numbers"),
+        ("resnet.mean", [0.3] * 4, "resnet.mean: is [0.3, 0.3, 0.3, 0.3], but"),
+        ("resnet.std", [0.3, 0.0, 0.3], "std: is 0.0, but it should be greater than or equal to 0.001"),
         ("benchmark.batch_sizes", [0], "is 0, but it should be greater than or equal to 1"),
-        ("benchmark.batch_sizes", [], "batch_sizes is empty; name one at least"),
-        ("benchmark.batch_sizes", [8, 8], "batch_sizes [8, 8] names something twice"),
+        ("benchmark.batch_sizes", [], "batch_sizes: is empty; name one at least"),
+        ("benchmark.batch_sizes", [8, 8], "batch_sizes: [8, 8] names something twice"),
         ("benchmark.precisions", ["fp16"], "is 'fp16', but it should be 'fp32' or 'bf16'"),
         ("benchmark.executors", ["fast"], "is 'fast', but it should be 'masked', 'gather'"),
         ("benchmark.keep_ratios", [0.5, 1.5], "is 1.5, but it should be less than or equal to 1"),
         ("benchmark.keep_ratios", [0.5], "keep_ratios [0.5] is one point; a line takes two"),
         ("benchmark.sole_depths", [21], "depth 21 is not 6n+2; the nearest are 20 and 26"),
-        ("sole.depths", [], "sole: depths is empty; name one at least"),
-        ("sole.depths", [14, 14], "sole: depths [14, 14] names something twice"),
+        ("sole.depths", [], "sole.depths: is empty; name one at least"),
+        ("sole.depths", [14, 14], "sole.depths: [14, 14] names something twice"),
         ("sole.depths", [21], "sole.depths: depth 21 is not 6n+2; the nearest are 20 and 26"),
         ("sole.depths", [20, 32], "sole.depths [20, 32] names resnet.depth 32, which pretrain trains"),
-        ("static.rules", [], "static: rules is empty; name one at least"),
+        ("static.rules", [], "static.rules: is empty; name one at least"),
         ("static.rules", ["last"], "is 'last', but it should be 'first', 'random' or 'distribute'"),
-        ("static.num_kept", [5, 5], "static: num_kept [5, 5] names something twice"),
+        ("static.num_kept", [5, 5], "static.num_kept: [5, 5] names something twice"),
         ("static.num_kept", [7, 15], "of the 15 blocks of resnet.depth 32; name numbers from 1 to 14"),
     ],
 )
@@ -386,9 +340,7 @@ def test_values_at_a_bound_are_accepted(path, changes):
         assert flat[key] == (tuple(value) if isinstance(value, list) else value)
 
 
-@pytest.mark.parametrize(
-    ("epochs_per_block", "enough"), [(0.5, 8), (1.0, 15), (2.0, 29), (0.3, 6), (0.01, 2), (0.50005, 9)]
-)
+@pytest.mark.parametrize(("epochs_per_block", "enough"), [(0.5, 8), (1.0, 15), (0.01, 2), (0.50005, 9)])
 def test_short_curriculum_says_how_many_epochs_it_takes(path, epochs_per_block, enough):
     short = {"curriculum.epochs_per_block": epochs_per_block, "curriculum.epochs": enough - 1}
     message = refusal(path, short)
@@ -397,19 +349,20 @@ def test_short_curriculum_says_how_many_epochs_it_takes(path, epochs_per_block, 
     assert accepted(path, short | {"curriculum.epochs": enough}).curriculum.epochs == enough
 
 
-@pytest.mark.parametrize(("depth", "blocks"), [(8, 3), (32, 15), (110, 54)])
-def test_number_of_blocks_follows_from_the_depth(path, depth, blocks):
-    changes = {"resnet.depth": depth, "curriculum.epochs": 100, "static.num_kept": [2]}
+@pytest.mark.parametrize(
+    ("changes", "blocks"),
+    [
+        ({"resnet.depth": 8, "static.num_kept": [2]}, 3),
+        ({"resnet.depth": 50}, 24),
+        (STREAMED, 16),  # a depth of both families
+    ],
+)
+def test_number_of_blocks_follows_from_the_depth(path, changes, blocks):
     assert accepted(path, changes).resnet.num_blocks == blocks
 
 
-def test_depth_fifty_is_of_both_families(path):
-    assert accepted(path, STREAMED).resnet.num_blocks == 16
-    assert accepted(path, {"resnet.depth": 50}).resnet.num_blocks == 24
-
-
 @pytest.mark.parametrize("depth", IMAGENET_DEPTHS)
-@pytest.mark.parametrize("width", range(1, 10))
+@pytest.mark.parametrize("width", [1, 2, 7, 8])  # below, at and above the bounds of both kinds of blocks
 def test_width_whose_gradients_onednn_gets_wrong_is_refused(depth, width):
     resnet = make_resnet(family="imagenet", depth=depth, width=width, num_classes=2)
     strided = [

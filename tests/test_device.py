@@ -10,6 +10,8 @@ import torch
 from pipeline.device import DEVICE_VARIABLE, autocast, choose_device, describe_device
 from pipeline.infra.errors import UserError
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.mark.parametrize(
     ("name", "has_cuda", "expected"),
@@ -21,20 +23,16 @@ def test_device_is_cuda_when_there_is_one_unless_told_otherwise(monkeypatch, nam
     if name is not None:
         monkeypatch.setenv(DEVICE_VARIABLE, name)
     assert choose_device().type == expected
+    assert not torch.backends.cudnn.allow_tf32  # fp32 means fp32
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize("name", ["cuda", "tpu", ""])
-def test_device_that_is_not_there_is_refused_with_the_variable_and_a_remedy(monkeypatch, name):
+def test_device_that_is_not_there_is_refused_with_a_remedy(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv(DEVICE_VARIABLE, name)
     with pytest.raises(UserError, match=rf"{DEVICE_VARIABLE}.*cpu"):
         choose_device()
-
-
-def test_fp32_means_fp32():
-    choose_device()
-    assert not torch.backends.cudnn.allow_tf32
-    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
@@ -69,13 +67,12 @@ def pages():
 kept = keep_freed_memory() if sys.argv[1] == "keep" else True
 print(pages() if kept else -1)
 """
-    root = Path(__file__).parents[1]
-    before, after = (
-        int(subprocess.run(
-            [sys.executable, "-c", code, how], cwd=root, capture_output=True, text=True, check=True
-        ).stdout)
-        for how in ("leave", "keep")
-    )  # fmt: skip
+
+    def pages(how: str) -> int:
+        command = [sys.executable, "-c", code, how]
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
+
+    before, after = pages("leave"), pages("keep")
     if after < 0:
         pytest.skip("no glibc")
     assert after < before / 4

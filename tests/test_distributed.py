@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import in_processes
@@ -35,9 +35,9 @@ LAUNCH = (
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BLOCKDROP_DEVICE": "cpu"}
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess:
+def launch(*arguments: str, by: Sequence[str] = ()) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", LAUNCH, *arguments],
+        [*by, sys.executable, "-c", LAUNCH, *arguments],
         env=os.environ | ENVIRONMENT, check=False, capture_output=True, text=True,
     )  # fmt: skip
 
@@ -62,21 +62,14 @@ def flat(value: object, name: str = "") -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("case", sorted(CASES.keys() - {"interrupted"}))
 def test_two_processes_train_as_one_does(case, by_two):
     one = flat(CASES[case]())
-    for results in by_two:
-        two = flat(results[case])
-        assert two.keys() == one.keys()
-        for name, value in one.items():
-            torch.testing.assert_close(
-                two[name].double(), value.double(), rtol=1e-4, atol=1e-5, equal_nan=True,
-                msg=lambda text, name=name: f"{name}: {text}",
-            )  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_both_processes_hold_the_same_bytes(case, by_two):
     first, second = (flat(results[case]) for results in by_two)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name].nan_to_num(), second[name].nan_to_num()) for name in first)
+    assert first.keys() == second.keys() == one.keys()
+    for name, value in one.items():
+        assert torch.equal(first[name].nan_to_num(), second[name].nan_to_num()), name
+        torch.testing.assert_close(
+            first[name].double(), value.double(), rtol=1e-4, atol=1e-5, equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )  # fmt: skip
 
 
 def test_an_interruption_of_both_processes_changes_no_byte(by_two):
@@ -113,17 +106,13 @@ def alone(monkeypatch) -> Iterator[pytest.MonkeyPatch]:
     signal.signal(signal.SIGTERM, handler)
 
 
-@pytest.mark.parametrize("text", ["0", "two", "-1", "1.5", " 2", "²"])
-def test_number_of_processes_that_is_none_is_refused_before_time_is_spent(text, alone, capsys):
+@pytest.mark.parametrize("text", ["0", "two", "\u0662"])  # the last is a two in another script
+def test_number_of_processes_that_is_none_is_refused_at_once(text, alone, capsys):
     alone.setenv(PROCESSES_VARIABLE, text)
     with pytest.raises(SystemExit) as raised:
         common.run(lambda params: pytest.fail("it was run"), trains=True)
     assert raised.value.code == 1
-    message = capsys.readouterr().err
-    assert message.startswith(
-        f"error: {PROCESSES_VARIABLE} is {text!r}; set it to a number of processes from 1 on"
-    )
-    assert "unset it" in message
+    assert f"error: {PROCESSES_VARIABLE} is {text!r}; set it to a number" in capsys.readouterr().err
 
 
 def test_more_processes_than_devices_are_refused(alone):
@@ -142,10 +131,6 @@ def test_more_processes_than_devices_are_refused(alone):
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        (
-            {"RANK": "1", "WORLD_SIZE": "2"},
-            "RANK and WORLD_SIZE is set, but MASTER_ADDR, MASTER_PORT is",
-        ),
         ({"RANK": "1"}, "RANK is set, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not"),
         (dict.fromkeys(TORCHRUN_VARIABLES, "2"), "RANK=2 with WORLD_SIZE=2"),
         (dict.fromkeys(TORCHRUN_VARIABLES, "x"), "RANK is 'x', which is no number"),
@@ -179,19 +164,16 @@ def test_process_with_another_training_is_refused(monkeypatch):
     ("code", "status"),
     [
         ("sys.exit(3) if rank == '1' else time.sleep(60)", 3),
-        ("os.kill(os.getpid(), signal.SIGKILL) if rank == '0' else time.sleep(60)", 137),
-        ("os.kill(os.getppid(), signal.SIGTERM) if rank == '0' else 0; time.sleep(60)", 143),
         ("os.kill(os.getppid(), signal.SIGINT) if rank == '0' else 0; time.sleep(60)", 130),
     ],
 )
-def test_status_of_several_processes_is_that_of_the_first_that_failed(code, status):
+def test_status_is_that_of_the_first_process_to_fail(code, status):
     done = launch("-c", f"import os, signal, sys, time; rank = os.environ['RANK']\n{code}")
     assert done.returncode == status, done.stderr
-    assert ("error: process 1 of 2 was killed by SIGKILL" in done.stderr) == (status == 137)
 
 
 @pytest.mark.slow  # torchrun's agent waits for 30 seconds
-def test_process_that_ignores_sigterm_is_killed_when_another_one_has_failed():
+def test_process_that_ignores_sigterm_is_killed_after_a_failure():
     ignoring = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     done = launch(
         "-c", f"import os, signal, sys, time\nif os.environ['RANK'] == '1': sys.exit(5)\n{ignoring}"
@@ -199,13 +181,10 @@ def test_process_that_ignores_sigterm_is_killed_when_another_one_has_failed():
     assert done.returncode == 5
 
 
-def test_launcher_leaves_alone_what_nohup_ignores(tmp_path):
+def test_launcher_leaves_alone_what_nohup_ignores():
     """And the processes go on without their terminal."""
     code = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(0.5)"
-    done = subprocess.run(
-        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", LAUNCH, "-c", code],
-        env=os.environ | ENVIRONMENT, check=False, capture_output=True, text=True,
-    )  # fmt: skip
+    done = launch("-c", code, by=["sh", "-c", 'trap "" INT; exec "$@"', "sh"])
     assert done.returncode == 0, done.stderr
 
 
@@ -232,9 +211,8 @@ RECIPE = {"batch_size": 15, "epochs": 4, "lr": 0.01}
 @pytest.fixture
 def params(tmp_path, monkeypatch) -> Params:
     enter_project(tmp_path, monkeypatch)
-    monkeypatch.setenv("BLOCKDROP_DEVICE", "cpu")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     return make_workplace(tmp_path, changes=TINY | {"pretrain": RECIPE})
 
 
@@ -261,7 +239,7 @@ def wait_for_a_save(process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def test_stage_in_two_processes_stops_together_goes_on_and_writes_once(params, tmp_path, monkeypatch):
+def test_stage_in_two_processes_stops_goes_on_and_writes_once(params, tmp_path, monkeypatch):
     monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
     first = begin([sys.executable, "-c", SLOW_STAGE], **{PROCESSES_VARIABLE: "2", "TEST_SECONDS": "0.3"})
     wait_for_a_save(first)

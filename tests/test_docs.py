@@ -11,21 +11,10 @@ import yaml
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FAULTS = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
-DOCUMENTS = sorted(
-    [
-        *ROOT.glob("*.md"),
-        *(ROOT / "docs").glob("*.md"),
-        ROOT / "results" / "README.md",
-        ROOT / "pretrained" / "README.md",
-    ]
-)
-NAMED_TESTS = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", FAULTS)))
+FOLDERS = (".", "docs", "results", "pretrained")
+DOCUMENTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 ENDINGS = ("csv", "html", "json", "md", "py", "yaml")  # of files that are named as sections are
-
-each_document = pytest.mark.parametrize(
-    "text", [pytest.param(p.read_text(encoding="utf-8"), id=str(p.relative_to(ROOT))) for p in DOCUMENTS]
-)
 
 
 def fault_rows() -> dict[str, list[list[str]]]:
@@ -43,28 +32,17 @@ def test_readme_is_short():
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_links_lead_to_files(document):
+def test_document_names_what_exists(document):
+    """Links lead to files; modules, targets of the Makefile and parameters are there."""
     text = document.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         if not target.startswith(("http://", "https://")):
             assert (document.parent / target).exists(), target
-
-
-@each_document
-def test_commands_name_modules_that_exist(text):
     for name in re.findall(r"python -m ((?:stages|tools|research)\.\w+)", text):
         assert name == "stages.NAME" or (ROOT / f"{name.replace('.', '/')}.py").exists(), name
-
-
-@each_document
-def test_commands_name_targets_of_the_makefile(text):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for name in re.findall(r"(?:`|^|&& )make ([a-z][\w-]*)", text, flags=re.MULTILINE):
         assert re.search(rf"^{name}:", makefile, flags=re.MULTILINE), name
-
-
-@each_document
-def test_parameters_that_are_named_exist(text):
     for section, key in re.findall(rf"(?<![\w./])({'|'.join(PARAMS)})\.([a-z_]+)\b", text):
         assert key in ENDINGS or key in PARAMS[section], f"{section}.{key}"
 
@@ -106,25 +84,17 @@ def _ancestors(name: str, parents: dict[str, set[str]]) -> set[str]:
     return parents[name].union(*(_ancestors(parent, parents) for parent in parents[name]))
 
 
-@pytest.mark.parametrize("file", sorted({file for file, _ in NAMED_TESTS}))
-def test_faults_name_tests_that_exist(file):
-    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    assert {test for other, test in NAMED_TESTS if other == file} <= defined
-
-
-def test_every_fault_has_what_happens_and_one_test():
-    for section, rows in fault_rows().items():
-        for row in rows:
-            assert len(row) == 3, (section, row)
-            assert re.fullmatch(r"`tests/[\w/]+\.py::test_\w+`", row[2]), (section, row)
-
-
-def test_no_fault_stands_twice():
+def test_every_fault_has_what_happens_and_one_test_that_exists():
+    defined = {}
     for section, rows in fault_rows().items():
         pairs = [(row[0], row[2]) for row in rows]
-        assert len(set(pairs)) == len(pairs), section
-
-
-def test_at_least_forty_kinds_of_bad_input_are_held():
-    assert len(fault_rows()["Bad input"]) >= 40
+        assert len(set(pairs)) == len(pairs), section  # none stands twice
+        for row in rows:
+            assert len(row) == 3, (section, row)
+            named = re.fullmatch(r"`(tests/[\w/]+\.py)::(test_\w+)`", row[2])
+            assert named, (section, row)
+            file, test = named.groups()
+            if file not in defined:
+                tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+                defined[file] = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+            assert test in defined[file], (section, row)

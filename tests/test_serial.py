@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 WAITS = """
 import pathlib, time, pytest
 
@@ -16,7 +14,7 @@ def test_until_the_other_worker_is_at_it():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
-{mark}
+@pytest.mark.serial
 def test_measures():
     pathlib.Path("measuring").touch()
     time.sleep(0.5)
@@ -34,19 +32,13 @@ def test_works(number):
 """
 
 
-@pytest.mark.parametrize(
-    ("mark", "failures"), [("@pytest.mark.serial", False), ("", True)], ids=["serial", "unmarked"]
-)
-def test_marked_test_has_no_other_beside_it(tmp_path, mark, failures):
+def test_marked_test_has_no_other_beside_it(tmp_path):
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = serial")
-    (tmp_path / "test_measures.py").write_text(WAITS.format(mark=mark))
+    (tmp_path / "test_measures.py").write_text(WAITS)
     (tmp_path / "test_works.py").write_text(WORKS)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "serial", "-n", "2", "--dist", "loadfile"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent / "helpers")},
-        capture_output=True,
-        text=True,
-    )
-    assert ("failed" in done.stdout) == failures, done.stdout
-    assert "passed" in done.stdout
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent / "helpers")},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout

@@ -32,10 +32,6 @@ def command(
 
     The module's docstring is the text of `--help`. Bad usage ends with status 2; a UserError, a file
     that can't be used or a program that fails with status 1; Ctrl-C with 130. Each prints one line.
-
-    Args:
-        add_options: adds the command's options to its parser.
-        intermixed: options may stand between the positional arguments.
     """
 
     def decorate(main: Main) -> Callable[[], None]:

@@ -138,7 +138,6 @@ def make_environment(why: str) -> None:
 
 
 def install() -> None:
-    """Install the packages of requirements.txt."""
     UNFINISHED.touch()
     if not (VENV / "bin/pip").exists():  # uv makes environments without it
         subprocess.run([str(PYTHON), "-m", "ensurepip", "--default-pip"], check=True)
@@ -160,7 +159,6 @@ def wait_for_others(file: IO[str]) -> None:
 
 
 def main() -> int:
-    """Check, or set up; returns the exit status."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--check", action="store_true", help="see what is to be done, and do nothing")
     if parser.parse_args().check:

@@ -70,7 +70,6 @@ def add_options(parser: Parser) -> None:
 
 @command(add_options)
 def main(arguments: argparse.Namespace) -> None:
-    """Write the figure and the table."""
     with usable_store():
         sync(project_root())
         _, finished = experiments()

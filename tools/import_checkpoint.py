@@ -30,9 +30,7 @@ TORCHVISION = "torchvision:"  # before the name of weights, in place of a file
 OWN_FILES = (checkpoint.WEIGHTS, checkpoint.SIDECAR)
 STAGES = ("pretrain", "policy_pretrain", "curriculum", "finetune")
 WITH_POLICY = ("curriculum", "finetune")  # checkpoints that hold a policy network
-UNSAFE = re.compile(
-    r"[^\w.+=@,()-]"
-)  # some of these mean something in dvc.yaml, DVC's targets or .gitignore
+UNSAFE = re.compile(r"[^\w.+=@,()-]")  # some mean something in dvc.yaml, DVC's targets or .gitignore
 
 
 def check(path: Path, stage: str) -> None:
@@ -57,9 +55,6 @@ def check(path: Path, stage: str) -> None:
 
 def bring_in(path: Path, in_use: Collection[Path] = ()) -> Path:
     """Copy a legacy file, or both files of one of our own folders, into import/.
-
-    Args:
-        in_use: imports that params.yaml names for other stages; they are not overwritten.
 
     Raises:
         UserError: another stage uses an import of that name with other content.
@@ -88,10 +83,6 @@ def _same(one: Path, other: Path) -> bool:
 
 def download(name: str, resnet: ResNetParams) -> Path:
     """Fetch torchvision's pretrained weights into import/, checked by the digest in the file's name.
-
-    Args:
-        name: as torchvision names them, for example IMAGENET1K_V1.
-        resnet: the network that they are for.
 
     Raises:
         UserError: torchvision has no such weights, or they can't be fetched.
@@ -123,16 +114,6 @@ def download(name: str, resnet: ResNetParams) -> Path:
             f"the file: `make import FILE={path.name} STAGE=pretrain`"
         ) from None
     return path
-
-
-def used_by_others(stage: str) -> set[Path]:
-    """The imports that params.yaml names for other stages.
-
-    Raises:
-        UserError: params.yaml can't be used.
-    """
-    checkpoints = config.load(PARAMS).checkpoints
-    return {Path(getattr(checkpoints, other)) for other in STAGES if other != stage}
 
 
 def name_in_params(stage: str, path: Path) -> list[str]:
@@ -168,16 +149,17 @@ def add_options(parser: Parser) -> None:
 
 @command(add_options)
 def main(arguments: argparse.Namespace) -> None:
-    """Check, copy, track, name."""
     path: Path = arguments.file
     if path == Path():
         raise UserError("FILE is empty; `make import FILE=path STAGE=pretrain` names a checkpoint")
     if path.name in OWN_FILES:  # one of our own folders, named by a file in it
         path = path.resolve().parent
     try:
-        in_use = used_by_others(arguments.stage)  # first: it refuses a broken params.yaml
+        params = config.load(PARAMS)  # first: it refuses a broken one
+        others = [stage for stage in STAGES if stage != arguments.stage]
+        in_use = {Path(getattr(params.checkpoints, stage)) for stage in others}
         if str(path).startswith(TORCHVISION):
-            path = download(str(path).removeprefix(TORCHVISION), config.load(PARAMS).resnet)
+            path = download(str(path).removeprefix(TORCHVISION), params.resnet)
         check(path, arguments.stage)
         target = bring_in(path, in_use)
         subprocess.run(["dvc", "add", "--quiet", str(target)], check=True)

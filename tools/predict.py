@@ -32,6 +32,7 @@ MODEL = "models/finetune"
 REGISTRY = "models:/"
 COLUMNS = ("image", "class", "confidence", "blocks", "kept", "FLOPs", "saved")
 IN_NUMBERS = COLUMNS[2:3] + COLUMNS[4:]
+UNLIMITED = 10**6  # characters of a line
 REMEDIES = "`make repro` trains one, `dvc pull` fetches one"
 
 
@@ -56,24 +57,6 @@ def folder_of(model: str) -> Iterator[Path]:
             f"{model} is no folder with a trained model; {REMEDIES}, `--model` names another"
         )
     yield folder
-
-
-def load(
-    model: str, image_size: int | None, *, gamma: float | None = None, budget: float | None = None
-) -> Predictor:
-    """The predictor of a trained model.
-
-    Raises:
-        UserError: it is missing or damaged, its image size is not known, or it has no such dial.
-    """
-    with folder_of(model) as folder:
-        return Predictor(
-            checkpoint.load(folder),
-            image_size=image_size,
-            device=choose_device(),
-            gamma=gamma,
-            budget=budget,
-        )
 
 
 def paths_of(words: str) -> list[Path]:
@@ -108,11 +91,7 @@ def matches(word: str) -> list[str]:
 
 
 def read(paths: Sequence[Path], image_size: int) -> tuple[list[Path], NDArray[np.uint8], list[str]]:
-    """The images that can be read.
-
-    Returns:
-        Their paths, the images [B, S, S, 3], and an error for each of the others.
-    """
+    """Paths of the images that can be read, the images [B, S, S, 3], and an error for each other one."""
     readable, images, errors = [], [], []
     for path in paths:
         try:
@@ -130,7 +109,6 @@ def strip(kept_blocks: NDArray[np.bool_]) -> str:
 
 
 def cells(path: Path, prediction: Prediction) -> tuple[str, ...]:
-    """A row of the table, in the order of COLUMNS."""
     return (
         printable(path),
         printable(prediction.name),
@@ -143,24 +121,13 @@ def cells(path: Path, prediction: Prediction) -> tuple[str, ...]:
 
 
 def show(paths: Sequence[Path], predictions: Sequence[Prediction]) -> None:
-    """Print a table on a terminal; otherwise aligned lines, which are not cut at any width."""
-    rows = [cells(*pair) for pair in zip(paths, predictions, strict=True)]
-    console = Console()
-    if console.is_terminal:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for name in COLUMNS:
-            table.add_column(name, justify="right" if name in IN_NUMBERS else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*map(Text, row))  # Text: a name may hold brackets
-        console.print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-    for row in (COLUMNS, *rows):
-        aligned = [
-            cell.rjust(width) if name in IN_NUMBERS else cell.ljust(width)
-            for cell, width, name in zip(row, widths, COLUMNS, strict=True)
-        ]
-        print("  ".join(aligned).rstrip())
+    """Print a table, cut to no width where there is no terminal."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in COLUMNS:
+        table.add_column(name, justify="right" if name in IN_NUMBERS else "left", overflow="fold")
+    for pair in zip(paths, predictions, strict=True):
+        table.add_row(*map(Text, cells(*pair)))  # Text: a name may hold brackets
+    Console(width=None if sys.stdout.isatty() else UNLIMITED).print(table)
 
 
 def show_json(paths: Sequence[Path], predictions: Sequence[Prediction], classes: Sequence[str]) -> None:
@@ -200,8 +167,14 @@ def main(arguments: argparse.Namespace) -> None:
     named = [*arguments.images, *paths_of(arguments.words)]
     if not named:
         raise UserError("no image is named; `make predict IMAGES=\"a.png 'b c.png'\"` names two")
-    predictor = load(
-        arguments.model, arguments.image_size, gamma=arguments.gamma, budget=arguments.budget
+    with folder_of(arguments.model) as folder:
+        loaded = checkpoint.load(folder)
+    predictor = Predictor(
+        loaded,
+        image_size=arguments.image_size,
+        device=choose_device(),
+        gamma=arguments.gamma,
+        budget=arguments.budget,
     )
     paths, images, errors = read(named, predictor.image_size)
     predictions = predictor(images)

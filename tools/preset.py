@@ -44,17 +44,17 @@ def whole_text(name: str, folder: Path = PRESETS) -> str:
     path = _path(name, folder)
     preset, text = (p.read_text(encoding="utf-8") for p in (path, folder / DEFAULTS))
     values = dict(flatten(config.read(path)))
-    spans = dict(_spans(text))
+    root, spans = _root(preset), dict(_spans(_root(text)))
     if spans.keys() == values.keys():
         return preset
-    comments = {key: comment for key, (_, end) in _spans(preset) if (comment := _comment(preset, end))}
+    comments = {key: comment for key, (_, end) in _spans(root) if (comment := _comment(preset, end))}
     for key in sorted(values, key=lambda key: spans[key], reverse=True):  # the last first: places stay
         start, end = spans[key]
         value = yaml.safe_dump([values[key]], default_flow_style=True, width=10**6)[1:-2]
         old_comment = _comment(text, end)
         rest = end + len(old_comment)
         text = text[:start] + value + comments.get(key, old_comment) + text[rest:]
-    header = preset[: _root(preset).start_mark.index].strip()
+    header = preset[: root.start_mark.index].strip()
     return f"{header}\n\n{text}" if header else text
 
 
@@ -104,17 +104,13 @@ def _root(text: str) -> yaml.MappingNode:
     return node
 
 
-def _spans(text: str) -> Iterator[tuple[str, tuple[int, int]]]:
+def _spans(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, tuple[int, int]]]:
     """Where each value begins and ends in a file, under its dotted key."""
-
-    def walk(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, tuple[int, int]]]:
-        for key, value in node.value:
-            if isinstance(value, yaml.MappingNode):
-                yield from walk(value, f"{prefix}{key.value}.")
-            else:
-                yield f"{prefix}{key.value}", (value.start_mark.index, value.end_mark.index)
-
-    return walk(_root(text), "")
+    for key, value in node.value:
+        if isinstance(value, yaml.MappingNode):
+            yield from _spans(value, f"{prefix}{key.value}.")
+        else:
+            yield f"{prefix}{key.value}", (value.start_mark.index, value.end_mark.index)
 
 
 def _comment(text: str, end: int) -> str:
@@ -130,7 +126,6 @@ def add_options(parser: Parser) -> None:
 
 @command(add_options)
 def main(arguments: argparse.Namespace) -> None:
-    """Write params.yaml, or print what would be written."""
     if arguments.show:
         print(whole_text(arguments.name), end="")
         return

@@ -62,7 +62,6 @@ def add_options(parser: Parser) -> None:
 
 @command(add_options)
 def main(arguments: argparse.Namespace) -> None:
-    """Promote, then say which version was the champion and which is."""
     try:
         promotion = promote_newest(
             arguments.run, registered_name=arguments.registered_name, alias=arguments.alias

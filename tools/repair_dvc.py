@@ -50,14 +50,6 @@ def corrupted(folder: Path) -> list[Path]:
     return names
 
 
-def move_corrupted(folder: Path) -> list[Path]:
-    """Rename the corrupted files, so that DVC writes new ones and the user can still look at them."""
-    names = corrupted(folder)
-    for name in names:
-        (folder / name).replace(folder / f"{name}.corrupted")
-    return names
-
-
 def require_plain_files(folder: Path) -> None:
     """Refuse pipes and devices in the place of DVC's files: DVC would read them without end."""
     for name in READ_BY_DVC:
@@ -102,7 +94,6 @@ def copy_to_cache(out: Output) -> bool:
 
 
 def require_cached(repo: Repo, missing: list[Output]) -> None:
-    """End with status 1 if the cache lacks results."""
     if missing:
         raise SystemExit(
             f"error: {', '.join(map(str, missing))} could not be written to DVC's cache "
@@ -134,13 +125,13 @@ def add_options(parser: Parser) -> None:
 
 @command(add_options)
 def main(arguments: argparse.Namespace) -> None:
-    """Repair the checkout that is the working folder."""
     if arguments.check:
         with Repo() as repo:
             require_cached(repo, missing_from_cache(repo))
         return
     require_plain_files(Path())
-    for name in move_corrupted(Path()):
+    for name in corrupted(Path()):
+        name.replace(f"{name}.corrupted")
         print(
             f"{name} was left corrupted when DVC was killed; it is kept as {name}.corrupted, and DVC "
             "writes a new one"

@@ -21,11 +21,11 @@ from pipeline.infra.locks import exclusive
 from pipeline.infra.resume import project_root
 from pipeline.infra.safe_io import printable
 from pipeline.tracking import dvc_results, experiment_runs, overview
-from pipeline.tracking.connection import http_timeout, reason, silence_mlflow
+from pipeline.tracking.connection import OFF, http_timeout, mode, reason, silence_mlflow
 from pipeline.tracking.dvc_results import Record, RecordError, UnfinishedError
 from pipeline.tracking.identity import baseline_commit
 from pipeline.tracking.runs import TAG_KEY, end_orphans
-from pipeline.tracking.store import is_off, shown_uri, store
+from pipeline.tracking.store import shown_uri, store
 from tools.command import command
 
 LOCK = Path(".dvc/tmp/blockdrop-sync.lock")
@@ -78,16 +78,11 @@ def read(reference: Reference, root: Path) -> Record:
         DvcException: DVC can't read it.
     """
     files = DVCFileSystem(str(root), rev=reference.revision)
-    return dvc_results.read(
-        files, name=reference.name, baseline=reference.baseline, revision=reference.revision
-    )
+    return dvc_results.read(files, **vars(reference))
 
 
 def log(reference: Reference, root: Path, names: Container[str]) -> None:
     """Log what MLflow lacks of an experiment, under its present name.
-
-    Args:
-        names: of all experiments that have its commit.
 
     Raises:
         RecordError: its files can't be used.
@@ -178,8 +173,7 @@ def usable_store() -> Iterator[None]:
 
 @command()
 def main(_: argparse.Namespace) -> None:
-    """Sync, then show what there is and where to look at it."""
-    if is_off():
+    if mode() == OFF:
         print("BLOCKDROP_TRACKING=off: nothing is logged")
         return
     with usable_store():

@@ -24,10 +24,8 @@ def speedups(path: Path, *, times: Sequence[TimingRow], title: str) -> None:
     figure, axes = plt.subplots(
         1, len(precisions), figsize=(WIDTH, 4.2), layout="constrained", squeeze=False
     )
-    looks: dict[str, dict[str, Any]] = {
-        name: {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)]}
-        for i, name in enumerate(names)
-    }
+    cycle = plt.cycler(color=CYCLE, marker=MARKERS)()
+    looks: dict[str, dict[str, Any]] = dict(zip(names, cycle, strict=False))
     for ax, precision in zip(axes[0], precisions, strict=True):
         of_precision = [row for row in rows if row.precision == precision]
         for name, look in looks.items():

@@ -10,7 +10,6 @@ from pipeline.inference.auto import make_executor
 from pipeline.inference.base import Networks
 from pipeline.inference.masked import Masked
 from pipeline.inference.predict import evaluation_batch
-from pipeline.models.policies import greedy_actions
 from pipeline.results import Agreement
 
 # of the decisions, and of the classes: bf16 turns some close ones
@@ -21,10 +20,12 @@ CHECKED = 256  # images, or a batch when it is more, on which results are compar
 class Reference:
     """The decisions on all images [M, H, W, 3] uint8, and the classes of some."""
 
+    @torch.no_grad()
     def __init__(self, networks: Networks, images: Tensor, *, checked: int) -> None:
         self.execute = make_executor(networks, name=Masked.name)
         parts = images.split(evaluation_batch(images.shape[1]))
-        self.actions = torch.cat([self._decide(networks, part) for part in parts]).cpu()  # [M, K]
+        decided = [self.execute._decide(networks.normalisation(part)) for part in parts]
+        self.actions = torch.cat(decided).cpu()  # [M, K]
         rows = torch.arange(checked) % len(images)
         self.images = images[rows.to(images.device)]  # [C, H, W, 3]
         self.checked = self.actions[rows].to(images.device)  # [C, K]
@@ -48,13 +49,6 @@ class Reference:
         same_classes = float((logits.argmax(dim=1) == classes).double().mean())
         agrees = min(decisions, same_classes) >= AGREEMENT[precision]
         return Agreement(decisions=decisions, classes=same_classes, agrees=agrees)
-
-    @staticmethod
-    @torch.no_grad()
-    def _decide(networks: Networks, images: Tensor) -> Tensor:
-        policy_net = networks.policy_net
-        assert policy_net is not None
-        return greedy_actions(torch.sigmoid(policy_net.eval()(networks.normalisation(images))))
 
     def _classes(self, images: Tensor, actions: Tensor) -> Tensor:
         size = evaluation_batch(images.shape[1])

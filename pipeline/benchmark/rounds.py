@@ -5,6 +5,7 @@ Shapes: B images of a batch, M test images, K blocks.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,14 +51,11 @@ class Rounds:
         self, num_blocks: int, *, num_kept: int, distinct: int | None, draw: torch.Generator
     ) -> list[list[Tensor]]:
         """Random policies [B, K] for every batch."""
-
-        def policies_for(images: Tensor) -> Tensor:
-            policies = random_policies(
-                len(images), num_blocks, num_kept=num_kept, distinct=distinct, draw=draw
-            )
-            return policies.to(images.device)
-
-        return [[policies_for(images) for images in batches] for batches in self.batches]
+        make = partial(random_policies, num_kept=num_kept, distinct=distinct, draw=draw)
+        return [
+            [make(len(images), num_blocks).to(images.device) for images in batches]
+            for batches in self.batches
+        ]
 
     def forced(self, execute: Callable[..., Any], policy: Run, policies: list[list[Tensor]]) -> Call:
         """Run the policy network, then an executor's ResNet under other actions than it chose.

@@ -52,7 +52,11 @@ class Sweep:
     clock: TimeBudget
 
     def points(self, seconds: float) -> list[SweepPoint]:
-        """Times under synthetic policies of each keep ratio."""
+        """Times under synthetic policies of each keep ratio.
+
+        Raises:
+            RuntimeError: a call failed.
+        """
         draw = generator("benchmark", self.batch)
         num_blocks = self.networks.num_blocks
         calls = {FULL: self.rounds.on(self.full.run)}
@@ -80,7 +84,11 @@ class Sweep:
         ]
 
     def parts(self) -> Parts:
-        """What every BlockDrop time includes, each measured alone."""
+        """What every BlockDrop time includes, each measured alone.
+
+        Raises:
+            RuntimeError: a call failed.
+        """
         actions = self.winner.run(self.rounds.batches[0][0]).actions  # [B, K]
         calls: dict[str, Call] = {
             "normalisation": self.rounds.on(self.networks.normalisation),

@@ -76,7 +76,11 @@ def split_by_seed(
 def split_rows(
     images: int, *, shares: dict[SplitName, float], seed: int
 ) -> dict[SplitName, NDArray[np.int64]]:
-    """The row numbers of each split, ascending, as `split_by_seed` draws them."""
+    """The row numbers of each split, ascending, as `split_by_seed` draws them.
+
+    Raises:
+        DataError: a split would be empty.
+    """
     order = np.random.default_rng(seed).permutation(images)
     splits: dict[SplitName, NDArray[np.int64]] = {}
     start = 0

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -85,7 +85,7 @@ def read_description(folder: Path) -> Description:
 
 
 def write_description(
-    folder: Path, source: str, classes: Sequence[str], splits: Mapping[str, Any], **more: int
+    folder: Path, source: str, classes: Sequence[str], splits: Mapping[SplitName, object], **more: int
 ) -> None:
     """Write `dataset.json`; equal content gives equal bytes."""
     content = {"source": source, "classes": list(classes), "splits": splits, **more}

@@ -26,6 +26,7 @@ QUANTILES = 10  # of difficulty, where there are images enough for means of 20
 PICTURES = 18  # of a class, under all of its policies together
 NAME = 1.1  # inches of a class's name
 COLUMNS, COLUMN = 7, 0.69  # of large pictures; inches of a caption
+PITCH, LINE = 1.1, 1.65  # in pictures: to the next one, to the next line
 
 # ------------------------------------------------------------------------------- what is to be shown
 
@@ -188,31 +189,27 @@ def policies_by_class(path: Path, shown: ShownPolicies, *, policies: int = 3) ->
     """Each class's `policies` most frequent ones, and images that take them (the paper's Figure 4)."""
     names = shown.classes[:MAX_CLASSES]
     figure, axes = plt.subplots(
-        2 * len(names), policies, figsize=(WIDTH, 0.8 + 0.85 * len(names)), squeeze=False,
-        height_ratios=(1, 3) * len(names), layout="constrained",
+        len(names), policies, figsize=(WIDTH, 0.8 + 0.85 * len(names)), squeeze=False,
+        layout="constrained",
     )  # fmt: skip
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for label, (name, strips, pictures) in enumerate(zip(names, axes[::2], axes[1::2], strict=True)):
+    for label, (name, row) in enumerate(zip(names, axes, strict=True)):
         actions = shown.actions[shown.labels == label]
         said = "no test images"
         if len(actions):
             distinct = len(np.unique(actions, axis=0))
             said = f"{_counted(len(actions), 'image')}\n{_counted(distinct, 'policy')}"
-        place = {"transform": pictures[0].transAxes, "ha": "right", "va": "top", "size": 8}
-        pictures[0].text(-0.05, 1, fitting(name, NAME, 8, "bold"), weight="bold", **place)
-        pictures[0].text(-0.05, 0.7, said, color=GREY, **place)
+        place = {"transform": row[0].transAxes, "ha": "right", "va": "top", "size": 8}
+        row[0].text(-0.05, 0.9, fitting(name, NAME, 8, "bold"), weight="bold", **place)
+        row[0].text(-0.05, 0.65, said, color=GREY, **place)
         frequent = frequent_policies(shown.actions, shown.labels, label, policies)
-        for rank, (strip, ax, policy) in enumerate(zip(strips, pictures, frequent, strict=False)):
-            _draw_strip(strip, policy, shown.stages)
+        for rank, (ax, policy) in enumerate(zip(row, frequent, strict=False)):
+            _draw_policy(ax, policy, shown, PICTURES // policies)
             rank_name = f"{RANKS[rank] if rank < len(RANKS) else f'{rank + 1}th'}: " * (label == 0)
             blocks = _counted(int(policy.policy.sum()), "block")
             title = f"{rank_name}{100 * policy.share:.0f} %, {blocks}"
-            strip.set_title(title, loc="left", size=8, pad=2)
-            for number, row in enumerate(spread(policy.images, PICTURES // policies)):
-                ax.imshow(shown.images[row], extent=(1.1 * number, 1.1 * number + 1, 0, 1))
-            ax.set_xlim(0, 1.1 * (PICTURES // policies))
-            ax.set_anchor("NW")
+            ax.set_title(title, loc="left", size=8, pad=2)
+        for ax in row:
+            ax.set_axis_off()
     note = "gaps: stages; %: share of the class's images"
     if len(names) < len(shown.classes):
         note += f"; the first {len(names)} of {len(shown.classes)} classes"
@@ -222,13 +219,22 @@ def policies_by_class(path: Path, shown: ShownPolicies, *, policies: int = 3) ->
     save(figure, path)
 
 
-def _draw_strip(ax: Axes, policy: FrequentPolicy, stages: Sequence[int]) -> None:
-    """A policy as a row of cells, with a gap after each stage."""
-    cells = np.insert(policy.policy.astype(float), np.cumsum(stages[:-1]), np.nan)
+def _draw_policy(ax: Axes, policy: FrequentPolicy, shown: ShownPolicies, count: int) -> None:
+    """A row of cells with a gap after each stage, and at most `count` images that take the policy."""
+    cells = np.insert(policy.policy.astype(float), np.cumsum(shown.stages[:-1]), np.nan)
+    width = PITCH * count
     ax.pcolormesh(
-        cells[None], cmap=ListedColormap([PALE, BLUE]), vmin=0, vmax=1,
-        edgecolors="white", linewidth=0.4 if len(policy.policy) <= 30 else 0.2,
+        np.linspace(0, width, len(cells) + 1), (PITCH, PITCH + 0.35), cells[None],
+        cmap=ListedColormap([PALE, BLUE]), vmin=0, vmax=1, edgecolors="white",
+        linewidth=0.4 if len(cells) <= 32 else 0.2,
     )  # fmt: skip
+    for number, row in enumerate(spread(policy.images, count)):
+        _draw_picture(ax, shown.images[row], PITCH * number, 0)
+    ax.set(xlim=(0, width), ylim=(0, PITCH + 0.35), anchor="NW", xticks=(), yticks=())
+
+
+def _draw_picture(ax: Axes, image: NDArray[np.uint8], left: float, bottom: float) -> None:
+    ax.imshow(image, extent=(left, left + 1, bottom, bottom + 1))
 
 
 # ------------------------------------------------------------------------ easy and hard images
@@ -244,17 +250,17 @@ def easy_and_hard(path: Path, shown: ShownPolicies) -> None:
         every = spread(np.arange(len(blocks)), 4 * COLUMNS)
         groups = [(f"every image takes {_counted(int(blocks[0]), 'block')}", every)]
     lines = [-(-len(rows) // COLUMNS) for _, rows in groups]
-    height = max(0.8 + 0.3 * len(groups) + 1.15 * sum(lines), 4.6)
+    height = max(0.8 + 0.3 * len(groups) + 1.2 * sum(lines), 4.6)
     figure = plt.figure(figsize=(WIDTH, height), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(2, 1))
-    parts = left.subfigures(len(groups), 1, height_ratios=lines, squeeze=False)[:, 0]
-    for part, (name, rows), count in zip(parts, groups, lines, strict=True):
-        part.suptitle(name, weight="bold")
-        axes = part.subplots(count, COLUMNS, squeeze=False).ravel()
-        for ax in axes:
-            ax.set_axis_off()
-        for ax, row in zip(axes, rows, strict=False):
-            _draw_captioned(ax, shown, row)
+    ((left, right),) = figure.subfigures(1, 2, width_ratios=(2, 1), squeeze=False)
+    axes = left.subplots(len(groups), 1, height_ratios=lines, squeeze=False)[:, 0]
+    for ax, (name, rows), count in zip(axes, groups, lines, strict=True):
+        for number, row in enumerate(rows):
+            line, column = divmod(number, COLUMNS)
+            _draw_captioned(ax, shown, row, PITCH * column, -LINE * line - 1)
+        ax.set(xlim=(0, PITCH * COLUMNS), ylim=(-LINE * count, 0), anchor="N", xticks=(), yticks=())
+        ax.set_title(name, weight="bold")
+        ax.set_axis_off()
     left.supxlabel(
         "framed: wrong, → what was predicted; equal numbers of blocks in file order", size=7.5
     )
@@ -265,18 +271,17 @@ def easy_and_hard(path: Path, shown: ShownPolicies) -> None:
     save(figure, path)
 
 
-def _draw_captioned(ax: Axes, shown: ShownPolicies, row: int) -> None:
+def _draw_captioned(ax: Axes, shown: ShownPolicies, row: int, left: float, bottom: float) -> None:
     """An image with its class and its number of blocks under it; framed if the prediction is wrong."""
-    ax.imshow(shown.images[row])
-    ax.set_anchor("N")
+    _draw_picture(ax, shown.images[row], left, bottom)
     caption = [shown.classes[shown.labels[row]], _counted(int(shown.blocks[row]), "block")]
     if not shown.correct[row]:
         caption.append(f"→ {shown.classes[shown.predicted[row]]}")
-        frame = Rectangle((0, 0), 1, 1, transform=ax.transAxes, clip_on=False)
+        frame = Rectangle((left, bottom), 1, 1, clip_on=False)
         ax.add_patch(frame).set(fill=False, edgecolor=ORANGE, linewidth=2.2)
     for number, line in enumerate(caption):
         ax.annotate(
-            fitting(line, COLUMN, 7.5), (0.5, 0), (0, -4 - 9.5 * number), xycoords="axes fraction",
+            fitting(line, COLUMN, 7.5), (left + 0.5, bottom), (0, -4 - 9.5 * number),
             textcoords="offset points", size=7.5, color=(INK, GREY, ORANGE)[number], ha="center",
             va="top",
         )  # fmt: skip

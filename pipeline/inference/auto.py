@@ -169,20 +169,25 @@ class Auto(Executor):
 
     def _race(self, key: str, run: Callable[[Executor], R], failures: dict[Executor, Exception]) -> None:
         """Choose the fastest candidate that does not fail, if there is one."""
-        seconds = {}
-        for executor in self.candidates:
-            try:
-                run(executor)  # compiles, captures, warms up
-                call = partial(run, executor)
-                seconds[executor] = min(seconds_of(call, self.device) for _ in range(3))
-            except torch.OutOfMemoryError:
-                seconds[executor] = math.inf
-            except Exception as error:
-                if not _may_be_its_own(error):
-                    raise
-                failures[executor] = error
-        if seconds:
-            CHOICES[key] = min(seconds, key=lambda executor: seconds[executor]).name
+        seconds = {e: self._seconds(partial(run, e), e, failures) for e in self.candidates}
+        able = [executor for executor in self.candidates if executor not in failures]
+        if able:
+            CHOICES[key] = min(able, key=lambda executor: seconds[executor]).name
+
+    def _seconds(
+        self, call: Callable[[], object], executor: Executor, failures: dict[Executor, Exception]
+    ) -> float:
+        """The best time of three calls; infinite without enough memory or after a failure."""
+        try:
+            call()  # compiles, captures, warms up
+        except torch.OutOfMemoryError:
+            return math.inf
+        except Exception as error:
+            if not _may_be_its_own(error):
+                raise
+            failures[executor] = error
+            return math.inf
+        return min(seconds_of(call, self.device) for _ in range(3))
 
     def _keep(self, executor: Executor, failures: dict[Executor, Exception]) -> None:
         """Leave out the executors that failed at a batch that this one ran."""

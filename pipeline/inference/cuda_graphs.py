@@ -118,7 +118,11 @@ class Session:
 
 
 class CudaGraphs(Gather):
-    """Single images by CUDA graphs; larger batches as `gather` runs them."""
+    """Single images by CUDA graphs; larger batches as `gather` runs them.
+
+    Raises:
+        UnavailableError: the networks are not on CUDA.
+    """
 
     name = "cuda_graphs"
     captures: type[Captures] = Captures

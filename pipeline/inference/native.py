@@ -235,8 +235,8 @@ class _PackedNetwork:
             if conv.out_channels % 4 != 0:
                 raise UnavailableError(f"{conv.out_channels} channels are no multiple of 4")
             stride = conv.stride[0]
-            weight, bias, *channels, block = kernel.pack(*fold(conv, bn), stride)
-            convs.append(_Conv(self._keep(weight), self._keep(bias), *channels, stride, block))
+            weight, bias, *channels, width = kernel.pack(*fold(conv, bn), stride)
+            convs.append(_Conv(self._keep(weight), self._keep(bias), *channels, stride, width))
         self.convs = (_Conv * len(convs))(*convs)
         fc_weight = resnet.fc.weight.detach().float()
         padding = convs[-1].out_channels - fc_weight.shape[1]
@@ -254,7 +254,12 @@ class _PackedNetwork:
 
 
 class Native(Executor):
-    """On CPUs: the same time per image at batch 1 as at 1024, and at any mix of policies."""
+    """On CPUs: the same time per image at batch 1 as at 1024, and at any mix of policies.
+
+    Raises:
+        UnavailableError: another device, channels that are no multiple of 4, no compiler, or bf16 on a
+            CPU that has neither AMX nor AVX512_BF16.
+    """
 
     name = "native"
 

@@ -289,6 +289,9 @@ class TritonKernel(Executor):
 
     When it is built, it compiles (seconds) and is compared with float64 on random images, once in a
     process for networks of the same shapes.
+
+    Raises:
+        UnavailableError: no Triton, another device, too many channels, or a proof that fails.
     """
 
     name = "triton"

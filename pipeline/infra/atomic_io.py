@@ -50,7 +50,6 @@ def failures_name(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The same with UTF-8 text."""
     write_atomically(path, text.encode())
 
 

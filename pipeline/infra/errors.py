@@ -48,9 +48,8 @@ def explain_memory(error: BaseException) -> str | None:
     """One line on memory that was not enough, the CPU's or a device's; None for other errors."""
     # torch.OutOfMemoryError is a RuntimeError, and so is what PyTorch raises for the CPU
     words = ("out of memory", "not enough memory", "can't allocate memory", "dataloader worker")
-    if not isinstance(error, MemoryError | RuntimeError):
-        return None
-    if not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in words):
+    says_so = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    if not says_so and not isinstance(error, MemoryError):
         return None
     first = (str(error).strip() or "MemoryError").splitlines()[0]
     if "DataLoader worker" in first:

@@ -58,17 +58,12 @@ def digest_of_files(paths: list[Path]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePoint:
-    """The file that holds a training's last state.
+    """The file that holds a training's last state."""
 
-    Attributes:
-        path: of the last state, while the training runs or is interrupted.
-    """
-
-    path: Path
+    path: Path  # of the last state, while the training runs or is interrupted
 
     @classmethod
     def of(cls, stage: str, key: str) -> "ResumePoint":
-        """The resume point of a stage's training with this key."""
         return cls(path=project_root() / FOLDER / f"{stage}-{key}.pt")
 
     @property
@@ -128,7 +123,6 @@ class ResumePoint:
         tidy(self.path.parent)
 
     def _write(self, state: Mapping[str, Any]) -> Path:
-        """Write the state into a new file and read it back."""
         fresh = self.path.with_suffix(".fresh.pt")
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)

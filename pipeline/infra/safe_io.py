@@ -13,11 +13,7 @@ LONGEST = 300  # characters of a value or a library's words in a message
 
 
 def open_regular(path: Path, limit: int | None = None) -> io.BufferedReader:
-    """Open a file to read it, unless it is too large or no plain file (a pipe is waited for for ever).
-
-    Args:
-        path: of the file; links are followed.
-        limit: the most bytes that it may have; None where the caller looks at the size itself.
+    """Open a file, unless it has over `limit` bytes or is no plain file (a pipe is waited for for ever).
 
     Raises:
         OSError: it can't be opened; `strerror` says why.

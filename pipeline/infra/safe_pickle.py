@@ -95,12 +95,7 @@ def _look_through(content: io.BytesIO) -> None:
 
 
 def _end_of(content: io.BytesIO) -> int:
-    """Read over a pickle without making anything of it.
-
-    Raises:
-        pickle.UnpicklingError: weights_only does not know one of its opcodes.
-        ValueError: it claims more than is there.
-    """
+    """Read over a pickle without making anything of it."""
     for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         if opcode.name not in OPCODES:
             raise pickle.UnpicklingError(f"Unsupported operand {opcode.name}")

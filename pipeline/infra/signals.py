@@ -41,9 +41,6 @@ def exit_with_parent(parent: int) -> None:
 
     DVC, when it is killed, leaves the stage that it started behind. Beside the next `dvc repro` that
     stage would write into the same files.
-
-    Args:
-        parent: the parent's process id, read when this process began.
     """
 
     def watch() -> None:

@@ -25,7 +25,11 @@ code { background: #f5f6f7; }
 
 
 def page(markdown: str, pictures: Path) -> str:
-    """A whole HTML document; the text's first heading is its title, its PNG files are in `pictures`."""
+    """A whole HTML document; the text's first heading is its title, its PNG files are in `pictures`.
+
+    Raises:
+        FileNotFoundError: a picture isn't there.
+    """
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
 
     def inside(found: re.Match[str]) -> str:

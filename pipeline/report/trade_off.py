@@ -233,7 +233,7 @@ def _move(text: Annotation, distance: float, right: int, up: int) -> Bbox:
 
 def _drawn(ax: Axes) -> NDArray[np.float64]:
     """Pixels [P, 2] along the lines, and in the middle of markers."""
-    lines = [line for line in ax.lines if len(line.get_xdata())]
+    lines = [line for line in ax.lines if np.size(line.get_xdata())]
     markers = [each for each in ax.collections if isinstance(each, PathCollection)]
     found = [ax.transData.transform_path(line.get_path()).interpolated(50).vertices for line in lines]
     found += [ax.transData.transform(each.get_offsets()) for each in markers]

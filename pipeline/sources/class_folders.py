@@ -33,12 +33,8 @@ class Tree:
     splits: dict[SplitName, Labelled]
     passed_over: tuple[str, ...]  # skipped files and links to folders, as paths below `folder`
 
-    def missing(self, shares: dict[SplitName, float]) -> dict[SplitName, float]:
-        """The shares of the splits that have no folder, which are to be drawn from train.
-
-        Raises:
-            DataError: a split has neither a folder nor a share, or both.
-        """
+    def check(self, shares: dict[SplitName, float]) -> None:
+        """Refuse a split with neither a folder nor a share (which is drawn from train), or with both."""
         problems = []
         for split in (name for name in SPLITS if name != "train"):
             key = f"data.{split}_fraction"
@@ -51,7 +47,6 @@ class Tree:
                 problems.append(f"{self.folder} has no {split}/ and {key} is null; set one")
         if problems:
             raise DataError("\n".join(problems))
-        return shares
 
 
 def scan(folder: Path) -> Tree:
@@ -173,8 +168,8 @@ def _images_of(folder: Path, classes: Sequence[str]) -> tuple[Labelled, list[Pat
     for label, name in enumerate(classes):
         class_images, others = _walk(folder / name)
         if not class_images:
-            names = [path.relative_to(folder).as_posix() for path in others]
-            but = f"; {account(names)}; save them in another format" if names else ""
+            files = [path.relative_to(folder).as_posix() for path in others]
+            but = f"; {account(files)}; save them in another format" if files else ""
             raise DataError(
                 f"{folder / name} holds no image; add some or remove the folder (images end in "
                 f"{', '.join(sorted(IMAGE_SUFFIXES))}{but})"

@@ -24,10 +24,14 @@ from pipeline.sources.class_folders import Labelled, Tree, some
 
 
 def imagefolder(tree: Tree, *, image_size: int, shares: dict[SplitName, float], seed: int) -> Dataset:
-    """Images of any size and kind, as squares of `image_size`; splits without a folder are drawn."""
-    missing = tree.missing(shares)
+    """Images of any size and kind, as squares of `image_size`; splits without a folder are drawn.
+
+    Raises:
+        DataError: the tree and the shares don't fit together, or an image can't be read.
+    """
+    tree.check(shares)
     splits = {name: _read(name, images, image_size) for name, images in tree.splits.items()}
-    splits.update(split_by_seed(splits.pop("train"), shares=missing, seed=seed))
+    splits.update(split_by_seed(splits.pop("train"), shares=shares, seed=seed))
     _require_every_class(splits["train"].labels, tree.classes)
     return Dataset(source="imagefolder", classes=tree.classes, splits=splits)
 
@@ -35,11 +39,15 @@ def imagefolder(tree: Tree, *, image_size: int, shares: dict[SplitName, float], 
 def imagefolder_stream(
     tree: Tree, *, shares: dict[SplitName, float], seed: int
 ) -> dict[SplitName, Listing]:
-    """The images of each split, listed and not decoded: for trees of any size."""
-    missing = tree.missing(shares)
+    """The images of each split, listed and not decoded: for trees of any size.
+
+    Raises:
+        DataError: the tree and the shares don't fit together, or a file is missing, empty or misnamed.
+    """
+    tree.check(shares)
     splits = {name: _list(name, images, tree.folder) for name, images in tree.splits.items()}
     whole = splits.pop("train")
-    for name, rows in split_rows(len(whole.paths), shares=missing, seed=seed).items():
+    for name, rows in split_rows(len(whole.paths), shares=shares, seed=seed).items():
         splits[name] = Listing(
             paths=[whole.paths[row] for row in rows], labels=whole.labels[rows], sizes=whole.sizes[rows]
         )
@@ -83,5 +91,9 @@ def _list(split: str, images: Labelled, root: Path) -> Listing:
 
 
 def read_image(path: Path, image_size: int) -> NDArray[np.uint8]:
-    """An upright RGB square: the shorter side resized to `image_size`, the longer one cropped to it."""
+    """An upright RGB square: the shorter side resized to `image_size`, the longer one cropped to it.
+
+    Raises:
+        DataError: the file is missing or damaged, no image, or one whose brightness has no known range.
+    """
     return np.asarray(ImageOps.fit(open_image(path), (image_size,) * 2, BILINEAR))

@@ -153,9 +153,6 @@ def require_store(uri: str) -> None:
 def require_usable(uri: str, *, seconds: float = SQLITE_TIMEOUT) -> None:
     """Check within seconds that an SQLite file is a database, unlocked and writable.
 
-    Args:
-        seconds: to wait for another process that has it locked.
-
     Raises:
         OSError: the file, or its folder, can't be written to.
         sqlite3.Error: the file can't be used.

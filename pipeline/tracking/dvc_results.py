@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -47,31 +47,21 @@ class UnfinishedError(RecordError):
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One experiment.
+    """One experiment."""
 
-    Attributes:
-        name: DVC's, or branch and commit.
-        baseline: the commit it was started from.
-        revision: the commit that holds it; empty for the work tree.
-        params: every parameter as text, flat.
-        metrics: those of all stages, flat.
-        curves: of every training, (epoch, value) under name/metric, the name being pretrain, sole-20 ...
-        outs: DVC's digest (md5) of what each stage wrote, by path.
-        files: where to read more, with paths relative to the project.
-    """
-
-    name: str
-    baseline: str
-    revision: str
-    params: Mapping[str, str]
-    metrics: Mapping[str, float]
+    name: str  # DVC's, or branch and commit
+    baseline: str  # the commit it was started from
+    revision: str  # the commit that holds it; empty for the work tree
+    params: Mapping[str, str]  # every parameter as text, flat
+    metrics: Mapping[str, float]  # those of all stages, flat
+    # of every training, (epoch, value) under name/metric, the name being pretrain, sole-20, ...
     curves: Mapping[str, Curve]
-    outs: Mapping[str, str]
+    outs: Mapping[str, str]  # DVC's digest (md5) of what each stage wrote, by path
+    # where to read more, with paths relative to the project
     files: AbstractFileSystem = field(repr=False)
 
     @property
     def key(self) -> str:
-        """Identifies it in MLflow."""
         return experiment_key(self.name, self.baseline, self.params)
 
     @property
@@ -86,7 +76,6 @@ class Record:
 
     @property
     def models(self) -> dict[str, str]:
-        """Digests of the models by path."""
         return {path: md5 for path, md5 in self.outs.items() if path.startswith("models/")}
 
     def artifacts(self) -> dict[str, bytes]:
@@ -119,7 +108,6 @@ class Record:
 
 
 def work_tree(folder: str = ".") -> AbstractFileSystem:
-    """The files of a folder."""
     return DirFileSystem(path=folder, fs=LocalFileSystem())
 
 
@@ -175,7 +163,9 @@ def _metrics(files: AbstractFileSystem) -> dict[str, float]:
     paths = sorted(files.glob(f"{METRICS}/*.json"))
     # the UI's comparison draws the metric that was logged first: the test accuracy
     for path in sorted(paths, key=lambda path: not path.endswith("evaluate.json")):
-        metrics |= dict(_numbers(_json(files, path)))
+        for name, value in config.flatten(_json(files, path)):
+            if isinstance(value, int | float) and math.isfinite(value):
+                metrics[name] = float(value)
     for stage in TRAININGS:
         times = _json(files, f"{TIMES}/{stage}.json")
         if times.get("seconds") is not None:
@@ -190,12 +180,6 @@ def _json(files: AbstractFileSystem, path: str) -> dict[str, Any]:
     except ValueError as error:
         raise RecordError(f"its {path} can't be read: {error}") from None
     return values if isinstance(values, dict) else {}
-
-
-def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, value in config.flatten(dict(values)):
-        if isinstance(value, int | float) and math.isfinite(value):
-            yield name, float(value)
 
 
 def _curves(files: AbstractFileSystem, values: Mapping[str, Any]) -> dict[str, Curve]:

@@ -23,6 +23,7 @@ from pipeline.tracking.runs import (
     TAG_STAGE,
     as_metrics,
     find_parent,
+    first_run,
     make_parent,
 )
 from pipeline.tracking.store import store
@@ -40,14 +41,7 @@ TAG_NOTE = "mlflow.note.content"
 
 
 def complete(record: Record, *, finish: bool) -> str:
-    """Create the parent run of an experiment, or log what it lacks.
-
-    Args:
-        finish: end it as FINISHED; not from inside a stage, which ends it itself.
-
-    Returns:
-        Its id.
-    """
+    """Create the parent run of an experiment, or log what it lacks."""
     with store() as (client, experiment_id):
         run_id = make_parent(
             client,
@@ -74,19 +68,15 @@ def complete(record: Record, *, finish: bool) -> str:
 
 def find(client: "MlflowClient", experiment_id: str, record: Record) -> "Run | None":
     """The parent run that has the record's result already, possibly under another name."""
-    run = find_parent(client, experiment_id, record.key)
-    if run is not None:
-        return run
     condition = f"tags.`{TAG_FINGERPRINT}` = '{record.fingerprint}' and tags.`{TAG_ROLE}` = 'parent'"
-    runs = client.search_runs([experiment_id], filter_string=condition, max_results=1)
-    return runs[0] if runs else None
+    named = find_parent(client, experiment_id, record.key)
+    return named or first_run(client, experiment_id, condition)
 
 
 def find_complete(client: "MlflowClient", experiment_id: str, revision: str) -> "Run | None":
     """The finished parent run that has everything of an experiment's commit."""
     condition = f"tags.`{TAG_REVISION}` = '{revision}' and attributes.status = 'FINISHED'"
-    runs = client.search_runs([experiment_id], filter_string=condition, max_results=1)
-    return runs[0] if runs else None
+    return first_run(client, experiment_id, condition)
 
 
 def rename(client: "MlflowClient", run: "Run", record: Record) -> None:
@@ -98,40 +88,31 @@ def rename(client: "MlflowClient", run: "Run", record: Record) -> None:
 def describe(record: Record) -> str:
     """The run's description: its headline metrics as a Markdown table."""
     metrics = record.metrics
-    rows = [("every block", "full_accuracy", "num_blocks", "full_flops")]
-    rows += [("**BlockDrop**", "accuracy", "blocks_mean", "flops_mean")]
-    lines = ["| network | accuracy | blocks | FLOPs |", "|---|---|---|---|"]
-    for label, accuracy, blocks, flops in rows:
-        lines.append(_row(label, metrics.get(accuracy), metrics.get(blocks), metrics.get(flops)))
+    rows = [
+        ("every block", "full_accuracy", "num_blocks", "full_flops"),
+        ("**BlockDrop**", "accuracy", "blocks_mean", "flops_mean"),
+    ]
     for prefix in sorted({k.rsplit(".", 1)[0] for k in metrics if k.startswith(("sole.", "static."))}):
         kind, name = prefix.split(".", 1)
         tuned = "not finetuned" if record.params.get("finetune.epochs") == "0" else "finetuned"
         name = as_markdown(name.replace("_", " "))
         label = f"ResNet-{name}" if kind == "sole" else f"{name} blocks, {tuned}"
-        values = [metrics.get(f"{prefix}.{field}") for field in ("accuracy", "blocks", "flops")]
-        lines.append(_row(label, *values))
+        rows.append((label, f"{prefix}.accuracy", f"{prefix}.blocks", f"{prefix}.flops"))
+    lines = ["| network | accuracy | blocks | FLOPs |", "|---|---|---|---|"]
+    for label, *names in rows:
+        forms = zip(names, ("{:.2f} %", "{:.2f}", "{:.3g}"), (100, 1, 1), strict=True)
+        cells = [form.format(metrics[n] * factor) if n in metrics else "" for n, form, factor in forms]
+        lines.append(f"| {' | '.join([label, *cells])} |")
     if "flops_saved" in metrics:
-        lines += [
-            "",
-            f"{100 * metrics['flops_saved']:.1f} % of the FLOPs saved, policy network counted.",
-        ]
-    apply = as_code(f"dvc exp apply {shlex.quote(record.name)}")
-    lines += ["", f"{apply} brings it back." if record.revision else ""]
-    return "\n".join(lines).strip()
-
-
-def _row(label: str, accuracy: float | None, blocks: float | None, flops: float | None) -> str:
-    cells = [
-        label,
-        "" if accuracy is None else f"{100 * accuracy:.2f} %",
-        "" if blocks is None else f"{blocks:.2f}",
-        "" if flops is None else f"{flops:.3g}",
-    ]
-    return f"| {' | '.join(cells)} |"
+        saved = 100 * metrics["flops_saved"]
+        lines += ["", f"{saved:.1f} % of the FLOPs saved, policy network counted."]
+    if record.revision:
+        apply = as_code(f"dvc exp apply {shlex.quote(record.name)}")
+        lines += ["", f"{apply} brings it back."]
+    return "\n".join(lines)
 
 
 def _origin(record: Record) -> dict[str, str]:
-    """Tags that say which code gave the result."""
     if not record.revision:
         return origin_tags()
     return {"git.commit": record.baseline, "mlflow.source.git.commit": record.baseline}

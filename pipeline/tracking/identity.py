@@ -16,11 +16,7 @@ MAX_CHANGES = 3  # changed parameters in the name of an experiment that DVC give
 
 
 def experiment_name(params: Mapping[str, str]) -> str:
-    """DVC's name; under plain `dvc repro` branch, commit and the parameters that differ from the commit.
-
-    Args:
-        params: as `as_texts` gives them.
-    """
+    """DVC's name; under plain `dvc repro` branch, commit and the parameters changed since the commit."""
     name = os.environ.get("DVC_EXP_NAME")
     if name:
         return name
@@ -44,7 +40,6 @@ def _changed_params(params: Mapping[str, str]) -> list[str]:
 
 
 def baseline_commit() -> str:
-    """The commit that the experiment was started from."""
     return os.environ.get("DVC_EXP_BASELINE_REV") or git("rev-parse", "HEAD")
 
 

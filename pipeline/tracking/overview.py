@@ -1,8 +1,10 @@
 """The store's content for people: a table of experiments, and links that open them in the UI."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -12,10 +14,12 @@ from rich.text import Text
 from pipeline.infra.safe_io import printable
 from pipeline.tracking.experiment_runs import TAG_SUPERSEDED
 from pipeline.tracking.runs import TAG_ROLE
-from pipeline.tracking.store import compare_page, run_page, runs_page, store, store_uri, ui_address
+from pipeline.tracking.store import store, store_uri, ui_address
 
 SWEPT = {"gamma", "curriculum.gamma", "seed"}  # experiments that differ in these alone are compared
 LINE = 120  # characters, where there is no terminal
+# MLflow 3.17 opens experiments in its GenAI view, which hides training runs, unless told otherwise
+VIEW = "workflowType=machine_learning"
 MAX_ROWS = 20  # experiments in the table, newest first
 COLUMNS = {
     "accuracy": ("accuracy", 100, "%"),
@@ -35,9 +39,10 @@ class Experiment:
     params: Mapping[str, str]
     metrics: Mapping[str, float]
 
-    def is_sibling(self, other: "Experiment") -> bool:
-        """Whether they differ in swept parameters alone, so that comparing them shows a trade-off."""
-        return _unswept(self) == _unswept(other)
+    @property
+    def unswept(self) -> dict[str, str]:
+        """The parameters that are the same in all experiments that show one trade-off."""
+        return {key: text for key, text in self.params.items() if key not in SWEPT}
 
 
 def experiments() -> tuple[str, list[Experiment]]:
@@ -69,7 +74,7 @@ def siblings(chosen: Experiment, others: Sequence[Experiment]) -> list[Experimen
     """
     by_setting: dict[tuple[str | None, ...], Experiment] = {}
     for experiment in (chosen, *others):
-        if experiment.is_sibling(chosen):
+        if experiment.unswept == chosen.unswept:
             by_setting.setdefault(tuple(experiment.params.get(k) for k in sorted(SWEPT)), experiment)
     return list(by_setting.values())
 
@@ -91,20 +96,17 @@ def links(
     experiment_id: str, shown: Sequence[Experiment], run_id: str, *, address: str | None = None
 ) -> dict[str, str]:
     """Addresses of the table of runs, of one experiment, and of its comparison with its siblings."""
-    base = f"{address or ui_address()}/"
-    pages = {"all runs": base + runs_page(experiment_id)}
+    base = f"{address or ui_address()}/#"
+    pages = {"all runs": f"{base}/experiments/{experiment_id}/runs?{VIEW}"}
     chosen = next((experiment for experiment in shown if experiment.run_id == run_id), None)
     if chosen is None:
         return pages
-    pages["this experiment"] = base + run_page(experiment_id, run_id)
+    pages["this experiment"] = f"{base}/experiments/{experiment_id}/runs/{run_id}?{VIEW}"
     compared = [experiment.run_id for experiment in siblings(chosen, shown)]
     if len(compared) > 1:
-        pages["its gammas compared"] = base + compare_page(experiment_id, compared[:MAX_ROWS])
+        runs, ids = (quote(json.dumps(i)) for i in (compared[:MAX_ROWS], [experiment_id]))
+        pages["its gammas compared"] = f"{base}/compare-runs?runs={runs}&experiments={ids}&{VIEW}"
     return pages
-
-
-def _unswept(experiment: Experiment) -> dict[str, str]:
-    return {key: text for key, text in experiment.params.items() if key not in SWEPT}
 
 
 def _cell(value: float | None, scale: float, unit: str) -> str:

@@ -9,12 +9,11 @@ import hashlib
 import importlib.metadata
 import json
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,26 +24,26 @@ from pipeline.models import checkpoint
 from pipeline.models.checkpoint import WEIGHTS, Checkpoint
 from pipeline.serving.predictor import image_size_of
 from pipeline.tracking.connection import reason, silence_mlflow
-from pipeline.tracking.runs import TAG_ROLE
+from pipeline.tracking.runs import TAG_ROLE, TAG_STAGE, find_run
 from pipeline.tracking.store import shown_uri, store, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel, Metric, Run
+    from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
 NAME = "blockdrop"  # of logged models and, by default, of the registered one
 ALIAS = "champion"
-ARTIFACT = "checkpoint"  # folder below `artifacts` of a logged model, the same in mlflow_model.py
 TAG_WEIGHTS = "blockdrop.weights_sha256"
-TAG_STAGE = "blockdrop.stage"
 TAG_DVC = "dvc.md5"
 TAG_MODEL = "blockdrop.model_id"  # of a registered version; the SQL store forgets MLflow's own field
+ARTIFACT = "checkpoint"  # folder below `artifacts` of a logged model, the same in mlflow_model.py
 SCHEME = "models:/"
 IMAGE_SIZE = "data.image_size"  # parameter of a run
 PACKAGES = ("torch", "numpy", "safetensors", "pydantic", "pandas")  # what the served code imports
 EXAMPLES = 2  # images beside a model, to try it
+MAX_RUNS = 50_000  # the most that MLflow returns at once
 
 
 class ModelError(UserError):
@@ -57,29 +56,18 @@ class UnknownRunError(ModelError):
 
 @dataclass(frozen=True, kw_only=True)
 class Promotion:
-    """The result of `promote`.
-
-    Attributes:
-        name: of the registered model.
-        alias: names `version` now.
-        version: of the registered model.
-        previous: the version that the alias named before, None if none.
-        model_id: of the logged model.
-        run_id: of the run that trained it.
-        run_name: the name of that run.
-    """
+    """The result of `promote`: the registered model, which run trained it, and its alias."""
 
     name: str
     alias: str
     version: int
-    previous: int | None
+    previous: int | None  # version that the alias named before
     model_id: str
     run_id: str
     run_name: str
 
     @property
     def uri(self) -> str:
-        """The address by which MLflow loads and serves the model."""
         return f"{SCHEME}{self.name}@{self.alias}"
 
 
@@ -88,26 +76,19 @@ def log_model(
     folder: Path,
     *,
     example: NDArray[np.uint8] | None = None,
-    params: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, float | None] | None = None,
     dvc_md5: str = "",
 ) -> str:
-    """Log a checkpoint folder as a model of a run, once for each run and weights.
+    """Log a checkpoint folder as a model of a run, once for each run and weights; returns its id.
 
-    Takes the store's lock: don't call it while `store()` is held.
+    It gets the run's parameters and its metrics at step 0. Takes the store's lock: don't call it while
+    `store()` is held.
 
     Args:
-        run_id: an existing run, finished or not.
         folder: a checkpoint with a ResNet.
         example: images [M, S, S, 3] uint8, the first two of which become the model's example; None:
             noise. An older checkpoint holds no image size; then it is that of these images, or else the
             run's parameter data.image_size.
-        params: of the model; None: all of the run's.
-        metrics: linked to the model, undefined ones (None) left out; None: all of the run's at step 0.
         dvc_md5: DVC's digest of the folder.
-
-    Returns:
-        The model's id.
 
     Raises:
         CheckpointError: the folder can't be used.
@@ -123,27 +104,23 @@ def log_model(
         if model is None:
             size = _image_size(networks, example, run)
             images = _noise(size) if example is None else example[:EXAMPLES]
-            texts = {k: str(v) for k, v in (run.data.params if params is None else params).items()}
-            model = client.create_logged_model(run.info.experiment_id, NAME, run_id, tags, texts)
+            model = client.create_logged_model(
+                run.info.experiment_id, NAME, run_id, tags, run.data.params
+            )
             _upload(client, model, run_id, replace(networks, image_size=size), images)
-        _link_metrics(client, model, run, metrics)
+        _link_metrics(client, model, run)
     return str(model.model_id)
 
 
 def promote(run: str, *, registered_name: str = NAME, alias: str = ALIAS) -> Promotion:
-    """Register the model of a run, unless it is registered already, and give it an alias.
-
-    Args:
-        run: id of a run, or the name of an experiment, which stands for its parent run.
-        registered_name: of the model in the registry; made when there is none.
-        alias: taken from the version that had it.
+    """Give an alias to the model of a run, by its id or its experiment's name, and register it first.
 
     Raises:
         ModelError: there is no such run, several experiments have that name, the run has no model, or
             MLflow refuses one of the names.
     """
     with store() as (client, experiment_id):
-        source = client.get_run(_find_run(client, experiment_id, run))
+        source = _find_run(client, experiment_id, run)
         model = _newest(client, source)
         version, previous = _set_alias(client, model, registered_name, alias)
     return Promotion(
@@ -160,9 +137,6 @@ def promote(run: str, *, registered_name: str = NAME, alias: str = ALIAS) -> Pro
 @contextmanager
 def fetched(uri: str) -> Iterator[Path]:
     """Download the checkpoint folder of a logged model; it is deleted at the end of the context.
-
-    Args:
-        uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `models:/m-ID`.
 
     Raises:
         ModelError: there is no such model, or another program logged it.
@@ -228,7 +202,6 @@ def _upload(
     networks: Checkpoint,
     example: NDArray[np.uint8],
 ) -> None:
-    """Upload the model's files, then mark it as ready."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
     from mlflow.pyfunc import save_model
@@ -302,71 +275,42 @@ def _noise(size: int) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(256, size=(EXAMPLES, size, size, 3), dtype=np.uint8)
 
 
-def _link_metrics(
-    client: "MlflowClient",
-    model: "LoggedModel",
-    run: "Run",
-    metrics: Mapping[str, float | None] | None,
-) -> None:
+def _link_metrics(client: "MlflowClient", model: "LoggedModel", run: "Run") -> None:
     """Log those that the model lacks, at the time of the run's own point: the run gets none twice."""
     from mlflow.entities import Metric
 
     linked = {(metric.key, metric.value) for metric in model.metrics or ()}
-    points = []
-    for name, value in (run.data.metrics if metrics is None else metrics).items():
-        if value is None or (name, value) in linked:
-            continue
-        point = _point_of_run(client, run, name, value)
-        if point is not None or metrics is not None:  # else a learning curve
-            timestamp = int(time.time() * 1000) if point is None else point.timestamp
-            points.append(Metric(name, value, timestamp, 0, model.model_id))
-    client.log_batch(run.info.run_id, metrics=points)
+    points = {
+        name: Metric(name, value, point.timestamp, 0, model.model_id)
+        for name, value in run.data.metrics.items()
+        if (name, value) not in linked
+        for point in client.get_metric_history(run.info.run_id, name)
+        if (point.step, point.value) == (0, value)  # else of a learning curve
+    }
+    client.log_batch(run.info.run_id, metrics=list(points.values()))
 
 
-def _point_of_run(client: "MlflowClient", run: "Run", name: str, value: float) -> "Metric | None":
-    if run.data.metrics.get(name) != value:
-        return None
-    history = client.get_metric_history(run.info.run_id, name)
-    return next((point for point in history if point.step == 0 and point.value == value), None)
-
-
-def _find_run(client: "MlflowClient", experiment_id: str, id_or_name: str) -> str:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return str(client.get_run(id_or_name).info.run_id)
-    except MlflowException as error:  # of a name; other errors are the caller's
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-    names = _parent_names(client, experiment_id)
-    matches = [run_id for run_id, name in names.items() if name == id_or_name]
+def _find_run(client: "MlflowClient", experiment_id: str, id_or_name: str) -> "Run":
+    run = find_run(client, id_or_name)
+    if run is not None:
+        return run
+    parents = client.search_runs(
+        [experiment_id], filter_string=f"tags.`{TAG_ROLE}` = 'parent'", max_results=MAX_RUNS
+    )
+    matches = [run for run in parents if run.info.run_name == id_or_name]
     if len(matches) > 1:
         raise ModelError(
             f"{len(matches)} experiments are named {id_or_name!r}; name one of their runs: "
-            f"{', '.join(matches)}"
+            f"{', '.join(run.info.run_id for run in matches)}"
         )
     if not matches:
-        known = sorted(set(names.values()))
+        known = sorted({str(run.info.run_name) for run in parents})
         near = difflib.get_close_matches(id_or_name, known) or known[:5]
         raise UnknownRunError(
             f"no run has the id and no experiment the name {id_or_name!r}; "
             + (f"there are {', '.join(near)}" if near else "`make repro` or `make sync` makes some")
         )
     return matches[0]
-
-
-def _parent_names(client: "MlflowClient", experiment_id: str) -> dict[str, str]:
-    """Names of the parent runs of experiments, by id."""
-    names: dict[str, str] = {}
-    token: str | None = None
-    while True:
-        page = client.search_runs(
-            [experiment_id], filter_string=f"tags.`{TAG_ROLE}` = 'parent'", page_token=token
-        )
-        names |= {str(run.info.run_id): str(run.info.run_name) for run in page}
-        token = page.token
-        if not token:
-            return names
 
 
 def _set_alias(
@@ -425,7 +369,6 @@ def _is_of(version: "ModelVersion", model: "LoggedModel") -> bool:
 
 
 def _location(client: "MlflowClient", uri: str) -> str:
-    """The folder of a model's files."""
     path = uri.removeprefix(SCHEME)
     if "@" not in path and "/" not in path:
         return str(client.get_logged_model(path).artifact_location)

@@ -58,20 +58,10 @@ BATCH = 1000  # metrics that MLflow takes in one call
 
 
 class StageRun:
-    """One stage's run; every method may be called when there is no MLflow.
-
-    Args:
-        stage: its name.
-        params: all parameters, as `as_texts` gives them.
-
-    Attributes:
-        run_id: empty where MLflow was not reached.
-        parent_id: likewise.
-    """
+    """One stage's run, with parameters from `as_texts`; any method may be called without MLflow too."""
 
     def __init__(self, stage: str, params: Mapping[str, str]) -> None:
-        self.run_id = ""
-        self.parent_id = ""
+        self.run_id = self.parent_id = ""  # as long as MLflow was not reached
         self._stage = stage
         self._params = params
         self._mode = mode()
@@ -104,11 +94,9 @@ class StageRun:
             self._flush()
 
     def set_tag(self, name: str, value: str) -> None:
-        """Set a tag of the run, which the UI shows."""
         self.attempt(lambda: self._client.set_tag(self.run_id, name, value[:TEXT_LIMIT]))
 
     def log_artifact(self, path: Path) -> None:
-        """Log a file."""
         if self._logging and not path.exists():
             print(f"{printable(path)} is not there, so it is not logged", file=sys.stderr)
         else:
@@ -181,8 +169,8 @@ class StageRun:
             client.update_run(self.parent_id, status="RUNNING")
         self._client = client
         tags = {TAG_PARENT: self.parent_id, TAG_PROCESS: _this_process()}
-        run = _active_run(client, resumed) if resumed else None
-        if run is None:
+        run = find_run(client, resumed) if resumed else None
+        if run is None or run.info.lifecycle_stage != "active":
             tags |= {TAG_ROLE: "stage", TAG_STAGE: self._stage}
             run = client.create_run(experiment_id, tags=tags, run_name=self._stage)
         else:
@@ -227,9 +215,7 @@ def stage_run(
 ) -> Iterator[StageRun]:
     """A run for one stage: FINISHED at the end, KILLED by Ctrl-C or SIGTERM, FAILED by anything else.
 
-    Args:
-        params: all parameters, flat.
-        resumed: id of the run that an interrupted training of this stage had, to be continued.
+    Where an interrupted training had one, of the id `resumed`, that is continued.
 
     Raises:
         TrackingError: MLflow is away and BLOCKDROP_TRACKING is strict.
@@ -257,8 +243,11 @@ def as_metrics(metrics: Mapping[str, float | None], step: int = 0) -> "list[Metr
 
 
 def find_parent(client: "MlflowClient", experiment_id: str, key: str) -> "Run | None":
-    """The parent run of the experiment with this key."""
     condition = f"tags.`{TAG_KEY}` = '{key}' and tags.`{TAG_ROLE}` = 'parent'"
+    return first_run(client, experiment_id, condition)
+
+
+def first_run(client: "MlflowClient", experiment_id: str, condition: str) -> "Run | None":
     runs = client.search_runs([experiment_id], filter_string=condition, max_results=1)
     return runs[0] if runs else None
 
@@ -308,11 +297,7 @@ def _user() -> str:
 
 
 def end_orphans(client: "MlflowClient", experiment_id: str) -> list[str]:
-    """End, as KILLED, the runs that processes of this machine left RUNNING when they died.
-
-    Returns:
-        Their ids.
-    """
+    """End, as KILLED, the runs that processes of this machine left RUNNING when they died."""
     ended = []
     for run in client.search_runs([experiment_id], filter_string="attributes.status = 'RUNNING'"):
         process = run.data.tags.get(TAG_PROCESS, "")
@@ -336,14 +321,13 @@ def _is_alive(description: str) -> bool:
         return False
 
 
-def _active_run(client: "MlflowClient", run_id: str) -> "Run | None":
-    """The run; None where it was deleted, or the interrupted training logged to another store."""
+def find_run(client: "MlflowClient", run_id: str) -> "Run | None":
+    """The run of that id; None where the store has none."""
     from mlflow.exceptions import MlflowException
 
     try:
-        run = client.get_run(run_id)
+        return client.get_run(run_id)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise  # the store is away, and may have the run
         return None
-    return run if run.info.lifecycle_stage == "active" else None

@@ -4,23 +4,21 @@ MLFLOW_TRACKING_URI names it; otherwise it is mlflow.db in the main checkout, al
 a temporary one. When a project was copied or moved, the paths in its mlflow.db are updated.
 """
 
-import json
 import os
 import sqlite3
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.infra.errors import UserError
 from pipeline.infra.resume import PROJECT_MARK, project_root
-from pipeline.tracking.connection import OFF, masked, mode, require_store, require_usable
+from pipeline.tracking.connection import masked, require_store, require_usable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment
 
 EXPERIMENT = "blockdrop"
 DATABASE = "mlflow.db"
@@ -35,15 +33,6 @@ PATH_COLUMNS = (  # of MLflow's tables, with absolute paths of files
 LOCK_TIMEOUT = 60.0  # seconds to wait for another process that sets up the store
 HOST = "127.0.0.1"  # of the UI that `make ui` starts
 PORT = 5000
-
-
-def is_off() -> bool:
-    """Whether the user wants nothing logged.
-
-    Raises:
-        UserError: BLOCKDROP_TRACKING has a value that it can't have.
-    """
-    return mode() == OFF
 
 
 def store_uri() -> str:
@@ -108,60 +97,27 @@ def ui_address() -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
 
 
-def runs_page(experiment: str) -> str:
-    """The part of a link that opens the table of runs.
-
-    MLflow 3.17 opens experiments in its GenAI view, where training runs are out of sight, unless the
-    link says otherwise.
-    """
-    return f"#/experiments/{experiment}/runs?workflowType=machine_learning"
-
-
-def run_page(experiment: str, run_id: str) -> str:
-    """The part of a link that opens one run."""
-    return f"#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
-
-
-def compare_page(experiment: str, run_ids: Sequence[str]) -> str:
-    """The part of a link that compares runs."""
-    runs, experiments = (quote(json.dumps(list(ids))) for ids in (run_ids, [experiment]))
-    return f"#/compare-runs?runs={runs}&experiments={experiments}&workflowType=machine_learning"
-
-
 def _experiment(client: "MlflowClient") -> str:
     name, number = (os.environ.get(f"MLFLOW_EXPERIMENT_{field}") for field in ("NAME", "ID"))
     by_number = client.get_experiment(number) if number and not name else None
     name = name or EXPERIMENT
     experiment = by_number or client.get_experiment_by_name(name)
-    if experiment is not None:
-        _require_active(experiment)
-        _update_paths(str(experiment.artifact_location))
-        return str(experiment.experiment_id)
-    location = None if store_uri().startswith("http") else (project_root() / ARTIFACTS).as_uri()
-    return str(client.create_experiment(name, artifact_location=location))
-
-
-def _require_active(experiment: "Experiment") -> None:
-    """Check that runs can be logged to it.
-
-    Raises:
-        UserError: it was deleted.
-    """
+    if experiment is None:
+        location = None if store_uri().startswith("http") else (project_root() / ARTIFACTS).as_uri()
+        return str(client.create_experiment(name, artifact_location=location))
+    number = str(experiment.experiment_id)
     if experiment.lifecycle_stage != "active":
-        number = experiment.experiment_id
         raise UserError(
             f"the experiment {experiment.name!r} was deleted in MLflow; "
             f"`MLFLOW_TRACKING_URI={shown_uri()} mlflow experiments restore --experiment-id {number}` "
             "brings it back, and MLFLOW_EXPERIMENT_NAME names another one"
         )
+    _update_paths(str(experiment.artifact_location))
+    return number
 
 
 def _require_no_percent_sign() -> None:
-    """Check that MLflow can set up a database: its migration library (Alembic) takes no % in a path.
-
-    Raises:
-        UserError: there is one in the path of the folder where MLflow is installed.
-    """
+    """Check that MLflow can set up a database: its migration library (Alembic) takes no % in a path."""
     import mlflow
 
     folder = Path(mlflow.__file__).parent
@@ -173,16 +129,16 @@ def _require_no_percent_sign() -> None:
 
 
 def _update_paths(location: str) -> None:
-    """In the store of a project that was copied or moved, replace the old folder's paths by this one's.
+    """In the store of a project that was copied or moved, put this folder's paths for the old ones."""
+    from sqlalchemy.engine import make_url
 
-    Args:
-        location: of the experiment's artifacts, as the store has it.
-    """
-    root = project_root()
-    old = _former_root(location, root)
-    if old is None or not _is_own(store_uri(), root):
+    root, uri = project_root(), store_uri()
+    file, old = root / DATABASE, _former_root(location, root)
+    if old is None or file.is_symlink() or not uri.startswith("sqlite"):
         return
-    with closing(sqlite3.connect(root / DATABASE)) as database, database:  # all or nothing
+    if make_url(uri).database != str(file):  # other projects may share it
+        return
+    with closing(sqlite3.connect(file)) as database, database:  # all or nothing
         for before, after in ((old.as_uri(), root.as_uri()), (str(old), str(root))):
             for table, column in PATH_COLUMNS:
                 database.execute(
@@ -213,11 +169,3 @@ def _former_root(location: str, root: Path) -> Path | None:
     except OSError:  # it is gone, or another user's
         keep = False
     return None if keep else old
-
-
-def _is_own(uri: str, root: Path) -> bool:
-    """Whether it is this folder's own store, and no link to that of another folder."""
-    from sqlalchemy.engine import make_url
-
-    path = root / DATABASE
-    return uri.startswith("sqlite") and make_url(uri).database == str(path) and not path.is_symlink()

@@ -15,23 +15,14 @@ from typing import Any
 from pipeline.config import Params
 from pipeline.config import load as load_params
 from pipeline.device import choose_device, describe_device
+from pipeline.infra import processes
 from pipeline.infra.atomic_io import failures_name, write_text, write_through
 from pipeline.infra.errors import UserError, explain, explain_memory
-from pipeline.infra.processes import (
-    RankInfo,
-    describe,
-    explain_peer_failure,
-    is_main,
-    process_group,
-    rank_info,
-    requested_world_size,
-    wait_for_rank0_exit,
-)
+from pipeline.infra.processes import RankInfo, is_main, rank_info
 from pipeline.infra.safe_io import short_repr
 from pipeline.infra.signals import exit_on_sigterm, exit_with_parent
-from pipeline.tracking.connection import OFF
+from pipeline.tracking.connection import OFF, mode
 from pipeline.tracking.connection import VARIABLE as TRACKING
-from pipeline.tracking.store import is_off
 from stages import PARENT
 from stages.support.inputs import require_unchanged
 
@@ -70,12 +61,12 @@ def run(main: Callable[[Params], None], *, trains: bool = False) -> None:
     except OSError as error:
         _fail_or_raise(explain(error), error)
     except (MemoryError, RuntimeError) as error:
-        _fail_or_raise(explain_memory(error) or explain_peer_failure(error), error)
+        _fail_or_raise(explain_memory(error) or processes.explain_peer_failure(error), error)
 
 
 def _run(main: Callable[[Params], None], *, trains: bool) -> None:
-    count, world_size = requested_world_size(choose_device()), rank_info().size
-    is_off()  # refuses a BLOCKDROP_TRACKING that it does not know
+    count, world_size = processes.requested_world_size(choose_device()), rank_info().size
+    mode()  # refuses a BLOCKDROP_TRACKING that it does not know
     params = load_params()
     if world_size > 1 and not trains:
         raise UserError("only trainings take several processes; start this stage without torchrun")
@@ -87,13 +78,13 @@ def _run(main: Callable[[Params], None], *, trains: bool) -> None:
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the end
         os.environ[TRACKING] = OFF
     try:
-        with process_group(choose_device()) if trains else nullcontext():
+        with processes.process_group(choose_device()) if trains else nullcontext():
             require_unchanged()  # while params.yaml and code were read
             main(params)
             if is_main():
                 require_unchanged()
     except BaseException:
-        wait_for_rank0_exit()
+        processes.wait_for_rank0_exit()
         raise
 
 
@@ -164,7 +155,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -180,7 +170,6 @@ def csv_text(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None
 def write_csv(
     path: Path, rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None = None
 ) -> None:
-    """Write a table (`csv_text`)."""
     write_text(path, csv_text(rows, columns=columns))
 
 
@@ -191,17 +180,11 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def write_times(stage: str, seconds: float, images: int, *, fewest_threads: int) -> None:
-    """How long a training took, in a file of its own: it differs from run to run, results do not.
-
-    Args:
-        seconds: of the whole training.
-        images: trained on, each counted once an epoch.
-        fewest_threads: the least that it used, beside other work on the machine.
-    """
+    """How long a training took, in a file of its own: it differs from run to run, results do not."""
     content = {
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 1) if seconds else None,
-        "device": describe(describe_device(choose_device())),
+        "device": processes.describe(describe_device(choose_device())),
         "fewest_threads": fewest_threads,
     }
     write_json(METRICS / "times" / f"{stage}.json", content)

@@ -67,17 +67,17 @@ def load_resnet(
     classes: tuple[str, ...],
     *,
     depth: int,
-    section: ResNetParams | PolicyNetParams | None = None,
+    network: ResNetParams | PolicyNetParams | None = None,
 ) -> ResNet:
-    """The ResNet of our own or the authors' checkpoint, when it is the one that params.yaml describes.
+    """The ResNet of our own or the authors' checkpoint, if it is the one that params.yaml describes.
 
     Args:
-        section: that describes its family and width; None: params.resnet.
+        network: that says its family and width; None: params.resnet.
 
     Raises:
         CheckpointError: it can't be read, or is of another network, data set or depth.
     """
-    expected = section or params.resnet
+    expected = network or params.resnet
     if path.is_dir():
         imported = checkpoint.load(path)
         require_same(

@@ -71,22 +71,13 @@ class FileState:
 
 @dataclass(frozen=True, kw_only=True)
 class StageInputs:
-    """What dvc.yaml lists for a stage.
-
-    Attributes:
-        stage: its name.
-        params: the bytes of params.yaml.
-        keys: the parameters that are listed; None: all.
-        deps: files and folders, by their names in dvc.yaml.
-        files: the states of those files, and of the files in the folders.
-        outs: what the stage writes.
-    """
+    """What dvc.yaml lists for a stage."""
 
     stage: str
-    params: bytes
-    keys: tuple[str, ...] | None
-    deps: Mapping[str, Path]
-    files: Mapping[str, FileState]
+    params: bytes  # of params.yaml
+    keys: tuple[str, ...] | None  # the parameters that are listed; None: all
+    deps: Mapping[str, Path]  # files and folders, by their names in dvc.yaml
+    files: Mapping[str, FileState]  # the states of those files, and of the files in the folders
     outs: tuple[Path, ...]
 
     @classmethod

@@ -3,8 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from torch import Tensor
 from tqdm import tqdm
@@ -13,10 +12,22 @@ from pipeline.data.split import ImageSplit
 from pipeline.infra.processes import is_main
 from pipeline.training.loop import Metrics
 
-BAR = "{desc} {percentage:3.0f}%|{bar}| {remaining} left"
+BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {remaining} left"
 
 
-class Steps:
+class Bar:
+    """A progress bar that is closed with its context: what comes next begins on a line of its own."""
+
+    bar: tqdm
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+class Steps(Bar):
     """The bar of a stage that trains nothing, on a terminal; elsewhere nothing.
 
     Args:
@@ -26,44 +37,29 @@ class Steps:
     def __init__(self, name: str, total: float = 0) -> None:
         self.amount = total
         self.bar = tqdm(
-            desc=name, total=total, disable=not _can_draw(), dynamic_ncols=True, bar_format=BAR
+            desc=name, total=total, disable=not _can_draw(), dynamic_ncols=True, bar_format=BAR_FORMAT
         )
 
-    def __enter__(self) -> "Steps":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.close()
-
     def total(self, amount: float) -> None:
-        """Set the amount of all the work."""
         self.amount = self.bar.total = amount
         self.bar.refresh()
 
-    def step(self, amount: float = 1) -> None:
-        """Add to what is done."""
-        self.bar.update(amount)
-
     def reach(self, done: float) -> None:
-        """Set what is done, at most all of it."""
         self.bar.update(min(done, self.amount) - self.bar.n)
 
     def say(self, line: str) -> None:
-        """Print a line above the bar."""
         self.bar.write(line)
         sys.stdout.flush()
 
     def over(self, split: ImageSplit, passes: int = 1) -> ImageSplit:
         """The same images; a batch that is done counts `passes` times, once for each policy."""
-        return cast(ImageSplit, _CountedSplit(split, lambda images: self.step(images * passes)))
+        return cast(ImageSplit, _CountedSplit(split, lambda images: self.bar.update(images * passes)))
 
 
 class _CountedSplit:
     """A split that counts the images of its batches when the work on them is done."""
 
-    def __init__(self, split: ImageSplit, count: Callable[[int], None]) -> None:
+    def __init__(self, split: ImageSplit, count: Callable[[int], object]) -> None:
         self.split = split
         self.count = count
 
@@ -80,7 +76,7 @@ class _CountedSplit:
             self.count(len(images))  # the caller asks for the next batch
 
 
-class Progress:
+class Progress(Bar):
     """The progress of a training: on a terminal one bar for all of it, elsewhere a line for each epoch.
 
     A log file beside a terminal (`dvc repro > log`) gets the lines too.
@@ -113,20 +109,10 @@ class Progress:
         if history:
             self.bar.set_postfix_str(_summary(history[-1], self.IN_BAR))
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.close()  # what comes next begins on a line of its own
-
     def step(self) -> None:
-        """Count a step."""
         self.bar.update()
 
     def note(self, message: str) -> None:
-        """Print a message above the bar."""
         if is_main():
             self.bar.write(f"{self.name}: {message}")
 

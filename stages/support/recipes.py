@@ -6,21 +6,16 @@ from functools import partial
 import torch
 
 from pipeline.config import Curriculum, Finetune, Params, Pretrain
-from pipeline.data.metadata import load_classes
 from pipeline.data.transforms import AnyAugmentation, Augmentation, Normalisation, SeededCrop
-from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.resnet import ResNet
 from pipeline.training import optim
-from pipeline.training.classification import Classification
 from pipeline.training.distillation import Distillation
 from pipeline.training.optim import make_optimizer
-from stages.support.common import PREPARED
 
 STEP_AT = 0.8  # of a training, where the schedule `step` falls to x0.1; the authors: epoch 1600 of 2000
 
 
 def normalisation_of(params: Params) -> Normalisation:
-    """The input normalisation."""
     return Normalisation(mean=params.resnet.mean, std=params.resnet.std)
 
 
@@ -51,17 +46,6 @@ def resnet_optimizer_of(resnet: ResNet, section: Pretrain | Finetune) -> torch.o
     )
 
 
-def pretraining_of(resnet: ResNet, section: Pretrain, params: Params) -> Classification:
-    """The recipe of a section, for a ResNet of any depth that runs every block."""
-    return Classification(
-        resnet,
-        optimizer=resnet_optimizer_of(resnet, section),
-        normalisation=normalisation_of(params),
-        precision=section.precision,
-        label_smoothing=section.label_smoothing,
-    )
-
-
 def distillation_of(resnet: ResNet, params: Params) -> Distillation:
     """Finetune's loss of the ResNet, with a copy of it as it is now as the teacher."""
     section = params.finetune
@@ -70,17 +54,4 @@ def distillation_of(resnet: ResNet, params: Params) -> Distillation:
         teacher_weight=section.distillation,
         normalisation=normalisation_of(params),
         precision=section.precision,
-    )
-
-
-def full_network(stage: str, resnet: ResNet, params: Params) -> Checkpoint:
-    """The checkpoint of a ResNet that runs every block, for the prepared data set."""
-    return Checkpoint(
-        stage=stage,
-        resnet=resnet,
-        policy_net=None,
-        normalisation=normalisation_of(params),
-        image_size=params.data.image_size,  # the size of data/prepared, on which these stages depend
-        classes=load_classes(PREPARED),
-        metrics={},
     )

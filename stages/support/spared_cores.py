@@ -19,10 +19,7 @@ class SparedCores:
 
     The number of threads decides the order in which numbers are summed, so beside other work a training
     repeats its results but for float noise. OMP_NUM_THREADS fixes the number, and with it the bytes.
-
-    Attributes:
-        most: threads at the start, which are never exceeded.
-        fewest: the least number of threads so far.
+    The number at the start, `most`, is never exceeded; `fewest` is the least so far.
     """
 
     SECONDS = 1.0  # between two measurements of the machine

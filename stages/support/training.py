@@ -11,19 +11,29 @@ import torch
 import yaml
 
 from pipeline import distributed
-from pipeline.config import NO_FILE, Params, section_name
+from pipeline.config import NO_FILE, Params, PolicyNetParams, Pretrain, ResNetParams, section_name
 from pipeline.data.dataset import load_split
+from pipeline.data.metadata import load_classes
 from pipeline.data.split import ImageSplit
-from pipeline.device import choose_device, computes_in_bf16, describe_device, keep_freed_memory
+from pipeline.device import (
+    choose_device,
+    computes_in_bf16,
+    describe_device,
+    keep_freed_memory,
+    seed_everything,
+)
 from pipeline.infra import processes
 from pipeline.infra.errors import UserError
 from pipeline.infra.processes import is_main
 from pipeline.infra.resume import ResumePoint, digest_of_files, key_of
 from pipeline.infra.signals import deferred_signals
 from pipeline.models import checkpoint
+from pipeline.models.build import make_resnet
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.resnet import ResNet
 from pipeline.tracking.runs import StageRun, stage_run
 from pipeline.training import loop
+from pipeline.training.classification import Classification
 from pipeline.training.loop import Learner, Metrics
 from stages.support.common import (
     METRICS,
@@ -36,28 +46,27 @@ from stages.support.common import (
     write_json,
     write_times,
 )
+from stages.support.compatibility import load_resnet
 from stages.support.inputs import code_of, inputs_of, params_of, require_unchanged
 from stages.support.progress import Progress
-from stages.support.recipes import augmentation_of, schedule_of
+from stages.support.recipes import (
+    augmentation_of,
+    normalisation_of,
+    resnet_optimizer_of,
+    schedule_of,
+)
 from stages.support.spared_cores import SparedCores
 from stages.support.training_state import FORMAT, Checkpointer, TrainingSection, TrainingState
 
 # What dvc.yaml draws of each training: without one there are no points, but the columns must be there.
-POLICY_METRICS = ("accuracy", "reward", "blocks")
-POLICY_VALIDATION_METRICS = ("accuracy", "reward", "blocks_mean", "active_blocks")
-POLICY_COLUMNS = (
-    "epoch",
-    *(f"train_{name}" for name in POLICY_METRICS),
-    *(f"validation_{name}" for name in POLICY_VALIDATION_METRICS),
-)
 CLASSIFICATION_COLUMNS = ("epoch", "train_accuracy", "validation_accuracy")
-COLUMNS = {
-    "pretrain": CLASSIFICATION_COLUMNS,
-    "policy_pretrain": CLASSIFICATION_COLUMNS,
-    "sole": CLASSIFICATION_COLUMNS,
-    "static": CLASSIFICATION_COLUMNS,
-    "curriculum": POLICY_COLUMNS,
-    "finetune": POLICY_COLUMNS,
+POLICY_COLUMNS = (
+    "epoch", "train_accuracy", "train_reward", "train_blocks", "validation_accuracy",
+    "validation_reward", "validation_blocks_mean", "validation_active_blocks",
+)  # fmt: skip
+COLUMNS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("pretrain", "policy_pretrain", "sole", "static"), CLASSIFICATION_COLUMNS),
+    **dict.fromkeys(("curriculum", "finetune"), POLICY_COLUMNS),
 }
 
 
@@ -75,7 +84,6 @@ class Outputs:
 
     @property
     def curve(self) -> Path:
-        """The file of the learning curve."""
         return PLOTS / self.stage / f"{self.item}.csv" if self.item else PLOTS / f"{self.stage}.csv"
 
     def write_checkpoint(self, networks: Checkpoint, metrics: Metrics) -> None:
@@ -141,12 +149,62 @@ def run(
         outputs.write_untrained(params, metrics, "0 epochs, the networks as they are")
 
 
-def write_nothing(stage: str, params: Params, networks: Checkpoint, reason: str) -> None:
+def write_nothing(stage: str, params: Params, reason: str) -> None:
     """Write the files of a stage that has nothing to do, so that DVC finds them."""
     if is_main():
         outputs = Outputs(stage, "")
-        outputs.write_checkpoint(networks, {})
+        outputs.write_checkpoint(_full_network(stage, None, params), {})
         outputs.write_untrained(params, {}, reason)
+
+
+def run_full_network(
+    stage: str,
+    params: Params,
+    network: ResNetParams | PolicyNetParams,
+    section: Pretrain,
+    *,
+    depth: int,
+    item: str = "",
+) -> None:
+    """Train a ResNet of some depth with every block, or take one.
+
+    Args:
+        network: that says its family and width.
+        section: the recipe.
+    """
+    classes = load_classes(PREPARED)
+
+    def load(path: Path) -> Checkpoint:
+        resnet = load_resnet(path, params, classes, depth=depth, network=network)
+        return _full_network(stage, resnet, params)
+
+    def build() -> tuple[Classification, Checkpoint]:
+        seed_everything(params.seed, stage, *([depth] if item else []))
+        resnet = make_resnet(
+            family=network.family, depth=depth, width=network.width, num_classes=len(classes)
+        ).to(choose_device())
+        learner = Classification(
+            resnet,
+            optimizer=resnet_optimizer_of(resnet, section),
+            normalisation=normalisation_of(params),
+            precision=section.precision,
+            label_smoothing=section.label_smoothing,
+        )
+        return learner, _full_network(stage, resnet, params)
+
+    run(stage, params, section, load=load, build=build, item=item)
+
+
+def _full_network(stage: str, resnet: ResNet | None, params: Params) -> Checkpoint:
+    return Checkpoint(
+        stage=stage,
+        resnet=resnet,
+        policy_net=None,
+        normalisation=normalisation_of(params),
+        image_size=params.data.image_size,  # the size of data/prepared, on which the stages depend
+        classes=load_classes(PREPARED),
+        metrics={},
+    )
 
 
 def imported_path(setting: str) -> Path | None:
@@ -246,11 +304,7 @@ def _write_results(
     images: int,
     fewest: int,
 ) -> None:
-    """Write the trained networks, their curve, metrics and times.
-
-    Raises:
-        ChangedError: what the result depends on is not what it was when the training began.
-    """
+    """Write the trained networks, their curve, metrics and times."""
     require_unchanged()  # before anything is written that DVC or a later training could take
     prefix = "validation_"
     last_epoch = state.history[-1]
@@ -293,11 +347,7 @@ def _resume_key(outputs: Outputs, params: Params) -> str:
 
 
 def _require_same_training(name: str, key: str) -> None:
-    """See that all processes have the parameters, data, code and libraries of process 0.
-
-    Raises:
-        UserError: this one has others.
-    """
+    """See that all processes have the parameters, data, code and libraries of process 0."""
     if distributed.broadcast_from_rank0(lambda: key) != key:
         raise UserError(
             f"{name}: this process has other parameters, data, code, PyTorch, NumPy or kind of device "

@@ -35,31 +35,20 @@ class TrainingError(UserError):
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """A training up to some step: what a resume point holds.
+    """A training up to some step: what a resume point holds."""
 
-    Attributes:
-        position: the steps that are done.
-        history: a row of metrics for each epoch that is done.
-        seconds: that it has taken so far, over all interruptions.
-        run_id: of its MLflow run; None where it has none.
-        adopted: another process has finished this training, and the state is its last one.
-        modules: state dictionaries by the learner's names; `apply` uses them up, with the next two.
-        optimizer: the optimiser's state dictionary.
-        random: the states of the global generators.
-        executors: those that won races (`auto.CHOICES`), by rank 0.
-        device: on which they did; on another one they race again.
-    """
-
-    position: loop.Position = field(default_factory=loop.Position)
-    history: list[Metrics] = field(default_factory=list)
-    seconds: float = 0.0
-    run_id: str | None = None
-    adopted: bool = False
+    position: loop.Position = field(default_factory=loop.Position)  # the steps that are done
+    history: list[Metrics] = field(default_factory=list)  # a row of metrics for each epoch that is done
+    seconds: float = 0.0  # that it has taken so far, over all interruptions
+    run_id: str | None = None  # of its MLflow run; None where it has none
+    adopted: bool = False  # another process has finished this training, and the state is its last one
+    # state dictionaries by the learner's names; `apply` uses them up, with the next two
     modules: dict[str, Any] | None = None
-    optimizer: dict[str, Any] | None = None
-    random: dict[str, Any] | None = None
+    optimizer: dict[str, Any] | None = None  # its state dictionary
+    random: dict[str, Any] | None = None  # the states of the global generators
+    # those that won races (`auto.CHOICES`), by rank 0
     executors: dict[str, str] = field(default_factory=dict)
-    device: str | None = None
+    device: str | None = None  # on which they did; on another one they race again
 
     @classmethod
     def load(cls, point: ResumePoint, *, recorded_md5: str | None) -> "TrainingState":
@@ -131,32 +120,26 @@ def _curve_md5(history: list[Metrics]) -> str:
     return hashlib.md5(csv_text(history).encode(), usedforsecurity=False).hexdigest()
 
 
+@dataclass
 class Checkpointer:
     """Saves a training's state: at each epoch's end, now and then inside one, and before it stops."""
 
-    def __init__(
-        self,
-        name: str,
-        section: TrainingSection,
-        learner: loop.Learner,
-        point: ResumePoint,
-        state: TrainingState,
-        run: StageRun,
-    ) -> None:
-        self.name = name
-        self.section = section
-        self.learner = learner
-        self.point = point
-        self.state = state
-        self.run = run
-        self.started_at = time.monotonic() - state.seconds
+    name: str
+    section: TrainingSection
+    learner: loop.Learner
+    point: ResumePoint
+    state: TrainingState
+    run: StageRun
+
+    def __post_init__(self) -> None:
+        self.started_at = time.monotonic() - self.state.seconds
         self.saved_at = time.monotonic()
         self.save_seconds = 0.0  # that the last save took
-        self.is_saved = bool(state.history) and not state.adopted
+        self.is_saved = bool(self.state.history) and not self.state.adopted
         self.main = is_main()  # of several processes, the one that saves and prints
         self.warned: set[str] = set()
-        for row in state.history:  # a resumed run passes over those that it has already
-            run.log_metrics(row, step=int(row["epoch"]))
+        for row in self.state.history:  # a resumed run passes over those that it has already
+            self.run.log_metrics(row, step=int(row["epoch"]))
 
     def epoch_done(self, result: loop.EpochResult) -> None:
         """Add an epoch's metrics to the history and log them.

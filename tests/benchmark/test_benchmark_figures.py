@@ -59,7 +59,6 @@ def swept(batches: tuple[int, ...], precisions: tuple[str, ...]) -> list[SweepPo
     ("executors", "batches", "precisions"),
     [
         (EXECUTORS, (1, 32, 128, 1024), ("fp32", "bf16")),
-        (EXECUTORS[:4], (1, 32), ("fp32",)),
         (("native",), (1,), ("fp32",)),
     ],
 )

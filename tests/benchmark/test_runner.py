@@ -2,6 +2,7 @@
 
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from pipeline.benchmark.candidates import Settings
 from pipeline.benchmark.reference import Reference
 from pipeline.benchmark.rounds import Rounds, peak_mib
 from pipeline.benchmark.runner import Benchmark
+from pipeline.benchmark.sweep import synthetic_policies
 from pipeline.flops import measure
-from pipeline.inference.base import Executor, Output
+from pipeline.inference.base import Executor
 from pipeline.inference.gather import Gather
-from pipeline.results import Tables, TimingRow, Winner
+from pipeline.results import Tables, TimingRow
 
 
 class Sleepy(Gather):
@@ -24,7 +26,7 @@ class Sleepy(Gather):
     name = "sleepy"
 
     def _run(self, images, actions):
-        time.sleep(0.05)
+        time.sleep(0.02)
         return super()._run(images, actions)
 
 
@@ -48,20 +50,15 @@ class Liar(Gather):
         return torch.zeros(len(inputs), self.networks.resnet.num_classes)
 
 
-class Broken(Gather):
-    """Gives nothing."""
-
-    name = "broken"
-
-    def _run(self, images, actions):
-        return Output(logits=torch.zeros(len(images), 5), actions=torch.zeros(len(images), 6) > 0)
+def fails(*_, **__):
+    raise RuntimeError("no such kernel\nand a traceback")
 
 
 def settings(**changes) -> Settings:
     return Settings(
         **{
             "batch_sizes": [32], "precisions": ["fp32"], "executors": ["masked", "gather"],
-            "keep_ratios": [0.0, 1.0], "distinct_policies": 20, "sole_depths": [8], "rounds": 5,
+            "keep_ratios": [0.4, 1.0], "distinct_policies": 20, "sole_depths": [8], "rounds": 5,
             "seconds": 60.0, "with_compile": False, **changes,
         }
     )  # fmt: skip
@@ -84,46 +81,48 @@ def run(*extra: type[Executor], **changes) -> tuple[Benchmark, Tables]:
     return benchmark, benchmark.run(lambda _: None)
 
 
-def row_of(tables: Tables, name: str) -> TimingRow:
-    (row,) = [row for row in tables.times if row.candidate == name]
+def row_of(tables: Tables, name: str, batch: int) -> TimingRow:
+    (row,) = [row for row in tables.times if (row.candidate, row.batch) == (name, batch)]
     return row
 
 
-def winner_of(tables: Tables) -> Winner:
-    """Of the first answer."""
-    assert tables.answers[0].winner is not None
-    return tables.answers[0].winner
+TICKS: list[float] = []
 
 
-def test_a_sleeper_is_shown_as_slow():
-    _, tables = run(Sleepy)
-    row = row_of(tables, "sleepy")
-    assert row.time.milliseconds > 50
+@pytest.fixture(scope="module")
+def benchmark() -> Benchmark:
+    """One that has run, for several tests."""
+    made = make_benchmark(
+        Sleepy, Cheat, Liar, batch_sizes=[16, 40], executors=["gather", "grouped", "triton"]
+    )
+    made.run(lambda _: None, TICKS.append)
+    return made
+
+
+def test_a_sleeper_is_shown_as_slow(benchmark):
+    row = row_of(benchmark.tables, "sleepy", 40)
+    assert row.time.milliseconds > 20
     assert row.agreement.agrees
-    assert row.speedup.ratio < row_of(tables, "gather").speedup.ratio
-    assert winner_of(tables).executor != "sleepy"
+    assert row.speedup.ratio < row_of(benchmark.tables, "gather", 40).speedup.ratio
 
 
-@pytest.mark.parametrize(("kind", "what"), [(Cheat, "decisions"), (Liar, "classes")])
-def test_a_cheat_is_shown_and_wins_nothing(kind, what):
-    _, tables = run(kind)
-    row = row_of(tables, kind.name)
+@pytest.mark.parametrize(("name", "what"), [("cheat", "decisions"), ("liar", "classes")])
+def test_a_cheat_is_shown(benchmark, name, what):
+    row = row_of(benchmark.tables, name, 40)
     assert getattr(row.agreement, what) < 0.999
     assert not row.agreement.agrees
     assert not row.speedup.reliable
-    assert winner_of(tables).executor in ("gather", "masked")
 
 
 def test_without_agreement_there_is_no_winner():
     lines = []
-    benchmark = make_benchmark(Broken, executors=[])
-    (answer,) = benchmark.run(lines.append).answers
+    (answer,) = make_benchmark(Liar, executors=[]).run(lines.append).answers
     assert answer.winner is None
     assert "nothing is claimed" in lines[0]
 
 
-def test_tables_agree_with_each_other():
-    benchmark, tables = run(batch_sizes=[16, 40], executors=["gather", "grouped"])
+def test_tables_agree_with_each_other(benchmark):
+    tables = benchmark.tables
     assert [answer.batch for answer in tables.answers] == [16, 40]
     for answer in tables.answers:
         rows = {row.candidate: row for row in tables.times if row.batch == answer.batch}
@@ -133,6 +132,7 @@ def test_tables_agree_with_each_other():
         assert answer.full_form == min(full, key=full.get)
         assert rows[answer.full_form].speedup.ratio == 1
         winner, fastest = answer.winner, rows[answer.winner.executor]
+        assert winner.executor in ("gather", "grouped")  # not those that sleep or cheat
         assert winner.speedup == fastest.speedup
         assert winner.speedup.ratio == pytest.approx(min(full.values()) / fastest.time.milliseconds)
         assert winner.share_of_ideal == pytest.approx(winner.speedup.ratio / winner.ideal)
@@ -140,27 +140,38 @@ def test_tables_agree_with_each_other():
         points = [point for point in tables.sweep if point.batch == answer.batch]
         variants = ["many"] if answer.batch == 16 else ["few", "many"]
         assert [(p.variant, p.keep_ratio) for p in points] == [
-            (variant, ratio) for variant in variants for ratio in (0.0, 1.0)
+            (variant, ratio) for variant in variants for ratio in (2 / 6, 1.0)
         ]
     assert {parts.batch for parts in tables.parts} == {16, 40}
     assert all(parts.policy_network_ms > parts.index_ms > 0 for parts in tables.parts)
-    assert benchmark.left_out == {}
 
 
-def test_ideal_counts_the_policy_network_and_the_images_that_were_timed():
-    networks = make_networks()
-    cost = measure(networks.resnet, networks.policy_net, 16)
-    benchmark, tables = run(batch_sizes=[40])
-    actions = Gather(networks)(benchmark.images).actions
+def test_ideal_counts_the_policy_network_and_the_timed_images(benchmark):
+    cost = benchmark.cost
+    actions = Gather(benchmark.networks)(benchmark.images).actions
     expected = cost.full / float(cost.of(actions).mean())
-    assert row_of(tables, "gather").ideal == pytest.approx(expected)
+    assert row_of(benchmark.tables, "gather", 40).ideal == pytest.approx(expected)
     assert cost.policy_net > 0
 
 
-def test_what_cannot_run_is_left_out_and_named():
-    benchmark, tables = run(executors=["gather", "triton"])
+def test_what_cannot_run_is_left_out_and_named(benchmark):
     assert list(benchmark.left_out) == ["triton fp32"]
-    assert not [row for row in tables.times if "triton" in row.candidate]
+    assert not [row for row in benchmark.tables.times if "triton" in row.candidate]
+
+
+@pytest.mark.usefixtures("benchmark")
+def test_ticks_tell_the_seconds_that_are_spent():
+    assert len(TICKS) > 20
+    assert sorted(TICKS) == TICKS
+    assert TICKS[-1] > 0
+
+
+def test_keep_ratios_are_rounded_to_blocks_and_stand_once():
+    sweep = settings(keep_ratios=[0.4, 0.45, 0.5, 1.0])
+    many = [("many", num_kept) for num_kept in (2, 3, 6)]
+    assert synthetic_policies(sweep, num_blocks=6, batch=20) == many
+    few = [("few", num_kept) for num_kept in (2, 3, 6)]
+    assert synthetic_policies(sweep, num_blocks=6, batch=21) == few + many
 
 
 def test_rounds_take_turns_through_all_test_images():
@@ -171,7 +182,7 @@ def test_rounds_take_turns_through_all_test_images():
     assert torch.equal(rounds.batches[1][2], benchmark.images[rounds.rows[1, 2]])
 
 
-def test_a_sweep_runs_the_policy_network_and_takes_the_given_actions():
+def test_sweep_asks_the_policy_and_takes_the_given_actions():
     benchmark = make_benchmark()
     rounds = Rounds.of(benchmark.images, batch=4, count=5)
     ran = []
@@ -210,55 +221,46 @@ def test_agreement_counts_decisions_and_classes_under_them():
 class Failing(Gather):
     """Fails in a call after so many."""
 
-    name = "failing"
     calls = 0
-    after = 0
+    after: int
 
     def _run(self, images, actions):
         self.calls += 1
         if self.calls > self.after:
-            raise RuntimeError("could not create a primitive\nand a traceback")
+            fails()
         return super()._run(images, actions)
 
 
-@pytest.mark.parametrize("after", [0, 1, 4, 12])  # warm-up, agreement, rounds, the sweep
-def test_who_fails_at_any_call_is_left_out_and_the_others_are_kept(monkeypatch, after):
-    monkeypatch.setattr(Failing, "after", after)
-    benchmark, tables = run(Failing, batch_sizes=[32, 40])
-    assert benchmark.left_out["failing fp32 at batch 40"] == "RuntimeError: could not create a primitive"
-    assert "failing" not in [row.candidate for row in tables.times if row.batch == 40]
+def test_who_fails_is_left_out_and_the_others_are_kept():
+    after = {f"failing after {count}": count for count in (0, 1, 4, 12)}  # from the warm-up on
+    failing = [type("", (Failing,), {"name": name, "after": count}) for name, count in after.items()]
+    benchmark, tables = run(*failing, batch_sizes=[32, 40])
+    for name in after:
+        assert benchmark.left_out[f"{name} fp32 at batch 40"] == "RuntimeError: no such kernel"
+        assert name not in [row.candidate for row in tables.times if row.batch == 40]
     assert [answer.batch for answer in tables.answers] == [32, 40]
     assert all(answer.winner is not None for answer in tables.answers)
 
 
-def test_a_winner_that_fails_in_its_sweep_is_named_and_keeps_its_row(monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("no such kernel")
-
-    monkeypatch.setattr(Rounds, "forced", lambda *_, **__: broken)
+def test_a_winner_that_fails_in_its_sweep_keeps_its_row(monkeypatch):
+    monkeypatch.setattr(Rounds, "forced", lambda *_, **__: fails)
     benchmark, tables = run()
     assert "no such kernel" in benchmark.left_out["keep ratios and parts fp32 at batch 32"]
     assert tables.sweep == []
     assert tables.answers[0].winner is not None
 
 
-def test_forms_that_fail_when_they_are_made_or_called_are_left_out(monkeypatch):
-    def refuses():
-        raise RuntimeError("no compiler")
-
-    def fails(images):
-        raise OSError("no file")
-
+def test_forms_that_can_not_be_made_or_called_are_left_out(monkeypatch):
     forms = candidates.full_resnet_forms
 
     def with_broken(*arguments, **options):
-        return forms(*arguments, **options) | {"compiled": lambda: fails, "cuda_graphs": refuses}
+        return forms(*arguments, **options) | {"compiled": lambda: fails, "cuda_graphs": fails}
 
     monkeypatch.setattr(candidates, "full_resnet_forms", with_broken)
     benchmark, tables = run(executors=["gather"])
     assert benchmark.left_out == {
-        "cuda_graphs fp32": "RuntimeError: no compiler",
-        "compiled fp32 at batch 32": "OSError: no file",
+        "cuda_graphs fp32": "RuntimeError: no such kernel",
+        "compiled fp32 at batch 32": "RuntimeError: no such kernel",
     }
     assert tables.answers[0].full_form in ("eager", "fused", "gather, all blocks")
 
@@ -272,12 +274,9 @@ def test_without_any_full_form_nothing_is_claimed(monkeypatch):
 
 
 def test_a_reference_that_fails_ends_in_tables_all_the_same(monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(runner, "Reference", broken)
+    monkeypatch.setattr(runner, "Reference", fails)
     benchmark, tables = run()
-    assert "RuntimeError: out of memory" in benchmark.left_out.values()
+    assert "RuntimeError: no such kernel" in benchmark.left_out.values()
     assert tables.answers == []
 
 
@@ -291,21 +290,23 @@ def test_emulated_bf16_is_no_candidate(monkeypatch):
     assert tables == Tables()
 
 
-def test_answer_compares_with_the_best_full_form_of_all_precisions(monkeypatch):
-    monkeypatch.setattr(candidates, "computes_in_bf16", lambda _: True)
-    forms = candidates.full_resnet_forms
+def test_answer_is_beside_the_best_form_of_all_precisions(monkeypatch):
+    """What is called bf16 here is fp32, and slow where every block runs."""
+    forms, make = candidates.full_resnet_forms, candidates.make_executor
 
-    def slow_in_bf16(networks, precision, *, with_compile):
-        def slow(images, run):
-            time.sleep(0.05)
-            return run(images)
+    def slow(images, run):
+        time.sleep(0.05)
+        return run(images)
 
-        made = forms(networks, "fp32", with_compile=with_compile)
+    def slow_in_bf16(networks, precision, **options):
+        made = forms(networks, "fp32", **options)
         if precision == "fp32":
             return made
         return {name: lambda make=make: partial(slow, run=make()) for name, make in made.items()}
 
+    monkeypatch.setattr(candidates, "computes_in_bf16", lambda _: True)
     monkeypatch.setattr(candidates, "full_resnet_forms", slow_in_bf16)
+    monkeypatch.setattr(candidates, "make_executor", lambda *of, precision, **name: make(*of, **name))
     _, tables = run(precisions=["fp32", "bf16"], executors=["masked"])
     assert [answer.precision for answer in tables.answers] == ["fp32", "bf16"]
     fastest = min(
@@ -320,7 +321,7 @@ def test_answer_compares_with_the_best_full_form_of_all_precisions(monkeypatch):
     assert bf16.share_of_ideal > 2 * bf16.speedup.ratio / bf16.ideal
 
 
-def test_seconds_are_kept_by_dropping_the_slowest_and_never_who_matters():
+def test_seconds_are_kept_by_dropping_the_slowest():
     class Slow(Gather):
         name = "slow"
 
@@ -338,7 +339,7 @@ def test_seconds_are_kept_by_dropping_the_slowest_and_never_who_matters():
     assert all(row.time.rounds >= 5 for row in tables.times)
 
 
-def test_what_is_less_than_the_least_is_said_before_it_is_measured():
+def test_too_few_seconds_are_said_before_the_measurement():
     lines = []
     benchmark = make_benchmark(Sleepy, executors=[], seconds=0.01)
     (answer,) = benchmark.run(lines.append).answers
@@ -351,23 +352,9 @@ def test_what_is_less_than_the_least_is_said_before_it_is_measured():
     assert "keep ratios and parts fp32 at batch 32" in benchmark.left_out
 
 
-def test_ticks_tell_the_seconds_that_are_spent():
-    ticks = []
-    make_benchmark().run(lambda _: None, ticks.append)
-    assert len(ticks) > 20
-    assert ticks == sorted(ticks)
-    assert ticks[-1] > 0
-
-
-def test_a_sweep_says_what_share_ran():
-    _, tables = run(keep_ratios=[0.4, 0.5, 1.0], batch_sizes=[4])  # of 6 blocks: 2, 3 and 6
-    assert [row.keep_ratio for row in tables.sweep] == [2 / 6, 3 / 6, 1.0]
-    _, tables = run(keep_ratios=[0.45, 0.5, 1.0], batch_sizes=[4])  # 3, 3 and 6: one point, not two
-    assert [row.keep_ratio for row in tables.sweep] == [3 / 6, 1.0]
-
-
-def test_peak_memory_has_what_calls_before_have_left_on_the_device(monkeypatch):
-    allocated = {"now": 100, "most": 0}
+def test_peak_memory_has_what_earlier_calls_have_left(monkeypatch):
+    mib = 2**20
+    memory = SimpleNamespace(now=100, most=0)
 
     class Hoarder(Gather):
         """Keeps a scratch of 8 MiB."""
@@ -375,23 +362,19 @@ def test_peak_memory_has_what_calls_before_have_left_on_the_device(monkeypatch):
         held = 0
 
         def _run(self, images, actions):
-            if not self.held:
-                self.held = 8 * 2**20
-                allocated["now"] += self.held
-            allocated["most"] = max(allocated["most"], allocated["now"] + 2**20)
+            memory.now += 8 * mib - self.held
+            self.held = 8 * mib
+            memory.most = max(memory.most, memory.now + mib)
             return super()._run(images, actions)
 
         def free(self):
-            allocated["now"] -= self.held
+            memory.now -= self.held
             self.held = 0
 
-    for name, found in {
-        "synchronize": None,
-        "reset_peak_memory_stats": lambda: allocated.update(most=0),
-        "memory_allocated": lambda: allocated["now"],
-        "max_memory_allocated": lambda: allocated["most"],
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, found=found: found and found())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: setattr(memory, "most", 0))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: memory.now)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: memory.most)
     benchmark = make_benchmark()
     hoarder = Hoarder(benchmark.networks)
     call = Rounds.of(benchmark.images, batch=32, count=5).on(hoarder)

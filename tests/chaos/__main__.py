@@ -6,7 +6,7 @@ DVC is made to forget a training, a fault happens to its `dvc repro`, and a plai
 What `chaos.checks` then finds is a violation.
 
 Everything is drawn from `--seed` and the case's number: `--only "kill 17"` plays one case again.
-Exit status: 0; 1 for a violation, or when time was up before all cases; 3 without a compiler for faults.
+Exit status: 0, or 1 for a violation.
 """
 
 import argparse
@@ -15,27 +15,20 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from chaos import cases
 from chaos.cases import Case, Outcome, draw_kill, draw_server, draw_write
-from chaos.sandbox import NEEDS, Sandbox, TimeUpError, make_sandbox
+from chaos.sandbox import NEEDS, Sandbox, make_sandbox
 from tools.command import Parser
 
-VIOLATED, NO_COMPILER = 1, 3
 
-
-def run_case(case: Case, sandbox: Sandbox) -> Outcome | None:
-    """Run a case, and keep its folder if there is a violation; None when the time is up."""
-    if time.monotonic() >= sandbox.deadline:
-        return None
+def run_case(case: Case, sandbox: Sandbox) -> Outcome:
+    """Run a case, and keep its folder if there is a violation."""
     try:
         outcome = cases.run(case, sandbox)
-    except TimeUpError:
-        return None
     except Exception as error:  # a command hangs, say: the other cases run on
         outcome = Outcome(name=case.name, stage=case.training.name, violations=[f"{error!r}; {case}"])
     if not outcome.violations:
@@ -49,50 +42,34 @@ def run_all(drawn: Sequence[Case], sandbox: Sandbox, workers: int) -> list[Outco
     with ThreadPoolExecutor(workers) as pool:
         try:
             for done in as_completed([pool.submit(run_case, case, sandbox) for case in drawn]):
-                outcome = done.result()
-                if outcome is not None:
-                    outcomes.append(outcome)
-                    print(line_of(outcome), flush=True)
-        except BaseException:
-            sandbox.deadline = 0  # Ctrl-C: the workers end what they have started
+                outcomes.append(done.result())
+                print(line_of(outcomes[-1]), flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)  # the cases that run come to their end
             raise
     return outcomes
 
 
 def line_of(outcome: Outcome) -> str:
-    """A line on a case, and one for each violation."""
     notes = ", resumed" * outcome.resumed + ", after tools.repair_dvc" * bool(outcome.repaired)
     lines = [f"{outcome.name}, {outcome.stage}: {outcome.description}{notes}"]
     return "\n".join([*lines, *(f"    VIOLATION: {violation}" for violation in outcome.violations)])
 
 
-def summary(outcomes: Sequence[Outcome], sandbox: Sandbox) -> str:
-    """The number of kills, whether they hit all stages, and the number of cases with violations."""
+def summary(outcomes: Sequence[Outcome], sandbox: Sandbox, seed: int) -> int:
+    """Print what the kills hit, and how to play violations again; return the exit status."""
     kills = [outcome for outcome in outcomes if outcome.name.startswith("kill")]
     hit = {outcome.stage for outcome in kills}
     missed = sorted({training.name for training in sandbox.trainings} - hit)
     stages = f"{len(hit)}, not {', '.join(missed)}" if missed else "all"
-    violated = sum(bool(outcome.violations) for outcome in outcomes)
-    return f"kills: {len(kills)}, stages hit: {stages}, violations: {violated}"
-
-
-def verdict(drawn: Sequence[Case], outcomes: Sequence[Outcome], sandbox: Sandbox, seed: int) -> int:
-    """Print how to play violations again; return the exit status."""
     violated = [outcome for outcome in outcomes if outcome.violations]
+    print(f"kills: {len(kills)}, stages hit: {stages}, violations: {len(violated)} (seed {seed})")
     for outcome in violated:
         print(f'again: python -m chaos --seed {seed} --only "{outcome.name}"; see {sandbox.folder}')
-    if len(outcomes) < len(drawn):
-        print(f"time was up after {len(outcomes)} of {len(drawn)} cases; --seconds gives more")
-    if violated or len(outcomes) < len(drawn):
-        return VIOLATED
-    if sandbox.library is None:
-        print("left out without a C compiler (and Linux): writes that fail, kills in the middle of one")
-        return NO_COMPILER
-    return 0
+    return int(bool(violated))
 
 
 def parse() -> argparse.Namespace:
-    """The options."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--kills", type=int, default=50)
@@ -101,35 +78,28 @@ def parse() -> argparse.Namespace:
     add("--stages", nargs="+", choices=NEEDS, default=list(NEEDS), help="with those they need")
     add("--workers", type=int, default=3, help="cases side by side")
     add("--seed", type=int, default=random.randrange(10**6))
-    add("--seconds", type=float, default=580, help="for everything; cases left by then are a failure")
     add("--keep", type=Path, help="a new folder to work in, which stays")
     add("--only", help='play one case again: "kill 17"')
     return parser.parse_args()
 
 
 def main() -> int:
-    """Draw the cases, run them, print the summary."""
     options = parse()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
     if options.keep:
         options.keep.mkdir(parents=True)
     folder = (options.keep or Path(tempfile.mkdtemp(prefix="chaos-"))).resolve()
     print(f"seed {options.seed}, in {folder}", flush=True)
-    sandbox = make_sandbox(folder, options.stages, options.seconds)
+    sandbox = make_sandbox(folder, options.stages)
+    numbers = {draw_server: options.servers, draw_write: options.writes, draw_kill: options.kills}
     drawn = [
-        *(draw_server(number, options.seed, sandbox) for number in range(1, options.servers + 1)),
-        *(draw_write(number, options.seed, sandbox) for number in range(1, options.writes + 1)),
-        *(draw_kill(number, options.seed, sandbox) for number in range(1, options.kills + 1)),
+        draw(number, options.seed, sandbox)
+        for draw, count in numbers.items()
+        for number in range(1, count + 1)
     ]
-    drawn = [
-        case
-        for case in drawn
-        if options.only in (None, case.name) and (sandbox.library or not case.name.startswith("write"))
-    ]
-    outcomes = run_all(drawn, sandbox, options.workers)
-    print(f"{summary(outcomes, sandbox)} (seed {options.seed})")
-    status = verdict(drawn, outcomes, sandbox, options.seed)
-    if status != VIOLATED and not options.keep:
+    chosen = [case for case in drawn if options.only in (None, case.name)]
+    status = summary(run_all(chosen, sandbox, options.workers), sandbox, options.seed)
+    if not status and not options.keep:
         shutil.rmtree(folder)
     return status
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
-
-from tools.sandbox import digests
+from helpers.sandbox import digests
 
 ORPHAN_SECONDS = 20.0  # in which a trainer notices that its DVC was killed, and ends
 
@@ -42,7 +41,6 @@ def broken_objects(folder: Path) -> list[str]:
 
 
 def held_locks(folder: Path) -> list[str]:
-    """Lock files that can't be acquired."""
     violations = []
     for path in sorted([*folder.glob(".resume/**/*.lock"), *folder.glob(".dvc/tmp/**/*lock")]):
         with path.open("rb") as file:
@@ -72,7 +70,6 @@ def running_runs(store: Path) -> list[str]:
 
 
 def processes_in(folder: Path) -> Iterator[psutil.Process]:
-    """Processes whose working folder it is."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == folder.resolve():
@@ -94,20 +91,18 @@ def left_processes(folder: Path, *, seconds: float = ORPHAN_SECONDS) -> list[str
 
 def unclean_status(folder: Path, environment: Mapping[str, str]) -> list[str]:
     """What `dvc status` says, unless it is that everything is up to date."""
-    status = ["dvc", "status", "--quiet"]
-    if not subprocess.run(status, cwd=folder, env=dict(environment), timeout=120).returncode:
-        return []
     done = subprocess.run(
-        ["dvc", "status"], cwd=folder, env=dict(environment), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120,
+        ["dvc", "status", "--json"], cwd=folder, env=dict(environment), text=True, capture_output=True,
+        timeout=120,
     )  # fmt: skip
-    return [f"dvc status is not clean: {' '.join(done.stdout.split())[:500]}"]
+    if done.stdout.strip() == "{}":
+        return []
+    return [f"dvc status is not clean: {' '.join((done.stdout + done.stderr).split())[:500]}"]
 
 
 def all_violations(
     folder: Path, *, outs: Mapping[str, str], store: Path, environment: Mapping[str, str]
 ) -> list[str]:
-    """The violations of all checks, after the last `dvc repro` has ended."""
     return [
         *left_processes(folder),  # first, as an orphan may still write
         *different_outs(folder, outs),

@@ -179,42 +179,15 @@ ssize_t pwrite(int fd, const void *content, size_t size, off_t at)
     return part < 0 ? -1 : after(syscall(SYS_pwrite64, fd, content, part, at), size, part);
 }
 
-ssize_t pwrite64(int fd, const void *content, size_t size, off64_t at)
-{
-    return pwrite(fd, content, size, at);
-}
-
-ssize_t writev(int fd, const struct iovec *parts, int count)
-{
-    return under("writev", fd, fails) ? -1 : syscall(SYS_writev, fd, parts, count);
-}
-
-ssize_t sendfile(int to, int from, off_t *at, size_t size)
-{
-    return under("sendfile", to, fails) ? -1 : syscall(SYS_sendfile, to, from, at, size);
-}
-
-ssize_t sendfile64(int to, int from, off64_t *at, size_t size)
-{
-    return sendfile(to, from, at, size);
-}
-
-ssize_t copy_file_range(int from, off64_t *here, int to, off64_t *there, size_t size, unsigned flags)
-{
-    if (under("copy_file_range", to, fails))
-        return -1;
-    return syscall(SYS_copy_file_range, from, here, to, there, size, flags);
-}
-
-int fsync(int fd)
-{
-    return under("fsync", fd, fails) ? -1 : (int)syscall(SYS_fsync, fd);
-}
-
-int fdatasync(int fd)
-{
-    return under("fdatasync", fd, fails) ? -1 : (int)syscall(SYS_fdatasync, fd);
-}
+/* Calls on an open file that have no half. */
+#define CALL(type, name, parameters, fd, ...) \
+    type name parameters { return under(#name, fd, fails) ? -1 : (type)syscall(SYS_##name, __VA_ARGS__); }
+CALL(ssize_t, writev, (int fd, const struct iovec *parts, int count), fd, fd, parts, count)
+CALL(ssize_t, sendfile, (int to, int from, off_t *at, size_t size), to, to, from, at, size)
+CALL(ssize_t, copy_file_range, (int from, off_t *here, int to, off_t *there, size_t size, unsigned flags), to,
+     from, here, to, there, size, flags)
+CALL(int, fsync, (int fd), fd, fd)
+CALL(int, fdatasync, (int fd), fd, fd)
 
 static int open_at(int folder, const char *path, int flags, mode_t mode)
 {
@@ -228,29 +201,29 @@ static mode_t mode_of(int flags, va_list rest)
     return (flags & O_CREAT) || (flags & O_TMPFILE) == O_TMPFILE ? va_arg(rest, mode_t) : 0;
 }
 
-#define OPEN(name)                                     \
-    int name(const char *path, int flags, ...)         \
-    {                                                  \
-        va_list rest;                                  \
-        va_start(rest, flags);                         \
-        mode_t mode = mode_of(flags, rest);            \
-        va_end(rest);                                  \
-        return open_at(AT_FDCWD, path, flags, mode);   \
-    }
-OPEN(open)
-OPEN(open64)
+int open(const char *path, int flags, ...)
+{
+    va_list rest;
+    va_start(rest, flags);
+    mode_t mode = mode_of(flags, rest);
+    va_end(rest);
+    return open_at(AT_FDCWD, path, flags, mode);
+}
 
-#define OPENAT(name)                                     \
-    int name(int folder, const char *path, int flags, ...) \
-    {                                                    \
-        va_list rest;                                    \
-        va_start(rest, flags);                           \
-        mode_t mode = mode_of(flags, rest);              \
-        va_end(rest);                                    \
-        return open_at(folder, path, flags, mode);       \
-    }
-OPENAT(openat)
-OPENAT(openat64)
+int openat(int folder, const char *path, int flags, ...)
+{
+    va_list rest;
+    va_start(rest, flags);
+    mode_t mode = mode_of(flags, rest);
+    va_end(rest);
+    return open_at(folder, path, flags, mode);
+}
+
+/* The same on x86-64, under the names by which programs call them that ask for large files. */
+int open64(const char *path, int flags, ...) __attribute__((alias("open")));
+int openat64(int folder, const char *path, int flags, ...) __attribute__((alias("openat")));
+ssize_t pwrite64(int fd, const void *content, size_t size, off_t at) __attribute__((alias("pwrite")));
+ssize_t sendfile64(int to, int from, off_t *at, size_t size) __attribute__((alias("sendfile")));
 
 int rename(const char *from, const char *to)
 {

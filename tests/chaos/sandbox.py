@@ -11,10 +11,10 @@ from typing import Any
 
 import psutil
 import yaml
+from helpers import sandbox as repository
 
 from chaos import checks
 from chaos.write_faults import compile_library, count_writes, preloaded, report_of
-from tools import sandbox as repository
 
 # longer trainings than the tests have, so that most kills hit one
 TINY: dict[str, dict[str, Any]] = repository.TINY | {
@@ -24,7 +24,9 @@ TINY: dict[str, dict[str, Any]] = repository.TINY | {
     "benchmark": repository.TINY["benchmark"] | {"batch_sizes": [4], "sole_depths": []},
     "static": {"rules": ["first"], "num_kept": [3]},
 }
-NEEDS: dict[str, tuple[str, ...]] = {  # trainings, each with those before it
+NEEDS: dict[
+    str, tuple[str, ...]
+] = {  # trainings in an order in which they can run, with what each needs
     "pretrain": (),
     "curriculum": ("pretrain",),
     "finetune": ("pretrain", "curriculum"),
@@ -39,10 +41,6 @@ PLACES = {
 }
 FIRST_EPOCH = " epoch 1/"  # of the line after it
 TIMEOUT = 300.0  # seconds for a command to end
-
-
-class TimeUpError(Exception):
-    """The time for all cases is over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,24 +68,20 @@ class Sandbox:
 
     Attributes:
         folder: holds the reference and all copies.
-        library: makes writes fail; None where it can't be compiled.
-        deadline: when the time for all cases is over.
+        library: makes writes fail.
         outs: digests of what the stages wrote.
     """
 
     folder: Path
-    library: Path | None
-    deadline: float
+    library: Path
     trainings: list[Training] = field(default_factory=list)
     outs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def reference(self) -> Path:
-        """The checkout of the undisturbed run."""
         return self.folder / "reference" / "copy"
 
     def environment(self) -> dict[str, str]:
-        """The variables of all commands."""
         return repository.environment(tracking=True) | {
             "DVC_SITE_CACHE_DIR": str(self.folder / "dvc-site"),
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # ten processes that are not needed
@@ -106,12 +100,6 @@ class Sandbox:
             checks.left_processes(folder, seconds=0)
 
     def run(self, folder: Path, *command: str, **variables: str) -> tuple[int, str]:
-        """Exit status and output of a command.
-
-        Raises:
-            TimeUpError: the time for all cases is over.
-            subprocess.TimeoutExpired: it hangs.
-        """
         return Command(self, folder, *command, **variables).wait()
 
 
@@ -119,7 +107,6 @@ class Command:
     """A running command in a session of its own; its output goes to a log beside its folder."""
 
     def __init__(self, sandbox: Sandbox, folder: Path, *command: str, **variables: str) -> None:
-        self.deadline = sandbox.deadline
         self.log = folder.with_name(f"{time.time_ns()}-{Path(command[0]).name}.log")
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(
@@ -129,7 +116,6 @@ class Command:
 
     @property
     def output(self) -> str:
-        """What it has printed until now."""
         return self.log.read_text(errors="replace")
 
     def trainer(self) -> psutil.Process | None:
@@ -142,55 +128,29 @@ class Command:
 
     def sleep_until(self, text: str, seconds: float) -> None:
         """Return some seconds after it printed a text, or when it has ended."""
-        while self._is_running() and text not in self.output:
+        latest = time.monotonic() + TIMEOUT
+        while self.process.poll() is None and text not in self.output and time.monotonic() < latest:
             time.sleep(0.005)
         moment = time.monotonic() + seconds
-        while time.monotonic() < moment and self._is_running():
+        while self.process.poll() is None and time.monotonic() < moment:
             time.sleep(0.005)
 
-    def _is_running(self) -> bool:
-        if time.monotonic() >= self.deadline:
-            raise TimeUpError
-        return self.process.poll() is None
-
     def wait(self) -> tuple[int, str]:
-        """Its exit status and output.
-
-        Raises:
-            TimeUpError: the time for all cases is over.
-            subprocess.TimeoutExpired: it hangs.
-        """
-        rest = self.deadline - time.monotonic()
-        try:
-            return self.process.wait(max(0.0, min(TIMEOUT, rest))), self.output
-        except subprocess.TimeoutExpired:
-            if rest < TIMEOUT:
-                raise TimeUpError from None
-            raise
+        """Its exit status and output; an error when it hangs."""
+        return self.process.wait(TIMEOUT), self.output
 
 
-def make_sandbox(folder: Path, stages: Sequence[str], seconds: float) -> Sandbox:
-    """Run the trainings undisturbed, one by one, and measure what they do.
-
-    Args:
-        stages: these trainings, and those that they need.
-        seconds: for this and all cases.
-
-    Raises:
-        SystemExit: one of them fails.
-    """
-    sandbox = Sandbox(
-        folder=folder, library=compile_library(folder), deadline=time.monotonic() + seconds
-    )
+def make_sandbox(folder: Path, stages: Sequence[str]) -> Sandbox:
+    """Run trainings undisturbed, one by one, with those that they need, and measure what they do."""
+    sandbox = Sandbox(folder=folder, library=compile_library(folder))
     _make_reference(sandbox, stages)
     reference = sandbox.reference
     try:
         _require(*sandbox.run(reference, "dvc", "repro", "prepare"))
-        for name in _items(sandbox):
-            sandbox.trainings.append(_measure(sandbox, name))
+        _, output = sandbox.run(reference, "dvc", "stage", "list", "--name-only")
+        items = [name for stage in NEEDS for name in output.split() if name.split("@")[0] == stage]
+        sandbox.trainings += [_measure(sandbox, name) for name in items]
         _require(*sandbox.run(reference, "dvc", "repro"))
-    except TimeUpError:
-        raise SystemExit("error: the undisturbed run took all of the time") from None
     finally:
         checks.left_processes(reference, seconds=0)
     sandbox.outs = repository.digests(reference)
@@ -213,18 +173,11 @@ def _make_reference(sandbox: Sandbox, stages: Sequence[str]) -> None:
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": trainings}, sort_keys=False))
 
 
-def _items(sandbox: Sandbox) -> list[str]:
-    """The trainings as DVC names them (sole@8), in an order in which they can run."""
-    _, output = sandbox.run(sandbox.reference, "dvc", "stage", "list", "--name-only")
-    names = output.split()
-    return [name for stage in NEEDS for name in names if name.split("@")[0] == stage]
-
-
 def _measure(sandbox: Sandbox, name: str) -> Training:
     reference = sandbox.reference
     report_of(reference).unlink(missing_ok=True)
     places = [place for places in PLACES.values() for place in places]
-    counting = preloaded(sandbox.library, reference, places) if sandbox.library else {}
+    counting = preloaded(sandbox.library, reference, places)
     begun = time.monotonic()
     running = Command(sandbox, reference, "dvc", "repro", "--single-item", name, **counting)
     running.sleep_until(FIRST_EPOCH, 0)

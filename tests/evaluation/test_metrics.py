@@ -27,16 +27,18 @@ class Oracle(torch.nn.Module):
         return actions.float() if actions is not None else torch.ones(len(images), 3)
 
 
-def test_a_policy_that_carries_the_answer_is_worth_what_shuffling_loses():
+def shuffled(resnet: torch.nn.Module, split: Split, actions: torch.Tensor, *, repeats: int) -> float:
+    draw = torch.Generator().manual_seed(0)
+    return shuffled_accuracy(
+        resnet, split, actions, normalisation=NORMALISATION, repeats=repeats, draw=draw
+    )
+
+
+def test_policy_that_carries_the_answer_loses_it_by_shuffling():
     split = make_split(300)
     actions = torch.nn.functional.one_hot(split.labels, 3).bool()
-    right = predict(Oracle(), split, actions, normalisation=NORMALISATION)
-    assert right.accuracy == 1
-    shuffled = shuffled_accuracy(
-        Oracle(), split, actions,
-        normalisation=NORMALISATION, repeats=10, draw=torch.Generator().manual_seed(0),
-    )  # fmt: skip
-    assert shuffled == pytest.approx(1 / 3, abs=0.05)
+    assert predict(Oracle(), split, actions, normalisation=NORMALISATION).accuracy == 1
+    assert shuffled(Oracle(), split, actions, repeats=10) == pytest.approx(1 / 3, abs=0.05)
 
 
 def test_shuffling_gives_every_image_another_images_policy():
@@ -48,10 +50,7 @@ def test_shuffling_gives_every_image_another_images_policy():
             seen.append(actions.int().argmax(dim=1))
             return torch.zeros(len(images), 5)
 
-    shuffled_accuracy(
-        Recorder(), split, torch.eye(5).bool(),
-        normalisation=NORMALISATION, repeats=20, draw=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+    shuffled(Recorder(), split, torch.eye(5).bool(), repeats=20)
     assert len(seen) == 20
     for row in seen:
         assert sorted(row.tolist()) == list(range(5))
@@ -61,14 +60,10 @@ def test_shuffling_gives_every_image_another_images_policy():
 def test_one_policy_for_all_loses_nothing_by_shuffling(small_resnet, validation_split):
     actions = torch.tensor([True, False, True]).expand(len(validation_split), -1)
     accuracy = predict(small_resnet, validation_split, actions, normalisation=NORMALISATION).accuracy
-    shuffled = shuffled_accuracy(
-        small_resnet, validation_split, actions,
-        normalisation=NORMALISATION, repeats=2, draw=torch.Generator().manual_seed(0),
-    )  # fmt: skip
-    assert shuffled == accuracy
+    assert shuffled(small_resnet, validation_split, actions, repeats=2) == accuracy
 
 
-def test_single_policies_stay_within_the_budget_and_pay_no_policy_network():
+def test_single_policies_stay_within_the_budget():
     actions = torch.tensor([[1, 0, 0]] * 3 + [[0, 1, 1]] * 2 + [[1, 1, 1]]).bool()
     found = single_policy_candidates(actions, COST, budget=110, limit=10)
     assert found[0].tolist() == [True, False, False]  # the most frequent first: 10 + 100 FLOPs
@@ -94,7 +89,7 @@ def test_the_best_single_policy_is_the_most_often_right_one():
     assert accuracy == 0.75
 
 
-def test_right_under_several_policies_is_right_under_each_in_every_batch(monkeypatch, small_resnet):
+def test_correct_under_several_policies_is_that_under_each(monkeypatch, small_resnet):
     monkeypatch.setattr("pipeline.inference.predict.EVALUATION_BATCH", 7)
     split = make_split(24, seed=1)
     policies = torch.rand(4, 24, 3, generator=torch.Generator().manual_seed(2)) < 0.6
@@ -113,10 +108,8 @@ def test_effort_that_follows_difficulty_correlates():
     assert low < value < high
     assert low < 0 < high
     assert high - low == pytest.approx(2 * 1.96 / 200**0.5, rel=0.3)
-
-
-def test_no_correlation_is_claimed_where_all_images_take_the_same():
-    assert difficulty_spearman(torch.rand(9), torch.full((9,), 4), resamples=100, seed=0) == (None,) * 3
+    same = torch.full((200,), 4)  # of which no correlation is claimed
+    assert difficulty_spearman(losses, same, resamples=100, seed=0) == (None,) * 3
 
 
 def test_predictions_do_not_depend_on_how_images_are_batched(small_resnet, monkeypatch):
@@ -132,7 +125,7 @@ def test_predictions_do_not_depend_on_how_images_are_batched(small_resnet, monke
     torch.testing.assert_close(policy, predict_policy(policy_net, split, normalisation=NORMALISATION))
 
 
-def test_resamples_in_which_all_losses_are_equal_do_not_take_the_interval_away():
+def test_spearman_has_an_interval_where_resamples_have_none():
     losses, blocks = torch.tensor([0.0, 0, 0, 0, 0, 1]), torch.tensor([3, 4, 5, 3, 4, 5])
     value, low, high = difficulty_spearman(losses, blocks, resamples=200, seed=0)
     assert low <= value <= high

@@ -1,19 +1,21 @@
-"""What several test modules make: archives."""
+"""What several test modules make: archives of a small CIFAR, and folders of images."""
 
 import io
 import json
+import pickle
 import tarfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from pipeline.data.dataset import digest
+from pipeline.sources import cifar
 from pipeline.sources.class_folders import scan
 from pipeline.sources.image_folder import imagefolder
 
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 SIZE = 8
-
-
 SHARES = {"validation": 0.25, "test": 0.25}
 
 
@@ -44,18 +46,42 @@ def small_cifar() -> dict[str, np.ndarray]:
     }
 
 
+def pretend_cifar10(monkeypatch) -> None:
+    """The small CIFAR passes for the real one, and its last four training images are validation."""
+    expected = {name: digest(array) for name, array in small_cifar().items()}
+    monkeypatch.setattr(cifar, "CIFAR10_DIGESTS", expected)
+    monkeypatch.setattr(cifar, "CIFAR_VALIDATION", 4)
+
+
 def npm_members() -> dict[str, bytes]:
     arrays = small_cifar()
     members = {
-        f"package/data_batch_{number + 1}.png": png(
-            arrays["train images"][2 * number : 2 * number + 2].reshape(2, 1024, 3)
-        )
-        for number in range(5)
+        f"package/data_batch_{n + 1}.png": png(part.reshape(2, 1024, 3))
+        for n, part in enumerate(np.split(arrays["train images"], 5))
     }
     members["package/test_batch.png"] = png(arrays["test images"].reshape(3, 1024, 3))
     for kind in ("train", "test"):
         members[f"package/{kind}_lables.json"] = json.dumps(arrays[f"{kind} labels"].tolist()).encode()
     return members
+
+
+def python_members(label_key: str = "labels") -> dict[str, bytes]:
+    """The members of CIFAR-10's archive in Python's format, or with `fine_labels` of CIFAR-100's."""
+    arrays = small_cifar()
+
+    def batch(images: np.ndarray, labels: np.ndarray) -> bytes:
+        planes = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+        return pickle.dumps({"data": planes, label_key: labels.tolist()})
+
+    train, test = ([arrays[f"{kind} images"], arrays[f"{kind} labels"]] for kind in ("train", "test"))
+    if label_key == "fine_labels":
+        meta = {"fine_label_names": ["apple", "baby"]}
+        members = {"meta": pickle.dumps(meta), "train": batch(*train), "test": batch(*test)}
+        return {f"cifar-100-python/{name}": content for name, content in members.items()}
+    parts = zip(*(np.split(array, 5) for array in train), strict=True)
+    members = {f"data_batch_{n}": batch(*part) for n, part in enumerate(parts, start=1)}
+    members |= {"test_batch": batch(*test), "batches.meta": pickle.dumps({"label_names": ["a", "b"]})}
+    return {f"cifar-10-batches-py/{name}": content for name, content in members.items()}
 
 
 def plain(colour=(255, 0, 0), size=(12, 12)) -> Image.Image:
@@ -77,6 +103,3 @@ def fill(folder: Path, *, classes=("cat", "dog"), count: int = 8) -> Path:
 
 def read(folder: Path, shares=SHARES):
     return imagefolder(scan(folder), image_size=SIZE, shares=shares, seed=0)
-
-
-RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)

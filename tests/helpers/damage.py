@@ -1,4 +1,7 @@
-"""Random damage to files and JSON."""
+"""Random damage to files and JSON, and files that are no plain ones."""
+
+import os
+from pathlib import Path
 
 from hypothesis import strategies as st
 
@@ -28,3 +31,22 @@ def damaged(data: st.DataObject, content: bytes) -> bytes:
     ends = {"cut": len(content), "take": at + len(few), "put": at}
     middle = few if kind in ("change", "put", "flip") else b""
     return content[:at] + middle + content[ends.get(kind, at + len(few)) :]
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, ran: Path) -> None:
+        self.ran = ran
+
+    def __reduce__(self):
+        return Path.mkdir, (self.ran,)
+
+
+def links_to(target: str):
+    return lambda path: path.symlink_to(target)
+
+
+def is_pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)

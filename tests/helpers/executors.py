@@ -21,9 +21,11 @@ def make_networks(*, depth=14, width=8, input_size=None, policy=True, seed=0) ->
     )
 
 
-def make_images(count: int, size: int = SIZE, seed: int = 0) -> torch.Tensor:
+def make_images(
+    count: int, height: int = SIZE, width: int | None = None, *, seed: int = 0
+) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
-    return torch.randint(256, (count, size, size, 3), generator=draw).byte()
+    return torch.randint(256, (count, height, width or height, 3), generator=draw).byte()
 
 
 POLICIES = {

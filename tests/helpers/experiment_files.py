@@ -3,26 +3,18 @@
 import json
 from pathlib import Path
 
-import torch
 import yaml
+from builders import small_pair
 
-from pipeline.data.transforms import Normalisation
 from pipeline.models import checkpoint
-from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet_cifar import cifar_resnet
 
 PNG = b"\x89PNG not really"
 
 
 def write(folder: Path, *, gamma: float = 2, accuracy: float = 0.9, model: bool = True) -> Path:
     """params.yaml, dvc.lock, metrics, curves, figures, report, and a small model."""
-    params = {
-        "gamma": gamma,
-        "seed": 0,
-        "data": {"source": "digits"},
-        "resnet": {"depth": 8, "std": [1, 2.5]},
-    }
+    params = {"gamma": gamma, "seed": 0, "data": {"source": "digits"},
+              "resnet": {"depth": 8, "std": [1, 2.5]}}  # fmt: skip
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     stages = {
         "prepare": {"outs": [_out("data/prepared", "aa" * 16 + ".dir")]},
@@ -58,17 +50,7 @@ def write(folder: Path, *, gamma: float = 2, accuracy: float = 0.9, model: bool 
 
 
 def write_model(folder: Path) -> None:
-    torch.manual_seed(0)
-    made = Checkpoint(
-        stage="finetune",
-        resnet=cifar_resnet(depth=8, width=4, num_classes=3),
-        policy_net=PolicyNet(num_blocks=3, depth=8, width=4, input_size=None),
-        normalisation=Normalisation(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
-        classes=("a", "b", "c"),
-        metrics={},
-        image_size=8,
-    )
-    checkpoint.save(made, folder)
+    checkpoint.save(small_pair(classes=("a", "b", "c"), image_size=8), folder)
 
 
 def _out(path: str, md5: str) -> dict[str, str]:

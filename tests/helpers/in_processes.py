@@ -33,9 +33,7 @@ def resnet() -> ResNet:
     return cifar_resnet(depth=14, width=4, num_classes=3)
 
 
-def classification(
-    *, rule: Callable[[torch.Tensor], torch.Tensor] | None = None, optimizer: str = "sgd", **options
-) -> Classification:
+def classification(*, optimizer: str = "sgd", **options) -> Classification:
     made = resnet()
     groups = [{"params": list(made.parameters()), "lr": 0.01}]
     return Classification(
@@ -43,7 +41,6 @@ def classification(
         optimizer=make_optimizer(optimizer, groups, weight_decay=0.01),
         normalisation=NORMALISATION,
         precision="fp32",
-        rule=rule,
         **options,
     )
 
@@ -67,21 +64,14 @@ def one_value() -> dict:
     }
 
 
-def policy(
-    *,
-    finetune: bool,
-    optimizer: str = "adam",
-    estimator: str = "self_critical",
-    frozen_epochs: int = 0,
-    train_epochs: int | None = None,
-) -> PolicyLearner:
+def policy(*, finetune: bool, optimizer: str = "adam", **objective: str | int | None) -> PolicyLearner:
     networks = resnet(), PolicyNet(num_blocks=6, width=4)
-    distillation = Distillation(
-        networks[0], teacher_weight=0.5, normalisation=NORMALISATION, precision="fp32"
-    )
+    common = {"normalisation": NORMALISATION, "precision": "fp32"}
     groups = [{"params": list(networks[1].parameters()), "lr": 0.01}]
+    distillation = None
     if finetune:
         groups.append({"params": list(networks[0].parameters()), "lr": 0.001})
+        distillation = Distillation(networks[0], teacher_weight=0.5, **common)
     return PolicyLearner(
         *networks,
         optimizer=make_optimizer(optimizer, groups, weight_decay=0.01),
@@ -90,15 +80,12 @@ def policy(
             alpha=0.8,
             entropy_coef=0.01,
             marginal_entropy_coef=0.1 if finetune else 0.0,
-            frozen_epochs=frozen_epochs,
-            train_epochs=train_epochs,
             epochs_per_block=None if finetune else 0.5,
-            estimator=estimator,
             num_flips=2,
+            **objective,
         ),
-        normalisation=NORMALISATION,
-        precision="fp32",
-        distillation=distillation if finetune else None,
+        distillation=distillation,
+        **common,
     )
 
 
@@ -119,11 +106,8 @@ def trained(
 ) -> dict:
     """What a training leaves, or so many steps of one."""
     with torch.no_grad():
-        for module in learner.modules.values():
-            for parameter in module.parameters():
-                parameter.add_(
-                    distributed.current_rank().rank
-                )  # the weights of process 0 are what counts
+        for parameter in itertools.chain(*(module.parameters() for module in learner.modules.values())):
+            parameter.add_(distributed.current_rank().rank)  # the weights of process 0 are what counts
     distributed.broadcast_modules(learner.modules.values())
     every = fit(
         learner,
@@ -145,7 +129,7 @@ def trained(
             for name, module in learner.modules.items()
             for key, value in module.state_dict().items()
         },
-        "gradients": [None if p.grad is None else p.grad for p in parameters],
+        "gradients": [p.grad for p in parameters],
         "optimizer": learner.optimizer.state_dict()["state"],
         "steps": results.count(None),
         "results": [
@@ -162,45 +146,39 @@ def trained(
 
 def interrupted() -> dict:
     """The case finetune, after whose second epoch has begun process 0 tells the others where it is."""
-    first, position = policy(finetune=True, optimizer="sgd"), Position()
+    first, position = finetuning(), Position()
     trained(first, position=position, stop=5)  # four steps, and the end of the first epoch
     networks = {name: module.state_dict() for name, module in first.modules.items()}
     state = networks, first.optimizer.state_dict(), position
     networks, optimizer, position = distributed.broadcast_from_rank0(lambda: state)
-    second = policy(finetune=True, optimizer="sgd")
+    second = finetuning()
     for name, module in second.modules.items():
         module.load_state_dict(networks[name])
     second.optimizer.load_state_dict(optimizer)
     return trained(second, position=position)
 
 
-# SGD where some gradients are next to nothing: Adam would make whole steps of their float noise
+def finetuning(**objective: str | int) -> PolicyLearner:
+    """By SGD: Adam would make whole steps of the float noise of gradients that are next to nothing."""
+    return policy(finetune=True, optimizer="sgd", **objective)
+
+
+ONE_IMAGE = {"images": 5, "batch_size": 1, "epochs": 1}  # a batch: the second process has none
 CASES: dict[str, Callable[[], dict]] = {
     "pretrain": lambda: trained(classification(label_smoothing=0.1)),
     "curriculum": lambda: trained(policy(finetune=False), epochs=4),
-    "finetune": lambda: trained(policy(finetune=True, optimizer="sgd")),
+    "finetune": lambda: trained(finetuning()),
     "local expectation": lambda: trained(
         policy(finetune=False, estimator="local_expectation"), epochs=4
     ),
-    "straight through": lambda: trained(
-        policy(finetune=True, optimizer="sgd", estimator="straight_through")
-    ),
+    "straight through": lambda: trained(finetuning(estimator="straight_through")),
     "interrupted": interrupted,
     "static": lambda: trained(classification(rule=static_rule("random", 3), optimizer="adam")),
-    # batches of 13, 12 and 12 images
-    "uneven": lambda: trained(classification(), images=37),
-    # batches of one image: the second process has none
-    "no rows": lambda: trained(policy(finetune=True, optimizer="sgd"), images=5, batch_size=1, epochs=1),
-    "reinmax": lambda: trained(
-        policy(finetune=True, optimizer="sgd", estimator="reinmax", train_epochs=1)
-    ),
-    "held": lambda: trained(policy(finetune=True, optimizer="sgd", frozen_epochs=1)),
-    "no rows reinmax": lambda: trained(
-        policy(finetune=True, optimizer="sgd", estimator="reinmax"),
-        images=5,
-        batch_size=1,
-        epochs=1,
-    ),
+    "uneven": lambda: trained(classification(), images=37),  # batches of 13, 12 and 12 images
+    "no rows": lambda: trained(finetuning(), **ONE_IMAGE),
+    "reinmax": lambda: trained(finetuning(estimator="reinmax", train_epochs=1)),
+    "held": lambda: trained(finetuning(frozen_epochs=1)),
+    "no rows reinmax": lambda: trained(finetuning(estimator="reinmax"), **ONE_IMAGE),
     "one value": one_value,
     "some blocks": lambda: trained(classification(rule=by_row), batch_size=4, epochs=1),
 }

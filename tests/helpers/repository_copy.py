@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import sandbox
 import yaml
 from builders import make_split
+from sandbox import ROOT, changed, environment
+from sandbox import TINY as TINY  # tests take it from here
 
 from pipeline.config import Params, load
 from pipeline.data import dataset
 from pipeline.inference import native
 from pipeline.inference.base import UnavailableError
-from tools import sandbox
-from tools.sandbox import ROOT, changed, environment
-from tools.sandbox import TINY as TINY  # tests take it from here
 
 
 class Copy:

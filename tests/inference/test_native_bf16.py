@@ -4,7 +4,8 @@ import platform
 
 import pytest
 import torch
-from builders import NORMALISATION, trained
+from builders import NORMALISATION
+from executors import POLICIES, make_images, make_networks
 
 from pipeline.inference import native
 from pipeline.inference.base import Networks, UnavailableError
@@ -12,8 +13,6 @@ from pipeline.inference.gather import Gather
 from pipeline.inference.masked import Masked
 from pipeline.inference.native import Native
 from pipeline.inference.threads import NativeThreads
-from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet_cifar import cifar_resnet
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="bf16 products of x86")
 WITHOUT_AMX = ["-march=native", "-mno-amx-bf16", "-mno-amx-tile", "-mprefer-vector-width=512"]
@@ -37,29 +36,10 @@ def kernel(request, tmp_path_factory):
     native.library.cache_clear()
 
 
-def make_networks(*, depth=14, width=16, input_size=None) -> Networks:
-    torch.manual_seed(depth + width)
-    resnet = trained(cifar_resnet(depth=depth, width=width))
-    policy_net = trained(PolicyNet(num_blocks=resnet.num_blocks, input_size=input_size))
-    return Networks(resnet=resnet, policy_net=policy_net, normalisation=NORMALISATION)
-
-
-def make_images(count: int, size: int) -> torch.Tensor:
-    return torch.randint(256, (count, size, size, 3), generator=torch.Generator().manual_seed(1)).byte()
-
-
 def make_native(networks: Networks, threads: int) -> Native:
     execute = Native(networks, precision="bf16")
     execute.threads = NativeThreads(threads)
     return execute
-
-
-POLICIES = {
-    "random": lambda b, k: torch.rand(b, k, generator=torch.Generator().manual_seed(3)) < 0.4,
-    "all kept": lambda b, k: torch.ones(b, k, dtype=torch.bool),
-    "all dropped": lambda b, k: torch.zeros(b, k, dtype=torch.bool),
-    "first of stages dropped": lambda b, k: (torch.arange(k) % (k // 3) != 0).expand(b, k),
-}
 
 
 def assert_as_near_as_gather(output, images, actions, networks):
@@ -72,13 +52,11 @@ def assert_as_near_as_gather(output, images, actions, networks):
 @pytest.mark.parametrize(
     ("batch", "threads", "policy"),
     [
-        (1, 2, "random"), (9, 1, "random"), (1, 1, "all kept"), (9, 2, "all kept"),
-        (9, 2, "all dropped"), (2, 2, "first of stages dropped"),
+        (1, 2, "random"), (9, 1, "all kept"), (9, 2, "all dropped"), (2, 2, "first of stages dropped"),
     ],
 )  # fmt: skip
 def test_logits_under_given_actions(kernel, batch, threads, policy):
-    networks = make_networks()
-    images = make_images(batch, 32)
+    networks, images = make_networks(width=16), make_images(batch, 32)
     actions = POLICIES[policy](batch, networks.num_blocks)
     output = make_native(networks, threads)(images, actions)
     assert output.logits.dtype == torch.float32
@@ -88,21 +66,18 @@ def test_logits_under_given_actions(kernel, batch, threads, policy):
 
 @pytest.mark.parametrize(
     ("depth", "width", "size"),
-    [(8, 4, 8), (8, 4, 12), (8, 8, 16), (14, 12, 20), (8, 32, 8), (8, 48, 16), (32, 16, 32)],
+    [(8, 4, 12), (8, 8, 16), (14, 12, 20), (8, 32, 8), (8, 48, 16), (32, 16, 32)],
 )
 def test_shapes(kernel, depth, width, size):
-    networks = make_networks(depth=depth, width=width)
-    images = make_images(2, size)
+    networks, images = make_networks(depth=depth, width=width), make_images(2, size)
     actions = POLICIES["random"](2, networks.num_blocks)
     output = make_native(networks, 3)(images, actions)
     assert_as_near_as_gather(output.logits, images, actions, networks)
 
 
-@pytest.mark.parametrize("input_size", [None, 8])
-@pytest.mark.parametrize("batch", [1, 65])
+@pytest.mark.parametrize(("batch", "input_size"), [(1, None), (65, None), (65, 8)])
 def test_actions_of_the_policy_network(kernel, batch, input_size):
-    networks = make_networks(input_size=input_size)
-    images = make_images(batch, 16)
+    networks, images = make_networks(width=16, input_size=input_size), make_images(batch)
     with torch.no_grad():
         logits = networks.policy_net(NORMALISATION(images))
     assert 0 < (logits >= 0).double().mean() < 1
@@ -114,8 +89,7 @@ def test_actions_of_the_policy_network(kernel, batch, input_size):
 
 
 def test_nothing_of_an_image_is_left_for_the_next(kernel):
-    networks = make_networks(width=4)
-    images = make_images(33, 12)
+    networks, images = make_networks(width=4), make_images(33, 12)
     actions = POLICIES["random"](33, networks.num_blocks)
     execute = make_native(networks, 1)
     first = execute(images, actions).logits
@@ -123,8 +97,7 @@ def test_nothing_of_an_image_is_left_for_the_next(kernel):
 
 
 def test_normalised_inputs(kernel):
-    networks = make_networks()
-    images = make_images(3, 16)
+    networks, images = make_networks(width=16), make_images(3)
     actions = POLICIES["random"](3, networks.num_blocks)
     output = make_native(networks, 2).classify(NORMALISATION(images), actions)
     assert_as_near_as_gather(output, images, actions, networks)
@@ -132,7 +105,7 @@ def test_normalised_inputs(kernel):
 
 @pytest.mark.parametrize(("batch", "threads"), [(1, 2), (9, 1), (9, 2)])
 def test_several_policies_give_what_each_gives_alone(kernel, batch, threads):
-    networks = make_networks()
+    networks = make_networks(width=16)
     inputs = NORMALISATION(make_images(batch, 32))
     base = POLICIES["random"](batch, networks.num_blocks)
     policies = base ^ torch.eye(networks.num_blocks).bool()[:, None]

@@ -42,7 +42,7 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["random", "all kept", "first of stages dropped"])
 def test_graphs_in_any_order_give_what_masked_gives(policy):
     networks = on_cuda()
     execute, reference = CudaGraphs(networks), Masked(networks)
@@ -54,7 +54,7 @@ def test_graphs_in_any_order_give_what_masked_gives(policy):
             close(execute(images, given).logits, reference(images, given).logits)
 
 
-def test_the_host_is_through_with_its_look_while_the_stem_still_runs(monkeypatch):
+def test_host_reads_the_policy_while_the_stem_still_runs(monkeypatch):
     execute = CudaGraphs(on_cuda())
     execute(images_of(1))
     (session,) = execute.sessions.values()
@@ -162,15 +162,15 @@ def test_benchmark_has_everybodys_times_and_memory():
             seconds=0.0, with_compile=False,
         ),
     )  # fmt: skip
-    rows = benchmark.run(print)["times"]
-    kinds = {row["contestant"]: row["kind"] for row in rows}
-    assert kinds["whole graph"] == "static"
+    rows = benchmark.run(print).times
+    kinds = {row.candidate: row.kind for row in rows}
+    assert kinds["whole graph"] == "full"
     assert kinds["cuda_graphs"] == "blockdrop"
-    assert all(row["peak_mib"] > 0 for row in rows)
-    assert all(row["agrees"] for row in rows if row["kind"] == "blockdrop")
+    assert all(row.peak_mib > 0 for row in rows)
+    assert all(row.agreement.agrees for row in rows if row.kind == "blockdrop")
     for row in rows:
-        if row["contestant"] == "triton":
+        if row.candidate == "triton":
             execute = TritonKernel(networks)
-            execute(images_of(row["batch"]))
-            space = execute.resnet.space(16, 16, min(row["batch"], execute.programs))
-            assert row["peak_mib"] >= space.nbytes / 2**20
+            execute(images_of(row.batch))
+            space = execute.resnet.space(16, 16, min(row.batch, execute.programs))
+            assert row.peak_mib >= space.nbytes / 2**20

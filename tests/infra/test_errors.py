@@ -10,14 +10,10 @@ from pipeline.infra.errors import REMEDIES, UserError, explain, explain_memory
 from stages.support import common
 
 
-@pytest.mark.parametrize("number", sorted(REMEDIES))
-def test_system_errors_name_file_reason_and_remedy(number):
-    said = explain(OSError(number, os.strerror(number), "models/finetune/model.json"))
-    assert said.startswith(f"models/finetune/model.json: {os.strerror(number)}; ")
-    assert REMEDIES[number] in said
-
-
-def test_other_system_errors_are_not_explained():
+def test_system_errors_name_file_reason_and_remedy():
+    for number, remedy in REMEDIES.items():
+        said = explain(OSError(number, os.strerror(number), "models/finetune/model.json"))
+        assert said.startswith(f"models/finetune/model.json: {os.strerror(number)}; {remedy}")
     assert explain(OSError("odd")) is None
     assert explain(ConnectionResetError(errno.ECONNRESET, "reset")) is None
 
@@ -70,7 +66,7 @@ def test_stages_end_in_one_line_and_their_status(error, code, words, monkeypatch
     assert said.count("\n") <= 1
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("x"), OSError("odd")])
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError("odd")])
 def test_what_the_user_can_not_mend_keeps_its_traceback(error, monkeypatch):
     with pytest.raises(type(error)):
         run_stage(monkeypatch, error)
@@ -92,7 +88,7 @@ HOSTILE = "a\x1b]0;b\x07\nerror: forged\u202e\x9b"
     "error",
     [UserError(f"{HOSTILE}: is bad"), OSError(errno.ENOSPC, "No space left on device", HOSTILE)],
 )
-def test_name_of_a_file_forges_no_error_and_steers_no_terminal(error, monkeypatch, capsys):
+def test_name_of_a_file_forges_no_error(error, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_stage(monkeypatch, error)
     (line,) = capsys.readouterr().err.splitlines()

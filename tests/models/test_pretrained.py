@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from repository_copy import ROOT
 
 from pipeline.models import checkpoint
 from tools.preset import load
-from tools.sandbox import ROOT
 
 FOLDER = ROOT / "pretrained"
 DEMO = load("cifar10_demo", ROOT / "presets")
@@ -17,7 +17,7 @@ STAGES = ("pretrain", "curriculum", "finetune", "sole", "static")
 NETWORKS = sorted(path.parent for path in FOLDER.rglob("model.json"))
 
 
-def test_the_demo_is_the_quick_preset_with_checkpoints_in_place_of_trainings():
+def test_demo_is_the_quick_preset_without_trainings():
     demo, quick = DEMO.flat(), QUICK.flat()
     assert demo.keys() == quick.keys()
     changed = {key for key in demo if demo[key] != quick[key]}

@@ -21,9 +21,7 @@ class PartBlock(torch.nn.Module):
 
 
 @pytest.mark.parametrize("try_dropped", [False, True])
-def test_gates_have_the_slope_of_the_loss_in_the_fraction_of_a_block(
-    small_resnet, train_split, try_dropped
-):
+def test_gates_have_the_slope_of_the_loss(small_resnet, train_split, try_dropped):
     """Against finite differences."""
     small_resnet.double().eval()
     images = NORMALISATION(train_split.images[:4]).double()

@@ -1,6 +1,5 @@
-"""Reward, losses and the estimator against closed forms and enumerations of all policies."""
+"""Reward, entropies and losses against closed forms."""
 
-import itertools
 import math
 
 import pytest
@@ -10,13 +9,7 @@ from pipeline.models.policies import greedy_actions, policy_statistics
 from pipeline.policy import objectives
 
 K = 4
-ALL_POLICIES = torch.tensor(list(itertools.product([0, 1], repeat=K))).bool()  # [16, K]
-GAMMA, ALPHA = 3.0, 0.8
-
-
-def is_correct(actions: torch.Tensor) -> torch.Tensor:
-    """A made-up network: correct when the second block runs with the first or the last."""
-    return actions[:, 1] & (actions[:, 0] | actions[:, 3])
+ALPHA = 0.8
 
 
 @pytest.fixture
@@ -28,61 +21,7 @@ def sampling_prob(logits: torch.Tensor) -> torch.Tensor:
     return objectives.bounded_sampling_prob(torch.sigmoid(logits), ALPHA)
 
 
-def probability_of(actions: torch.Tensor, prob: torch.Tensor) -> torch.Tensor:
-    return torch.where(actions, prob, 1 - prob).prod(dim=1)
-
-
-def exact_gradient(logits: torch.Tensor) -> torch.Tensor:
-    """d/dlogits of the expected reward, by enumeration of all 2^K policies."""
-    rewards = objectives.reward(is_correct(ALL_POLICIES), ALL_POLICIES, GAMMA).double()
-    expected = (probability_of(ALL_POLICIES, sampling_prob(logits)) * rewards).sum()
-    return torch.autograd.grad(expected, logits)[0]
-
-
-def test_expectation_of_the_estimator_is_the_exact_gradient(logits):
-    greedy = greedy_actions(torch.sigmoid(logits)).expand(1, K)
-    baseline = float(objectives.reward(is_correct(greedy), greedy, GAMMA))
-    weights = probability_of(ALL_POLICIES, sampling_prob(logits).detach())[:, None]
-    expected = (weights * estimates(logits, baseline)).sum(dim=0)
-    torch.testing.assert_close(expected, exact_gradient(logits))
-
-
-def estimates(logits: torch.Tensor, baseline: float) -> torch.Tensor:
-    """What the estimator gives for each of the 16 policies, [16, K]."""
-    prob = sampling_prob(logits)
-    gradients = []
-    for actions in ALL_POLICIES.split(1):
-        advantage = objectives.reward(is_correct(actions), actions, GAMMA) - baseline
-        loss = objectives.policy_gradient_loss(
-            objectives.log_prob(actions, prob.expand(1, K)), advantage
-        )
-        gradients.append(-torch.autograd.grad(loss, logits, retain_graph=True)[0])
-    return torch.stack(gradients)
-
-
-def test_the_self_critical_baseline_changes_the_variance_and_not_the_mean(logits):
-    greedy = greedy_actions(torch.sigmoid(logits)).expand(1, K)
-    baseline = float(objectives.reward(is_correct(greedy), greedy, GAMMA))
-    weights = probability_of(ALL_POLICIES, sampling_prob(logits).detach())[:, None]
-    without, with_baseline = estimates(logits, 0.0), estimates(logits, baseline)
-    mean = (weights * without).sum(dim=0)
-    torch.testing.assert_close(mean, (weights * with_baseline).sum(dim=0))
-    spread = [(weights * (e - mean) ** 2).sum() for e in (without, with_baseline)]
-    assert spread[0] != pytest.approx(float(spread[1]))
-
-
-def test_following_the_estimates_raises_the_expected_reward(logits):
-    rewards = objectives.reward(is_correct(ALL_POLICIES), ALL_POLICIES, GAMMA).double()
-
-    def expected(at: torch.Tensor) -> float:
-        return float((probability_of(ALL_POLICIES, sampling_prob(at.detach())) * rewards).sum())
-
-    weights = probability_of(ALL_POLICIES, sampling_prob(logits).detach())[:, None]
-    direction = (weights * estimates(logits, 0.3)).sum(dim=0)
-    assert expected(logits + 0.1 * direction) > expected(logits)
-
-
-def test_loss_is_the_mean_over_the_batch_and_advantages_take_no_gradient():
+def test_policy_gradient_loss_is_a_mean_over_the_batch():
     log_probs = torch.tensor([-1.0, -2.0], requires_grad=True)
     advantages = torch.tensor([3.0, -1.0], requires_grad=True)
     loss = objectives.policy_gradient_loss(log_probs, advantages)
@@ -93,26 +32,16 @@ def test_loss_is_the_mean_over_the_batch_and_advantages_take_no_gradient():
 
 
 @pytest.mark.parametrize(
-    ("correct", "num_kept", "expected"),
-    [
-        (True, 0, 1.0),
-        (True, K, 0.0),
-        (True, 2, 1 - 0.25),
-        (True, 1, 1 - 1 / 16),
-        (False, 0, -GAMMA),
-        (False, K, -GAMMA),
-    ],
-)
-def test_reward_at_its_corners(correct, num_kept, expected):
+    ("correct", "num_kept", "gamma", "expected"),
+    [(True, 0, 3.0, 1.0), (True, K, 3.0, 0.0), (True, 1, 3.0, 1 - 1 / 16), (False, 1, 3.0, -3.0),
+     (False, K, 0.0, 0.0)],
+)  # fmt: skip
+def test_reward_at_its_corners(correct, num_kept, gamma, expected):
     actions = torch.arange(K)[None] < num_kept
-    assert objectives.reward(torch.tensor([correct]), actions, GAMMA).item() == pytest.approx(expected)
+    assert objectives.reward(torch.tensor([correct]), actions, gamma).item() == pytest.approx(expected)
 
 
-def test_reward_without_penalty_is_zero_for_a_wrong_prediction():
-    assert objectives.reward(torch.tensor([False]), torch.ones(1, K), 0.0).item() == 0
-
-
-@pytest.mark.parametrize("alpha", [0.6, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
 def test_exploration_is_bounded_on_both_sides(alpha):
     ends = objectives.bounded_sampling_prob(torch.tensor([0.0, 0.5, 1.0]), alpha)
     torch.testing.assert_close(ends, torch.tensor([1 - alpha, 0.5, alpha]))
@@ -138,7 +67,7 @@ def test_entropy_is_the_closed_form_and_is_largest_at_one_half():
     torch.testing.assert_close(at_half.grad, torch.zeros(1, K))
 
 
-def test_entropy_and_its_gradient_are_finite_for_saturated_decisions():
+def test_entropy_and_its_gradient_stay_finite():
     logits = torch.tensor([[-200.0, 200.0, 90.0, -90.0]], requires_grad=True)
     entropy = objectives.entropy(logits)
     entropy.sum().backward()
@@ -161,7 +90,7 @@ def test_policy_statistics_count_policies_and_their_diversity():
     assert policy_statistics(actions[:2])["effective_policies"] == 1
 
 
-def test_the_authors_entropy_has_one_term_of_the_bounded_probabilities_over_all_blocks(logits):
+def test_authors_entropy_is_that_of_their_code(logits):
     """Their code's numbers in double precision: sum of -p log p over blocks, whatever is learnt."""
     prob = sampling_prob(logits)
     by_hand = sum(-p * math.log(p) for p in prob.tolist())
@@ -170,15 +99,6 @@ def test_the_authors_entropy_has_one_term_of_the_bounded_probabilities_over_all_
     keep_prob = torch.sigmoid(logits)
     expected = -(prob.log() + 1) * (2 * ALPHA - 1) * keep_prob * (1 - keep_prob)
     torch.testing.assert_close(slopes, expected)
-
-
-def test_the_authors_entropy_is_largest_where_a_block_would_be_dropped():
-    keep_prob = torch.linspace(0, 1, 1001)[:, None]
-    best = keep_prob[
-        objectives.authors_entropy(objectives.bounded_sampling_prob(keep_prob, ALPHA)).argmax()
-    ].item()
-    assert best == pytest.approx((1 / math.e - (1 - ALPHA)) / (2 * ALPHA - 1), abs=1e-3)
-    assert best < 0.5
 
 
 def test_the_authors_entropy_stays_finite_at_both_ends():

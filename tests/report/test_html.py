@@ -19,30 +19,19 @@ Some *text* with <script>alert(1)</script> in it.
 """
 
 
-@pytest.fixture
-def pictures(tmp_path):
+def test_page_holds_its_pictures_and_fetches_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        html.page(MARKDOWN, tmp_path)
     (tmp_path / "one.png").write_bytes(b"\x89PNG one")
-    return tmp_path
-
-
-def test_pictures_are_inside_and_nothing_is_fetched(pictures):
-    page = html.page(MARKDOWN, pictures)
+    page = html.page(MARKDOWN, tmp_path)
     assert base64.b64encode(b"\x89PNG one").decode() in page
     assert 'src="one.png"' not in page
     assert "http" not in page.replace("http-equiv", "")
-
-
-def test_text_stays_text_and_the_title_is_the_heading(pictures):
-    page = html.page(MARKDOWN, pictures)
+    # text stays text, and the title is the heading
     assert "<title>A &lt; B</title>" in page
     assert "<script>" not in page
     assert "<em>text</em>" in page
     assert "<td>92.33 %</td>" in page
-
-
-def test_missing_picture_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        html.page(MARKDOWN, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["a`b``c", "*a* _b_ <b> [c](d) | # ~~e~~ &amp; !", "\\", "`", "it's"])

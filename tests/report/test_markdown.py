@@ -25,34 +25,20 @@ from pipeline.results import (
 
 MACHINE = {"device": "CPU, 2 threads, torch 2.14.0", "processor": "Some CPU", "threads": 2}
 FASTER = Speedup(ratio=1.65, low=1.5, high=1.7, reliable=True)
+BESIDE_20 = Speedup(ratio=1.25, low=1.2, high=1.3, reliable=True)
+BESIDE_14 = Speedup(ratio=0.75, low=0.7, high=0.8, reliable=True)
 WINNER = Winner(
-    executor="native",
-    milliseconds=2.0,
-    full_milliseconds=3.3,
-    speedup=FASTER,
-    ideal=1.8,
-    share_of_ideal=0.9,
+    executor="native", milliseconds=2.0, full_milliseconds=3.3, speedup=FASTER, ideal=1.8,
+    share_of_ideal=0.9, faster_than="ResNet-20", break_even_many=0.8,
     sole={
-        "ResNet-20": BesideSole(
-            milliseconds=2.5, speedup=Speedup(ratio=1.25, low=1.2, high=1.3, reliable=True)
-        ),
-        "ResNet-14": BesideSole(
-            milliseconds=1.5, speedup=Speedup(ratio=0.75, low=0.7, high=0.8, reliable=True)
-        ),
+        "ResNet-20": BesideSole(milliseconds=2.5, speedup=BESIDE_20),
+        "ResNet-14": BesideSole(milliseconds=1.5, speedup=BESIDE_14),
     },
-    faster_than="ResNet-20",
-    break_even_many=0.8,
-)
+)  # fmt: skip
 ANSWER = Answer(batch=32, precision="fp32", full_form="fused", full_precision="fp32", winner=WINNER)
+TIMING = Timing(milliseconds=2, milliseconds_25=2, milliseconds_75=2, images_per_second=16_000, rounds=5)
 TIMED = TimingRow(
-    candidate="native",
-    kind="blockdrop",
-    precision="fp32",
-    batch=32,
-    time=Timing(
-        milliseconds=2, milliseconds_25=2, milliseconds_75=2, images_per_second=16_000, rounds=5
-    ),
-    speedup=FASTER,
+    candidate="native", kind="blockdrop", precision="fp32", batch=32, time=TIMING, speedup=FASTER
 )
 
 
@@ -119,22 +105,58 @@ def answered(results: Results, **changes) -> Results:
 
 def test_first_table_holds_every_network_and_the_papers(results):
     text = page(results)
-    assert "| **BlockDrop** | 95.00 % | 7.50 | 6e+07 | 60.0 % |" in text
-    assert "| ResNet-20 | 90.00 % | 9.00 | 5.9e+07 | 59.0 % |" in text
-    assert "| FirstK, 7 blocks, finetuned | 95.00 % | 7.00 | 7e+07 | 70.0 % |" in text
-    untrained = page(changed(results, params={"finetune.epochs": 0}))
-    assert "| FirstK, 7 blocks, not finetuned |" in untrained
-    assert "| BlockDrop in the paper, gamma 10 | 93.60 % | 16.93 | 1.81e+08 |" in text
-    shallow = page(changed(results, params={"resnet.depth": 32}))
-    assert "| ResNet-32 with DynConv (CVPR 2020) | 93.58 % | | 1.11e+08 |" in shallow
-    assert "DynConv" not in text
-    assert "BlockDrop saves 40.0 % of the FLOPs, its policy network counted, at -1.00 points" in text
-    costly = page(changed(results, evaluated={"flops_saved": -0.05}))
-    assert "BlockDrop takes 5.0 % more FLOPs, its policy network counted" in costly
+    for words in (
+        "| **BlockDrop** | 95.00 % | 7.50 | 6e+07 | 60.0 % |",
+        "| ResNet-20 | 90.00 % | 9.00 | 5.9e+07 | 59.0 % |",
+        "| FirstK, 7 blocks, finetuned | 95.00 % | 7.00 | 7e+07 | 70.0 % |",
+        "| BlockDrop in the paper, gamma 10 | 93.60 % | 16.93 | 1.81e+08 |",
+        "BlockDrop saves 40.0 % of the FLOPs, its policy network counted, at -1.00 points",
+    ):
+        assert words in text
 
 
-def test_papers_numbers_stand_beside_its_own_network_alone(results):
-    assert "in the paper" not in page(changed(results, params={"data.source": "digits"}))
+RANDOM = {"random_7": StaticNetwork(accuracy=0.95, flops=7e7, blocks=7)}
+NOTHING = {"answers": [], "times": [], "left_out": {"bf16": "emulated"}}
+REASONS = {"left_out": {"a": "no CUDA", "b": "too slow", "c": "no CUDA"}}
+ODD = {"left_out": {"a": "<b> | `x`"}, "machine": {**MACHINE, "processor": "*CPU*"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"params": {"finetune.epochs": 0}}, ["| FirstK, 7 blocks, not finetuned |"]),
+        ({"params": {"resnet.depth": 32}},
+         ["| ResNet-32 with DynConv (CVPR 2020) | 93.58 % | | 1.11e+08 |"]),
+        ({"evaluated": {"flops_saved": -0.05}},
+         ["BlockDrop takes 5.0 % more FLOPs, its policy network counted"]),
+        ({"evaluated": {"difficulty_spearman": None}}, ["can't follow difficulty"]),
+        ({"baselines": {"static": RANDOM}, "correctness": {"random-7": correctness(950)}},
+         ["RandomK is compared in one draw of its blocks"]),
+        ({"benchmark": NOTHING}, ["Nothing could be timed", "Left out here: bf16 (emulated)."]),
+        ({"benchmark": REASONS}, ["Left out here: a, c (no CUDA); b (too slow)."]),
+        ({"benchmark": ODD}, [r"a (\<b\> \| \`x\`).", r"(\*CPU\*)"]),
+        ({"machine": {"device": "NVIDIA H200"}},
+         ["**Another machine than this one** (NVIDIA H200, Some CPU)"]),
+    ],
+)  # fmt: skip
+def test_page_says_what_differs(results, changes, words):
+    before, text = page(results), page(changed(results, **changes))
+    for said in words:
+        assert said not in before
+        assert said in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"params": {"data.source": "digits"}}, "in the paper"),  # of another network
+        ({"benchmark": NOTHING}, "speedups.png"),
+        ({"benchmark": {"answers": [replace(ANSWER, winner=None)]}}, "| executor |"),
+    ],
+)
+def test_page_leaves_out_what_it_does_not_know(results, changes, words):
+    assert words in page(results)
+    assert words not in page(changed(results, **changes))
 
 
 @pytest.mark.parametrize(
@@ -161,13 +183,6 @@ def test_verdict_says_who_is_ahead(results, count_correct, flops, words):
     assert f"of its FLOPs: {words}." in page(results)
 
 
-def test_random_rule_is_said_to_be_one_draw(results):
-    assert "in one draw" not in page(results)
-    static = {"random_7": StaticNetwork(accuracy=0.95, flops=7e7, blocks=7)}
-    drawn = changed(results, baselines={"static": static}, correctness={"random-7": correctness(950)})
-    assert "RandomK is compared in one draw of its blocks" in page(drawn)
-
-
 def test_sole_resnets_that_were_trained_are_compared_in_time(results):
     text = page(results)
     assert "beside a full ResNet-20: BlockDrop is 1.25 times as fast (95 % interval 1.20 to" in text
@@ -190,31 +205,6 @@ def test_no_ratio_of_times_is_stated_for_noise(results, low, words, cell):
     assert "1.25" not in text
 
 
-def test_nothing_timed_is_a_whole_page(results):
-    empty = {"answers": [], "times": [], "left_out": {"bf16": "emulated"}}
-    text = page(changed(results, benchmark=empty))
-    assert "Nothing could be timed" in text
-    assert "speedups.png" not in text
-    assert "Left out here: bf16 (emulated)." in text
-
-
-def test_what_is_left_out_for_one_reason_stands_together(results):
-    reasons = {"a": "no CUDA", "b": "too slow", "c": "no CUDA"}
-    text = page(changed(results, benchmark={"left_out": reasons}))
-    assert "Left out here: a, c (no CUDA); b (too slow)." in text
-
-
-def test_words_of_others_are_shown_as_they_are(results):
-    named = changed(
-        results, benchmark={"left_out": {"a": "<b> | `x`"}, "machine": {**MACHINE, "processor": "*CPU*"}}
-    )
-    text = page(named)
-    assert r"a (\<b\> \| \`x\`)." in text
-    assert r"(\*CPU\*)" in text
-    fenced = markdown.page(changed(results, params={"data.folder": "```\n# no heading"}))
-    assert "````yaml\n" in fenced
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -234,22 +224,10 @@ def test_speed_verdict(change, words):
     assert words in markdown.speed_verdict(replace(ANSWER, winner=winner))
 
 
-def test_speed_verdict_names_another_precision():
-    assert "1.70) beside the full ResNet in bf16" in markdown.speed_verdict(
-        replace(ANSWER, full_precision="bf16")
-    )
-
-
-def test_speed_verdict_without_a_winner_claims_nothing(results):
-    answer = replace(ANSWER, winner=None)
-    assert "nothing is claimed" in markdown.speed_verdict(answer)
-    assert "| executor |" not in page(changed(results, benchmark={"answers": [answer]}))
-
-
-def test_times_of_another_machine_are_called_so(results):
-    assert "Another machine" not in page(results)
-    elsewhere = changed(results, machine={"device": "NVIDIA H200"})
-    assert "**Another machine than this one** (NVIDIA H200, Some CPU)" in page(elsewhere)
+def test_speed_verdict_of_another_precision_and_without_a_winner():
+    said = markdown.speed_verdict(replace(ANSWER, full_precision="bf16"))
+    assert "1.70) beside the full ResNet in bf16" in said
+    assert "nothing is claimed" in markdown.speed_verdict(replace(ANSWER, winner=None))
 
 
 def test_training_time_is_won_back_after_so_many_images(results):
@@ -260,13 +238,9 @@ def test_training_time_is_won_back_after_so_many_images(results):
     assert "won back" not in page(noisy)
 
 
-def test_effort_that_does_not_vary_is_said(results):
-    same = changed(results, evaluated={"difficulty_spearman": None})
-    assert "can't follow difficulty" in page(same)
-
-
 def test_parameters_are_listed_as_yaml(results):
-    text = markdown.page(results)
+    text = markdown.page(changed(results, params={"data.folder": "```\n# no heading"}))
+    assert "````yaml\n" in text
     for line in (
         "resnet.mean: [0.5, 0.25, 1.0]",
         "policy_net.input_size: null",

@@ -62,6 +62,7 @@ CURVES = [
 ]
 TUNED = [network(kind, 17, 0.91, finetuned=1) for kind in ("first", "random", "distribute")]
 OURS = {"accuracy": 0.936, "flops": 1.81e8, "gamma": 10.0, "label": "gamma 10"}
+NEAR = {**OURS, "accuracy": 0.9361}
 PAPER = {"accuracy": 0.936, "flops": 1.82e8, "label": "Wu et al., gamma 10"}
 
 
@@ -69,8 +70,7 @@ PAPER = {"accuracy": 0.936, "flops": 1.82e8, "label": "Wu et al., gamma 10"}
     ("baselines", "blockdrop", "paper"),
     [
         ([FULL, *SOLES, *CURVES, *TUNED], [OURS], [PAPER]),
-        ([FULL, *SOLES, *CURVES, *TUNED], [OURS, {**OURS, "accuracy": 0.9361}], []),
-        ([FULL, *({**row, "accuracy_std": 0.02} for row in CURVES)], [OURS], []),
+        ([FULL, *({**row, "accuracy_std": 0.02} for row in CURVES)], [OURS, NEAR], []),
         ([FULL], [{**OURS, "flops": FULL["flops"], "accuracy": FULL["accuracy"]}], []),
         ([FULL, *SOLES], [], []),
         ([], [OURS], []),

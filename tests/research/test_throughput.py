@@ -29,7 +29,7 @@ def test_throughput_times_every_loop_of_a_stage(stage):
     assert rates[0].times_the_best_plain == 1.0
 
 
-def test_throughput_of_decoding_is_that_of_the_images_of_a_folder(tmp_path):
+def test_throughput_of_decoding_is_that_of_a_folders_images(tmp_path):
     for number in range(2):
         Image.new("RGB", (40, 30)).save(tmp_path / f"{number}.jpg")
     (row,) = throughput.decoding(tmp_path, rounds=2, images=4, size=16)

@@ -48,17 +48,12 @@ def test_predictions_are_those_of_the_reference(networks, images):
     for prediction, logits, actions in zip(predictions, expected.logits, expected.actions, strict=True):
         assert prediction.name == CLASSES[int(logits.argmax())]
         assert prediction.probabilities == pytest.approx(logits.softmax(dim=0).numpy(), abs=1e-4)
+        assert prediction.probabilities.sum() == pytest.approx(1)
         assert prediction.confidence == prediction.probabilities.max()
         assert prediction.kept_blocks.tolist() == actions.tolist()
         assert prediction.blocks == int(actions.sum())
         assert prediction.flops == float(cost.of(actions[None])[0])
         assert prediction.flops_saved == 1 - prediction.flops / cost.full
-
-
-def test_probabilities_sum_to_one(networks, images):
-    for prediction in Predictor(networks)(images):
-        assert prediction.probabilities.shape == (3,)
-        assert prediction.probabilities.sum() == pytest.approx(1)
 
 
 def test_resnet_alone_runs_every_block_and_saves_nothing(networks, images):
@@ -77,10 +72,7 @@ def test_arrays_and_tensors_are_the_same(networks, images):
     mirrored = np.ascontiguousarray(images.numpy()[:, :, ::-1])[:, :, ::-1]  # not contiguous
     for given in (images.numpy(), frozen, mirrored):
         assert same(predict(given), predict(images))
-
-
-def test_no_image_gives_no_prediction(networks, images):
-    assert Predictor(networks)(images[:0]) == []
+    assert predict(images[:0]) == []
 
 
 def test_more_images_than_a_batch_holds_are_predicted_in_parts(networks, images, monkeypatch):
@@ -117,16 +109,13 @@ def test_record_is_plain_json(networks, images):
 @pytest.mark.parametrize(
     ("change", "shown", "remedy"),
     [
-        (lambda images: images[:, :8, :8], "uint8 (20, 8, 8, 3)", "scale them to 16 x 16 pixels"),
         (lambda images: images[:, :8], "uint8 (20, 8, 16, 3)", "scale them to 16 x 16 pixels"),
         (lambda images: images[0], "uint8 (16, 16, 3)", "images[None]"),
-        (lambda images: images[..., 0], "uint8 (20, 16, 16)", "three times"),
         (lambda images: images[..., :1], "uint8 (20, 16, 16, 1)", "three times"),
         (lambda images: images.permute(0, 3, 1, 2), "uint8 (20, 3, 16, 16)", "channels last"),
         (lambda images: images / 255, "float32 (20, 16, 16, 3)", "float32 is not cast"),
         (lambda images: images > 99, "bool (20, 16, 16, 3)", "bool is not cast"),
         (lambda images: images.numpy().astype(int), "int64 (20, 16, 16, 3)", "int64 is not cast"),
-        (lambda images: images.numpy().astype(str), "<U3 (20, 16, 16, 3)", "<U3 is not cast"),
         (lambda images: images.numpy().astype(object), "object (20, 16, 16, 3)", "object is not cast"),
     ],
 )
@@ -138,7 +127,7 @@ def test_other_images_are_refused_with_what_is_expected(networks, images, change
     assert remedy in message
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_answer_that_is_no_number_is_refused(networks, images, monkeypatch, value):
     predict = Predictor(networks)
     execute = predict._execute
@@ -160,26 +149,17 @@ def test_policy_network_alone_is_refused(networks):
         Predictor(replace(networks, resnet=None))
 
 
-def test_image_size_may_be_told_where_the_checkpoint_does_not_say_it(networks, images):
+def test_image_size_is_the_checkpoints_or_that_which_is_told(networks, images):
     older = replace(networks, image_size=None)
     assert same(Predictor(older, image_size=SIZE)(images), Predictor(networks)(images))
     assert image_size_of(networks, SIZE) == SIZE
-
-
-def test_image_size_that_nobody_says_is_asked_for(networks):
     with pytest.raises(PredictionError, match=r"models/finetune is older.*`--image-size`"):
-        Predictor(replace(networks, image_size=None))
-
-
-def test_image_size_that_contradicts_the_checkpoint_is_refused(networks):
+        Predictor(older)
     with pytest.raises(PredictionError, match="images of 16 x 16 pixels, not 32; leave the size out"):
         Predictor(networks, image_size=32)
-
-
-@pytest.mark.parametrize("size", [0, -16, 4, 18, 516])
-def test_image_size_that_no_network_takes_is_refused(networks, size):
-    with pytest.raises(PredictionError, match=f"image size {size} is no multiple of 4 from 8 to 512"):
-        Predictor(replace(networks, image_size=None), image_size=size)
+    for size in (0, 4, 18, 516):
+        with pytest.raises(PredictionError, match=f"size {size} is no multiple of 4 from 8 to 512"):
+            Predictor(older, image_size=size)
 
 
 # where a logged model, which is no checkout, keeps what it compiles
@@ -211,26 +191,24 @@ def test_shipped_code_compiles_into_the_users_cache(shipped, tmp_path, monkeypat
     assert not shipped.exists()
 
 
-def test_shipped_code_compiles_for_its_process_where_there_is_no_cache(shipped, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+@pytest.mark.parametrize("lacking", ["cache", "home"])
+def test_shipped_code_compiles_for_its_process_without_a_cache(shipped, tmp_path, monkeypatch, lacking):
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if lacking == "home":
+        monkeypatch.setattr(Path, "home", no_home)
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     folder = Path(native.library()._name).parent
     assert folder.name.startswith("blockdrop-")
     assert folder.stat().st_mode & 0o077 == 0  # nobody else puts a library there
     assert not shipped.exists()
 
 
-def test_shipped_code_does_without_a_home(shipped, monkeypatch):
-    def no_home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", no_home)
-    assert Path(native.library()._name).parent.name.startswith("blockdrop-")
-
-
-@pytest.mark.parametrize("number", [5, 5.0])
-@pytest.mark.parametrize("dtype", [object, None])
+@pytest.mark.parametrize(("number", "dtype"), [(5, object), (5.0, None)])
 def test_single_number_is_refused(number, dtype):
     with pytest.raises(PredictionError, match="a single number is no batch of images"):
         as_colours(np.array(number, dtype=dtype))

@@ -1,5 +1,6 @@
 """What a stage reads of a folder is what DVC records of it."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,20 @@ from stages.support.common import require_seen
 from stages.support.training import imported_path
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch) -> Path:
-    """A DVC project with a folder of images."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("template")
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
-        subprocess.run(command, check=True)
-    fill(Path("data/images"))
-    return tmp_path
+        subprocess.run(command, check=True, cwd=folder)
+    fill(folder / "data/images", count=2)
+    return folder
+
+
+@pytest.fixture
+def project(template, tmp_path, monkeypatch) -> Path:
+    """A DVC project with a folder of images."""
+    monkeypatch.chdir(shutil.copytree(template, tmp_path / "project"))
+    return tmp_path / "project"
 
 
 def files() -> list[Path]:
@@ -42,16 +49,12 @@ def test_images_that_dvc_sees_are_taken(project):
     ("place", "pattern", "hidden"),
     [
         (".", "/data/images", "data/images"),
-        (".", "images/", "data/images"),
         (".", "data", "data/images"),
-        (".", "dog", "data/images/dog/0.png"),
         (".", "*.png", "data/images/cat/0.png"),
         ("data/images", "cat/", "data/images/cat/0.png"),
     ],
 )
-def test_images_that_dvc_would_not_see_are_refused_before_anything_is_read(
-    project, place, pattern, hidden
-):
+def test_images_that_dvc_would_not_see_are_refused(project, place, pattern, hidden):
     Path(place, ".dvcignore").write_text(f"{pattern}\n")
     message = refusal()
     assert f"'{project / hidden}' is hidden from DVC" in message
@@ -59,7 +62,7 @@ def test_images_that_dvc_would_not_see_are_refused_before_anything_is_read(
     assert "another folder, or change that pattern" in message
 
 
-def test_class_behind_a_link_is_refused_and_a_linked_folder_as_a_whole_is_not(project):
+def test_class_behind_a_link_is_refused_and_a_linked_folder_not(project):
     Path("data/images/cat").rename("elsewhere")
     Path("data/images/cat").symlink_to(project / "elsewhere")
     assert "data/images/cat is a link to a folder, which DVC does not follow" in refusal()

@@ -68,27 +68,23 @@ def test_threads_leave_the_cores_that_others_keep_busy(machine):
     assert [machine(others=2.2) for _ in range(3)] == [None, 2, None]
     assert torch.get_num_threads() == 2
     assert machine.cores.fewest == 2
-
-
-def test_one_thread_is_left_where_every_core_is_taken(machine):
     assert [machine(others=4) for _ in range(2)] == [None, 1]
 
 
-def test_a_short_burst_of_other_work_changes_nothing(machine):
-    assert [machine(others=n) for n in (3, 0, 3, 0, 3, 0)] == [None] * 6
+@pytest.mark.parametrize(
+    ("others", "own"), [((3, 0, 3, 0, 3, 0), 1.5), ((0.3,) * 6, 3.7)], ids=["bursts", "own work"]
+)
+def test_short_bursts_and_own_work_change_nothing(machine, others, own):
+    assert [machine(others=n, own=own) for n in others] == [None] * 6
     assert torch.get_num_threads() == 4
 
 
-def test_threads_come_back_when_the_others_have_gone_and_never_more(machine):
+def test_threads_come_back_when_the_others_have_gone(machine):
     for _ in range(2):
         machine(others=3)
     assert [machine(others=0) for _ in range(6)] == [None, None, None, None, 4, None]
     assert [machine(others=-1) for _ in range(6)] == [None] * 6  # clocks are not exact
     assert (machine.cores.most, machine.cores.fewest) == (4, 1)
-
-
-def test_own_work_is_not_taken_for_that_of_others(machine):
-    assert [machine(others=0.3, own=3.7) for _ in range(6)] == [None] * 6
 
 
 def test_the_number_of_threads_that_the_user_set_stays(machine, monkeypatch):
@@ -119,10 +115,15 @@ def environment(**changes):
     return kept | {"PYTHONPATH": str(ROOT), "BLOCKDROP_TRACKING": "off"} | changes
 
 
-@pytest.mark.parametrize("package", ["pipeline", "stages", "tools"])
 @pytest.mark.parametrize(
-    ("told", "spins"),
-    [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+    ("package", "told", "spins"),
+    [
+        ("pipeline", {}, "2000"),
+        ("stages", {}, "2000"),
+        ("tools", {}, "2000"),
+        ("pipeline", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("pipeline", {"OMP_WAIT_POLICY": "ACTIVE"}, None),
+    ],
 )
 def test_how_threads_wait_is_said_before_pytorch_is_loaded(package, told, spins):
     code = f"import sys, os, {package}; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"

@@ -66,8 +66,9 @@ def pretrained(folder, params: Params) -> None:
     checkpoint.save(made, folder / "models/pretrain")
 
 
-@pytest.mark.parametrize("instructions", [True, False])
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("precision", "instructions"), [("bf16", True), ("bf16", False), ("fp32", False)]
+)
 def test_training_in_emulated_bf16_says_what_it_costs(
     precision, instructions, params, tmp_path, monkeypatch, capfd
 ):
@@ -82,7 +83,7 @@ def test_training_in_emulated_bf16_says_what_it_costs(
         assert line.endswith("set pretrain.precision to fp32")
 
 
-def test_an_item_of_a_matrix_writes_under_its_name_and_no_metrics_file(params, tmp_path):
+def test_an_item_of_a_matrix_writes_under_its_name(params, tmp_path):
     sole.main(params, depth=8)
     written = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     assert written >= {
@@ -99,7 +100,7 @@ def test_an_item_of_a_matrix_writes_under_its_name_and_no_metrics_file(params, t
     assert set(made.metrics) == {"accuracy", "loss"}
 
 
-def test_a_static_finetuning_starts_from_pretrain_and_moves_only_what_runs(params, tmp_path):
+def test_a_static_finetuning_moves_only_what_runs(params, tmp_path):
     pretrained(tmp_path, params)
     before = checkpoint.load(tmp_path / "models/pretrain").need_resnet()
     static.main(params, rule="first", num_kept=3)
@@ -136,7 +137,7 @@ ROW = {"epoch": 1, "validation_accuracy": 0.9912, "validation_blocks_mean": 7.25
        "validation_reward": 0.5, "validation_unique_policies": 3.0}  # fmt: skip
 
 
-def test_without_a_terminal_there_is_a_line_an_epoch_with_the_time_left_and_no_bar(capsys):
+def test_without_a_terminal_there_is_a_line_an_epoch_and_no_bar(capsys):
     with Progress("finetune", epochs=40, steps=3, history=[]) as progress:
         for _ in range(3):
             progress.step()
@@ -194,10 +195,21 @@ def test_a_resumed_bar_starts_where_the_training_is(terminal):
     assert "accuracy 0.9999, blocks 7.25, reward 0.5" in last
 
 
-def test_beside_a_terminal_a_log_file_gets_the_lines(terminal, capsys):
+@pytest.mark.parametrize(
+    ("columns", "ci", "bar"), [(100, False, True), (0, False, False), (100, True, False)]
+)
+def test_lines_go_to_a_log_and_a_bar_to_a_terminal_with_a_width(
+    terminal, monkeypatch, capsys, columns, ci, bar
+):
+    if ci:
+        monkeypatch.setenv("CI", "true")
+    resize(terminal.fileno(), columns)
     with redirect_stderr(terminal), Progress("pretrain", epochs=4, steps=3, history=[]) as progress:
+        progress.step()
         progress.epoch_done(ROW, 9.0)
-    assert capsys.readouterr().out.startswith("pretrain epoch 1/4: accuracy 0.9912")
+    assert bool(terminal.getvalue()) == bar
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("pretrain epoch 1/4: accuracy 0.9912")
 
 
 def test_a_stage_that_trains_nothing_has_a_bar_of_what_it_has_done(terminal):
@@ -221,24 +233,6 @@ def test_without_a_terminal_such_a_stage_says_its_lines_alone(capsys):
     assert capsys.readouterr() == ("benchmark: batch 1\n", "")
 
 
-def test_a_terminal_that_does_not_say_its_width_gets_lines(terminal, capsys):
-    resize(terminal.fileno(), 0)
-    with redirect_stderr(terminal), Progress("pretrain", epochs=4, steps=3, history=[]) as progress:
-        progress.step()
-        progress.epoch_done(ROW, 9.0)
-    assert terminal.getvalue() == ""
-    assert capsys.readouterr().out.count("\n") == 1
-
-
-def test_a_terminal_of_continuous_integration_gets_lines(terminal, monkeypatch, capsys):
-    monkeypatch.setenv("CI", "true")
-    with redirect_stderr(terminal), Progress("pretrain", epochs=4, steps=3, history=[]) as progress:
-        progress.step()
-        progress.epoch_done(ROW, 9.0)
-    assert terminal.getvalue() == ""
-    assert capsys.readouterr().out.count("\n") == 1
-
-
 def on_a_terminal(command: list[str], folder, *, columns: int) -> str:
     """What a command shows on a terminal of that width."""
     ours, theirs = pty.openpty()
@@ -259,14 +253,13 @@ def on_a_terminal(command: list[str], folder, *, columns: int) -> str:
     return shown.decode()
 
 
-@pytest.mark.parametrize("columns", [80, 120])
-def test_on_a_terminal_there_is_one_bar_for_the_whole_training(params, tmp_path, columns):
-    shown = on_a_terminal([sys.executable, "-m", "stages.sole", "8"], tmp_path, columns=columns)
+def test_on_a_terminal_there_is_one_bar_for_the_whole_training(params, tmp_path):
+    shown = on_a_terminal([sys.executable, "-m", "stages.sole", "8"], tmp_path, columns=80)
     first, bar, rest = shown.split("\r\n")  # a terminal's line end; the bar goes back by \r alone
     assert first.startswith("sole-8: 4 epochs on CPU")
     assert rest == ""
     states = [state for state in bar.split("\r") if state.strip()]
-    assert all(len(state) <= columns for state in states)
+    assert all(len(state) <= 80 for state in states)
     assert all(state.startswith("sole-8 ") for state in states)
     # 4 epochs of 48 images in batches of 16
     done = [int(re.search(r"(\d+)/12, ", state)[1]) for state in states]
@@ -405,15 +398,16 @@ def saved_pair(params: Params, **changes) -> None:
     checkpoint.save(pair, Path("import/pair"))
 
 
-@pytest.mark.parametrize("stage", [pretrain, curriculum, finetune])
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("stage", "change", "message"),
     [
-        ({}, None),
-        ({"input_size": 8}, None),  # the images' own
-        ({"width": 12}, "policy network's family, depth, width and input_size is"),
-        ({"depth": 14}, "set policy_net in params.yaml to the checkpoint's"),
-        ({"image_size": 12}, "its image size is 12, expected 8; set data.image_size"),
+        (finetune, {}, None),
+        (curriculum, {"input_size": 8}, None),  # the images' own
+        (curriculum, {"width": 12}, "policy network's family, depth, width and input_size is"),
+        (finetune, {"depth": 14}, "set policy_net in params.yaml to the checkpoint's"),
+        (curriculum, {"image_size": 12}, "its image size is 12, expected 8; set data.image_size"),
+        (pretrain, {"image_size": 12}, "its image size is 12, expected 8; set data.image_size"),
+        (pretrain, {"width": 12}, None),  # it takes the ResNet alone
     ],
 )
 def test_an_import_that_params_do_not_describe_is_refused(params, stage, change, message):
@@ -421,7 +415,7 @@ def test_an_import_that_params_do_not_describe_is_refused(params, stage, change,
     saved_pair(params, **change)
     name = stage.__name__.removeprefix("stages.")
     params = importing(params, **{name: "import/pair"})
-    if message is None or (stage is pretrain and "image_size" not in change):
+    if message is None:
         stage.main(params)
         return
     with pytest.raises(UserError, match=message):

@@ -13,7 +13,7 @@ from tools.command import Parser, command
 from tools.predict import paths_of
 
 ROOT = Path(__file__).parents[2]
-LIBRARY = {"tools.command", "tools.sandbox", "research.tables"}  # modules that are no commands
+LIBRARY = {"tools.command", "research.tables"}  # modules that are no commands
 COMMANDS = sorted(
     name
     for path in [*ROOT.glob("tools/[a-z]*.py"), *ROOT.glob("research/[a-z]*.py")]
@@ -46,16 +46,12 @@ def start(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_is_shown_and_nothing_is_done(start, name):
+def test_help_and_an_unknown_option_do_nothing(start, name):
     status, output, complaints = start(name, "--help")
     assert (status, complaints) == (0, "")
     assert output.startswith("usage: ")
     assert "--help" in output
     assert ".\n" in output  # the module's docstring
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_unknown_option_is_one_line_with_the_remedy_and_nothing_is_done(start, name):
     status, output, complaints = start(name, *REQUIRED.get(name, ()), "--no-such")
     assert (status, output) == (2, "")
     assert complaints.startswith("error: ")
@@ -67,11 +63,7 @@ def test_unknown_option_is_one_line_with_the_remedy_and_nothing_is_done(start, n
 @pytest.mark.parametrize(
     ("name", "words", "message"),
     [
-        (
-            "import_checkpoint",
-            ("--", "", "pretrain"),
-            "FILE is empty; `make import FILE=path STAGE=pretrain`",
-        ),
+        ("import_checkpoint", ("--", "", "pretrain"), "FILE is empty; `make import FILE=path"),
         ("import_checkpoint", ("--", "--help", "evaluate"), "invalid choice: 'evaluate'"),
         ("predict", ("--words=",), "no image is named; `make predict IMAGES="),
         ("preset", ("--", ""), "there is no preset ''"),
@@ -114,16 +106,12 @@ def test_what_a_user_can_mend_ends_in_one_line(monkeypatch, error, message):
     assert str(caught.value).startswith(message)
 
 
-def test_ctrl_c_ends_in_one_line_and_status_130(monkeypatch, capsys):
+def test_ctrl_c_has_a_status_and_other_errors_their_traceback(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["command"])
     with pytest.raises(SystemExit) as caught:
         failing(KeyboardInterrupt())
     assert caught.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
-
-
-def test_other_errors_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["command"])
     with pytest.raises(ZeroDivisionError):
         failing(ZeroDivisionError())
 
@@ -142,13 +130,11 @@ def test_description_may_hold_a_percent_sign(capsys):
     [
         ("", []),
         ("a.png", ["a.png"]),
-        ("a.png b.png", ["a.png", "b.png"]),
         ("a b.png", ["a b.png"]),  # there is such a file
         ("a.png 'a b.png'", ["a.png", "a b.png"]),
         ("a.png a\\ b.png", ["a.png", "a b.png"]),
         ("it's.png", ["it's.png"]),
         ('a.png "it\'s.png"', ["a.png", "it's.png"]),
-        ("-rf.png", ["-rf.png"]),
         ("--help b.png", ["--help", "b.png"]),
         ("`x` $(x) $3.png", ["`x`", "$(x)", "$3.png"]),
         ("one\ntwo.png", ["one\ntwo.png"]),
@@ -174,22 +160,15 @@ def test_quotation_mark_without_partner_is_named():
 
 
 def test_front_leaves_the_figure_of_the_repository(tmp_path, monkeypatch):
-    own = front.Experiment(
-        run_id="r",
-        name="one",
-        params={"gamma": "2", "seed": "0", "resnet.depth": "8", "data.source": "digits"},
-        metrics=dict.fromkeys(
-            ("accuracy", "flops_mean", "blocks_mean", "num_blocks", "full_flops", "full_accuracy"), 0.5
-        ),
-    )
+    names = ("accuracy", "flops_mean", "blocks_mean", "num_blocks", "full_flops", "full_accuracy")
+    params = {"gamma": "2", "seed": "0", "resnet.depth": "8", "data.source": "digits"}
+    own = front.Experiment(run_id="r", name="one", params=params, metrics=dict.fromkeys(names, 0.5))
     monkeypatch.setattr(front, "sync", lambda root: None)
     monkeypatch.setattr(front, "experiments", lambda: ("1", [own]))
     monkeypatch.setattr(sys, "argv", ["front"])
     monkeypatch.chdir(tmp_path)
     front.main()
-    made = sorted(
-        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
-    )
+    made = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert made == ["results/own/front.csv", "results/own/front.png"]
     ignored = subprocess.run(["git", "check-ignore", *made], cwd=ROOT, capture_output=True, text=True)
     assert ignored.stdout.split() == made  # and so none is tracked

@@ -20,29 +20,15 @@ exec '{python}' -c 'import json, os, sys
 print(json.dumps([sys.argv[1:], dict(os.environ)]))' "$@"
 """
 HOSTILE = [
-    "plain",
     "a b.png",
-    "it's.png",
-    'say "hi".png',
+    'it\'s "hi".png',
     "`touch ran`",
-    "$(touch ran)",
-    "$(shell touch ran)",
-    "${shell touch ran}",
-    "x; touch ran",
-    "x && touch ran #",
-    "x | tee ran",
-    "> ran",
+    "$(touch ran) $(shell touch ran) ${shell touch ran}",
+    "x; touch ran && touch ran | tee ran > ran #",
     "one\ntouch ran",
-    "cost$3.png",
-    "$$",
-    "$PATH",
-    "-rf",
+    "cost$3 $$ $PATH back\\slash %s \u00fcber \u732b.png",
     "--help",
     "*",
-    "~",
-    "back\\slash",
-    "percent%s#hash",
-    "\u00fcber \u732b.png",
 ]
 
 
@@ -91,12 +77,16 @@ def copy(set_up, tmp_path) -> Path:
     return tmp_path / "copy"
 
 
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("own") / "project"
+
+
 @pytest.fixture
-def installed(tmp_path) -> Path:
-    """One that a test may change."""
-    folder = project(tmp_path / "own")
-    assert make(folder, "setup").returncode == 0
-    return folder
+def installed(own) -> Path:
+    """One that a test may change: made whole again here."""
+    assert make(project(own), "setup").returncode == 0
+    return own
 
 
 def error_line(done: subprocess.CompletedProcess[str], status: int = 2) -> str:
@@ -174,8 +164,10 @@ def other_versions(folder: Path) -> None:
     )
 
 
-def test_unsupported_python_is_refused_with_the_remedy_and_nothing_is_made(tmp_path):
+def test_unsupported_python_is_refused_and_nothing_is_made(tmp_path):
     folder = project(tmp_path / "new")
+    there_is_none = "error: there is no python3.99; name a Python, as in `make setup PYTHON=python3.12`"
+    assert error_line(make(folder, "setup", "PYTHON=python3.99")) == there_is_none
     other_versions(folder)
     message = error_line(make(folder, "setup"))
     assert f"is Python {environment.version()}, and this project takes >=3.97,<3.99" in message
@@ -191,13 +183,6 @@ def test_environment_of_an_unsupported_python_is_not_used(installed, monkeypatch
     assert environment.run_check() == (1, f"has Python {environment.version()}, not >=3.97,<3.99")
 
 
-def test_python_that_is_not_there_is_named_with_the_remedy(tmp_path):
-    message = error_line(make(project(tmp_path / "new"), "setup", "PYTHON=python3.99"))
-    assert (
-        message == "error: there is no python3.99; name a Python, as in `make setup PYTHON=python3.12`"
-    )
-
-
 def test_link_to_a_whole_environment_is_used(set_up, tmp_path):
     folder = project(tmp_path / "linked")
     (folder / ".venv").symlink_to(set_up / ".venv")
@@ -205,17 +190,16 @@ def test_link_to_a_whole_environment_is_used(set_up, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("fault", ["stale", "moved", "dangling"])
-def test_what_a_link_leads_to_is_left_as_it_is(installed, tmp_path, fault):
+@pytest.mark.parametrize("fault", ["stale", "copied", "dangling"])
+def test_what_a_link_leads_to_is_left_as_it_is(set_up, copy, tmp_path, fault):
     folder = project(tmp_path / "linked", requirements="# more\n" if fault == "stale" else "")
-    (folder / ".venv").symlink_to(tmp_path / "nowhere" if fault == "dangling" else installed / ".venv")
-    if fault == "moved":
-        (installed / ".venv/bin/pip").write_text("#!/old/.venv/bin/python\n")
-    before = sorted(path.name for path in (installed / ".venv").iterdir())
+    linked = copy if fault == "copied" else set_up
+    (folder / ".venv").symlink_to(tmp_path / "nowhere" if fault == "dangling" else linked / ".venv")
+    before = sorted(path.name for path in (linked / ".venv").iterdir())
     message = error_line(make(folder, "setup"))
     assert "error: .venv is a link to" in message
     assert "`rm .venv`" in message
-    assert sorted(path.name for path in (installed / ".venv").iterdir()) == before
+    assert sorted(path.name for path in (linked / ".venv").iterdir()) == before
 
 
 @pytest.mark.parametrize("in_place", ["folder", "file"])
@@ -253,15 +237,14 @@ def test_old_python_can_say_that_it_is_too_old(file):
 
 
 @pytest.mark.parametrize(
-    "head",
+    ("head", "home"),
     [
-        "#!{}/bin/python\n",
-        "#!{}/bin/python3.11\n",
-        "#!/bin/sh\n'''exec' \"{}/bin/python\" \"$0\" \"$@\"\n' '''\n",
-        "#!/bin/sh\n'''exec' {}/bin/python3 \"$0\" \"$@\"\n' '''\n",
+        ("#!{}/bin/python\n", "/a/b c/.venv"),
+        ("#!{}/bin/python3.11\n", "/usr/bin/python-things/.venv"),
+        ("#!/bin/sh\n'''exec' \"{}/bin/python\" \"$0\" \"$@\"\n' '''\n", "/a/b c/.venv"),
+        ("#!/bin/sh\n'''exec' {}/bin/python3 \"$0\" \"$@\"\n' '''\n", "/usr/bin/python-things/.venv"),
     ],
 )
-@pytest.mark.parametrize("home", ["/a/b c/.venv", "/usr/bin/python-things/.venv"])
 def test_programs_say_for_which_folder_they_were_written(tmp_path, monkeypatch, head, home):
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".venv/bin").mkdir(parents=True)
@@ -295,8 +278,10 @@ def handed_over(folder: Path, *words: str, **variables: str) -> list[str]:
     return arguments
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-@pytest.mark.parametrize("by_environment", [False, True])
+@pytest.mark.parametrize(
+    ("name", "by_environment"),
+    [*((name, False) for name in HOSTILE), *((name, True) for name in HOSTILE[1:4])],
+)
 def test_names_reach_the_tools_as_they_were_typed(stubbed, name, by_environment):
     def given(target: str, **variables: str) -> list[str]:
         if by_environment:
@@ -309,12 +294,9 @@ def test_names_reach_the_tools_as_they_were_typed(stubbed, name, by_environment)
     assert given("predict", IMAGES=name) == ["-m", "tools.predict", f"--words={name}"]
     imported = given("import", FILE=name, STAGE=name)
     assert imported == ["-m", "tools.import_checkpoint", "--", name, name]
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_address_of_the_ui_is_an_argument(stubbed, name):
-    expected = ["-m", "tools.ui", f"--host={name}", f"--port={name}"]
-    assert handed_over(stubbed, "ui", f"HOST={name}", f"PORT={name}") == expected
+    if not by_environment:
+        address = given("ui", HOST=name, PORT=name)
+        assert address == ["-m", "tools.ui", f"--host={name}", f"--port={name}"]
 
 
 def test_ui_is_opened_to_others_on_the_command_line_alone(stubbed):
@@ -323,7 +305,7 @@ def test_ui_is_opened_to_others_on_the_command_line_alone(stubbed):
     assert handed_over(stubbed, "ui", HOST="0.0.0.0", PORT="80") == expected
 
 
-@pytest.mark.parametrize("name", [name for name in HOSTILE if name != "plain"])
+@pytest.mark.parametrize("name", HOSTILE)
 def test_python_of_any_name_is_a_program_and_no_command(tmp_path, name):
     folder = project(tmp_path / "new")
     done = make(folder, "setup", f"PYTHON={name}")

@@ -17,28 +17,20 @@ def read(folder, **changes):
     return dvc_results.read(work_tree(str(folder)), **({"name": "one", "baseline": "abc"} | changes))
 
 
-def test_metrics_of_all_stages_are_flat_and_defined(folder):
-    metrics = read(folder).metrics
-    assert metrics["accuracy"] == 0.9
-    assert metrics["data.train_images"] == 100
-    assert metrics["sole.20.accuracy"] == 0.92
-    assert metrics["static.first_1.blocks"] == 1
-    assert metrics["finetune.seconds"] == 12.5
-    assert "difficulty_spearman" not in metrics
-
-
-def test_parameters_are_texts_under_dotted_keys(folder):
-    assert read(folder).params == {
+def test_record_holds_metrics_parameters_curves_and_models(folder):
+    record = read(folder)
+    assert record.metrics["accuracy"] == 0.9
+    assert record.metrics["data.train_images"] == 100
+    assert record.metrics["sole.20.accuracy"] == 0.92
+    assert record.metrics["static.first_1.blocks"] == 1
+    assert record.metrics["finetune.seconds"] == 12.5
+    assert "difficulty_spearman" not in record.metrics  # which is not defined
+    assert record.params == {
         "gamma": "2", "seed": "0", "data.source": "digits", "resnet.depth": "8", "resnet.std": "[1, 2.5]"
     }  # fmt: skip
-
-
-def test_curves_have_a_point_for_each_epoch_and_imported_stages_none(folder):
-    assert read(folder).curves == {"finetune/validation_accuracy": [(1, 0.5), (2, 0.75)]}
-
-
-def test_models_have_dvcs_digest(folder):
-    assert read(folder).models == {"models/finetune": "2".ljust(32, "b")}
+    # an imported stage has no curve
+    assert record.curves == {"finetune/validation_accuracy": [(1, 0.5), (2, 0.75)]}
+    assert record.models == {"models/finetune": "2".ljust(32, "b")}  # DVC's digest
 
 
 def test_artifacts_are_what_one_looks_at(folder):
@@ -56,13 +48,17 @@ def test_record_is_whole_when_report_and_model_can_be_read(folder):
     assert not read(folder).is_whole()
 
 
-def test_fingerprint_follows_results_and_parameters_and_not_names_or_clocks(folder):
+def edit_lock(folder, stage: str, section: str, change) -> None:
+    lock = yaml.safe_load((folder / "dvc.lock").read_text())
+    change(lock["stages"][stage][section])
+    (folder / "dvc.lock").write_text(yaml.safe_dump(lock))
+
+
+def test_fingerprint_follows_results_and_not_names_or_clocks(folder):
     first = read(folder)
     assert read(folder, name="two", baseline="def").fingerprint == first.fingerprint
-    lock = yaml.safe_load((folder / "dvc.lock").read_text())
-    lock["stages"]["report"]["outs"][0]["md5"] = "other"
-    lock["stages"]["finetune"]["outs"][1]["md5"] = "other seconds"
-    (folder / "dvc.lock").write_text(yaml.safe_dump(lock))
+    edit_lock(folder, "report", "outs", lambda outs: outs[0].update(md5="other"))
+    edit_lock(folder, "finetune", "outs", lambda outs: outs[1].update(md5="other seconds"))
     assert read(folder).fingerprint == first.fingerprint
     experiment_files.write(folder, accuracy=0.8)
     assert read(folder).fingerprint != first.fingerprint
@@ -84,30 +80,25 @@ def test_changed_parameters_are_no_result(folder):
 
 
 def test_stage_that_runs_now_is_not_held_to_what_it_was(folder):
-    lock = yaml.safe_load((folder / "dvc.lock").read_text())
-    lock["stages"]["report"]["params"]["params.yaml"]["gamma"] = 7
-    (folder / "dvc.lock").write_text(yaml.safe_dump(lock))
+    edit_lock(folder, "report", "params", lambda params: params["params.yaml"].update(gamma=7))
     with pytest.raises(RecordError, match="in report"):
         read(folder)
     assert read(folder, running="report").metrics["accuracy"] == 0.9
 
 
-@pytest.mark.parametrize("missing", ["dvc.lock", "params.yaml"])
-def test_missing_file_is_named(folder, missing):
-    (folder / missing).unlink()
-    with pytest.raises(RecordError, match=missing):
-        read(folder)
-
-
-def test_pipeline_that_did_not_end_is_no_experiment(folder):
-    lock = yaml.safe_load((folder / "dvc.lock").read_text())
-    del lock["stages"]["evaluate"]
-    (folder / "dvc.lock").write_text(yaml.safe_dump(lock))
-    with pytest.raises(RecordError, match="not come to its end"):
-        read(folder)
-
-
-def test_cut_metrics_do_not_pass_for_none(folder):
-    (folder / "metrics/evaluate.json").write_text('{"accuracy": 0.')
-    with pytest.raises(RecordError, match=r"evaluate\.json"):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("dvc.lock", None, "dvc.lock"),
+        ("params.yaml", None, "params.yaml"),
+        ("dvc.lock", "schema: '2.0'\nstages: {finetune: {}}\n", "not come to its end"),
+        ("metrics/evaluate.json", '{"accuracy": 0.', r"evaluate\.json"),
+    ],
+)
+def test_file_that_is_missing_or_cut_is_named(folder, name, content, message):
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(content)
+    with pytest.raises(RecordError, match=message):
         read(folder)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from builders import enter_project
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from pipeline.infra.safe_io import printable
 from pipeline.report import html
@@ -41,47 +42,43 @@ def record_of(folder, name, *, revision="r1", baseline="abc", **changes):
     return dvc_results.read(files, name=name, baseline=baseline, revision=revision)
 
 
-def runs_named(client, name):
+def completed(record: dvc_results.Record) -> str:
+    return experiment_runs.complete(record, finish=True)
+
+
+def all_runs(client) -> list[Run]:
     with store() as (_, experiment_id):
-        return client.search_runs([experiment_id], f"attributes.run_name = '{name}'")
+        return client.search_runs([experiment_id])
 
 
-def test_parent_carries_everything(client, tmp_path):
+def runs_named(client, name: str) -> list[Run]:
+    return [run for run in all_runs(client) if run.info.run_name == name]
+
+
+def test_parent_carries_everything_once(client, tmp_path, monkeypatch):
     record = record_of(tmp_path, "all")
-    run = client.get_run(experiment_runs.complete(record, finish=True))
-    assert run.info.run_name == "all"
-    assert run.info.status == "FINISHED"
+    run = client.get_run(completed(record))
+    run_id, tags = run.info.run_id, run.data.tags
+    assert completed(record) == run_id  # which adds nothing
+    assert client.get_run(run_id).to_dictionary() == run.to_dictionary()
+    assert (run.info.run_name, run.info.status) == ("all", "FINISHED")
     assert run.data.params == record.params
     assert run.data.metrics.items() >= record.metrics.items()
-    assert run.data.tags["dvc.revision"] == "r1"
-    assert run.data.tags["dvc.md5.models/finetune"] == record.models["models/finetune"]
-    assert "| **BlockDrop** | 90.00 % | 1.50 | 6e+06 |" in run.data.tags["mlflow.note.content"]
-    assert "| ResNet-20 | 92.00 % |  | 5e+06 |" in run.data.tags["mlflow.note.content"]
-    curve = client.get_metric_history(run.info.run_id, "finetune/validation_accuracy")
+    assert tags["dvc.revision"] == "r1"
+    assert tags["dvc.md5.models/finetune"] == record.models["models/finetune"]
+    assert "| **BlockDrop** | 90.00 % | 1.50 | 6e+06 |" in tags["mlflow.note.content"]
+    assert "| ResNet-20 | 92.00 % |  | 5e+06 |" in tags["mlflow.note.content"]
+    curve = client.get_metric_history(run_id, "finetune/validation_accuracy")
     assert [(point.step, point.value) for point in curve] == [(1, 0.5), (2, 0.75)]
+    assert len(client.get_metric_history(run_id, "accuracy")) == 1
     (given,) = run.inputs.dataset_inputs
     assert (given.dataset.name, given.dataset.digest) == ("digits", "aa" * 16)
-    picture = mlflow.artifacts.download_artifacts(
-        run_id=run.info.run_id,
-        artifact_path="report/policy.png",
-        tracking_uri=client.tracking_uri,
-        dst_path=tmp_path,
-    )
+    picture = client.download_artifacts(run_id, "report/policy.png", str(tmp_path))
     assert Path(picture).read_bytes() == experiment_files.PNG
-    assert len(run.outputs.model_outputs) == 1
-
-
-def test_completing_again_adds_nothing(client, tmp_path):
-    record = record_of(tmp_path, "again")
-    first = experiment_runs.complete(record, finish=True)
-    before = client.get_run(first)
-    second = experiment_runs.complete(record, finish=True)
-    after = client.get_run(first)
-    assert second == first
-    assert after.to_dictionary() == before.to_dictionary()
-    for metric in ("accuracy", "finetune/validation_accuracy"):
-        steps = [point.step for point in client.get_metric_history(first, metric)]
-        assert len(steps) == len(set(steps))
+    (output,) = run.outputs.model_outputs
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
+    model = mlflow.pyfunc.load_model(f"models:/{output.model_id}")
+    assert len(model.predict(np.zeros((3, 8, 8, 3), np.uint8))) == 3
 
 
 def test_interrupted_completion_is_completed(client, tmp_path, monkeypatch):
@@ -93,26 +90,21 @@ def test_interrupted_completion_is_completed(client, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_artifacts", fail)
         with pytest.raises(OSError, match="disk full"):
-            experiment_runs.complete(record, finish=True)
-    run = client.get_run(experiment_runs.complete(record, finish=True))
+            completed(record)
+    run = client.get_run(completed(record))
     assert [item.path for item in client.list_artifacts(run.info.run_id, "report")] != []
     assert len(runs_named(client, "interrupted")) == 1
 
 
-def test_stages_that_ran_stand_under_the_parent_that_is_completed(client, tmp_path, monkeypatch):
+def test_stages_that_ran_stand_under_the_completed_parent(client, tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_EXP_NAME", "ran-here")
     monkeypatch.setenv("DVC_EXP_BASELINE_REV", "abc")
     record = record_of(tmp_path, "ran-here")
-    params = {
-        "gamma": 2.0,
-        "seed": 0,
-        "data.source": "digits",
-        "resnet.depth": 8,
-        "resnet.std": (1.0, 2.5),
-    }
+    params = {"gamma": 2.0, "seed": 0, "data.source": "digits", "resnet.depth": 8,
+              "resnet.std": (1.0, 2.5)}  # fmt: skip
     with stage_run("finetune", params) as run:
         pass
-    assert experiment_runs.complete(record, finish=True) == run.parent_id
+    assert completed(record) == run.parent_id
 
 
 def test_completion_from_inside_a_stage_leaves_the_status_to_it(client, tmp_path):
@@ -122,8 +114,8 @@ def test_completion_from_inside_a_stage_leaves_the_status_to_it(client, tmp_path
 
 
 def test_experiment_in_the_place_of_another_retires_it(client, tmp_path):
-    old = experiment_runs.complete(record_of(tmp_path, "same", gamma=2), finish=True)
-    new = experiment_runs.complete(record_of(tmp_path, "same", gamma=5, revision="r2"), finish=True)
+    old = completed(record_of(tmp_path, "same", gamma=2))
+    new = completed(record_of(tmp_path, "same", gamma=5, revision="r2"))
     assert new != old
     assert client.get_run(old).info.run_name == "same (superseded)"
     assert client.get_run(new).info.run_name == "same"
@@ -134,7 +126,7 @@ def test_experiment_in_the_place_of_another_retires_it(client, tmp_path):
 
 def test_equal_results_are_found_under_any_name(client, tmp_path):
     applied = record_of(tmp_path, "applied", accuracy=0.123)
-    run_id = experiment_runs.complete(applied, finish=True)
+    run_id = completed(applied)
     elsewhere = record_of(tmp_path, "main-1234567", baseline="def", revision="", accuracy=0.123)
     with store() as (_, experiment_id):
         assert experiment_runs.find(client, experiment_id, elsewhere).info.run_id == run_id
@@ -142,35 +134,23 @@ def test_equal_results_are_found_under_any_name(client, tmp_path):
         assert experiment_runs.find(client, experiment_id, other) is None
 
 
-def test_experiment_whose_files_are_not_here_is_completed_when_they_come(client, tmp_path):
+def test_experiment_is_completed_when_its_files_come(client, tmp_path):
     record = record_of(tmp_path, "pulled", model=False)
-    run_id = experiment_runs.complete(record, finish=True)
+    run_id = completed(record)
     assert "dvc.revision" not in client.get_run(run_id).data.tags  # so the next sync looks again
     experiment_files.write_model(tmp_path / "models/finetune")
-    assert experiment_runs.complete(record, finish=True) == run_id
+    assert completed(record) == run_id
     run = client.get_run(run_id)
     assert run.data.tags["dvc.revision"] == "r1"
     assert len(run.outputs.model_outputs) == 1
 
 
-def test_logged_model_predicts(client, tmp_path):
-    record = record_of(tmp_path, "model")
-    np.save(tmp_path / "images.npy", np.zeros((3, 8, 8, 3), np.uint8))
-    run = client.get_run(experiment_runs.complete(record, finish=True))
-    (output,) = run.outputs.model_outputs
-    mlflow.set_tracking_uri(client.tracking_uri)
-    model = mlflow.pyfunc.load_model(f"models:/{output.model_id}")
-    assert len(model.predict(np.zeros((3, 8, 8, 3), np.uint8))) == 3
-
-
 def test_table_and_links_show_siblings(client, tmp_path):
-    ids = [
-        experiment_runs.complete(
-            record_of(tmp_path, f"sweep-{gamma}", baseline="sweep", gamma=gamma, revision=f"s{gamma}"),
-            finish=True,
-        )
+    records = (
+        record_of(tmp_path, f"sweep-{gamma}", baseline="sweep", gamma=gamma, revision=f"s{gamma}")
         for gamma in (1, 5, 10)
-    ]
+    )
+    ids = [completed(record) for record in records]
     experiment_id, finished = overview.experiments()
     rows = overview.table(finished, marked=ids[0])
     assert rows[0][:3] == ["experiment", "gamma", "accuracy"]
@@ -179,11 +159,12 @@ def test_table_and_links_show_siblings(client, tmp_path):
     assert links["all runs"].startswith("http://here:1/#/experiments/")
     assert ids[0] in links["this experiment"]
     assert all(run_id in links["its gammas compared"] for run_id in ids)
+    assert list(overview.links("1", [], "nothing", address="http://here:1")) == ["all runs"]
 
 
 def test_table_folds_a_long_name_and_cuts_no_number(client, tmp_path, capsys):
     name = "main-1234567 " + " ".join(f"data.key{number}={number}" for number in range(30))
-    overview.say(experiment_runs.complete(record_of(tmp_path, name, baseline="long"), finish=True))
+    overview.say(completed(record_of(tmp_path, name, baseline="long")))
     lines = capsys.readouterr().out.splitlines()
     titles = next(line for line in lines if "experiment" in line)
     assert all(title in titles for title in ("gamma", "accuracy", "every block", "policies"))
@@ -203,7 +184,7 @@ def test_server_gets_all_of_it_through_its_own_artifact_store(client, tmp_path, 
             run.log_metrics({"loss": 0.5})
         remote = MlflowClient(tracking_uri=address)
         assert remote.get_run(run.run_id).data.metrics == {"loss": 0.5}
-        parent = remote.get_run(experiment_runs.complete(record, finish=True))
+        parent = remote.get_run(completed(record))
         assert parent.info.artifact_uri.startswith("mlflow-artifacts:")
         assert parent.data.metrics.items() >= record.metrics.items()
         assert len(parent.outputs.model_outputs) == 1
@@ -222,25 +203,18 @@ def test_one_experiment_of_each_setting_is_compared():
     assert [e.run_id for e in overview.siblings(chosen, others)] == ["chosen", "five", "seed"]
 
 
-def test_no_links_to_what_is_not_there(client):
-    assert list(overview.links("1", [], "nothing", address="http://here:1")) == ["all runs"]
-
-
 # names that are anything
 
 NAMES = [
-    "it's", 'a"b', "a'b\"c", "a`b", "[/v2]", "x static.rules=[first, distribute]", "a|b", "100%",
-    "<b>", "\x1b[31mred", "a\nerror: forged", "$(id)", "\\",
+    "it's $(id)", "a'b\"c\\ a`b", "[/v2] a|b 100%", "<b>", "\x1b[31mred", "a\nerror: forged"
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_experiment_of_any_name_is_logged_shown_and_followed(client, tmp_path, capsys, name):
     baseline = f"{NAMES.index(name)}"
-    old = experiment_runs.complete(record_of(tmp_path, name, baseline=baseline), finish=True)
-    new = experiment_runs.complete(
-        record_of(tmp_path, name, baseline=baseline, gamma=5, revision="r2"), finish=True
-    )
+    old = completed(record_of(tmp_path, name, baseline=baseline))
+    new = completed(record_of(tmp_path, name, baseline=baseline, gamma=5, revision="r2"))
     assert client.get_run(old).data.tags["blockdrop.superseded"]
     run = client.get_run(new)
     assert run.info.run_name == name
@@ -273,7 +247,7 @@ def test_bad_experiment_stops_no_other_and_is_named(client, tmp_path, monkeypatc
         sync.main()
     assert "bad\\x1b: not logged, 'md5'" in capsys.readouterr().err
     for name in (first, last):
-        (run,) = [run for run in all_runs(client) if run.info.run_name == name]
+        (run,) = runs_named(client, name)
         assert run.info.status == "FINISHED"
 
 
@@ -295,11 +269,6 @@ def test_store_that_goes_away_stops_the_sync(tmp_path, monkeypatch):
     assert calls == [1]
 
 
-def all_runs(client):
-    with store() as (_, experiment_id):
-        return client.search_runs([experiment_id])
-
-
 def test_renamed_experiment_is_followed(client, tmp_path, monkeypatch, capsys):
     before, after = f"{tmp_path.name}-old", f"{tmp_path.name}-new'"
     references_of(tmp_path, monkeypatch, {before: f"{tmp_path}"})
@@ -310,12 +279,12 @@ def test_renamed_experiment_is_followed(client, tmp_path, monkeypatch, capsys):
         sync.sync(tmp_path)
     assert capsys.readouterr().out.count(f"{after}: renamed, it was {before}") == 1
     assert len(all_runs(client)) == count
-    (run,) = [run for run in all_runs(client) if run.info.run_name == after]
+    (run,) = runs_named(client, after)
     assert run.data.tags["dvc.experiment"] == after
     assert f"{tmp_path.name}-new" in run.data.tags["mlflow.note.content"]
     references_of(tmp_path, monkeypatch, {after: f"{tmp_path}", "twin": f"{tmp_path}"})
     sync.sync(tmp_path)
-    assert "twin" not in {run.info.run_name for run in all_runs(client)}
+    assert runs_named(client, "twin") == []
 
 
 def test_promote_follows_a_new_name(tmp_path, monkeypatch):

@@ -13,7 +13,6 @@ import pytest
 from builders import TRACKING_VARIABLES, enter_project, small_pair
 from filelock import FileLock
 from mlflow import MlflowClient
-from sqlalchemy.engine import make_url
 
 from pipeline.models import checkpoint
 from pipeline.tracking import registry, store
@@ -79,8 +78,21 @@ def complaints(capsys) -> int:
     return capsys.readouterr().err.count("MLflow can't be reached")
 
 
+def lifecycles(client, *runs) -> list[str]:
+    return [client.get_run(run.run_id).info.lifecycle_stage for run in runs]
+
+
+def statuses(client, *run_ids: str) -> list[str]:
+    return [client.get_run(run_id).info.status for run_id in run_ids]
+
+
+def points(client, run_id: str, name: str = "loss") -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
+
+
 def test_four_processes_on_a_fresh_store_find_one_parent(started_together, client):
-    _, runs = started_together
+    root, runs = started_together
+    assert (root / ".dvc" / "tmp").is_dir()  # for the lock
     assert len({run for run, _ in runs}) == 4
     assert len({parent for _, parent in runs}) == 1
     experiment = client.get_experiment_by_name("blockdrop")
@@ -88,42 +100,23 @@ def test_four_processes_on_a_fresh_store_find_one_parent(started_together, clien
     assert len(client.search_runs([experiment.experiment_id], filter_string=same)) == 1
 
 
-def test_folder_for_the_lock_is_made_where_there_is_none(started_together):
-    assert (started_together[0] / ".dvc" / "tmp").is_dir()
-
-
-def test_stage_stands_under_its_parent(client, params):
+def test_stage_and_its_parent_begin_and_finish_together(client, params):
+    params |= {"gamma": 2.0, "policy_net.input_size": None, "resnet.mean": (0.1, 0.2, 0.3)}
     with stage_run("pretrain", params) as run:
-        pass
-    child = client.get_run(run.run_id)
+        assert statuses(client, run.run_id, run.parent_id) == ["RUNNING"] * 2
+    assert statuses(client, run.run_id, run.parent_id) == ["FINISHED"] * 2
+    child, parent = client.get_run(run.run_id), client.get_run(run.parent_id)
+    assert child.info.run_name == child.data.tags["blockdrop.stage"] == "pretrain"
     assert child.data.tags["mlflow.parentRunId"] == run.parent_id
-    assert child.data.tags["blockdrop.stage"] == "pretrain"
-    assert child.info.run_name == "pretrain"
-    assert client.get_run(run.parent_id).data.tags["blockdrop.role"] == "parent"
-
-
-def test_stage_and_parent_carry_all_parameters(client):
-    params = {"gamma": 2.0, "policy_net.input_size": None, "resnet.mean": (0.1, 0.2, 0.3)}
-    with stage_run("pretrain", params) as run:
-        pass
-    for run_id in (run.run_id, run.parent_id):
-        assert client.get_run(run_id).data.params == {
-            "gamma": "2", "policy_net.input_size": "null", "resnet.mean": "[0.1, 0.2, 0.3]"
-        }  # fmt: skip
+    assert parent.data.tags["blockdrop.role"] == "parent"
+    texts = {"gamma": "2", "policy_net.input_size": "null", "resnet.mean": "[0.1, 0.2, 0.3]"}
+    assert child.data.params == parent.data.params == texts | {"test": params["test"]}
 
 
 def test_equal_parameters_are_equal_texts_whoever_read_them():
     assert as_texts({"a": 2, "b": [1, 0.5]}) == as_texts({"a": 2.0, "b": (1.0, 0.5)})
     assert as_texts({"a": 1}) != as_texts({"a": True})
     assert as_texts({"a": 1e-05}) == {"a": "1e-05"}
-
-
-def test_finished_stage_finishes_its_parent(client, params):
-    with stage_run("pretrain", params) as run:
-        assert client.get_run(run.run_id).info.status == "RUNNING"
-        assert client.get_run(run.parent_id).info.status == "RUNNING"
-    assert client.get_run(run.run_id).info.status == "FINISHED"
-    assert client.get_run(run.parent_id).info.status == "FINISHED"
 
 
 @pytest.mark.parametrize(
@@ -133,11 +126,10 @@ def test_finished_stage_finishes_its_parent(client, params):
 def test_exception_goes_on_and_leaves_its_status(client, params, error, status):
     with pytest.raises(error), stage_run("pretrain", params) as run:
         raise error
-    assert client.get_run(run.run_id).info.status == status
-    assert client.get_run(run.parent_id).info.status == status
+    assert statuses(client, run.run_id, run.parent_id) == [status] * 2
 
 
-def test_next_stage_of_the_same_parameters_finds_the_parent_and_wakes_it(client, params):
+def test_next_stage_of_the_same_parameters_wakes_the_parent(client, params):
     with stage_run("pretrain", params) as first:
         pass
     with stage_run("curriculum", dict(reversed(params.items()))) as second:
@@ -146,53 +138,39 @@ def test_next_stage_of_the_same_parameters_finds_the_parent_and_wakes_it(client,
     assert second.run_id != first.run_id
 
 
-@pytest.mark.usefixtures("root")
-def test_other_parameters_have_another_parent(params):
-    with stage_run("pretrain", params) as first, stage_run("pretrain", params | {"gamma": 5}) as other:
-        pass
-    assert other.parent_id != first.parent_id
+def test_other_parameters_or_experiments_have_another_parent(client, params, monkeypatch):
+    parents = []
 
+    def start(**changes: object) -> None:
+        with stage_run("pretrain", params | changes) as run:
+            parents.append(run.parent_id)
 
-@pytest.mark.usefixtures("root")
-@pytest.mark.parametrize("variable", ["DVC_EXP_NAME", "DVC_EXP_BASELINE_REV"])
-def test_other_experiment_of_the_same_parameters_has_another_parent(params, monkeypatch, variable):
-    parents = set()
-    for value in ("first", "second"):
-        monkeypatch.setenv(variable, value)
-        with stage_run("pretrain", params) as run:
-            parents.add(run.parent_id)
-    assert len(parents) == 2
-
-
-def test_parent_has_the_name_that_dvc_gave(client, params, monkeypatch):
+    start()
+    start(gamma=5)
+    monkeypatch.setenv("DVC_EXP_BASELINE_REV", "abc")
+    start()
     monkeypatch.setenv("DVC_EXP_NAME", "tawny-quop")
-    with stage_run("pretrain", params) as run:
-        pass
-    assert client.get_run(run.parent_id).info.run_name == "tawny-quop"
+    start()
+    assert len(set(parents)) == 4
+    assert client.get_run(parents[-1]).info.run_name == "tawny-quop"
 
 
-def test_resumed_run_goes_on_in_the_same_run(client, params):
+def test_resumed_run_goes_on_under_the_experiment_that_resumed_it(client, params, monkeypatch):
     with stage_run("pretrain", params) as first:
         first.log_metrics({"loss": 2.0}, step=0)
     client.set_terminated(first.run_id, "KILLED")
     with stage_run("pretrain", params, resumed=first.run_id) as second:
-        assert client.get_run(second.run_id).info.status == "RUNNING"
+        assert statuses(client, second.run_id) == ["RUNNING"]
         second.log_metrics({"loss": 1.0}, step=1)
     assert (second.run_id, second.parent_id) == (first.run_id, first.parent_id)
-    assert client.get_run(first.run_id).info.status == "FINISHED"
-    history = client.get_metric_history(first.run_id, "loss")
-    assert [(point.step, point.value) for point in history] == [(0, 2.0), (1, 1.0)]
-
-
-def test_resumed_run_moves_under_the_experiment_that_resumed_it(client, params, monkeypatch):
-    with stage_run("pretrain", params) as first:
-        pass
+    assert statuses(client, first.run_id) == ["FINISHED"]
+    assert points(client, first.run_id) == [(0, 2.0), (1, 1.0)]
     monkeypatch.setenv("DVC_EXP_NAME", "second-try")
-    with stage_run("pretrain", params, resumed=first.run_id) as second:
+    with stage_run("pretrain", params, resumed=first.run_id) as third:
         pass
-    assert second.run_id == first.run_id
-    assert second.parent_id != first.parent_id
-    assert client.get_run(first.run_id).data.tags["mlflow.parentRunId"] == second.parent_id
+    assert third.run_id == first.run_id
+    assert third.parent_id != first.parent_id
+    assert client.get_run(first.run_id).data.tags["mlflow.parentRunId"] == third.parent_id
 
 
 @pytest.mark.parametrize("deleted", [False, True])
@@ -215,13 +193,11 @@ def test_run_that_a_killed_process_left_running_is_ended(client, params):
         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     run_id, parent_id = killed.stdout.split()
-    assert [client.get_run(i).info.status for i in (run_id, parent_id)] == ["RUNNING", "RUNNING"]
+    assert statuses(client, run_id, parent_id) == ["RUNNING"] * 2
     with stage_run("pretrain", params) as alive:
-        assert client.get_run(run_id).info.status == "KILLED"
-        assert client.get_run(parent_id).info.status == "KILLED"
-        ended = end_orphans(client, client.get_run(alive.run_id).info.experiment_id)
-        assert ended == []
-        assert client.get_run(alive.run_id).info.status == "RUNNING"
+        assert statuses(client, run_id, parent_id) == ["KILLED"] * 2
+        assert end_orphans(client, client.get_run(alive.run_id).info.experiment_id) == []
+        assert statuses(client, alive.run_id) == ["RUNNING"]
 
 
 def test_stage_that_finished_takes_the_place_of_its_earlier_runs(client, params):
@@ -229,27 +205,18 @@ def test_stage_that_finished_takes_the_place_of_its_earlier_runs(client, params)
         pass
     with pytest.raises(ValueError), stage_run("evaluate", params) as failed:  # noqa: PT011
         raise ValueError
-    stages = [client.get_run(run.run_id).info.lifecycle_stage for run in (first, failed, other)]
-    assert stages == ["active"] * 3
+    assert lifecycles(client, first, failed, other) == ["active"] * 3
     with stage_run("evaluate", params) as last:
         pass
-    stages = [client.get_run(run.run_id).info.lifecycle_stage for run in (first, failed, other, last)]
-    assert stages == ["deleted", "deleted", "active", "active"]
+    assert lifecycles(client, first, failed, other, last) == ["deleted", "deleted", "active", "active"]
 
 
-def test_stage_that_finishes_late_leaves_a_run_that_began_after_it(client, params):
+def test_stage_that_finishes_late_leaves_a_later_run(client, params):
     with stage_run("evaluate", params) as early:
         time.sleep(0.01)  # runs begin at milliseconds
         with stage_run("evaluate", params) as late:
             pass
-    stages = [client.get_run(run.run_id).info.lifecycle_stage for run in (early, late)]
-    assert stages == ["active", "active"]
-
-
-def test_undefined_metrics_are_left_out(client, params):
-    with stage_run("evaluate", params) as run:
-        run.log_metrics({"accuracy": 0.5, "spearman": None})
-    assert client.get_run(run.run_id).data.metrics == {"accuracy": 0.5}
+    assert lifecycles(client, early, late) == ["active", "active"]
 
 
 def test_metrics_of_short_epochs_are_written_together(client, params, monkeypatch):
@@ -264,19 +231,18 @@ def test_metrics_of_short_epochs_are_written_together(client, params, monkeypatc
         monkeypatch.setattr(run, "_next_flush", 0.0)
         run.log_metrics({"loss": 100.0}, step=100)
         assert len(calls) == before + 1
-    history = client.get_metric_history(run.run_id, "loss")
-    assert [(point.step, point.value) for point in history] == [(i, float(i)) for i in range(101)]
+    assert points(client, run.run_id) == [(i, float(i)) for i in range(101)]
 
 
-def test_nothing_but_undefined_metrics_is_no_failure(client, params, capsys):
+def test_undefined_metrics_are_left_out(client, params, capsys):
     with stage_run("evaluate", params) as run:
         run.log_metrics({"spearman": None})
-        run.log_metrics({"accuracy": 0.5})
+        run.log_metrics({"accuracy": 0.5, "spearman": None})
     assert complaints(capsys) == 0
     assert client.get_run(run.run_id).data.metrics == {"accuracy": 0.5}
 
 
-def test_more_metrics_and_parameters_than_mlflow_takes_at_once_all_arrive(client, params, capsys):
+def test_more_metrics_than_mlflow_takes_at_once_all_arrive(client, params, capsys):
     many = {f"p{index}": index for index in range(130)} | params
     with stage_run("pretrain", many) as run:
         for step in range(120):  # of a fast training, all within `FLUSH_SECONDS`
@@ -285,21 +251,16 @@ def test_more_metrics_and_parameters_than_mlflow_takes_at_once_all_arrive(client
     data = client.get_run(run.run_id).data
     assert len(data.params) == len(many)
     assert len(data.metrics) == 20
-    assert len(client.get_metric_history(run.run_id, "m19")) == 120
+    assert len(points(client, run.run_id, "m19")) == 120
 
 
-def test_files_go_to_the_main_checkout(client, params, root, tmp_path):
+def test_files_go_to_the_main_checkout(client, params, root, tmp_path, capsys):
     (tmp_path / "own.txt").write_text("own")
     with stage_run("report", params) as run:
+        run.log_artifact(tmp_path / "missing")
         run.log_artifact(tmp_path / "own.txt")
     assert [item.path for item in client.list_artifacts(run.run_id)] == ["own.txt"]
     assert "own.txt" in {path.name for path in (root / "mlartifacts").rglob("*.txt")}
-
-
-@pytest.mark.usefixtures("root")
-def test_missing_file_is_said_and_stops_nothing(params, capsys, tmp_path):
-    with stage_run("report", params) as run:
-        run.log_artifact(tmp_path / "missing")
     assert capsys.readouterr().err == f"{tmp_path / 'missing'} is not there, so it is not logged\n"
 
 
@@ -320,28 +281,13 @@ def test_call_that_fails_is_said_once_and_stops_nothing(params, tmp_path, monkey
     assert "metrics/ and plots/; `make sync` logs later what it misses" in message
 
 
-@pytest.fixture
-def _no_server(root, monkeypatch):
+@pytest.mark.usefixtures("root")
+def test_server_out_of_reach_hides_no_exception_of_the_body(params, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-
-
-@pytest.mark.usefixtures("_no_server")
-def test_server_out_of_reach_is_said_once_and_the_body_runs(params, capsys, tmp_path):
-    (tmp_path / "a.txt").write_text("a")
-    with stage_run("pretrain", params, resumed="abc") as run:
-        run.log_metrics({"loss": 1.0})
-        run.log_artifact(tmp_path / "a.txt")
-        ran = True
-    assert ran
+    with pytest.raises(KeyboardInterrupt), stage_run("pretrain", params, resumed="abc"):
+        raise KeyboardInterrupt
     assert complaints(capsys) == 1
-
-
-@pytest.mark.usefixtures("_no_server")
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_server_out_of_reach_hides_no_exception_of_the_body(params, error):
-    with pytest.raises(error), stage_run("pretrain", params):
-        raise error
 
 
 @pytest.mark.usefixtures("root")
@@ -352,55 +298,45 @@ def test_lock_that_nobody_gives_back_is_said_and_stops_nothing(root, params, mon
     assert complaints(capsys) == 1
 
 
-def test_tracking_that_is_off_writes_and_says_nothing(tmp_path, params, monkeypatch, capsys):
+def test_tracking_that_is_off_writes_says_and_hides_nothing(tmp_path, params, monkeypatch, capsys):
     monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    with stage_run("pretrain", params) as run:
-        run.log_metrics({"loss": 1.0})
-        run.log_artifact(tmp_path)
+
+    def fail() -> None:
+        with stage_run("pretrain", params) as run:
+            run.log_metrics({"loss": 1.0})
+            run.log_artifact(tmp_path)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
 
 
-def test_tracking_that_is_off_hides_no_exception(params, monkeypatch):
-    monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
-    with pytest.raises(ZeroDivisionError), stage_run("pretrain", params):
-        raise ZeroDivisionError
-
-
-def test_store_is_in_the_main_checkout_unless_told_otherwise(root, monkeypatch):
-    assert store_uri() == f"sqlite:///{root}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
-    assert store_uri() == "http://tracking:5000"
-
-
 @pytest.mark.parametrize(
-    ("uri", "database"),
+    ("given", "used"),
     [
-        ("sqlite:///x.db", "{root}/x.db"),
-        ("sqlite:///sub/x.db", "{root}/sub/x.db"),
-        ("sqlite+pysqlite:///x.db?timeout=5", "{root}/x.db"),
-        ("sqlite:////elsewhere/x.db", "/elsewhere/x.db"),
-        ("sqlite:///:memory:", ":memory:"),
+        ("", "sqlite:///{root}/mlflow.db"),
+        ("sqlite:///sub/x.db", "sqlite:///{root}/sub/x.db"),
+        ("sqlite+pysqlite:///x.db?timeout=5", "sqlite+pysqlite:///{root}/x.db?timeout=5"),
+        ("sqlite:////elsewhere/x.db", "sqlite:////elsewhere/x.db"),
+        ("sqlite:///:memory:", "sqlite:///:memory:"),
+        ("sqlite://", "sqlite://"),
+        ("sqlite:x.db", "sqlite:x.db"),
+        ("./mlruns", "./mlruns"),
+        ("postgresql://u:p@h/x", "postgresql://u:p@h/x"),
+        (" HTTP://Host:5000 ", "http://Host:5000"),
     ],
 )
-def test_relative_sqlite_file_is_in_the_main_checkout(root, tmp_path, monkeypatch, uri, database):
+def test_relative_store_is_in_the_main_checkout(root, tmp_path, monkeypatch, given, used):
     """A temporary checkout (`dvc exp run --temp`, `--queue`) is deleted, and the file with it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    assert make_url(store_uri()).database == database.format(root=root)
-    assert make_url(store_uri()).query == make_url(uri).query
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    assert store_uri() == used.format(root=root)
 
 
-@pytest.mark.parametrize("uri", ["sqlite:x.db", "sqlite://", "./mlruns", "postgresql://u:p@h/x"])
-def test_other_addresses_are_left_as_they_are(root, monkeypatch, uri):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    assert store_uri() == uri
-
-
-def test_run_in_a_temporary_checkout_is_in_the_relative_store_of_the_main_one(
-    root, params, tmp_path, monkeypatch
-):
+def test_run_in_a_temporary_checkout_is_in_the_main_store(root, params, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     monkeypatch.chdir(tmp_path)
     with stage_run("pretrain", params) as run:
@@ -409,9 +345,7 @@ def test_run_in_a_temporary_checkout_is_in_the_relative_store_of_the_main_one(
     assert MlflowClient(f"sqlite:///{root}/mlflow.db").get_run(run.run_id).info.status == "FINISHED"
 
 
-def test_mlflow_that_is_installed_under_a_percent_sign_says_what_helps(
-    root, params, monkeypatch, capsys
-):
+def test_mlflow_under_a_percent_sign_says_what_helps(root, params, monkeypatch, capsys):
     """With a project its .venv may lie in such a folder, and Alembic's settings take no % in a path."""
     monkeypatch.setattr("mlflow.__file__", "/srv/50%/.venv/mlflow/__init__.py")
     with stage_run("pretrain", params):
@@ -460,7 +394,8 @@ def logged(root, params, tmp_path) -> str:
     [
         ("moved", "new"),
         ("another user's", "new"),
-        *(("copied", name) for name in ("my project", "a?b=c", "50%", "%20", "a#b", "it's; `x` $3 @:&")),
+        ("copied", "50% a?b=c#d"),
+        ("copied", "%20 it's; `x` $3 @:&"),
     ],
 )
 def test_project_that_was_brought_elsewhere_has_its_files_there(
@@ -522,34 +457,27 @@ def test_database_of_another_project_is_not_touched(root, tmp_path, monkeypatch,
     assert paths_in(database) == before
 
 
-def test_without_dvc_and_git_the_experiment_still_has_a_name(root):
-    assert experiment_name({"gamma": "2"}) == "no-git-no-commit"
-
-
-def test_without_dvc_the_experiment_is_named_after_branch_and_commit(root, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def commit_here(*files: str) -> None:
+    """Make this folder a repository with a commit of the files on the branch `trunk`."""
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q", "-b", "trunk"], check=True)
+    subprocess.run([*git, "add", *files], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+
+
+def test_name_without_dvc_is_branch_commit_and_what_differs(root, tmp_path, monkeypatch):
+    assert experiment_name({"gamma": "2"}) == "no-git-no-commit"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text("gamma: 2\na: {b: 1, c: 2, d: 3}\n")
+    commit_here("params.yaml")
     head = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
     ).stdout.strip()
-    assert experiment_name({"gamma": "2"}) == f"trunk-{head}"
-
-
-def test_without_dvc_the_name_says_what_differs_from_the_commit(root, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "params.yaml").write_text("gamma: 2\na: {b: 1, c: 2, d: 3}\n")
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
-    subprocess.run([*git, "init", "-q", "-b", "trunk"], check=True)
-    subprocess.run([*git, "add", "."], check=True)
-    subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
     same = {"gamma": "2", "a.b": "1", "a.c": "2", "a.d": "3"}
-    assert experiment_name(same).startswith("trunk-")
-    assert " " not in experiment_name(same)
-    assert experiment_name(same | {"gamma": "5"}).endswith(" gamma=5")
+    assert experiment_name(same) == f"trunk-{head}"
+    assert experiment_name(same | {"gamma": "5"}) == f"trunk-{head} gamma=5"
     changed = experiment_name({"gamma": "5", "a.b": "0", "a.c": "0", "a.d": "0"})
-    assert changed.endswith(" gamma=5 a.b=0 a.c=0 and 1 more")
+    assert changed == f"trunk-{head} gamma=5 a.b=0 a.c=0 and 1 more"
 
 
 # what users set
@@ -560,11 +488,9 @@ def test_without_dvc_the_name_says_what_differs_from_the_commit(root, tmp_path, 
     [
         ("./mlruns", "MLFLOW_TRACKING_URI is ./mlruns, and MLflow keeps no runs in folders"),
         ("file:///x/mlruns", "is file:///x/mlruns, and MLflow keeps no runs in folders"),
-        ("/x/mlruns", "is /x/mlruns, and MLflow keeps no runs in folders"),
         ("127.0.0.1:9", "is 127.0.0.1:9, without its protocol; write http://127.0.0.1:9"),
         ("databricks", "`pip install databricks-sdk`"),
         ("postgresql://u:geheim@127.0.0.1:1/x", "install the database's driver into .venv"),
-        (" http://127.0.0.1:9 ", "Connection refused; start the server"),
         ("HTTP://127.0.0.1:9", "Connection refused; start the server"),
     ],
 )
@@ -579,24 +505,18 @@ def test_store_that_is_named_oddly_has_its_remedy(params, monkeypatch, capsys, u
     assert "geheim" not in line
 
 
-def test_address_is_taken_in_any_case_and_with_blanks(root, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", " HTTP://Host:5000 ")
-    assert store_uri() == "http://Host:5000"
-
-
-def test_empty_name_of_the_experiment_is_none(client, params, monkeypatch):
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "")
+@pytest.mark.parametrize(
+    ("variable", "value", "name"),
+    [("MLFLOW_EXPERIMENT_NAME", "", "blockdrop"), ("MLFLOW_EXPERIMENT_ID", "0", "Default")],
+)
+def test_variables_name_the_experiment_as_they_do_in_mlflow(
+    client, params, monkeypatch, variable, value, name
+):
+    monkeypatch.setenv(variable, value)
     with stage_run("check", params) as run:
         pass
     number = client.get_run(run.run_id).info.experiment_id
-    assert client.get_experiment(number).name == "blockdrop"
-
-
-def test_number_of_the_experiment_counts_as_it_does_in_mlflow(client, params, monkeypatch):
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "0")
-    with stage_run("check", params) as run:
-        pass
-    assert client.get_run(run.run_id).info.experiment_id == "0"
+    assert client.get_experiment(number).name == name
 
 
 def test_deleted_experiment_is_said_with_what_restores_it(client, params, root, monkeypatch, capsys):
@@ -640,9 +560,7 @@ def test_lock_is_open_to_all_users(root, params):
 def test_folder_of_another_user_has_its_commit_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
-    subprocess.run([*git, "init", "-q", "-b", "trunk"], check=True)
-    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    commit_here()
     for path in (tmp_path, tmp_path / ".git"):
         os.chown(path, 65534, 65534)
     refused = subprocess.run(["git", "status"], capture_output=True, text=True)
@@ -651,7 +569,7 @@ def test_folder_of_another_user_has_its_commit_all_the_same(tmp_path, monkeypatc
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="takes root to give a folder to another user")
-def test_repository_of_another_user_around_the_project_runs_no_command(tmp_path, monkeypatch):
+def test_repository_of_another_user_runs_no_command(tmp_path, monkeypatch):
     project, command, trace = (tmp_path / name for name in ("project", "command", "trace"))
     project.mkdir()
     command.write_text(f"#!/bin/sh\ntouch {trace}\n")

@@ -70,47 +70,44 @@ def refusal(path: Path) -> str:
     return str(caught.value)
 
 
-def same(loaded: torch.nn.Module, source: torch.nn.Module) -> bool:
+def same(loaded: torch.nn.Module, source: torch.nn.Module) -> None:
     own, other = loaded.state_dict(), source.state_dict()
     assert own.keys() == other.keys()
     assert all(torch.equal(own[name], other[name]) for name in own)
     images = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(loaded.eval()(images), source(images))
-    return True
 
 
-@pytest.mark.parametrize("name", [as_layers, as_blocks])
-@pytest.mark.parametrize("wrap", [dict, parallel])
+@pytest.mark.parametrize(("name", "wrap"), [(as_layers, parallel), (as_blocks, dict)])
 def test_resnet_is_read_in_each_way_of_naming(path, resnet, name, wrap):
     write(path, {"args": ARGUMENTS, "epoch": 3, "acc": 92.5, "state_dict": wrap(name(resnet))})
     loaded = legacy_checkpoints.load(path)
-    assert same(loaded.need_resnet(path), resnet)
+    same(loaded.need_resnet(path), resnet)
     assert (loaded.resnet.depth, loaded.resnet.width, loaded.resnet.num_classes) == (14, 4, 3)
-    assert loaded.policy_net is None
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+    with pytest.raises(CheckpointError, match=f"{path} holds a ResNet and no policy; import it for"):
+        loaded.need_policy_net(path)
 
 
-@pytest.mark.parametrize("key", ["agent", "net"])
-@pytest.mark.parametrize("wrap", [dict, parallel])
+@pytest.mark.parametrize(("key", "wrap"), [("agent", parallel), ("net", dict)])
 def test_policy_is_read_under_its_new_and_its_old_key(path, policy_net, key, wrap):
-    loaded = legacy_checkpoints.load(write(path, {key: wrap(as_agent(policy_net)), "reward": 1.0}))
-    assert same(loaded.need_policy_net(path), policy_net)
-    assert loaded.policy_net.num_blocks == 6
-    assert loaded.resnet is None
-
-
-def test_finetuned_file_gives_both(path, resnet, policy_net):
-    loaded = legacy_checkpoints.load(
-        write(path, {"agent": as_agent(policy_net), "resnet": as_layers(resnet)})
-    )
-    assert same(loaded.need_resnet(path), resnet)
-    assert same(loaded.need_policy_net(path), policy_net)
-
-
-def test_classifier_that_the_policy_carries_unused_is_left_out(path, policy_net):
     unused = {"features.fc.weight": torch.ones(10, 16), "features.fc.bias": torch.ones(10)}
-    loaded = legacy_checkpoints.load(write(path, {"agent": as_agent(policy_net) | unused}))
-    assert same(loaded.need_policy_net(path), policy_net)
+    content = {key: wrap(as_agent(policy_net) | unused), "reward": 1.0}
+    loaded = legacy_checkpoints.load(write(path, content))
+    same(loaded.need_policy_net(path), policy_net)
+    assert loaded.policy_net.num_blocks == 6
+    with pytest.raises(CheckpointError, match=f"{path} holds a policy and no ResNet .*for pretrain"):
+        loaded.need_resnet(path)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_finetuned_file_gives_both(path, resnet, policy_net, zipped):
+    content = {"agent": as_agent(policy_net), "resnet": as_layers(resnet)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    loaded = legacy_checkpoints.load(path)
+    same(loaded.need_resnet(path), resnet)
+    same(loaded.need_policy_net(path), policy_net)
 
 
 def test_batch_counters_of_newer_files_are_kept(path, resnet):
@@ -118,26 +115,6 @@ def test_batch_counters_of_newer_files_are_kept(path, resnet):
     loaded = legacy_checkpoints.load(write(path, {"state_dict": as_layers(resnet) | counters}))
     assert loaded.resnet.bn1.num_batches_tracked == 7
     assert loaded.resnet.blocks[0].bn1.num_batches_tracked == 0
-
-
-def test_zip_format_is_read_too(path, resnet):
-    torch.save({"state_dict": as_layers(resnet)}, path)
-    assert same(legacy_checkpoints.load(path).resnet, resnet)
-
-
-def test_policy_alone_is_refused_where_a_resnet_is_needed(path, policy_net):
-    loaded = legacy_checkpoints.load(write(path, {"agent": as_agent(policy_net)}))
-    with pytest.raises(CheckpointError) as caught:
-        loaded.need_resnet(path)
-    assert f"{path} holds a policy and no ResNet" in str(caught.value)
-    assert "import it for the stage curriculum" in str(caught.value)
-
-
-def test_resnet_alone_is_refused_where_a_policy_is_needed(path, resnet):
-    loaded = legacy_checkpoints.load(write(path, {"state_dict": as_layers(resnet)}))
-    with pytest.raises(CheckpointError) as caught:
-        loaded.need_policy_net(path)
-    assert f"{path} holds a ResNet and no policy; import it for pretrain" in str(caught.value)
 
 
 class Command:
@@ -150,8 +127,7 @@ class Command:
         return os.system, (self.command,)
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize("place", ["args", "state_dict"])
+@pytest.mark.parametrize(("zipped", "place"), [(False, "args"), (True, "state_dict")])
 def test_command_in_a_file_is_refused_named_and_not_run(path, resnet, zipped, place):
     content = {"state_dict": as_layers(resnet)} | {place: Command(f"touch {path.parent / 'ran'}")}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
@@ -159,10 +135,12 @@ def test_command_in_a_file_is_refused_named_and_not_run(path, resnet, zipped, pl
     assert f"{path} is refused" in message
     assert f"({os.name}.system)" in message
     assert "take the file from its authors" in message
+    assert "weights_only" not in message  # how to switch the protection off
+    assert "add_safe_globals" not in message
     assert not (path.parent / "ran").exists()
 
 
-def test_class_of_an_unknown_module_is_refused_named_and_not_imported(path, monkeypatch):
+def test_class_of_an_unknown_module_is_not_imported(path, monkeypatch):
     (path.parent / "strange_module.py").write_text(
         "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\nclass Thing:\n    pass\n"
     )
@@ -185,19 +163,7 @@ def test_whole_pickled_network_is_refused(path, resnet):
     assert "(pipeline.models.resnet.ResNet)" in message
 
 
-def test_refusal_does_not_tell_how_to_switch_the_protection_off(path):
-    message = refusal(write(path, {"args": Command("true")}))
-    assert "weights_only" not in message
-    assert "add_safe_globals" not in message
-
-
-def test_namespace_is_not_allowed_for_other_readers_afterwards(path, resnet):
-    legacy_checkpoints.load(write(path, {"args": ARGUMENTS, "state_dict": as_layers(resnet)}))
-    assert argparse.Namespace not in torch.serialization.get_safe_globals()
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+@pytest.mark.parametrize(("zipped", "share"), [(False, 0.01), (False, 0.99), (True, 0.5), (True, 0.99)])
 def test_truncated_file_is_refused(path, resnet, zipped, share):
     torch.save({"state_dict": as_layers(resnet)}, path, _use_new_zipfile_serialization=zipped)
     content = path.read_bytes()
@@ -205,7 +171,7 @@ def test_truncated_file_is_refused(path, resnet, zipped, share):
     assert str(path) in refusal(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"text\n", b"\0" * 100, b"PK\x03\x04", b"\x80\x02"])
+@pytest.mark.parametrize("content", [b"", b"text\n", b"PK\x03\x04", b"\x80\x02"])
 def test_file_that_is_no_checkpoint_says_so_and_what_to_do(path, content):
     path.write_bytes(content)
     message = refusal(path)
@@ -213,114 +179,104 @@ def test_file_that_is_no_checkpoint_says_so_and_what_to_do(path, content):
     assert "take the file" in message
 
 
-@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), "text", 3])
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3)])
 def test_file_without_a_dict_is_named(path, content):
-    message = refusal(write(path, content))
-    assert f"{path} holds a {type(content).__name__}, not a checkpoint" in message
+    assert f"{path} holds a {type(content).__name__}, not a checkpoint" in refusal(write(path, content))
 
 
-@pytest.mark.parametrize("content", [{"weights": 1, "epoch": 2}, {}, {1: 2}, {"epoch": 2, 1: 2}])
+@pytest.mark.parametrize("content", [{}, {"epoch": 2, 1: 2}])
 def test_file_without_known_keys_lists_those_that_it_has(path, content):
     message = refusal(write(path, content))
     assert f"{path} holds none of resnet, state_dict, model, agent, net" in message
     assert all(repr(key) in message for key in content)
 
 
-@pytest.mark.parametrize("key", ["state_dict", "resnet", "model", "agent", "net"])
-@pytest.mark.parametrize("value", [None, 3, [], {}, {"conv1.weight": 3}, {1: torch.zeros(1)}])
-def test_table_that_holds_no_weights_is_named(path, key, value):
-    message = refusal(write(path, {key: value}))
-    assert f"{path}: {key} " in message
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("state_dict", 3, "is no table of weights"),
+        ("agent", {}, "is no table of weights"),
+        ("resnet", {"conv1.weight": 3}, "holds more than named, plain tensors"),
+        ("net", {1: torch.zeros(1)}, "holds more than named, plain tensors"),
+        ("model", {"conv1.weight": torch.zeros(1).expand(10**9)}, "claims more weights than the file"),
+    ],
+)
+def test_table_that_holds_no_weights_is_named(path, key, value, problem):
+    assert f"{path}: {key} {problem}" in refusal(write(path, {key: value}))
 
 
-@pytest.mark.parametrize("name", ["conv1.weight", "fc.weight", "fc.bias", "bn1.running_mean"])
-def test_resnet_without_one_of_its_weights_names_it(path, resnet, name):
-    weights = as_layers(resnet)
-    del weights[name]
-    message = refusal(write(path, {"state_dict": weights}))
+def without(start: str):
+    return lambda weights: {name: t for name, t in weights.items() if not name.startswith(start)}
+
+
+def also(name: str, tensor: torch.Tensor):
+    return lambda weights: weights | {name: tensor}
+
+
+def fourth_stage(weights: dict) -> dict:
+    of_third = {name: tensor for name, tensor in weights.items() if "layer3" in name}
+    return weights | {name.replace("layer3", "layer4"): t.clone() for name, t in of_third.items()}
+
+
+SAME = "the same number in each of three"
+TWICE = "state_dict has a weight under two names"
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (without("conv1.weight"), "conv1"),
+        (without("fc.weight"), "lacks fc.weight, or it is a single number"),
+        (without("fc.bias"), "fc.bias"),
+        (without("bn1.running_mean"), "bn1.running_mean"),
+        (also("layer1.0.downsample.0.weight", torch.zeros(1)), "unknown blocks.0.shortcut.0.weight"),
+        (without("layer3."), SAME),
+        (without("layer2.1."), SAME),
+        (without("layer"), SAME),
+        (fourth_stage, SAME),
+        (also("module.fc.bias", torch.zeros(3)), TWICE),
+        (also("blocks.0.0.conv1.weight", torch.zeros(4, 4, 3, 3)), TWICE),
+        (also("conv1.weight", torch.zeros(())), "conv1.weight"),
+        (also("fc.weight", torch.zeros(0)), ""),
+        (also("bn1.weight", torch.zeros(1)), "bn1.weight"),
+        (also("fc.bias", torch.tensor([float("nan"), 0, 0])), "fc.bias holds NaN"),
+        (lambda weights: {name: t.half() for name, t in weights.items()}, "torch.float16"),
+    ],
+)
+def test_resnet_whose_weights_do_not_fit_is_refused(path, resnet, change, problem):
+    message = refusal(write(path, {"state_dict": change(as_layers(resnet))}))
     assert str(path) in message
-    assert name.split(".")[0] in message
+    assert problem in message
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["features.conv1.weight", "logit.weight", "logit.bias", "features.blocks.1.0.bn2.weight"],
+    ("change", "problem"),
+    [
+        (without("features.conv1.weight"), "lacks features.conv1.weight"),
+        (without("logit.weight"), "lacks logit.weight"),
+        (without("logit.bias"), "lacks logit.bias"),
+        (without("features.blocks.1.0.bn2.weight"), "features.blocks.1.bn2"),
+        (also("features.conv1.weight", torch.zeros(1)), ""),
+        (also("logit.weight", torch.zeros(())), "logit.weight, or it is a single number"),
+        (also("logit.bias", torch.zeros(1)), ""),
+    ],
 )
-def test_policy_without_one_of_its_weights_names_it(path, policy_net, name):
-    weights = as_agent(policy_net)
-    del weights[name]
-    message = refusal(write(path, {"agent": weights}))
+def test_policy_whose_weights_do_not_fit_is_refused(path, policy_net, change, problem):
+    message = refusal(write(path, {"agent": change(as_agent(policy_net))}))
     assert str(path) in message
-    assert name.replace("1.0", "1").removesuffix(".weight").removesuffix(".bias") in message
+    assert problem in message
 
 
-def test_unknown_weight_is_named(path, resnet):
-    weights = as_layers(resnet) | {"layer1.0.downsample.0.weight": torch.zeros(1)}
-    message = refusal(write(path, {"state_dict": weights}))
-    assert str(path) in message
-    assert "unknown blocks.0.shortcut.0.weight" in message
-
-
-@pytest.mark.parametrize("left_out", ["layer3.", "layer2.1.", "layer"])
-def test_stages_of_unequal_length_are_refused(path, resnet, left_out):
-    kept = {k: v for k, v in as_layers(resnet).items() if not k.startswith(left_out)}
-    message = refusal(write(path, {"state_dict": kept}))
-    assert str(path) in message
-    assert "the same number in each of three" in message
-
-
-@pytest.mark.parametrize("block", ["9999", "9999999", "9" * 5000])
-@pytest.mark.parametrize("stage", ["layer{}", "blocks.{}"])
-def test_name_that_claims_a_huge_network_is_refused_before_it_is_built(path, resnet, stage, block):
+@pytest.mark.parametrize(
+    ("stage", "block"), [("layer{}", "9999"), ("blocks.{}", "9999999"), ("layer{}", "9" * 5000)]
+)
+def test_name_that_claims_a_huge_network_is_refused(path, resnet, stage, block):
     last = {f"{stage.format(n)}.{block}.conv1.weight": torch.zeros(1) for n in (1, 2, 3)}
     message = refusal(write(path, {"state_dict": as_layers(resnet) | last}))
     assert str(path) in message
     assert re.search(r"depth 60002|blocks in its stages|unknown (layer|blocks)", message)
     assert len(message) < 1000
-
-
-@pytest.mark.parametrize("twice", ["module.fc.bias", "blocks.0.0.conv1.weight"])
-def test_weight_that_is_there_under_two_names_is_refused(path, resnet, twice):
-    weights = as_layers(resnet)
-    weights |= {twice: weights["fc.bias" if "fc" in twice else "layer1.0.conv1.weight"].clone()}
-    assert f"{path}: state_dict has a weight under two names" in refusal(
-        write(path, {"state_dict": weights})
-    )
-
-
-def test_fourth_stage_is_refused(path, resnet):
-    weights = as_layers(resnet)
-    weights |= {k.replace("layer3", "layer4"): v.clone() for k, v in weights.items() if "layer3" in k}
-    assert "the same number in each of three" in refusal(write(path, {"state_dict": weights}))
-
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element")
-@pytest.mark.parametrize("name", ["conv1.weight", "fc.weight", "bn1.weight"])
-@pytest.mark.parametrize("shape", [(), (1,), (0,)])
-def test_resnet_weight_of_another_shape_is_named(path, resnet, name, shape):
-    weights = as_layers(resnet) | {name: torch.zeros(shape)}
-    assert str(path) in refusal(write(path, {"state_dict": weights}))
-
-
-@pytest.mark.parametrize("name", ["features.conv1.weight", "logit.weight", "logit.bias"])
-@pytest.mark.parametrize("shape", [(), (1,)])
-def test_policy_weight_of_another_shape_is_named(path, policy_net, name, shape):
-    weights = as_agent(policy_net) | {name: torch.zeros(shape)}
-    assert str(path) in refusal(write(path, {"agent": weights}))
-
-
-def test_weight_that_is_nan_is_named(path, resnet):
-    weights = as_layers(resnet)
-    weights["fc.bias"][0] = float("nan")
-    assert f"{path}: fc.bias holds NaN" in refusal(write(path, {"state_dict": weights}))
-
-
-def test_half_precision_is_refused_by_name(path, resnet):
-    weights = {name: tensor.half() for name, tensor in as_layers(resnet).items()}
-    message = refusal(write(path, {"state_dict": weights}))
-    assert str(path) in message
-    assert "torch.float16" in message
-    assert "expected torch.float32" in message
 
 
 def test_missing_file_is_named(path):

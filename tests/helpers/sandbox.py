@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ("dvc.lock", "metrics/", "plots/", "report/", "data/", "models/")  # not copied
 OUTS = ("data/prepared", "models", "metrics", "plots", "report")
 TIMED = {"times", "benchmark", "benchmark.json", "report"}  # parts of paths whose content is timed
