@@ -249,8 +249,7 @@ def scores_of(learner: PolicyLearner, split: Split, preset: Params, *, gamma: fl
     cost = measure(learner.resnet, learner.policy_net, split.image_size)
     shares = rewarded_shares(learner.resnet, split.image_size, preset.block_cost)
     shuffled = shuffled_accuracy(
-        learner.resnet,
-        learner.policy_net, split, actions, normalisation=normalisation, repeats=SHUFFLES,
+        learner.resnet, split, actions, normalisation=normalisation, repeats=SHUFFLES,
         draw=generator(preset.seed, "ablation"),
     )  # fmt: skip
     block_shares = None if shares is None else torch.tensor(shares)

@@ -104,10 +104,10 @@ def evaluate(
     flops = cost.of(test_actions)  # [M]
     shuffled = shuffled_accuracy(
         resnet,
-        networks.policy_net,
         steps.over(test, params.evaluate.shuffles),
         test_actions,
         normalisation=normalisation,
+        policy_net=networks.policy_net,
         repeats=params.evaluate.shuffles,
         draw=generator(params.seed, "evaluate"),
     )

@@ -154,7 +154,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--image-size", type=int, help="for a checkpoint that does not say it")
     parser.add_argument("--gamma", type=float, help="of a policy between paths; larger: more blocks")
     parser.add_argument(
-        "--budget", type=float, help="in its place: 0.4 is 40 % of the full ResNet's FLOPs on average"
+        "--budget", type=float, help="in its place: 0.4 is 40 %% of the full ResNet's FLOPs on average"
     )
     parser.add_argument("--json", action="store_true", help="one object a line")
 

@@ -18,11 +18,11 @@ from pipeline.models.resnet import ResNet
 
 def shuffled_accuracy(
     resnet: ResNet,
-    policy_net: PolicyNet,
     split: ImageSplit,
     actions: Tensor,
     *,
     normalisation: Normalisation,
+    policy_net: PolicyNet | None = None,
     repeats: int,
     draw: torch.Generator,
 ) -> float:
