@@ -5,6 +5,7 @@ Shapes: M images of a split, P paths, N classes.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pipeline.data.split import ImageSplit
@@ -45,10 +46,9 @@ def dial_points(
         correct[path] = values.combined(class_logits, logits).argmax(dim=1) == split.labels  # [P, M]
     trained_for = values.gamma.clone()
     points = []
-    for budget in torch.linspace(
-        *values.dial[1, [0, -1]].tolist(), POINTS, dtype=torch.float64
-    ).tolist():
-        values.gamma.fill_(values.gamma_of(min(budget, float(values.dial[1, -1]))))
+    low, high = values.dial[1, [0, -1]].tolist()
+    for budget in np.linspace(low, high, POINTS).tolist():
+        values.gamma.fill_(values.gamma_of(budget))
         chosen = values.rewards(class_logits).argmax(dim=1)  # [M]
         right = correct[chosen, torch.arange(len(split), device=chosen.device)]
         points.append(
