@@ -25,8 +25,8 @@ from tools import predict
 
 pytestmark = pytest.mark.e2e
 WITH_PATHS = TINY | {
-    "policy_net": {"width": 8, "paths": [0, 3, 6]},
-    "policy_pretrain": {"epochs": 12, "batch_size": 16, "lr": 0.05},
+    "policy_net": {"width": 4, "paths": [0, 3, 6]},
+    "policy_pretrain": {"epochs": 2, "batch_size": 16, "lr": 0.02},  # not so good that it answers all
     "pretrain": {"epochs": 12, "batch_size": 16},
     "finetune": {"epochs": 4, "batch_size": 16},
     "static": {"rules": ["distribute"], "num_kept": [3]},
@@ -95,6 +95,5 @@ def test_predict_turns_the_dial(monkeypatch, capsys, tmp_path):
         return json.loads(capsys.readouterr().out)["flops"]
 
     assert flops_at("--gamma", "0") <= flops_at("--gamma", "1e6")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="budget 7 is out of this model's reach; it takes"):
         flops_at("--budget", "7")
-    assert "budget 7 is out of this model's reach; it takes" in capsys.readouterr().err
