@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline import flops
 from pipeline.config import Params
+from pipeline.data.dataset import load_split
 from pipeline.data.transforms import Normalisation
 from pipeline.device import choose_device
 from pipeline.models import checkpoint
@@ -22,6 +23,8 @@ from stages.support import common, compatibility, recipes, training
 def load_pair(path: Path, params: Params, pretrained: Checkpoint) -> tuple[ResNet, PolicyNet]:
     """ResNet and policy network of our own or the authors' finetuned checkpoint, when they fit.
 
+    For a policy between paths the checkpoint may hold the ResNet alone.
+
     Raises:
         CheckpointError: they can't be read, or were finetuned from another ResNet or on other data.
     """
@@ -34,7 +37,11 @@ def load_pair(path: Path, params: Params, pretrained: Checkpoint) -> tuple[ResNe
             (pretrained.normalisation, pretrained.classes), origin,
         )  # fmt: skip
         compatibility.require_same_image_size(path, imported, params)
-        resnet, policy_net = imported.need_resnet(), imported.need_policy_net()
+        resnet = imported.need_resnet()
+        if imported.policy_net is None and params.policy_net.paths:
+            policy_net = fitted_policy_net(params, resnet, pretrained.normalisation)
+        else:
+            policy_net = imported.need_policy_net()
     else:
         authors = legacy_checkpoints.load(path)
         resnet, policy_net = authors.need_resnet(path), authors.need_policy_net(path)
@@ -49,7 +56,21 @@ def load_pair(path: Path, params: Params, pretrained: Checkpoint) -> tuple[ResNe
         "its two networks do not belong together; take another file",
     )  # fmt: skip
     compatibility.require_same_policy_net(path, policy_net, params)
+    if policy_net.path_values is not None:  # one pair serves every gamma
+        policy_net.path_values.gamma.fill_(params.gamma)
     return resnet, policy_net
+
+
+def fitted_policy_net(params: Params, resnet: ResNet, normalisation: Normalisation) -> PolicyNet:
+    """The curriculum's policy between paths, its values fitted to a ResNet that comes without a policy.
+
+    So a ResNet that was finetuned under a static rule needs no other training.
+    """
+    device = choose_device()
+    policy_net = checkpoint.load(common.POLICY).need_policy_net().to(device)
+    learner = learner_of(params, resnet.to(device), policy_net, normalisation)
+    learner.validate(load_split(common.PREPARED, "validation", device))
+    return policy_net
 
 
 def learner_of(
