@@ -101,6 +101,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def section_name(section: Section) -> str:
+    """What params.yaml calls a section: PolicyPretrain is policy_pretrain."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(section).__name__).lower()
+
+
 class Data(Section):
     """What `prepare` writes."""
 
@@ -175,6 +180,13 @@ class PolicyNetParams(Network):
 
     input_size: Side | None
     initial_keep_prob: Fraction
+    paths: Distinct[CountOrNone]
+
+    @model_validator(mode="after")
+    def _leaves_a_choice(self) -> Self:
+        if len(self.paths) == 1:
+            raise ValueError(f"paths {list(self.paths)} leave no choice; name two at least, or none: []")
+        return self
 
 
 class Pretrain(Section):
@@ -189,6 +201,12 @@ class Pretrain(Section):
     schedule: Schedule
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     precision: Precision
+
+
+class PolicyPretrain(Pretrain):
+    """Training the policy network as a classifier, if it chooses between paths; 0 epochs if not."""
+
+    epochs: CountOrNone
 
 
 class Curriculum(Section):
@@ -240,6 +258,7 @@ class Checkpoints(Section):
     """Checkpoints to take instead of training, or NO_FILE; for `sole` and `static` a folder of them."""
 
     pretrain: PathText
+    policy_pretrain: PathText
     curriculum: PathText
     finetune: PathText
     sole: PathText
@@ -299,6 +318,7 @@ class Params(Section):
     policy_net: PolicyNetParams
     checkpoints: Checkpoints
     pretrain: Pretrain
+    policy_pretrain: PolicyPretrain
     curriculum: Curriculum
     finetune: Finetune
     finetune_policy: FinetunePolicy
@@ -320,8 +340,10 @@ class Params(Section):
                 f"augmentation.crop_padding {self.augmentation.crop_padding} is as large as the image "
                 f"(data.image_size {self.data.image_size}); lower it"
             )
+        self._check_paths()
         needed = (self.resnet.num_blocks - 1) * self.curriculum.epochs_per_block + 1
-        if self.curriculum.epochs < needed and self.checkpoints.curriculum == NO_FILE:
+        learnt = self.checkpoints.curriculum == NO_FILE and not self.policy_net.paths
+        if self.curriculum.epochs < needed and learnt:
             raise ValueError(
                 f"curriculum.epochs {self.curriculum.epochs} end before the first of the "
                 f"{self.resnet.num_blocks} blocks is active; with epochs_per_block "
@@ -336,6 +358,30 @@ class Params(Section):
                 "with data.source imagefolder_stream, whose crops are of random area, set it to 0"
             )
         return self
+
+    def _check_paths(self) -> None:
+        paths, blocks = self.policy_net.paths, self.resnet.num_blocks
+        if paths and max(paths) > blocks:
+            raise ValueError(
+                f"policy_net.paths {list(paths)} keep more than the {blocks} blocks of resnet.depth "
+                f"{self.resnet.depth}; name numbers from 0 to {blocks}"
+            )
+        trained = self.policy_pretrain.epochs > 0
+        if paths and not trained and self.checkpoints.policy_pretrain == NO_FILE:
+            raise ValueError(
+                f"policy_net.paths {list(paths)} need a policy network that classifies; set "
+                "policy_pretrain.epochs to 1 or more, or checkpoints.policy_pretrain"
+            )
+        if trained and not paths:
+            raise ValueError(
+                f"policy_pretrain.epochs {self.policy_pretrain.epochs} train a classifier that nothing "
+                "uses; set policy_net.paths, or the epochs to 0"
+            )
+        size = self.policy_net.input_size
+        if paths and size not in (None, self.data.image_size):
+            raise ValueError(
+                f"policy_net.input_size {size} is for policies without paths; set it to null"
+            )
 
     def _check_policy_epochs(self) -> None:
         epochs, policy = self.finetune.epochs, self.finetune_policy

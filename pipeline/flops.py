@@ -28,11 +28,13 @@ class Cost:
         always: what every image pays: stem, shortcuts, head, and the policy network if there is one.
         policy_net: the policy network's part of `always`.
         blocks: [K], what each block adds for the images that keep it.
+        answers: whether an image that keeps no block pays for the policy network alone, which answers.
     """
 
     always: int
     policy_net: int
     blocks: tuple[int, ...]
+    answers: bool = False
 
     @property
     def full(self) -> int:
@@ -42,7 +44,10 @@ class Cost:
     def of(self, actions: Tensor) -> Tensor:
         """FLOPs [B], float64, of the images that take actions [B, K]."""
         per_block = torch.tensor(self.blocks, dtype=torch.float64, device=actions.device)
-        return self.always + actions.double() @ per_block
+        with_resnet = self.always + actions.double() @ per_block
+        if not self.answers:
+            return with_resnet
+        return torch.where(actions.bool().any(dim=1), with_resnet, float(self.policy_net))
 
     def block_shares(self) -> tuple[float, ...]:
         """[K], each block's share of what all blocks cost."""
@@ -80,7 +85,12 @@ def measure(resnet: ResNet, policy_net: PolicyNet | None, image_size: int) -> Co
     policy_flops = 0
     if policy_net is not None:
         policy_flops = _count(_on_meta(policy_net), image)[0]
-    return Cost(always=always + policy_flops, policy_net=policy_flops, blocks=tuple(blocks))
+    return Cost(
+        always=always + policy_flops,
+        policy_net=policy_flops,
+        blocks=tuple(blocks),
+        answers=policy_net is not None and policy_net.answers,
+    )
 
 
 def rewarded_shares(resnet: ResNet, image_size: int, block_cost: str) -> tuple[float, ...] | None:

@@ -208,9 +208,13 @@ def learner_of(setting: Setting, params: Params) -> PolicyLearner:
     resnet = start.need_resnet().to(device)
     seed_everything(params.seed, "ablation")
     if setting.stage == "curriculum":
-        return curriculum.learner_of(params, resnet, start.normalisation)
-    policy_net = checkpoint.load(setting.policy_net).need_policy_net().to(device)
-    return finetune.learner_of(params, resnet, policy_net, start.normalisation)
+        policy_net = curriculum.policy_net_of(params, resnet, num_classes=len(start.classes)).to(device)
+        learner = curriculum.learner_of(params, resnet, policy_net, start.normalisation)
+    else:
+        policy_net = checkpoint.load(setting.policy_net).need_policy_net().to(device)
+        learner = finetune.learner_of(params, resnet, policy_net, start.normalisation)
+    assert isinstance(learner, PolicyLearner)  # presets with paths have no recipe to vary
+    return learner
 
 
 def trained(setting: Setting, params: Params) -> PolicyLearner:

@@ -75,7 +75,10 @@ def main(_: argparse.Namespace) -> None:
     for num_active in NUM_ACTIVE:
         for seed in SEEDS:
             seed_everything(seed, "entropy_gradients")
-            learner = curriculum.learner_of(params, start.need_resnet(), start.normalisation)
+            resnet = start.need_resnet()
+            policy_net = curriculum.policy_net_of(params, resnet, num_classes=len(start.classes))
+            learner = curriculum.learner_of(params, resnet, policy_net, start.normalisation)
+            assert isinstance(learner, PolicyLearner)
             learner.begin_epoch(num_active - 1)
             noise = torch.rand(batch_size, learner.noise_columns, generator=generator(seed, "noise"))
             batch = Batch(images=images, labels=train.labels, noise=noise)

@@ -3,7 +3,7 @@
 Shapes: M test images, K blocks.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from pipeline.data.split import ImageSplit
 from pipeline.data.transforms import Normalisation
 from pipeline.device import choose_device, describe_device, generator
 from pipeline.evaluation import learning_curves, policy_figures
+from pipeline.evaluation.dial import DialPoint, dial_points
 from pipeline.evaluation.metrics import (
     best_single_policy,
     difficulty_spearman,
@@ -84,13 +85,20 @@ def evaluate(
     test, validation, cost = networks.test, networks.validation, networks.cost
     resnet, normalisation = networks.resnet, networks.normalisation
     passes = params.evaluate.shuffles + 4  # over the test images: decisions, three predictions, shuffles
+    passes += 0 if networks.policy_net.path_values is None else 2  # the dial
     steps.total(passes * len(test) + (params.evaluate.single_policies + 1) * len(validation))
     test_actions, validation_actions = (
         _decide(networks.policy_net, steps.over(split), normalisation) for split in (test, validation)
     )
     results = DecisionsAndPredictions(
         actions=test_actions,
-        dropping=predict(resnet, steps.over(test), test_actions, normalisation=normalisation),
+        dropping=predict(
+            resnet,
+            steps.over(test),
+            test_actions,
+            normalisation=normalisation,
+            policy_net=networks.policy_net,
+        ),
         full=predict(networks.full, steps.over(test), normalisation=normalisation),
     )
     flops = cost.of(test_actions)  # [M]
@@ -99,6 +107,7 @@ def evaluate(
         steps.over(test, params.evaluate.shuffles),
         test_actions,
         normalisation=normalisation,
+        policy_net=networks.policy_net,
         repeats=params.evaluate.shuffles,
         draw=generator(params.seed, "evaluate"),
     )
@@ -212,6 +221,19 @@ def write_tables(test: ImageSplit, results: DecisionsAndPredictions) -> None:
     common.write_csv(OUT / "images.csv", table)
 
 
+def write_dial(networks: Trained, steps: Steps) -> None:
+    """plots/evaluate/dial.csv: what the same networks are worth at other gammas."""
+    points = dial_points(
+        networks.policy_net,
+        networks.resnet,
+        steps.over(networks.test),
+        normalisation=networks.normalisation,
+        cost=networks.cost,
+    )
+    columns = tuple(field.name for field in fields(DialPoint))
+    common.write_csv(OUT / "dial.csv", [asdict(point) for point in points], columns=columns)
+
+
 def draw_learning_curves(num_blocks: int) -> None:
     """The curves of both policy stages; one that was imported has none."""
     curves = {}
@@ -228,6 +250,7 @@ def main(params: Params) -> None:
         evaluation, results = evaluate(params, networks, steps)
         draw(networks, evaluation, results)
         write_tables(networks.test, results)
+        write_dial(networks, steps)
         draw_learning_curves(evaluation.num_blocks)
         common.write_json(common.METRICS / "evaluate.json", asdict(evaluation))
         mlflow_run.log_metrics(asdict(evaluation))

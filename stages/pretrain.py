@@ -5,7 +5,9 @@ from stages.support import common, training
 
 
 def main(params: Params) -> None:
-    training.run_full_network("pretrain", params, depth=params.resnet.depth)
+    training.run_full_network(
+        "pretrain", params, params.resnet, params.pretrain, depth=params.resnet.depth
+    )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ TRADE_OFF = common.PLOTS / "trade_off.csv"
 def read(params: Params) -> Results:
     """What the stages wrote; of folders that hold more, only what params.yaml names."""
     trainings = ["pretrain", "curriculum", "finetune"]
+    trainings += ["policy_pretrain"] if params.policy_net.paths else []
     trainings += [f"sole-{depth}" for depth in params.sole.depths]
     pairs = product(params.static.rules, params.static.num_kept)
     trainings += [f"static-{rule}-{num_kept}" for rule, num_kept in pairs]
@@ -66,7 +67,12 @@ def draw(results: Results) -> None:
         if network.flops is not None
     ]
     trade_off(
-        OUT / "trade_off.png", baselines=baselines, blockdrop=[point], paper=published, title=title
+        OUT / "trade_off.png",
+        baselines=baselines,
+        blockdrop=[point],
+        paper=published,
+        dial=[_as_numbers(row) for row in common.read_csv(EVALUATED / "dial.csv")],
+        title=title,
     )
     for folder in (EVALUATED, common.PLOTS / "benchmark"):
         for picture in sorted(folder.glob("*.png")):

@@ -20,7 +20,9 @@ def main(params: Params, *, depth: int) -> None:
     """
     if depth not in params.sole.depths:
         raise UserError(f"sole.depths {list(params.sole.depths)} does not name {depth}; add it there")
-    training.run_full_network("sole", params, depth=depth, item=str(depth))
+    training.run_full_network(
+        "sole", params, params.resnet, params.pretrain, depth=depth, item=str(depth)
+    )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ CIFAR = {
     "data.validation_fraction": None,
     "data.test_fraction": None,
 }
+PATHS = {"policy_net.paths": [0, 9], "policy_pretrain.epochs": 1}
 STREAMED = {
     "data.source": "imagefolder_stream",
     "data.image_size": 64,
@@ -305,6 +306,12 @@ def test_flat_has_every_value_under_its_dotted_key(path):
         ({"finetune.epochs": 3, "finetune_policy.frozen_epochs": 1, "finetune_policy.train_epochs": 3},
          "train_epochs 3 are more than finetune.epochs 3 after frozen_epochs 1; lower them, or null"),
         ({"finetune.epochs": 3, "finetune_policy.frozen_epochs": 3}, "leave none of finetune.epochs 3"),
+        ({"policy_net.paths": [0, 9]}, "need a policy network that classifies; set"),
+        ({"policy_net.paths": [9]}, "paths [9] leave no choice; name two at least, or none: []"),
+        (PATHS | {"policy_net.paths": [0, 0]}, "paths: [0, 0] names something twice"),
+        (PATHS | {"policy_net.paths": [0, 16]}, "keep more than the 15 blocks of resnet.depth 32"),
+        (PATHS | {"policy_net.input_size": 8}, "input_size 8 is for policies without paths; set it to"),
+        ({"policy_pretrain.epochs": 1}, "train a classifier that nothing uses; set policy_net.paths"),
         (STREAMED | {"augmentation.crop_padding": 4}, "crops are of random area, set it to 0"),
         (STREAMED | {"data.folder": "photos"}, "folder is for the source imagefolder alone"),
         (STREAMED | {"resnet.depth": 32}, "resnet: depth 32 is none of the family imagenet, which"),
@@ -325,6 +332,9 @@ def test_values_that_do_not_fit_together_are_refused(path, changes, words):
     [
         {"policy_net.input_size": 16},
         {"static.num_kept": [1, 7, 14]},
+        PATHS | {"policy_net.paths": [0, 15]},
+        {"policy_net.paths": [0, 9], "checkpoints.policy_pretrain": "import/classifier"},
+        PATHS | {"curriculum.epochs": 1},  # nothing is learnt there
         {"data.source": "imagefolder", "data.folder": "pictures", "data.validation_fraction": None,
          "data.test_fraction": None},
         {"curriculum.epochs": 1, "checkpoints.curriculum": "import/policy"},

@@ -1,4 +1,4 @@
-"""Start from a checkpoint: `make import FILE=path STAGE=pretrain|curriculum|finetune`.
+"""Start from a checkpoint: `make import FILE=path STAGE=pretrain|policy_pretrain|curriculum|finetune`.
 
 FILE may be torchvision:IMAGENET1K_V1 (or _V2): pretrained weights, which it fetches.
 Checks the file, copies it into import/, lets DVC track the copy, and names it in params.yaml.
@@ -28,7 +28,8 @@ IMPORT = Path("import")
 PARAMS = Path("params.yaml")
 TORCHVISION = "torchvision:"  # before the name of weights, in place of a file
 OWN_FILES = (checkpoint.WEIGHTS, checkpoint.SIDECAR)
-STAGES = ("pretrain", "curriculum", "finetune")
+STAGES = ("pretrain", "policy_pretrain", "curriculum", "finetune")
+WITH_POLICY = ("curriculum", "finetune")  # checkpoints that hold a policy network
 UNSAFE = re.compile(r"[^\w.+=@,()-]")  # some mean something in dvc.yaml, DVC's targets or .gitignore
 
 
@@ -42,13 +43,13 @@ def check(path: Path, stage: str) -> None:
         loaded = checkpoint.load(path)
         if stage != "curriculum":
             loaded.need_resnet()
-        if stage != "pretrain":
+        if stage in WITH_POLICY:
             loaded.need_policy_net()
     else:
         legacy = legacy_checkpoints.load(path)
         if stage != "curriculum":
             legacy.need_resnet(path)
-        if stage != "pretrain":
+        if stage in WITH_POLICY:
             legacy.need_policy_net(path)
 
 
@@ -131,7 +132,8 @@ def name_in_params(stage: str, path: Path) -> list[str]:
     checkpoints = content["checkpoints"]
     stages = [stage]
     if stage == "finetune":
-        stages += [earlier for earlier in STAGES[:2] if checkpoints[earlier] == NO_FILE]
+        held = ("pretrain", "curriculum")
+        stages += [earlier for earlier in held if checkpoints[earlier] == NO_FILE]
     for name in stages:
         checkpoints[name] = path.as_posix()
     text = io.StringIO()

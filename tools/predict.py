@@ -152,6 +152,10 @@ def add_options(parser: Parser) -> None:
         help=f"a checkpoint folder ({MODEL}), models:/NAME@ALIAS, models:/NAME/VERSION or models:/m-ID",
     )
     parser.add_argument("--image-size", type=int, help="for a checkpoint that does not say it")
+    parser.add_argument("--gamma", type=float, help="of a policy between paths; larger: more blocks")
+    parser.add_argument(
+        "--budget", type=float, help="in its place: 0.4 is 40 %% of the full ResNet's FLOPs on average"
+    )
     parser.add_argument("--json", action="store_true", help="one object a line")
 
 
@@ -165,7 +169,13 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError("no image is named; `make predict IMAGES=\"a.png 'b c.png'\"` names two")
     with folder_of(arguments.model) as folder:
         loaded = checkpoint.load(folder)
-    predictor = Predictor(loaded, image_size=arguments.image_size, device=choose_device())
+    predictor = Predictor(
+        loaded,
+        image_size=arguments.image_size,
+        device=choose_device(),
+        gamma=arguments.gamma,
+        budget=arguments.budget,
+    )
     paths, images, errors = read(named, predictor.image_size)
     predictions = predictor(images)
     if arguments.json:

@@ -6,6 +6,7 @@ Shapes: B images of a batch, C checked images, M test images of H by W pixels, K
 import torch
 from torch import Tensor
 
+from pipeline.inference.auto import make_executor
 from pipeline.inference.base import Networks
 from pipeline.inference.masked import Masked
 from pipeline.inference.predict import evaluation_batch
@@ -21,7 +22,7 @@ class Reference:
 
     @torch.no_grad()
     def __init__(self, networks: Networks, images: Tensor, *, checked: int) -> None:
-        self.execute = Masked(networks)
+        self.execute = make_executor(networks, name=Masked.name)
         parts = images.split(evaluation_batch(images.shape[1]))
         decided = [self.execute._decide(networks.normalisation(part)) for part in parts]
         self.actions = torch.cat(decided).cpu()  # [M, K]

@@ -73,7 +73,7 @@ def learning_curves(path: Path, *, curriculum: Rows, finetune: Rows, num_blocks:
 
 
 def _curve(ax: Axes, rows: Rows, key: str | None, scale: float, **look: Any) -> None:
-    if key is not None:
+    if key is not None and all(key in row for row in rows):  # policies between paths have no entropy
         ax.plot([row["epoch"] for row in rows], [scale * row[key] for row in rows], **look)
 
 

@@ -12,6 +12,7 @@ from pipeline.data.split import ImageSplit
 from pipeline.data.transforms import Normalisation
 from pipeline.flops import Cost
 from pipeline.inference.predict import accuracies_of, correct_under
+from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
 
 
@@ -21,6 +22,7 @@ def shuffled_accuracy(
     actions: Tensor,
     *,
     normalisation: Normalisation,
+    policy_net: PolicyNet | None = None,
     repeats: int,
     draw: torch.Generator,
 ) -> float:
@@ -33,7 +35,7 @@ def shuffled_accuracy(
     for shuffle in others:
         cycle = torch.randperm(len(split), generator=draw)
         shuffle[cycle] = actions[cycle.roll(1)]
-    right = correct_under(resnet, split, others, normalisation=normalisation)
+    right = correct_under(resnet, split, others, normalisation=normalisation, policy_net=policy_net)
     return sum(accuracies_of(right)) / repeats
 
 

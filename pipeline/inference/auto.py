@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.device import seconds_of
+from pipeline.inference.answering import Answering
 from pipeline.inference.base import Executor, Networks, Output
 from pipeline.inference.cuda_graphs import CudaGraphs
 from pipeline.inference.gather import Gather
@@ -223,4 +224,7 @@ def make_executor(networks: Networks, *, name: str = "auto", precision: str = "f
     kinds: dict[str, type[Executor]] = {Auto.name: Auto, **EXECUTORS}
     if name not in kinds:
         raise ValueError(f"no executor {name!r}; choose one of {', '.join(kinds)}")
-    return kinds[name](networks, precision=precision)
+    make = partial(kinds[name], precision=precision)
+    if networks.policy_net is not None and networks.policy_net.path_values is not None:
+        return Answering(networks, make, precision=precision)
+    return make(networks)

@@ -41,10 +41,15 @@ def predict(
     actions: Tensor | None = None,
     *,
     normalisation: Normalisation,
+    policy_net: PolicyNet | None = None,
     precision: str = "fp32",
 ) -> Predictions:
-    """Classify a split in evaluation mode under actions [M, K] (None: every block runs)."""
-    networks = Networks(resnet=resnet, policy_net=None, normalisation=normalisation)
+    """Classify a split in evaluation mode under actions [M, K].
+
+    Without actions the policy network decides, or every block runs if there is none. Beside actions a
+    policy network matters only if it classifies, and so has a part in the answers.
+    """
+    networks = Networks(resnet=resnet, policy_net=policy_net, normalisation=normalisation)
     execute = make_executor(networks, precision=precision)
     logits = torch.cat(
         [
@@ -59,10 +64,18 @@ def predict(
 
 
 def correct_under(
-    resnet: ResNet, split: ImageSplit, policies: Tensor, *, normalisation: Normalisation
+    resnet: ResNet,
+    split: ImageSplit,
+    policies: Tensor,
+    *,
+    normalisation: Normalisation,
+    policy_net: PolicyNet | None = None,
 ) -> Tensor:
-    """Whether each image is classified correctly under V policies [V, M, K]: [V, M] bool, on the CPU."""
-    execute = make_executor(Networks(resnet=resnet, policy_net=None, normalisation=normalisation))
+    """Whether each image is classified correctly under V policies [V, M, K]: [V, M] bool, on the CPU.
+
+    `policy_net` is as for `predict`.
+    """
+    execute = make_executor(Networks(resnet=resnet, policy_net=policy_net, normalisation=normalisation))
     parts = []
     for part, images in _in_parts(split):
         logits = execute(images, policies[:, part]).logits
@@ -80,15 +93,42 @@ def predict_policy(
     policy_net: PolicyNet, split: ImageSplit, *, normalisation: Normalisation, precision: str = "fp32"
 ) -> Tensor:
     """Logits [M, K] of the keep probabilities, on the CPU."""
+    outputs = policy_outputs(policy_net, split, normalisation=normalisation, precision=precision)
+    return policy_net.decide(outputs).cpu()
+
+
+@torch.no_grad()
+def policy_outputs(
+    policy_net: PolicyNet, split: ImageSplit, *, normalisation: Normalisation, precision: str = "fp32"
+) -> Tensor:
+    """What the policy network's ResNet gives: keep logits [M, K], or class logits [M, N]."""
     # a policy network is a ResNet as well, all of whose blocks run
     networks = Networks(resnet=policy_net.features, policy_net=None, normalisation=normalisation)
     execute = make_executor(networks, precision=precision)
-    logits = []
+    outputs = []
     for _, images in _in_parts(split):
         inputs = average_down(normalisation(images), policy_net.input_size)
         all_kept = torch.ones(len(inputs), networks.num_blocks, dtype=torch.bool, device=inputs.device)
-        logits.append(execute.classify(inputs, all_kept))
-    return torch.cat(logits).cpu()
+        outputs.append(execute.classify(inputs, all_kept))
+    return torch.cat(outputs)
+
+
+def logits_under(
+    resnet: ResNet,
+    split: ImageSplit,
+    policies: Tensor,
+    *,
+    normalisation: Normalisation,
+    precision: str = "fp32",
+) -> Tensor:
+    """Logits [V, M, N] of the ResNet alone, with the same blocks [V, K] for all images."""
+    networks = Networks(resnet=resnet, policy_net=None, normalisation=normalisation)
+    execute = make_executor(networks, precision=precision)
+    parts = []
+    for _, images in _in_parts(split):
+        for_all = policies[:, None].expand(-1, len(images), -1)  # [V, B, K]
+        parts.append(execute(images, for_all).logits)
+    return torch.cat(parts, dim=1)
 
 
 def evaluation_batch(image_size: int) -> int:

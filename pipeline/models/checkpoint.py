@@ -31,6 +31,7 @@ from pipeline.infra.atomic_io import write_atomically, write_text
 from pipeline.infra.errors import UserError
 from pipeline.infra.safe_io import open_regular, read_json, short_repr, truncate
 from pipeline.models.build import make_resnet
+from pipeline.models.path_values import PathValues
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
 
@@ -60,6 +61,7 @@ Deviation = Annotated[float, Field(ge=1e-3, le=1e3)]
 ClassName = Annotated[str, AfterValidator(_in_utf8)]
 Side = Annotated[int, Field(ge=8, le=512, multiple_of=4)]
 Depth = Annotated[int, Field(le=2000)]
+BlockPath = Annotated[str, Field(pattern=r"^[01]{1,1000}$")]
 
 
 class _Architecture(_Strict):
@@ -76,10 +78,12 @@ class _Architecture(_Strict):
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Networks for CIFAR are written as before there was another family."""
+        """Networks are written as before there was another family, or another kind of policy network."""
         written: dict[str, Any] = handler(self)
         if self.family == "cifar":
             del written["family"]
+        if "paths" in written and written["paths"] is None:  # nor policy networks that classify
+            del written["paths"], written["num_classes"]
         return written
 
 
@@ -102,10 +106,28 @@ class PolicyNetArchitecture(_Architecture):
     width: Annotated[int, Field(ge=1, le=4096)]
     input_size: Side | None
     num_blocks: Annotated[int, Field(ge=1, le=1000)]
+    # of one that classifies, and decides by the values of paths; both are missing where it does not
+    num_classes: Annotated[int, Field(ge=2, le=100_000)] | None = None
+    paths: Annotated[tuple[BlockPath, ...], Field(strict=False, min_length=2, max_length=64)] | None = (
+        None
+    )
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "PolicyNetArchitecture":
+        if (self.paths is None) != (self.num_classes is None):
+            raise ValueError("num_classes and paths come together")
+        for path in self.paths or ():
+            if len(path) != self.num_blocks:
+                raise ValueError(f"path {path} is not of {self.num_blocks} blocks")
+        return self
 
     def build(self) -> PolicyNet:
         """A policy network with fresh weights."""
+        values = None
+        if self.paths is not None and self.num_classes is not None:
+            values = PathValues(self.paths, num_classes=self.num_classes)
         return PolicyNet(
+            path_values=values,
             num_blocks=self.num_blocks,
             depth=self.depth,
             width=self.width,
@@ -149,6 +171,11 @@ class Sidecar(_Strict):
                 raise ValueError(
                     f"policy_net.num_blocks is {self.policy_net.num_blocks}, the ResNet has {blocks}"
                 )
+        if self.policy_net is not None and self.policy_net.num_classes not in (None, len(self.classes)):
+            raise ValueError(
+                f"policy_net.num_classes is {self.policy_net.num_classes}, classes has "
+                f"{len(self.classes)} names"
+            )
         return self
 
 
@@ -196,6 +223,7 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
                 tensors[f"{prefix}.{name}"] = tensor.detach().cpu().contiguous()
     weights = save_safetensors(tensors)
     resnet, policy_net = checkpoint.resnet, checkpoint.policy_net
+    values = None if policy_net is None else policy_net.path_values
     sidecar = Sidecar(
         format=FORMAT,
         stage=checkpoint.stage,
@@ -215,6 +243,8 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
             width=policy_net.features.width,
             input_size=policy_net.input_size,
             num_blocks=policy_net.num_blocks,
+            num_classes=None if values is None else values.num_classes,
+            paths=None if values is None else values.paths,
         ),
         normalisation=NormalisationRecord(
             mean=checkpoint.normalisation.mean, std=checkpoint.normalisation.std

@@ -1,6 +1,6 @@
 """The policy network: one look at the image, one keep probability for every block.
 
-Shapes: B images, K blocks, H and W pixels.
+Shapes: B images, K blocks, N classes, H and W pixels.
 """
 
 import math
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.architectures import Family
 from pipeline.models.build import make_resnet
+from pipeline.models.path_values import PathValues
 
 
 def average_down(images: Tensor, size: int | None) -> Tensor:
@@ -20,7 +21,10 @@ def average_down(images: Tensor, size: int | None) -> Tensor:
 
 
 class PolicyNet(nn.Module):
-    """A small ResNet whose K outputs are the logits of the keep probabilities s (paper, section 3).
+    """A small ResNet that decides which blocks run.
+
+    In the paper (section 3) its K outputs are the logits of the keep probabilities s. With `path_values`
+    it is a classifier: its N outputs are class logits, from which the decisions are computed.
 
     Args:
         num_blocks: K of the ResNet that it steers.
@@ -29,7 +33,9 @@ class PolicyNet(nn.Module):
         input_size: side in pixels that images are averaged down to before they are looked at (the
             authors halve ImageNet's 224 so); None takes them as they are.
         family: of the small ResNet, `cifar` or `imagenet`.
-        initial_keep_prob: what every keep probability starts near, by the bias of the last layer.
+        initial_keep_prob: what every keep probability starts near, by the bias of the last layer; of no
+            use with `path_values`.
+        path_values: how class logits become decisions; None: as in the paper.
     """
 
     def __init__(
@@ -41,18 +47,27 @@ class PolicyNet(nn.Module):
         input_size: int | None = None,
         family: Family = "cifar",
         initial_keep_prob: float = 0.5,
+        path_values: PathValues | None = None,
     ) -> None:
         super().__init__()
+        self.num_blocks = num_blocks
         self.input_size = input_size
-        self.features = make_resnet(family=family, depth=depth, width=width, num_classes=num_blocks)
-        odds = initial_keep_prob / (1 - initial_keep_prob)
-        nn.init.constant_(self.features.fc.bias, math.log(odds))
+        self.path_values = path_values
+        outputs = num_blocks if path_values is None else path_values.num_classes
+        self.features = make_resnet(family=family, depth=depth, width=width, num_classes=outputs)
+        if path_values is None:
+            odds = initial_keep_prob / (1 - initial_keep_prob)
+            nn.init.constant_(self.features.fc.bias, math.log(odds))
 
     @property
-    def num_blocks(self) -> int:
-        """K, the number of decisions."""
-        return self.features.fc.out_features
+    def answers(self) -> bool:
+        """Whether its own class stands for an image of which it keeps no block."""
+        return self.path_values is not None and self.path_values.answers
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, K] of the keep probabilities for images [B, 3, H, W]."""
-        return self.features(average_down(images, self.input_size))
+        return self.decide(self.features(average_down(images, self.input_size)))
+
+    def decide(self, outputs: Tensor) -> Tensor:
+        """Logits [B, K] of the keep probabilities, from what `features` gives, [B, K] or [B, N]."""
+        return outputs if self.path_values is None else self.path_values(outputs)

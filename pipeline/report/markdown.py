@@ -21,7 +21,7 @@ from pipeline.results import Answer, Baselines, BenchmarkResult, Evaluation, Spe
 
 Correctness = Mapping[str, NDArray[np.bool_]]  # [M] of each network
 MACHINE = ("device", "processor", "threads")  # what makes times comparable
-LEARNING = ("curriculum", "finetune")  # what BlockDrop trains on top of a ResNet
+LEARNING = ("policy_pretrain", "curriculum", "finetune")  # what BlockDrop trains on top of a ResNet
 RULES = {"first": "FirstK", "random": "RandomK", "distribute": "DistributeK"}
 SAME_COST = 0.02  # costs that differ by less are equal
 
@@ -303,7 +303,7 @@ def _training_table(times: Mapping[str, TrainingTimes]) -> str:
 
 def _payback(results: Results) -> Payback | None:
     """Where BlockDrop saves most; None where it was imported, or no speed-up may be claimed."""
-    trained = [results.times[stage].seconds for stage in LEARNING]
+    trained = [results.times[stage].seconds for stage in LEARNING if stage in results.times]
     seconds = [took for took in trained if took is not None]
     saved = {
         (answer.batch, answer.precision): 1000

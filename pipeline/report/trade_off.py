@@ -64,6 +64,7 @@ def trade_off(
     blockdrop: Sequence[Row],
     title: str,
     paper: Sequence[Row] = (),
+    dial: Sequence[Row] = (),
 ) -> None:
     """Accuracy against FLOPs per image: does looking at the image beat every static network?
 
@@ -73,6 +74,7 @@ def trade_off(
             a band where some have accuracy_std, of several draws.
         blockdrop: {accuracy, flops, label}, one or several.
         paper: {accuracy, flops, label}: published numbers.
+        dial: {accuracy, flops}: BlockDrop's networks at other gammas.
     """
     figure, ax = plt.subplots(figsize=(WIDTH, 5.2), layout="constrained")
     static = [row for row in baselines if row["kind"] in ("full", "sole")]
@@ -82,7 +84,9 @@ def trade_off(
     tuned = [row for row in baselines if row["finetuned"]]
     _draw_rules(ax, [row for row in baselines if not row["finetuned"]], tuned=False)
     _draw_rules(ax, tuned, tuned=True)
-    _frame(ax, [*static, *tuned, *blockdrop, *paper])
+    if dial:
+        ax.plot(*_columns(dial), ".-", color=ORANGE, linewidth=1.2, label="BlockDrop at other gammas")
+    _frame(ax, [*static, *tuned, *blockdrop, *paper, *dial])
     headline(figure, title)
     _finish(figure, ax, labels)
     save(figure, path)

@@ -19,6 +19,7 @@ from pipeline.inference.predict import evaluation_batch
 from pipeline.infra.errors import UserError
 from pipeline.infra.safe_io import truncate
 from pipeline.models.checkpoint import Checkpoint, CheckpointError
+from pipeline.models.policy_net import PolicyNet
 
 
 class PredictionError(UserError):
@@ -66,10 +67,13 @@ class Predictor:
         checkpoint: with a ResNet; its networks are moved to `device`.
         image_size: side in pixels, for a checkpoint that does not hold it.
         device: where to run; None: where the weights are.
+        gamma: penalty of a wrong prediction, for a policy between paths; None: that of its training.
+        budget: in place of gamma, the mean FLOPs of an image as a fraction of the full ResNet's.
 
     Raises:
         CheckpointError: it holds no ResNet.
-        PredictionError: the image size is not known, or differs from the checkpoint's.
+        PredictionError: the image size is not known, or differs from the checkpoint's; or its policy has
+            no such gamma or budget.
     """
 
     def __init__(
@@ -78,6 +82,8 @@ class Predictor:
         *,
         image_size: int | None = None,
         device: torch.device | None = None,
+        gamma: float | None = None,
+        budget: float | None = None,
     ) -> None:
         resnet, policy_net = checkpoint.resnet, checkpoint.policy_net
         if resnet is None:
@@ -88,6 +94,8 @@ class Predictor:
         self.classes = checkpoint.classes
         self.image_size = image_size_of(checkpoint, image_size)
         self.cost = measure(resnet, policy_net, self.image_size)
+        if gamma is not None or budget is not None:
+            set_dial(policy_net, gamma=gamma, budget=budget, full_flops=self.cost.full)
         for network in (resnet, policy_net):
             if network is not None and device is not None:
                 network.to(device)
@@ -146,6 +154,36 @@ class Predictor:
             )
             for row, kept, cost in zip(probabilities, actions.numpy(), flops, strict=True)
         ]
+
+
+def set_dial(
+    policy_net: PolicyNet | None, *, gamma: float | None, budget: float | None, full_flops: int
+) -> None:
+    """Let a policy between paths decide for another gamma, or for a mean number of FLOPs.
+
+    Raises:
+        PredictionError: it decides block by block, or both are given, or it has no such budget.
+    """
+    values = None if policy_net is None else policy_net.path_values
+    if values is None:
+        raise PredictionError(
+            "this model decides block by block, for the gamma that it was trained with; leave gamma and "
+            "budget out, or take a model whose policy_net.paths are set"
+        )
+    if budget is not None:
+        if gamma is not None:
+            raise PredictionError(f"gamma {gamma:g} and budget {budget:g}: give one of the two")
+        try:
+            gamma = values.gamma_of(budget * full_flops)
+        except ValueError:
+            low, high = (values.dial[1, [0, -1]] / full_flops).tolist()
+            raise PredictionError(
+                f"budget {budget:g} is out of this model's reach; it takes {low:.3f} to {high:.3f} of "
+                "the full ResNet's FLOPs"
+            ) from None
+    if gamma is None or not 0 <= gamma <= 1e9:
+        raise PredictionError(f"gamma {gamma} is no number from 0 to 1e9")
+    values.gamma.fill_(gamma)
 
 
 def as_colours(images: NDArray[Any]) -> NDArray[np.uint8]:

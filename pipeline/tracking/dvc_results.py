@@ -28,7 +28,7 @@ from pipeline.tracking.identity import as_texts, experiment_key, experiment_name
 PARAMS, LOCK = "params.yaml", "dvc.lock"
 PREPARED, MODEL, REPORT = "data/prepared", "models/finetune", "report"
 METRICS, TIMES = "metrics", "metrics/times"
-TRAININGS = ("pretrain", "curriculum", "finetune")
+TRAININGS = ("pretrain", "policy_pretrain", "curriculum", "finetune")
 ARTIFACTS = (PARAMS, LOCK, REPORT, "plots")
 # outs that differ from run to run because they hold times, while the result is the same
 WITH_TIMES = (

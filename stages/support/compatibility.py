@@ -6,7 +6,7 @@ numbers that params.yaml does not state.
 
 from pathlib import Path
 
-from pipeline.config import Params
+from pipeline.config import Params, PolicyNetParams, ResNetParams
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import Checkpoint, CheckpointError
 from pipeline.models.policy_net import PolicyNet
@@ -47,6 +47,12 @@ def require_same_policy_net(path: Path, policy_net: PolicyNet, params: Params) -
         CheckpointError: they differ.
     """
     expected, features, image_size = params.policy_net, policy_net.features, params.data.image_size
+    values = policy_net.path_values
+    paths = () if values is None else tuple(path.count("1") for path in values.paths)
+    require_same(
+        path, "policy network's paths", paths, expected.paths,
+        "set policy_net.paths in params.yaml to the checkpoint's",
+    )  # fmt: skip
     require_same(
         path, "policy network's family, depth, width and input_size",
         (features.family, features.depth, features.width, policy_net.input_size or image_size),
@@ -55,12 +61,23 @@ def require_same_policy_net(path: Path, policy_net: PolicyNet, params: Params) -
     )  # fmt: skip
 
 
-def load_resnet(path: Path, params: Params, classes: tuple[str, ...], *, depth: int) -> ResNet:
+def load_resnet(
+    path: Path,
+    params: Params,
+    classes: tuple[str, ...],
+    *,
+    depth: int,
+    network: ResNetParams | PolicyNetParams | None = None,
+) -> ResNet:
     """The ResNet of our own or the authors' checkpoint, if it is the one that params.yaml describes.
+
+    Args:
+        network: that says its family and width; None: params.resnet.
 
     Raises:
         CheckpointError: it can't be read, or is of another network, data set or depth.
     """
+    expected = network or params.resnet
     if path.is_dir():
         imported = checkpoint.load(path)
         require_same(
@@ -78,7 +95,7 @@ def load_resnet(path: Path, params: Params, classes: tuple[str, ...], *, depth: 
     require_same(
         path, "family, depth, width and number of classes",
         (resnet.family, resnet.depth, resnet.width, resnet.num_classes),
-        (params.resnet.family, depth, params.resnet.width, len(classes)),
-        "set resnet (or sole.depths) and data in params.yaml to the checkpoint's",
+        (expected.family, depth, expected.width, len(classes)),
+        "set resnet, policy_net or sole.depths, and data, in params.yaml to the checkpoint's",
     )  # fmt: skip
     return resnet

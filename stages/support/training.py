@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from pipeline import distributed
-from pipeline.config import NO_FILE, Params
+from pipeline.config import NO_FILE, Params, PolicyNetParams, Pretrain, ResNetParams, section_name
 from pipeline.data.dataset import load_split
 from pipeline.data.metadata import load_classes
 from pipeline.data.split import ImageSplit
@@ -65,7 +65,7 @@ POLICY_COLUMNS = (
     "validation_reward", "validation_blocks_mean", "validation_active_blocks",
 )  # fmt: skip
 COLUMNS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("pretrain", "sole", "static"), CLASSIFICATION_COLUMNS),
+    **dict.fromkeys(("pretrain", "policy_pretrain", "sole", "static"), CLASSIFICATION_COLUMNS),
     **dict.fromkeys(("curriculum", "finetune"), POLICY_COLUMNS),
 }
 
@@ -149,31 +149,39 @@ def run(
         outputs.write_untrained(params, metrics, "0 epochs, the networks as they are")
 
 
-def run_full_network(stage: str, params: Params, *, depth: int, item: str = "") -> None:
-    """Train a ResNet of some depth with every block by pretrain's recipe, or take one."""
-    classes, section = load_classes(PREPARED), params.pretrain
+def write_nothing(stage: str, params: Params, reason: str) -> None:
+    """Write the files of a stage that has nothing to do, so that DVC finds them."""
+    if is_main():
+        outputs = Outputs(stage, "")
+        outputs.write_checkpoint(_full_network(stage, None, params), {})
+        outputs.write_untrained(params, {}, reason)
 
-    def checkpoint_of(resnet: ResNet) -> Checkpoint:
-        return Checkpoint(
-            stage=stage,
-            resnet=resnet,
-            policy_net=None,
-            normalisation=normalisation_of(params),
-            image_size=params.data.image_size,  # the size of data/prepared, on which the stage depends
-            classes=classes,
-            metrics={},
-        )
+
+def run_full_network(
+    stage: str,
+    params: Params,
+    network: ResNetParams | PolicyNetParams,
+    section: Pretrain,
+    *,
+    depth: int,
+    item: str = "",
+) -> None:
+    """Train a ResNet of some depth with every block, or take one.
+
+    Args:
+        network: that says its family and width.
+        section: the recipe.
+    """
+    classes = load_classes(PREPARED)
 
     def load(path: Path) -> Checkpoint:
-        return checkpoint_of(load_resnet(path, params, classes, depth=depth))
+        resnet = load_resnet(path, params, classes, depth=depth, network=network)
+        return _full_network(stage, resnet, params)
 
     def build() -> tuple[Classification, Checkpoint]:
         seed_everything(params.seed, stage, *([depth] if item else []))
         resnet = make_resnet(
-            family=params.resnet.family,
-            depth=depth,
-            width=params.resnet.width,
-            num_classes=len(classes),
+            family=network.family, depth=depth, width=network.width, num_classes=len(classes)
         ).to(choose_device())
         learner = Classification(
             resnet,
@@ -182,9 +190,21 @@ def run_full_network(stage: str, params: Params, *, depth: int, item: str = "") 
             precision=section.precision,
             label_smoothing=section.label_smoothing,
         )
-        return learner, checkpoint_of(resnet)
+        return learner, _full_network(stage, resnet, params)
 
     run(stage, params, section, load=load, build=build, item=item)
+
+
+def _full_network(stage: str, resnet: ResNet | None, params: Params) -> Checkpoint:
+    return Checkpoint(
+        stage=stage,
+        resnet=resnet,
+        policy_net=None,
+        normalisation=normalisation_of(params),
+        image_size=params.data.image_size,  # the size of data/prepared, on which the stages depend
+        classes=load_classes(PREPARED),
+        metrics={},
+    )
 
 
 def imported_path(setting: str) -> Path | None:
@@ -300,7 +320,7 @@ def _write_results(
 def _warn_of_emulation(section: TrainingSection, device: torch.device) -> None:
     """Warn of bf16 on a device that has no instructions for it; the training runs all the same."""
     if section.precision == "bf16" and not computes_in_bf16(device):
-        key = f"{type(section).__name__.lower()}.precision"
+        key = f"{section_name(section)}.precision"
         print(
             f"warning: {key} is bf16, for which this {device.type.upper()} has no instructions: PyTorch "
             f"emulates it, which takes several times as long as fp32; set {key} to fp32",

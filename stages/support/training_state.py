@@ -9,7 +9,7 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from pipeline import distributed
-from pipeline.config import Curriculum, Finetune, Pretrain
+from pipeline.config import Curriculum, Finetune, Pretrain, section_name
 from pipeline.device import choose_device, describe_device, random_states, set_random_states
 from pipeline.inference import auto
 from pipeline.infra.errors import UserError, explain
@@ -214,7 +214,7 @@ class Checkpointer:
         try:
             loop.require_finite(self.learner, self.state.position, result)
         except loop.NotFiniteError as error:
-            section = type(self.section).__name__.lower()  # sole and static train by another's
+            section = section_name(self.section)  # sole and static train by another's
             raise TrainingError(
                 f"{self.name} diverged: {error}; lower the learning rate of {section} in params.yaml, "
                 f"or set its precision to fp32 (the state before that is kept in {self.point.path})"

@@ -18,17 +18,18 @@ pytestmark = pytest.mark.e2e
 GAMMA_STAGES = ["check", "finetune", "evaluate", "benchmark", "report"]
 STATIC = {"static": {"rules": ["random"], "num_kept": [3]}}
 STATIC_STAGES = ["sole@8", "static@random-3"]
-ALL_STAGES = [*GAMMA_STAGES, *STATIC_STAGES, "prepare", "pretrain", "curriculum", "baseline"]
+TRAININGS = ["pretrain", "policy_pretrain", "curriculum"]
+ALL_STAGES = [*GAMMA_STAGES, *STATIC_STAGES, *TRAININGS, "prepare", "baseline"]
 
 # the stages that a comment in a module makes stale
 STALE: dict[str, set[str]] = {
     "pipeline/infra/locks.py": set(),
     "pipeline/tracking/runs.py": set(),
     "pipeline/sources/cifar.py": {"prepare"},
-    "pipeline/training/loop.py": {"pretrain", "curriculum", "finetune", "sole", "static"},
+    "pipeline/training/loop.py": {*TRAININGS, "finetune", "sole", "static"},
     "pipeline/policy/objectives.py": {"curriculum", "finetune"},
     "pipeline/flops.py": {"curriculum", "finetune", "evaluate", "baseline", "benchmark"},
-    "pipeline/static_policies.py": {"static", "baseline"},
+    "pipeline/static_policies.py": {"curriculum", "static", "baseline"},
     "pipeline/evaluation/metrics.py": {"evaluate"},
     "pipeline/benchmark/runner.py": {"benchmark"},
     "pipeline/report/markdown.py": {"report"},

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from builders import NORMALISATION, trained
-from repository_copy import ROOT, TINY, Copy, changed, make_copy, make_workplace, ran
+from repository_copy import TINY, Copy, changed, make_copy, make_workplace, ran
 
 from pipeline.config import Params
 from pipeline.data.dataset import load_split
@@ -192,10 +192,7 @@ ONE_OF_EACH = TINY | {"static": {"rules": ["distribute"], "num_kept": [2]}}
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Copy:
-    made = make_copy(tmp_path_factory.mktemp("copy"), changes=ONE_OF_EACH)
-    if (ROOT / ".native").exists():  # what is compiled already serves here too
-        shutil.copytree(ROOT / ".native", made.folder / ".native")
-    return made
+    return make_copy(tmp_path_factory.mktemp("copy"), changes=ONE_OF_EACH)
 
 
 @pytest.fixture

@@ -143,7 +143,7 @@ def test_content_of_an_unread_file_is_not_asked_for(tmp_path):
     assert not state.holds(tmp_path / "file")
 
 
-LONG = TINY | {"pretrain": {"epochs": 150}}
+LONG = TINY | {"pretrain": {"epochs": 60}}
 
 
 @pytest.fixture
@@ -152,9 +152,10 @@ def copy(tmp_path) -> Copy:
 
 
 def edit(path: Path, before: str, after: str) -> None:
+    """At its first place: pretrain comes before what has the same values."""
     text = path.read_text()
-    assert text.count(before) == 1
-    path.write_text(text.replace(before, after))
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
 
 
 def learning_rate(copy: Copy) -> float:
@@ -199,7 +200,7 @@ def test_code_edited_meanwhile_is_not_recorded(copy):
     assert repro.returncode != 0
     assert "pipeline/training/loop.py was edited" in printed
     assert "params.yaml" not in printed.split("was changed while it ran")[1].split("Put it back")[0]
-    assert "epoch 1/150" in copy.run("dvc", "repro", "pretrain")  # the new code's own training
+    assert "epoch 1/60" in copy.run("dvc", "repro", "pretrain")  # the new code's own training
 
 
 @pytest.mark.e2e

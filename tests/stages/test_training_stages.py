@@ -383,7 +383,7 @@ def test_a_warm_up_precedes_every_schedule(params):
 
 def saved_pair(params: Params, **changes) -> None:
     """A finetuned pair as params.yaml describes it, but for the changes, in import/pair."""
-    describes = params.policy_net.model_dump() | changes
+    describes = params.policy_net.model_dump(exclude={"paths"}) | changes
     image_size = describes.pop("image_size", params.data.image_size)
     resnet = cifar_resnet(depth=params.resnet.depth, width=params.resnet.width, num_classes=3)
     pair = checkpoint.Checkpoint(

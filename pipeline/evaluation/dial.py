@@ -1,0 +1,63 @@
+"""The front of one model: what a policy between paths is worth at other gammas, without any training.
+
+Shapes: M images of a split, P paths, N classes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.data.split import ImageSplit
+from pipeline.data.transforms import Normalisation
+from pipeline.flops import Cost
+from pipeline.inference.predict import logits_under, policy_outputs
+from pipeline.models.policy_net import PolicyNet
+from pipeline.models.resnet import ResNet
+
+POINTS = 9  # budgets, evenly spaced from the least to the largest that gamma reaches
+
+
+@dataclass(frozen=True, kw_only=True)
+class DialPoint:
+    """One gamma: the FLOPs promised by the validation images, and what a split's images took."""
+
+    gamma: float
+    budget: float
+    flops: float
+    accuracy: float
+
+
+def dial_points(
+    policy_net: PolicyNet, resnet: ResNet, split: ImageSplit, *, normalisation: Normalisation, cost: Cost
+) -> list[DialPoint]:
+    """The model at POINTS budgets; none for a policy that decides block by block.
+
+    Every path is run once, so all points together take P passes.
+    """
+    values = policy_net.path_values
+    if values is None:
+        return []
+    class_logits = policy_outputs(policy_net, split, normalisation=normalisation)  # [M, N]
+    correct = (values.log_probs(class_logits).argmax(dim=1) == split.labels).repeat(len(values.mask), 1)
+    runs = values.mask.any(dim=1)  # [P], the paths that run blocks
+    resnet_logits = logits_under(resnet, split, values.mask[runs], normalisation=normalisation)
+    for path, logits in zip(runs.nonzero().flatten().tolist(), resnet_logits, strict=True):
+        correct[path] = values.combined(class_logits, logits).argmax(dim=1) == split.labels  # [P, M]
+    trained_for = values.gamma.clone()
+    points = []
+    low, high = values.dial[1, [0, -1]].tolist()
+    for budget in np.linspace(low, high, POINTS).tolist():
+        values.gamma.fill_(values.gamma_of(budget))
+        chosen = values.rewards(class_logits).argmax(dim=1)  # [M]
+        right = correct[chosen, torch.arange(len(split), device=chosen.device)]
+        points.append(
+            DialPoint(
+                gamma=float(values.gamma),
+                budget=budget,
+                flops=float(cost.of(values.mask[chosen]).mean()),
+                accuracy=float(right.double().mean()),
+            )
+        )
+    values.gamma.copy_(trained_for)
+    return points

@@ -1,0 +1,102 @@
+"""A policy network that answers itself: every executor gives the same answers, and runs no more."""
+
+import pytest
+import torch
+from builders import NORMALISATION, make_split
+
+from pipeline.flops import measure
+from pipeline.inference.auto import EXECUTORS, make_executor
+from pipeline.inference.base import Networks, UnavailableError
+from pipeline.models.path_values import PathValues, statistics_of
+from pipeline.models.policy_net import PolicyNet
+from pipeline.models.resnet_cifar import cifar_resnet
+
+IMAGES = make_split(40).images
+
+
+def networks_of(paths=("000", "100", "111")) -> Networks:
+    torch.manual_seed(0)
+    values = PathValues(paths, num_classes=3)
+    policy_net = PolicyNet(num_blocks=3, depth=8, width=4, path_values=values)
+    resnet = cifar_resnet(depth=8, width=4, num_classes=3)
+    values.costs.copy_(torch.tensor([path.count("1") / 3 for path in paths]))
+    values.own_share.fill_(0.3)
+    values.gamma.fill_(1000.0)
+    # the less sure of an image, the better the later paths
+    class_logits = policy_net.eval().features(NORMALISATION(IMAGES)).detach()
+    slopes = torch.linspace(20, -20, len(paths))
+    values.weight[:, 0] = slopes
+    values.bias.copy_(-slopes * statistics_of(values.log_probs(class_logits))[:, 0].median())
+    return Networks(resnet=resnet, policy_net=policy_net, normalisation=NORMALISATION)
+
+
+def by_hand(networks: Networks, images) -> tuple[torch.Tensor, torch.Tensor]:
+    """Actions and logits, image by image, by the networks as they were trained."""
+    values = networks.policy_net.path_values
+    logits, actions = [], []
+    with torch.no_grad():
+        for image in NORMALISATION(images).split(1):
+            class_logits = networks.policy_net.eval().features(image)
+            kept = values(class_logits) >= 0
+            answer = values.log_probs(class_logits)
+            if kept.any() or not values.answers:
+                resnet_logits = networks.resnet.eval()(image, kept)
+                answer = values.combined(class_logits, resnet_logits)
+            logits.append(answer)
+            actions.append(kept)
+    return torch.cat(actions), torch.cat(logits)
+
+
+@pytest.mark.parametrize("paths", [("000", "100", "111"), ("100", "111")])
+@pytest.mark.parametrize("name", ["auto", *EXECUTORS])
+def test_every_executor_answers_as_by_hand(name, paths):
+    networks = networks_of(paths)
+    try:
+        execute = make_executor(networks, name=name)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    actions, logits = by_hand(networks, IMAGES)
+    assert len(actions.unique(dim=0)) > 1
+    output = execute(IMAGES)
+    assert torch.equal(output.actions, actions)
+    assert torch.allclose(output.logits, logits, atol=1e-4)
+    assert torch.allclose(execute.classify(NORMALISATION(IMAGES), actions), logits, atol=1e-4)
+    alone = torch.cat([execute(image).logits for image in IMAGES[:5].split(1)])
+    assert torch.allclose(alone, logits[:5], atol=1e-4)
+
+
+def test_the_resnet_runs_on_the_images_that_keep_a_block_alone():
+    execute = make_executor(networks_of(), name="gather")
+    seen = []
+    run = execute.resnet._run
+    execute.resnet._run = lambda images, actions: seen.append(len(images)) or run(images, actions)
+    actions = execute(IMAGES).actions
+    assert seen == [int(actions.any(dim=1).sum())]
+    execute(IMAGES, torch.zeros(40, 3, dtype=torch.bool))
+    assert len(seen) == 1
+
+
+def test_several_policies_at_once_are_as_one_after_the_other():
+    execute = make_executor(networks_of())
+    policies = torch.rand(3, 40, 3, generator=torch.Generator().manual_seed(0)) < 0.4
+    policies[0, :10] = False
+    together = execute(IMAGES, policies).logits
+    for policy, logits in zip(policies, together, strict=True):
+        assert torch.allclose(execute(IMAGES, policy).logits, logits, atol=1e-5)
+
+
+def test_an_image_without_blocks_costs_the_policy_network_alone():
+    networks = networks_of()
+    cost = measure(networks.resnet, networks.policy_net, 8)
+    actions = torch.tensor([[False] * 3, [True, False, False]])
+    expected = [cost.policy_net, cost.always + cost.blocks[0]]
+    assert cost.of(actions).tolist() == expected
+    never = networks_of(("100", "111"))
+    cost = measure(never.resnet, never.policy_net, 8)
+    assert cost.of(actions[:1]).tolist() == [cost.always]
+
+
+def test_empty_batch():
+    output = make_executor(networks_of())(IMAGES[:0])
+    assert output.logits.shape == (0, 3)
+    assert output.actions.shape == (0, 3)
