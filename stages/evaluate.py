@@ -90,17 +90,7 @@ def evaluate(
     test_actions, validation_actions = (
         _decide(networks.policy_net, steps.over(split), normalisation) for split in (test, validation)
     )
-    results = DecisionsAndPredictions(
-        actions=test_actions,
-        dropping=predict(
-            resnet,
-            steps.over(test),
-            test_actions,
-            normalisation=normalisation,
-            policy_net=networks.policy_net,
-        ),
-        full=predict(networks.full, steps.over(test), normalisation=normalisation),
-    )
+    results = _predict(networks, test_actions, steps)
     flops = cost.of(test_actions)  # [M]
     shuffled = shuffled_accuracy(
         resnet,
@@ -142,6 +132,22 @@ def evaluate(
         difficulty_spearman_high=high,
     )
     return evaluation, results
+
+
+def _predict(networks: Trained, actions: Tensor, steps: Steps) -> DecisionsAndPredictions:
+    """Classify the test images under actions [M, K], and with every block of the pretrained ResNet."""
+    test, normalisation = networks.test, networks.normalisation
+    return DecisionsAndPredictions(
+        actions=actions,
+        dropping=predict(
+            networks.resnet,
+            steps.over(test),
+            actions,
+            normalisation=normalisation,
+            policy_net=networks.policy_net,
+        ),
+        full=predict(networks.full, steps.over(test), normalisation=normalisation),
+    )
 
 
 def _best_single_policy(
