@@ -25,7 +25,13 @@ TINY: dict[str, dict[str, Any]] = {
     "curriculum": {"epochs": 4},
     "finetune": {"epochs": 3},
     "evaluate": {"shuffles": 2, "single_policies": 4, "bootstrap": 100},
-    "benchmark": {"batch_sizes": [4, 40], "rounds": 5, "seconds": 60},
+    "benchmark": {
+        "batch_sizes": [4, 40],
+        "executors": ["masked", "native"],
+        "keep_ratios": [0.5, 1.0],
+        "rounds": 5,
+        "seconds": 60,
+    },
     "sole": {"depths": [8]},
     "static": {"rules": ["first", "random", "distribute"], "num_kept": [3]},
 }
