@@ -79,8 +79,7 @@ def test_executors_predict_what_masked_predicts(cifar10, authors_resnet, precisi
         return float((one == other).double().mean())
 
     expected = classes("masked", precision)
-    for name in ("gather", "grouped"):
-        assert share(classes(name, precision), expected) >= {"fp32": 0.9999, "bf16": 0.999}[precision]
+    assert share(classes("gather", precision), expected) >= {"fp32": 0.9999, "bf16": 0.999}[precision]
     try:
         found = classes("native", precision)
     except UnavailableError as error:
@@ -154,8 +153,9 @@ def test_pretrained_networks_score_what_their_row_of_results_says(cifar10):
 
 @pytest.mark.serial
 def test_the_demo_on_a_cpu_with_avx2_alone_claims_nothing_in_bf16(copy):
-    copy.run(sys.executable, "-m", "tools.preset", "cifar10_demo")
     file = copy.folder / "params.yaml"
+    file.unlink()  # the test before this one named an import there, which no preset overwrites
+    copy.run(sys.executable, "-m", "tools.preset", "cifar10_demo")
     params = yaml.safe_load(file.read_text())
     params["evaluate"] |= {"shuffles": 1, "single_policies": 1}  # fewer passes over 10,000 images
     params["benchmark"]["seconds"] = 20.0
