@@ -16,12 +16,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
 from dvc.exceptions import DvcException
 from dvc.output import Output
 from dvc.repo import Repo
+from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+from dvc.utils.serialize import YAMLFileCorruptedError, parse_yaml
 from dvc_data.hashfile.db import HashFileDB
 from dvc_objects.errors import ObjectFormatError
+from voluptuous import Invalid
 
 from tools.command import Parser, command
 
@@ -38,9 +40,8 @@ def corrupted(folder: Path) -> list[Path]:
     try:
         text = (folder / LOCK).read_text(encoding="utf-8") if (folder / LOCK).exists() else CONFLICT
         if CONFLICT not in text:  # the user has a merge to finish
-            stages = yaml.safe_load(text)["stages"]
-            [(entry["cmd"], entry["outs"][0]["path"]) for entry in stages.values()]
-    except (ValueError, yaml.YAMLError, TypeError, KeyError, IndexError, AttributeError):
+            COMPILED_LOCKFILE_SCHEMA(parse_yaml(text, LOCK))
+    except (ValueError, YAMLFileCorruptedError, Invalid):
         names.append(LOCK)
     try:
         if (folder / LIST_OF_LOCKS).exists():

@@ -1,14 +1,17 @@
 """Files that a killed DVC left corrupted are moved aside, and no others."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from dvc.repo import Repo
 from fuzzing import bounded
 
 from tools import repair_dvc
 
-WHOLE = (Path(__file__).parents[2] / "dvc.lock").read_text()
+ROOT = Path(__file__).parents[2]
+WHOLE = (ROOT / "dvc.lock").read_text()
 ROWS = '{"write": {}, "read": {}}'
 
 
@@ -37,8 +40,7 @@ HEAD = "schema: '2.0'\n"
     "text",
     [
         "",
-        HEAD,
-        f"{HEAD}stages:\n  check:\n    cmd: python -",
+        f"{HEAD}stages:\n  check:\n    cmd",
         f"{HEAD}stages:\n  check:\n    cmd: [",
         "\0",
     ],
@@ -65,17 +67,16 @@ def test_unfinished_merge_is_left(folder):
     assert (folder / "dvc.lock").read_text() == text
 
 
-def test_dvc_lock_cut_at_any_byte_is_moved_or_readable(folder):
-    """DVC refuses an entry without its command or with an out that has no path."""
-    for end in range(0, len(WHOLE), 997):
-        (folder / "dvc.lock").write_text(WHOLE[:end])
-        try:
-            from dvc.schema import COMPILED_LOCKFILE_SCHEMA
-            from dvc.utils.serialize import parse_yaml
-
-            COMPILED_LOCKFILE_SCHEMA(parse_yaml(WHOLE[:end], "dvc.lock"))
-        except Exception:
-            assert repair_dvc.LOCK in repair_dvc.corrupted(folder), end
+def test_dvc_reads_what_is_left_of_a_dvc_lock_cut_at_any_byte(folder):
+    shutil.copy(ROOT / "dvc.yaml", folder)
+    shutil.copy(ROOT / "params.yaml", folder)
+    with Repo.init(no_scm=True, force=True) as repo:
+        for end in range(0, len(WHOLE), 997):
+            (folder / "dvc.lock").write_text(WHOLE[:end])
+            for name in repair_dvc.corrupted(folder):
+                name.unlink()
+            repo._reset()
+            assert {out.stage.name for out in repo.index.outs} >= {"prepare", "baseline"}, end
 
 
 @pytest.mark.parametrize("name", ["dvc.lock", "dvc.yaml", "params.yaml"])
