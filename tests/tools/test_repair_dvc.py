@@ -41,6 +41,7 @@ HEAD = "schema: '2.0'\n"
     [
         "",
         f"{HEAD}stages:\n  check:\n    cmd",
+        f"{HEAD}stages:\n  check:\n    cmd: python\n    outs:\n    - path: models\n      md5: 1234",
         f"{HEAD}stages:\n  check:\n    cmd: [",
         "\0",
     ],
