@@ -92,11 +92,16 @@ class StaticNetwork(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class Baselines(Row):
-    """The networks that BlockDrop must beat: sole ResNets by depth, static ones by RULE_BLOCKS."""
+    """The networks that BlockDrop must beat.
+
+    Sole ResNets by depth, static ones by RULE_BLOCKS, and ensembles of the policy network with one of
+    these, by sole_DEPTH or RULE_BLOCKS; there are none where the policy network does not classify.
+    """
 
     baseline: FullResNet
     sole: dict[str, SoleResNet]
     static: dict[str, StaticNetwork]
+    ensemble: dict[str, StaticNetwork] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------ plots/benchmark/benchmark.json

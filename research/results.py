@@ -26,6 +26,7 @@ from pipeline.report.markdown import PAPER
 from pipeline.report.paired import paired_difference
 from pipeline.report.tables import markdown_table
 from pipeline.report.trade_off import trade_off
+from pipeline.static_policies import RULES
 from stages.support.common import read_csv, read_json
 from tools import preset as presets
 from tools.command import Parser, command
@@ -35,7 +36,6 @@ ROWS = "rows"
 SPEEDUP_BATCH_SIZES = (1, 32, 256)  # whose speed-up the table shows
 TRAININGS = ("pretrain", "curriculum", "finetune")
 OURS = ("import/none", "pretrained/")  # of checkpoints.pretrain: trained here
-WITHOUT_RULE = ("full", "sole")  # kinds of networks that run every block
 INTRODUCTION = """\
 # Results
 
@@ -53,7 +53,7 @@ class Rival:
     """A static network beside BlockDrop."""
 
     name: str
-    kind: str  # full, sole, or the static rule that it was finetuned under
+    kind: str  # full, sole, ensemble, or the static rule that it was finetuned under
     depth: int
     blocks: int  # that run
     accuracy: float
@@ -168,14 +168,14 @@ def correctness_of(root: Path) -> dict[str, NDArray[np.bool_]]:
 
 
 def rivals_of(root: Path, correct: Mapping[str, NDArray[np.bool_]]) -> list[Rival]:
-    """The static networks that were trained: those with every block, and the finetuned rules."""
+    """What was trained to compare with: every block, the finetuned rules, and ensembles."""
     path = root / "plots/baseline/curves.csv"
     rivals = []
     for line in read_csv(path) if path.exists() else []:
         kind = line["kind"]
-        if kind not in WITHOUT_RULE and line["finetuned"] != "1":
+        if kind in RULES and line["finetuned"] != "1":
             continue
-        name = {"full": "full", "sole": f"sole-{line['depth']}"}.get(kind, f"{kind}-{line['blocks']}")
+        name = line["name"]
         difference = paired_difference(correct["blockdrop"], correct[name])
         rivals.append(
             Rival(
@@ -300,7 +300,7 @@ def figure(path: Path, rows: Sequence[Row]) -> None:
         {
             "kind": rival.kind, "depth": rival.depth, "blocks": rival.blocks, "flops": rival.flops,
             "accuracy": rival.accuracy, "accuracy_std": 0.0,
-            "finetuned": int(rival.kind not in WITHOUT_RULE),
+            "finetuned": int(rival.kind in RULES),
         }
         for rival in rivals.values()
     ]  # fmt: skip

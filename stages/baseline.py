@@ -1,14 +1,15 @@
 """baseline: what BlockDrop must beat, on the test set. Nothing here depends on gamma.
 
 The pretrained ResNet with every block, the same under the static rules with every number of blocks,
-those that `static` finetuned, and the ResNets of other depths that `sole` trained.
+those that `static` finetuned, and the ResNets of other depths that `sole` trained. Where the policy
+network classifies, each trained network also stands in an ensemble with it: both run on every image.
 
 Shapes: M test images, K blocks, D draws.
 """
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from statistics import mean, stdev
 from typing import Any
@@ -21,8 +22,9 @@ from pipeline.data.dataset import load_split
 from pipeline.data.split import ImageSplit
 from pipeline.device import choose_device, describe_device, generator
 from pipeline.flops import measure
-from pipeline.inference.predict import Predictions, accuracies_of, correct_under, predict
+from pipeline.inference.predict import Predictions, accuracies_of, correct_under, logits_under, predict
 from pipeline.models import checkpoint
+from pipeline.models.averaging import AveragedAnswers
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.resnet import ResNet
 from pipeline.results import Baselines, FullResNet, SoleResNet, StaticNetwork
@@ -41,7 +43,7 @@ MOST_DRAWS, PREDICTIONS = 5, 10_000
 class Network:
     """One network on the test images, M of them."""
 
-    kind: str  # full, sole, or the static rule
+    kind: str  # full, sole, the static rule, or ensemble
     depth: int
     blocks: int  # that run on an image
     finetuned: bool
@@ -49,17 +51,18 @@ class Network:
     accuracy: float
     accuracy_std: float  # over draws; 0 where nothing is drawn
     correct: Tensor  # [M] bool; under the rule `random` in the first draw
+    member: str = ""  # of an ensemble: the network beside the policy network
 
     @property
     def name(self) -> str:
-        """What it is called in plots/baseline/images.csv: full, sole-DEPTH or RULE-BLOCKS."""
-        number = {"full": "", "sole": f"-{self.depth}"}.get(self.kind, f"-{self.blocks}")
-        return self.kind + number
+        """In plots/baseline/images.csv: full, sole-DEPTH, RULE-BLOCKS, or ensemble- and one of these."""
+        of_kind = {"full": "", "sole": f"-{self.depth}", "ensemble": f"-{self.member}"}
+        return self.kind + of_kind.get(self.kind, f"-{self.blocks}")
 
     def row(self) -> dict[str, Any]:
         """Its line of plots/baseline/curves.csv."""
-        row = {name: value for name, value in vars(self).items() if name != "correct"}
-        return row | {"finetuned": int(self.finetuned)}
+        row = {name: value for name, value in vars(self).items() if name not in ("correct", "member")}
+        return {"name": self.name} | row | {"finetuned": int(self.finetuned)}
 
 
 def random_draws(images: int) -> int:
@@ -138,6 +141,56 @@ def trained_networks(params: Params, test: ImageSplit, noise: Tensor, steps: Ste
     return networks
 
 
+def ensembles(trained: list[Network], test: ImageSplit, steps: Steps) -> list[Network]:
+    """Each trained network beside the policy network: both classify every image, answers averaged.
+
+    BlockDrop's policy network classifies an image at its own cost, so a sceptic asks whether averaging
+    does it, and not the choice. The average is calibrated on the validation images, as BlockDrop's is.
+    Nothing where the policy network does not classify. RandomK is left out.
+    """
+    classifier = checkpoint.load(common.POLICY_PRETRAINED)
+    if classifier.resnet is None:
+        return []
+    validation = load_split(common.PREPARED, "validation", test.device)
+    members = [network for network in trained if network.kind != "random"]
+    steps.total(steps.amount + len(members) * (len(validation) + len(test)))
+    networks = []
+    own_logits = [_logits(classifier, "full", 0, split) for split in (validation, test)]  # [M, N] each
+    own_flops = measure(classifier.resnet, None, test.image_size).full
+    for network in members:
+        of_rule = network.kind in RULES
+        loaded = checkpoint.load(
+            common.STATIC / network.name if of_rule else common.SOLE / str(network.depth)
+        )
+        average = AveragedAnswers().to(test.device)
+        logits = [
+            _logits(loaded, network.kind, network.blocks, split)
+            for split in (steps.over(validation), steps.over(test))
+        ]  # [M, N] each
+        average.fit(own_logits[0], logits[0][None], validation.labels)
+        correct = (average(own_logits[1], logits[1]).argmax(dim=1) == test.labels).cpu()
+        networks.append(
+            replace(
+                network,
+                kind="ensemble",
+                member=network.name,
+                flops=network.flops + own_flops,
+                accuracy=float(correct.double().mean()),
+                correct=correct,
+            )
+        )
+    return networks
+
+
+def _logits(loaded: Checkpoint, kind: str, num_kept: int, split: ImageSplit) -> Tensor:
+    """[M, N], of a checkpoint's ResNet with every block, or under a static rule."""
+    resnet = loaded.need_resnet().to(split.device)
+    policy = torch.ones(1, resnet.num_blocks, dtype=torch.bool)
+    if kind in RULES:
+        policy = static_rule(kind, num_kept, resnet.stages)(torch.zeros(policy.shape))
+    return logits_under(resnet, split, policy.to(split.device), normalisation=loaded.normalisation)[0]
+
+
 def metrics_of(full: Network, loss: float, trained: list[Network]) -> Baselines:
     """metrics/baseline.json: one section for each kind, under whose name DVC and MLflow show it."""
     return Baselines(
@@ -152,7 +205,14 @@ def metrics_of(full: Network, loss: float, trained: list[Network]) -> Baselines:
                 accuracy=network.accuracy, flops=network.flops, blocks=network.blocks
             )
             for network in trained
-            if network.kind != "sole"
+            if network.kind in RULES
+        },
+        ensemble={
+            network.member.replace("-", "_"): StaticNetwork(
+                accuracy=network.accuracy, flops=network.flops, blocks=network.blocks
+            )
+            for network in trained
+            if network.kind == "ensemble"
         },
     )
 
@@ -201,6 +261,7 @@ def main(params: Params) -> None:
         rules = product(RULES, range(resnet.num_blocks + 1))
         unfinetuned = under_rules(pretrained, rules, test, noise, finetuned=False, steps=steps)
         trained = trained_networks(params, test, noise, steps)
+        trained += ensembles(trained, test, steps)
         metrics = metrics_of(full, float(predictions.losses.double().mean()), trained)
         times = {
             "train_seconds": common.read_json(PRETRAIN_TIMES)["seconds"],

@@ -39,11 +39,12 @@ def dial_points(
     if values is None:
         return []
     class_logits = policy_outputs(policy_net, split, normalisation=normalisation)  # [M, N]
-    correct = (values.log_probs(class_logits).argmax(dim=1) == split.labels).repeat(len(values.mask), 1)
+    own_correct = class_logits.argmax(dim=1) == split.labels  # [M]
+    correct = own_correct.repeat(len(values.mask), 1)  # [P, M]
     runs = values.mask.any(dim=1)  # [P], the paths that run blocks
     resnet_logits = logits_under(resnet, split, values.mask[runs], normalisation=normalisation)
     for path, logits in zip(runs.nonzero().flatten().tolist(), resnet_logits, strict=True):
-        correct[path] = values.combined(class_logits, logits).argmax(dim=1) == split.labels  # [P, M]
+        correct[path] = values.average(class_logits, logits).argmax(dim=1) == split.labels
     trained_for = values.gamma.clone()
     points = []
     low, high = values.dial[1, [0, -1]].tolist()

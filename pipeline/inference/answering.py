@@ -87,13 +87,13 @@ class Answering(Executor):
             class_logits: the policy network's, [B, N].
             run: from rows [R] and their actions [R, K] to the ResNet's logits [R, N].
         """
-        logits = self.values.log_probs(class_logits)  # [B, N]
+        logits = self.values.average.log_probs(class_logits)  # [B, N]
         rows = torch.arange(len(actions), device=actions.device)
         if self.answers:
             rows = rows[actions.any(dim=1)]  # [R]
         if len(rows):
             resnet_logits = run(rows, actions[rows])
-            logits[rows] = self.values.combined(class_logits[rows], resnet_logits)
+            logits[rows] = self.values.average(class_logits[rows], resnet_logits)
         return logits
 
     def _decide(self, inputs: Tensor) -> Tensor:

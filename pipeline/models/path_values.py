@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.averaging import AveragedAnswers
+
 DIAL_POINTS = 64  # budgets for which a gamma is kept
 SMALLEST_LOGIT = 1e-6  # where two paths are equally good
 LARGEST_LOGIT = 30.0  # of a keep probability: a block that every path keeps, or none, is certain
@@ -41,7 +43,7 @@ class PathValues(nn.Module):
     With q_j the probability that path j classifies the image correctly and c_j its share of the blocks,
     Eq. 3 gives path j the expected reward q_j (1 - c_j^2) - (1 - q_j) gamma.
 
-    `policy/values.py` fits q, the temperatures and the weight on validation images.
+    `policy/values.py` fits q and the average on validation images.
 
     Args:
         paths: for each of P paths a text with a 1 for every block that it keeps and a 0 for every other
@@ -52,8 +54,7 @@ class PathValues(nn.Module):
         costs: [P], c_j.
         gamma: the penalty of a wrong prediction in Eq. 3. It may be set to another value at any time.
         weight, bias: [P, F] and [P], from statistics to the logit of q.
-        temperature, resnet_temperature: by which class logits are divided.
-        own_share: the weight of the policy network's own answer where blocks run.
+        average: the policy network's answer averaged with the ResNet's, where blocks run.
         dial: [2, G], gammas and the mean FLOPs of a validation image under each, both rising.
     """
 
@@ -62,9 +63,6 @@ class PathValues(nn.Module):
     gamma: Tensor
     weight: Tensor
     bias: Tensor
-    temperature: Tensor
-    resnet_temperature: Tensor
-    own_share: Tensor
     dial: Tensor
 
     def __init__(self, paths: Sequence[str], *, num_classes: int) -> None:
@@ -79,18 +77,12 @@ class PathValues(nn.Module):
         self.register_buffer("gamma", torch.zeros(()))
         self.register_buffer("weight", torch.zeros(len(kept), 3 + num_classes))
         self.register_buffer("bias", torch.zeros(len(kept)))
-        self.register_buffer("temperature", torch.ones(()))
-        self.register_buffer("resnet_temperature", torch.ones(()))
-        self.register_buffer("own_share", torch.zeros(()))
+        self.average = AveragedAnswers()
         self.register_buffer("dial", torch.zeros(2, DIAL_POINTS))
-
-    def log_probs(self, class_logits: Tensor) -> Tensor:
-        """The policy network's log probabilities, [B, N] to the same."""
-        return torch.log_softmax(class_logits.float() / self.temperature, dim=1)
 
     def correct_prob(self, class_logits: Tensor) -> Tensor:
         """q, [B, N] to [B, P]."""
-        statistics = statistics_of(self.log_probs(class_logits))  # [B, F]
+        statistics = statistics_of(self.average.log_probs(class_logits))  # [B, F]
         return torch.sigmoid(F.linear(statistics, self.weight, self.bias))
 
     def rewards(self, class_logits: Tensor) -> Tensor:
@@ -110,12 +102,6 @@ class PathValues(nn.Module):
         without_block = of_paths.masked_fill(self.mask, -torch.inf).amax(dim=1)  # [B, K]
         gap = (with_block - without_block).abs().clamp(SMALLEST_LOGIT, LARGEST_LOGIT)
         return torch.where(self.mask[rewards.argmax(dim=1)], gap, -gap)  # of equal paths the first
-
-    def combined(self, class_logits: Tensor, resnet_logits: Tensor) -> Tensor:
-        """Logits of the answer where blocks ran, of both networks' logits, [B, N] twice to [B, N]."""
-        own = self.own_share * self.log_probs(class_logits)
-        scaled = resnet_logits.float() / self.resnet_temperature
-        return own + (1 - self.own_share) * torch.log_softmax(scaled, dim=1)
 
     def gamma_of(self, flops: float) -> float:
         """The gamma under which a validation image took so many FLOPs on average.

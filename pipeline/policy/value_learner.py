@@ -79,7 +79,7 @@ class ValueLearner:
         class_logits = self._class_logits(batch.images)  # [B, N]
         actions = self._actions(class_logits, batch.noise)  # [B, K]
         rows = actions.any(dim=1).nonzero().flatten()  # [R]
-        logits = self.values.log_probs(class_logits)
+        logits = self.values.average.log_probs(class_logits)
         self.optimizer.zero_grad()
         # of all processes: a block's batch norm waits for the others
         in_all = distributed.all_reduce_sum(
@@ -93,7 +93,7 @@ class ValueLearner:
                 weight=float(len(rows) / in_all["rows"]),
             )
             resnet_logits, _ = self.trained.learn(part, actions[rows])
-            logits[rows] = self.values.combined(class_logits[rows], resnet_logits)
+            logits[rows] = self.values.average(class_logits[rows], resnet_logits)
             optimizer_step(self.optimizer)
         correct = logits.argmax(dim=1) == batch.labels
         return {

@@ -8,8 +8,7 @@ Shapes: M validation images, P paths, K blocks, N classes, F statistics.
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from scipy.optimize import brentq, minimize_scalar
+from scipy.optimize import brentq
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
@@ -21,8 +20,6 @@ from pipeline.models.path_values import DIAL_POINTS, PathValues, statistics_of
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
 
-TEMPERATURES = (0.1, 10.0)
-OWN_SHARES = np.arange(0, 0.55, 0.05)  # more than half would make the ResNet the lesser of the two
 GAMMAS = (1e-3, 1e4)  # between which the dial goes
 
 
@@ -59,16 +56,12 @@ def fit_values(
     num_blocks = values.mask.shape[1]
     shares = torch.tensor(block_shares or [1 / num_blocks] * num_blocks, device=values.mask.device)
     values.costs.copy_(values.mask.to(shares.dtype) @ shares)
-    values.temperature.fill_(_temperature(class_logits, labels))
-    values.resnet_temperature.fill_(
-        _temperature(resnet_logits.flatten(0, 1), labels.repeat(int(runs.sum())))
-    )
-    values.own_share.fill_(_own_share(values, class_logits, resnet_logits, labels))
+    values.average.fit(class_logits, resnet_logits, labels)
 
-    answers = values.log_probs(class_logits).repeat(len(runs), 1, 1)  # [P, M, N]
+    answers = values.average.log_probs(class_logits).repeat(len(runs), 1, 1)  # [P, M, N]
     for path, logits in zip(runs.nonzero().flatten().tolist(), resnet_logits, strict=True):
-        answers[path] = values.combined(class_logits, logits)
-    statistics = statistics_of(values.log_probs(class_logits)).double().cpu().numpy()  # [M, F]
+        answers[path] = values.average(class_logits, logits)
+    statistics = statistics_of(values.average.log_probs(class_logits)).double().cpu().numpy()  # [M, F]
     correct = (answers.argmax(dim=2) == labels).cpu().numpy()  # [P, M]
     for path, of_path in enumerate(correct):
         weight, bias = _logistic(statistics, of_path)
@@ -76,25 +69,6 @@ def fit_values(
         values.bias[path] = bias
     values.dial.copy_(_dial(values, class_logits, cost))
     return class_logits, answers
-
-
-def _temperature(logits: Tensor, labels: Tensor) -> float:
-    """By which logits [M, N] are to be divided so that their cross-entropy is least."""
-
-    def loss(temperature: float) -> float:
-        return float(F.cross_entropy(logits.double() / temperature, labels))
-
-    return float(minimize_scalar(loss, bounds=TEMPERATURES, method="bounded").x)
-
-
-def _own_share(values: PathValues, class_logits: Tensor, resnet_logits: Tensor, labels: Tensor) -> float:
-    """Of OWN_SHARES the one under which both networks together have the least cross-entropy."""
-    losses = []
-    for share in OWN_SHARES:
-        values.own_share.fill_(share)
-        combined = [values.combined(class_logits, logits) for logits in resnet_logits]
-        losses.append(sum(float(F.cross_entropy(logits, labels)) for logits in combined))
-    return float(OWN_SHARES[int(np.argmin(losses))])
 
 
 def _logistic(statistics: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, float]:

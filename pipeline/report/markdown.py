@@ -131,6 +131,7 @@ def page(results: Results) -> str:
         params_yaml=params_yaml,
         params_fence=fence_of(params_yaml),
         evaluated=results.evaluated,
+        baselines=results.baselines,
         network_table=_network_table(results, baselines),
         beside_full=paired_difference(correctness["blockdrop"], correctness["full"]),
         test_images=len(correctness["full"]),
@@ -172,7 +173,7 @@ def _environment() -> Environment:
 
 
 def trained_baselines(results: Results) -> list[Baseline]:
-    """The static networks that were trained: sole ResNets, and static rules with finetuning."""
+    """What was trained: sole ResNets, static rules with finetuning, and ensembles with one of these."""
     family = results.params["resnet.family"]
     baselines = [
         Baseline(
@@ -187,6 +188,11 @@ def trained_baselines(results: Results) -> list[Baseline]:
         baselines.append(
             Baseline(name, f"{rule}-{num_kept}", static.accuracy, static.blocks, static.flops)
         )
+    for member in list(baselines):
+        ensemble = results.baselines.ensemble.get(member.key.replace("-", "_"))
+        if ensemble is not None:
+            name, key = f"the policy network and {member.name}", f"ensemble-{member.key}"
+            baselines.append(Baseline(name, key, ensemble.accuracy, ensemble.blocks, ensemble.flops))
     return baselines
 
 

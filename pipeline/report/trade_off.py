@@ -69,9 +69,9 @@ def trade_off(
     """Accuracy against FLOPs per image: does looking at the image beat every static network?
 
     Args:
-        baselines: {kind, depth, blocks, finetuned, flops, accuracy}; kind is full, sole, first, random
-            or distribute. Rows of one kind, number of blocks and finetuning are drawn as their mean;
-            a band where some have accuracy_std, of several draws.
+        baselines: {kind, depth, blocks, finetuned, flops, accuracy}; kind is full, sole, first, random,
+            distribute or ensemble. Rows of one rule, number of blocks and finetuning are drawn as their
+            mean; a band where some have accuracy_std, of several draws.
         blockdrop: {accuracy, flops, label}, one or several.
         paper: {accuracy, flops, label}: published numbers.
         dial: {accuracy, flops}: BlockDrop's networks at other gammas.
@@ -84,9 +84,13 @@ def trade_off(
     tuned = [row for row in baselines if row["finetuned"]]
     _draw_rules(ax, [row for row in baselines if not row["finetuned"]], tuned=False)
     _draw_rules(ax, tuned, tuned=True)
+    ensembles = [row for row in baselines if row["kind"] == "ensemble"]
+    if ensembles:
+        said = "policy network and another one, averaged"
+        ax.scatter(*_columns(ensembles), s=36, color=GREY, marker="P", zorder=3, label=said)
     if dial:
         ax.plot(*_columns(dial), ".-", color=ORANGE, linewidth=1.2, label="BlockDrop at other gammas")
-    _frame(ax, [*static, *tuned, *blockdrop, *paper, *dial])
+    _frame(ax, [*static, *tuned, *ensembles, *blockdrop, *paper, *dial])
     headline(figure, title)
     _finish(figure, ax, labels)
     save(figure, path)

@@ -20,13 +20,13 @@ def networks_of(paths=("000", "100", "111")) -> Networks:
     policy_net = PolicyNet(num_blocks=3, depth=8, width=4, path_values=values)
     resnet = cifar_resnet(depth=8, width=4, num_classes=3)
     values.costs.copy_(torch.tensor([path.count("1") / 3 for path in paths]))
-    values.own_share.fill_(0.3)
+    values.average.own_share.fill_(0.3)
     values.gamma.fill_(1000.0)
     # the less sure of an image, the better the later paths
     class_logits = policy_net.eval().features(NORMALISATION(IMAGES)).detach()
     slopes = torch.linspace(20, -20, len(paths))
     values.weight[:, 0] = slopes
-    values.bias.copy_(-slopes * statistics_of(values.log_probs(class_logits))[:, 0].median())
+    values.bias.copy_(-slopes * statistics_of(values.average.log_probs(class_logits))[:, 0].median())
     return Networks(resnet=resnet, policy_net=policy_net, normalisation=NORMALISATION)
 
 
@@ -38,10 +38,10 @@ def by_hand(networks: Networks, images) -> tuple[torch.Tensor, torch.Tensor]:
         for image in NORMALISATION(images).split(1):
             class_logits = networks.policy_net.eval().features(image)
             kept = values(class_logits) >= 0
-            answer = values.log_probs(class_logits)
+            answer = values.average.log_probs(class_logits)
             if kept.any() or not values.answers:
                 resnet_logits = networks.resnet.eval()(image, kept)
-                answer = values.combined(class_logits, resnet_logits)
+                answer = values.average(class_logits, resnet_logits)
             logits.append(answer)
             actions.append(kept)
     return torch.cat(actions), torch.cat(logits)

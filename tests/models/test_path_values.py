@@ -18,7 +18,7 @@ def values_of(paths=PATHS) -> PathValues:
     # the less sure of an image, the better the later paths
     slopes = torch.linspace(2, -2, len(paths))
     values.weight[:, 0] = slopes
-    values.bias.copy_(-slopes * statistics_of(values.log_probs(class_logits()))[:, 0].median())
+    values.bias.copy_(-slopes * statistics_of(values.average.log_probs(class_logits()))[:, 0].median())
     values.costs.copy_(torch.tensor([path.count("1") / 4 for path in paths]))
     values.gamma.fill_(2.0)
     return values
@@ -50,16 +50,6 @@ def test_statistics_are_the_log_odds_the_lead_the_entropy_and_the_class():
     statistics = statistics_of(torch.tensor([[0.5, 0.25, 0.25]]).log())
     assert statistics[0].tolist() == pytest.approx([0.0, 0.6931, 1.0397, 1, 0, 0], abs=1e-4)
     assert statistics_of(torch.tensor([[0.0, -torch.inf, -torch.inf]]).clamp_min(-100)).isfinite().all()
-
-
-def test_combined_weighs_log_probabilities_after_the_temperatures():
-    values = values_of()
-    values.temperature.fill_(2.0)
-    values.resnet_temperature.fill_(4.0)
-    values.own_share.fill_(0.25)
-    own, resnet = class_logits(), class_logits().flip(0)
-    expected = 0.25 * torch.log_softmax(own / 2, dim=1) + 0.75 * torch.log_softmax(resnet / 4, dim=1)
-    assert torch.allclose(values.combined(own, resnet), expected)
 
 
 def test_dial_gives_the_gamma_of_a_budget_and_names_its_range():

@@ -12,7 +12,7 @@ from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet_cifar import cifar_resnet
 from pipeline.policy.objectives import PolicyObjective
 from pipeline.policy.value_learner import ValueLearner
-from pipeline.policy.values import _own_share, _temperature, fit_values
+from pipeline.policy.values import fit_values
 from pipeline.training.distillation import Distillation
 from pipeline.training.loop import Batch
 from pipeline.training.optim import make_optimizer
@@ -58,23 +58,6 @@ def test_answers_are_those_of_the_executors(networks):
     for path, answer in zip(networks.policy_net.path_values.mask, answers, strict=True):
         given = execute(SPLIT.images, path.expand(len(SPLIT), -1)).logits
         assert torch.allclose(given, answer, atol=1e-4)
-
-
-def test_own_share_and_temperatures_have_the_least_cross_entropy(networks):
-    """Of two classifiers that err independently each helps the other, and the better one weighs more."""
-    draw = torch.Generator().manual_seed(0)
-    labels = torch.randint(3, (2000,), generator=draw)
-    truth = torch.nn.functional.one_hot(labels, 3).float()
-    good, better = (scale * truth + torch.randn(2000, 3, generator=draw) for scale in (2.0, 2.5))
-    assert _temperature(3 * good, labels) == pytest.approx(3 * _temperature(good, labels), rel=0.01)
-    values = networks.policy_net.path_values
-    share = _own_share(values, good, better[None], labels)
-    losses = {}
-    for other in (0.0, share, 0.5):
-        values.own_share.fill_(other)
-        losses[other] = float(torch.nn.functional.cross_entropy(values.combined(good, better), labels))
-    assert 0.25 < share < 0.5
-    assert min(losses, key=losses.get) == share
 
 
 def test_costs_are_the_shares_of_the_blocks(networks):

@@ -37,8 +37,9 @@ def finished(tmp_path):
     rows = "".join(f"{i},0,1,1\n" for i in range(4))
     (root / "plots/baseline/images.csv").write_text("image,sole-20,distribute-7,first-3\n" + rows)
     (root / "plots/baseline/curves.csv").write_text(
-        "kind,depth,blocks,finetuned,flops,accuracy,accuracy_std\n"
-        "sole,20,9,0,8e7,0.0,0.0\ndistribute,32,7,1,7e7,1.0,0.0\nfirst,32,3,0,4e7,1.0,0.0\n"
+        "name,kind,depth,blocks,finetuned,flops,accuracy,accuracy_std\n"
+        "sole-20,sole,20,9,0,8e7,0.0,0.0\ndistribute-7,distribute,32,7,1,7e7,1.0,0.0\n"
+        "first-3,first,32,3,0,4e7,1.0,0.0\n"
     )
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):

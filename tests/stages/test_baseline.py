@@ -16,8 +16,9 @@ from pipeline.config import Params
 from pipeline.data.dataset import load_split
 from pipeline.device import generator
 from pipeline.flops import measure
-from pipeline.inference.predict import predict
+from pipeline.inference.predict import logits_under, predict
 from pipeline.models import checkpoint
+from pipeline.models.averaging import AveragedAnswers
 from pipeline.models.resnet import ResNet
 from pipeline.models.resnet_cifar import cifar_resnet
 from stages import baseline
@@ -26,10 +27,10 @@ CPU = torch.device("cpu")
 BLOCKS = 6  # of the tiny ResNet-14
 
 
-def put(folder, name: str, depth: int, seed: int) -> ResNet:
-    """A checkpoint with weights that tell the classes somewhat apart."""
+def put(folder, name: str, depth: int | None, seed: int = 0) -> ResNet | None:
+    """A checkpoint with weights that tell the classes somewhat apart; depth None: with no network."""
     torch.manual_seed(seed)
-    resnet = trained(cifar_resnet(depth=depth, width=4, num_classes=3))
+    resnet = trained(cifar_resnet(depth=depth, width=4, num_classes=3)) if depth else None
     made = checkpoint.Checkpoint(
         stage="test",
         resnet=resnet,
@@ -47,6 +48,7 @@ def workplace(folder, patch: pytest.MonkeyPatch) -> Params:
     """A workplace with all networks that the parameters name, and others that they don't."""
     made = make_workplace(folder, changes=TINY)
     put(folder, "pretrain", 14, 0)
+    put(folder, "policy_pretrain", None)
     put(folder, "sole/8", 8, 1)
     for seed, rule in enumerate(made.static.rules):
         put(folder, f"static/{rule}-3", 14, 2 + seed)
@@ -97,7 +99,7 @@ def test_it_measures_what_params_yaml_names_and_no_stale_folder(measured):
     assert all(set(values) == {"accuracy", "flops", "blocks"} for values in found["static"].values())
     table = rows(measured, "curves.csv")
     assert set(table[0]) == {
-        "kind", "depth", "blocks", "finetuned", "flops", "accuracy", "accuracy_std",
+        "name", "kind", "depth", "blocks", "finetuned", "flops", "accuracy", "accuracy_std",
     }  # fmt: skip
     assert len(table) == 1 + 1 + 3 + 3 * (BLOCKS + 1)
     assert list(rows(measured, "images.csv")[0]) == [
@@ -153,6 +155,41 @@ def test_numbers_are_those_of_the_networks_alone(measured):
         told = found[section] if key is None else found[section][key]
         assert told["accuracy"] == pytest.approx(expected.accuracy)
         assert told["flops"] == (cost.full if actions is None else float(cost.of(actions)[0]))
+
+
+def test_a_policy_network_that_classifies_is_averaged_with_each_network_but_random_blocks(
+    params, tmp_path
+):
+    small = put(tmp_path, "policy_pretrain", 8, 20)
+    baseline.main(params)
+    found = json.loads((tmp_path / "metrics/baseline.json").read_text())
+    assert set(found["ensemble"]) == {"sole_8", "first_3", "distribute_3"}
+    validation, test = (
+        load_split(tmp_path / "data/prepared", name, CPU) for name in ("validation", "test")
+    )
+    first_three = torch.tensor([[True] * 3 + [False] * 3])
+    for key, folder, policy in [
+        ("sole_8", "sole/8", torch.ones(1, 3, dtype=torch.bool)),
+        ("first_3", "static/first-3", first_three),
+    ]:
+        other = checkpoint.load(tmp_path / "models" / folder).need_resnet()
+        average = AveragedAnswers()
+        of_small, of_other = (
+            {
+                split: logits_under(resnet, split, mask, normalisation=NORMALISATION)
+                for split in (validation, test)
+            }
+            for resnet, mask in ((small, torch.ones(1, 3, dtype=torch.bool)), (other, policy))
+        )
+        average.fit(of_small[validation][0], of_other[validation], validation.labels)
+        correct = average(of_small[test][0], of_other[test][0]).argmax(dim=1) == test.labels
+        told = found["ensemble"][key]
+        assert told["accuracy"] == pytest.approx(float(correct.double().mean()))
+        cost = measure(other, None, 8).of(policy)[0]
+        assert told["flops"] == float(cost) + measure(small, None, 8).full
+        column = f"ensemble-{key.replace('_', '-')}"
+        written = [row[column] == "1" for row in rows(tmp_path, "images.csv")]
+        assert written == correct.tolist()
 
 
 def test_curves_run_from_no_block_to_the_full_network(measured):
