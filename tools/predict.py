@@ -173,11 +173,10 @@ def main(arguments: argparse.Namespace) -> None:
         loaded,
         image_size=arguments.image_size,
         device=choose_device(),
-        gamma=arguments.gamma,
-        budget=arguments.budget,
     )
+    gamma = predictor.gamma_of(gamma=arguments.gamma, budget=arguments.budget)
     paths, images, errors = read(named, predictor.image_size)
-    predictions = predictor(images)
+    predictions = predictor(images, gamma=gamma)
     if arguments.json:
         show_json(paths, predictions, predictor.classes)
     elif predictions:

@@ -3,6 +3,8 @@
 MLflow copies this file beside the model, with the checkpoint folder and this package, so it needs no
 checkout, params.yaml, DVC or Git. The input is one array of images [B, H, W, 3] of whole numbers 0 to
 255, in JSON {"inputs": [...]}; the output has a row for each image. Nothing is cast: see `as_colours`.
+A policy between paths takes another gamma or budget with each request: {"inputs": [...], "params":
+{"budget": 0.4}}.
 """
 
 from pathlib import Path
@@ -42,6 +44,9 @@ class Served(PythonModel):
     ) -> pd.DataFrame:
         """Classify images [B, H, W, 3]; a row for each.
 
+        Args:
+            params: `gamma` or `budget`, of `Predictor.gamma_of`.
+
         Raises:
             MlflowException: they can't be classified; the server answers 400 with its message.
         """
@@ -50,7 +55,8 @@ class Served(PythonModel):
         if not isinstance(model_input, np.ndarray):
             raise _refusal(f"images are one array, not {type(model_input).__name__}")
         try:
-            predictions = self.predictor(as_colours(model_input))
+            gamma = self.predictor.gamma_of(**(params or {}))
+            predictions = self.predictor(as_colours(model_input), gamma=gamma)
         except PredictionError as error:
             raise _refusal(str(error)) from None
         return pd.DataFrame([prediction.record() for prediction in predictions])

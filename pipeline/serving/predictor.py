@@ -19,7 +19,8 @@ from pipeline.inference.predict import evaluation_batch
 from pipeline.infra.errors import UserError
 from pipeline.infra.safe_io import truncate
 from pipeline.models.checkpoint import Checkpoint, CheckpointError
-from pipeline.models.policy_net import PolicyNet
+
+MAX_GAMMA = 1e9
 
 
 class PredictionError(UserError):
@@ -67,13 +68,10 @@ class Predictor:
         checkpoint: with a ResNet; its networks are moved to `device`.
         image_size: side in pixels, for a checkpoint that does not hold it.
         device: where to run; None: where the weights are.
-        gamma: penalty of a wrong prediction, for a policy between paths; None: that of its training.
-        budget: in place of gamma, the mean FLOPs of an image as a fraction of the full ResNet's.
 
     Raises:
         CheckpointError: it holds no ResNet.
-        PredictionError: the image size is not known, or differs from the checkpoint's; or its policy has
-            no such gamma or budget.
+        PredictionError: the image size is not known, or differs from the checkpoint's.
     """
 
     def __init__(
@@ -82,8 +80,6 @@ class Predictor:
         *,
         image_size: int | None = None,
         device: torch.device | None = None,
-        gamma: float | None = None,
-        budget: float | None = None,
     ) -> None:
         resnet, policy_net = checkpoint.resnet, checkpoint.policy_net
         if resnet is None:
@@ -94,8 +90,6 @@ class Predictor:
         self.classes = checkpoint.classes
         self.image_size = image_size_of(checkpoint, image_size)
         self.cost = measure(resnet, policy_net, self.image_size)
-        if gamma is not None or budget is not None:
-            set_dial(policy_net, gamma=gamma, budget=budget, full_flops=self.cost.full)
         for network in (resnet, policy_net):
             if network is not None and device is not None:
                 network.to(device)
@@ -103,19 +97,59 @@ class Predictor:
             Networks(resnet=resnet, policy_net=policy_net, normalisation=checkpoint.normalisation)
         )
         self._lock = threading.Lock()
+        self._values = None if policy_net is None else policy_net.path_values
+        self._trained_gamma = None if self._values is None else float(self._values.gamma)
 
     @property
     def num_blocks(self) -> int:
         return len(self.cost.blocks)
 
-    def __call__(self, images: NDArray[np.uint8] | Tensor) -> list[Prediction]:
+    def __call__(
+        self, images: NDArray[np.uint8] | Tensor, *, gamma: float | None = None
+    ) -> list[Prediction]:
         """A prediction for each image of [B, H, W, 3] uint8; B may be 0 or whatever fits in memory.
+
+        Args:
+            gamma: from `gamma_of`; None: that of the training.
 
         Raises:
             PredictionError: they have another size or type.
         """
         batches = self._checked(images).split(evaluation_batch(self.image_size))
-        return [prediction for batch in batches for prediction in self._predict(batch)]
+        return [prediction for batch in batches for prediction in self._predict(batch, gamma)]
+
+    def gamma_of(self, *, gamma: float | None = None, budget: float | None = None) -> float | None:
+        """The gamma under which a policy between paths is to decide; None: that of its training.
+
+        Args:
+            gamma: penalty of a wrong prediction.
+            budget: in place of gamma, the mean FLOPs of an image as a fraction of the full ResNet's.
+
+        Raises:
+            PredictionError: the policy decides block by block, both are given, or there is no such
+                gamma or budget.
+        """
+        if gamma is None and budget is None:
+            return None
+        if self._values is None:
+            raise PredictionError(
+                "this model decides block by block, for the gamma that it was trained with; leave gamma "
+                "and budget out, or take a model whose policy_net.paths are set"
+            )
+        if budget is not None:
+            if gamma is not None:
+                raise PredictionError(f"gamma {gamma:g} and budget {budget:g}: give one of the two")
+            try:
+                gamma = self._values.gamma_of(budget * self.cost.full)
+            except ValueError:
+                low, high = (self._values.dial[1, [0, -1]] / self.cost.full).tolist()
+                raise PredictionError(
+                    f"budget {budget:g} is out of this model's reach; it takes {low:.3f} to {high:.3f} "
+                    "of the full ResNet's FLOPs"
+                ) from None
+        if gamma is None or not 0 <= gamma <= MAX_GAMMA:
+            raise PredictionError(f"gamma {gamma} is no number from 0 to {MAX_GAMMA:g}")
+        return gamma
 
     def _checked(self, images: NDArray[np.uint8] | Tensor) -> Tensor:
         side = self.image_size
@@ -131,8 +165,10 @@ class Predictor:
         writable = np.require(images, requirements=["C", "W"])
         return torch.from_numpy(writable).to(self._execute.device)
 
-    def _predict(self, images: Tensor) -> list[Prediction]:
+    def _predict(self, images: Tensor, gamma: float | None) -> list[Prediction]:
         with self._lock:
+            if self._values is not None:
+                self._values.gamma.fill_(self._trained_gamma if gamma is None else gamma)
             output = self._execute(images)
             # copies, because an executor may reuse the memory of its outputs
             logits = output.logits.double().cpu()  # [B, N]
@@ -154,36 +190,6 @@ class Predictor:
             )
             for row, kept, cost in zip(probabilities, actions.numpy(), flops, strict=True)
         ]
-
-
-def set_dial(
-    policy_net: PolicyNet | None, *, gamma: float | None, budget: float | None, full_flops: int
-) -> None:
-    """Let a policy between paths decide for another gamma, or for a mean number of FLOPs.
-
-    Raises:
-        PredictionError: it decides block by block, or both are given, or it has no such budget.
-    """
-    values = None if policy_net is None else policy_net.path_values
-    if values is None:
-        raise PredictionError(
-            "this model decides block by block, for the gamma that it was trained with; leave gamma and "
-            "budget out, or take a model whose policy_net.paths are set"
-        )
-    if budget is not None:
-        if gamma is not None:
-            raise PredictionError(f"gamma {gamma:g} and budget {budget:g}: give one of the two")
-        try:
-            gamma = values.gamma_of(budget * full_flops)
-        except ValueError:
-            low, high = (values.dial[1, [0, -1]] / full_flops).tolist()
-            raise PredictionError(
-                f"budget {budget:g} is out of this model's reach; it takes {low:.3f} to {high:.3f} of "
-                "the full ResNet's FLOPs"
-            ) from None
-    if gamma is None or not 0 <= gamma <= 1e9:
-        raise PredictionError(f"gamma {gamma} is no number from 0 to 1e9")
-    values.gamma.fill_(gamma)
 
 
 def as_colours(images: NDArray[Any]) -> NDArray[np.uint8]:

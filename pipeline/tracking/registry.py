@@ -216,7 +216,7 @@ def _upload(
             python_model=mlflow_model.__file__,
             artifacts={ARTIFACT: str(folder)},
             code_paths=[str(Path(pipeline.__file__).parent)],
-            signature=_signature(),
+            signature=_signature(networks),
             input_example=example,
             pip_requirements=_requirements(networks),  # MLflow would run the model to find them
             metadata={
@@ -236,9 +236,9 @@ def _upload(
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
 
 
-def _signature() -> "ModelSignature":
+def _signature(networks: Checkpoint) -> "ModelSignature":
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
     from mlflow.types.schema import Array
 
     # MLflow casts JSON to the type that is named here, 0.5 to 0 and true to 1; objects stay as they are
@@ -253,7 +253,10 @@ def _signature() -> "ModelSignature":
         "flops_saved": DataType.double,
     }
     outputs = Schema([ColSpec(kind, name) for name, kind in columns.items()])
-    return ModelSignature(inputs=Schema([images]), outputs=outputs)
+    params = None
+    if networks.policy_net is not None and networks.policy_net.path_values is not None:
+        params = ParamSchema([ParamSpec(name, DataType.double, None) for name in ("gamma", "budget")])
+    return ModelSignature(inputs=Schema([images]), outputs=outputs, params=params)
 
 
 def _requirements(networks: Checkpoint) -> list[str]:

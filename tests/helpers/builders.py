@@ -1,5 +1,6 @@
 """What several test modules make: builders."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from pipeline.data.split import Split
 from pipeline.data.transforms import Normalisation
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.path_values import PathValues, statistics_of
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet_cifar import cifar_resnet
 
@@ -54,6 +56,24 @@ def small_pair(*, classes: tuple[str, ...], image_size: int | None, seed: int = 
         classes=classes,
         metrics={},
     )
+
+
+def pair_between_paths(
+    images: torch.Tensor, paths: Sequence[str] = ("000", "100", "111")
+) -> dict[str, nn.Module]:
+    """A ResNet-8 and a policy network that chooses between paths of it: later ones for unsure images."""
+    torch.manual_seed(0)
+    values = PathValues(paths, num_classes=3)
+    policy_net = PolicyNet(num_blocks=3, depth=8, width=4, path_values=values).eval()
+    resnet = cifar_resnet(depth=8, width=4, num_classes=3)
+    values.costs.copy_(torch.tensor([path.count("1") / 3 for path in paths]))
+    values.average.own_share.fill_(0.3)
+    values.gamma.fill_(1000.0)
+    class_logits = policy_net.features(NORMALISATION(images)).detach()
+    slopes = torch.linspace(20, -20, len(paths))
+    values.weight[:, 0] = slopes
+    values.bias.copy_(-slopes * statistics_of(values.average.log_probs(class_logits))[:, 0].median())
+    return {"resnet": resnet, "policy_net": policy_net}
 
 
 def trained(module: nn.Module, seed: int | None = None) -> nn.Module:

@@ -2,32 +2,17 @@
 
 import pytest
 import torch
-from builders import NORMALISATION, make_split
+from builders import NORMALISATION, make_split, pair_between_paths
 
 from pipeline.flops import measure
 from pipeline.inference.auto import EXECUTORS, make_executor
 from pipeline.inference.base import Networks, UnavailableError
-from pipeline.models.path_values import PathValues, statistics_of
-from pipeline.models.policy_net import PolicyNet
-from pipeline.models.resnet_cifar import cifar_resnet
 
 IMAGES = make_split(40).images
 
 
 def networks_of(paths=("000", "100", "111")) -> Networks:
-    torch.manual_seed(0)
-    values = PathValues(paths, num_classes=3)
-    policy_net = PolicyNet(num_blocks=3, depth=8, width=4, path_values=values)
-    resnet = cifar_resnet(depth=8, width=4, num_classes=3)
-    values.costs.copy_(torch.tensor([path.count("1") / 3 for path in paths]))
-    values.average.own_share.fill_(0.3)
-    values.gamma.fill_(1000.0)
-    # the less sure of an image, the better the later paths
-    class_logits = policy_net.eval().features(NORMALISATION(IMAGES)).detach()
-    slopes = torch.linspace(20, -20, len(paths))
-    values.weight[:, 0] = slopes
-    values.bias.copy_(-slopes * statistics_of(values.average.log_probs(class_logits))[:, 0].median())
-    return Networks(resnet=resnet, policy_net=policy_net, normalisation=NORMALISATION)
+    return Networks(normalisation=NORMALISATION, **pair_between_paths(IMAGES, paths))
 
 
 def by_hand(networks: Networks, images) -> tuple[torch.Tensor, torch.Tensor]:

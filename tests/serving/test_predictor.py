@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import NORMALISATION, make_split, small_pair
+from builders import NORMALISATION, make_split, pair_between_paths, small_pair
 
 from pipeline.flops import measure
 from pipeline.inference import native
@@ -54,6 +54,46 @@ def test_predictions_are_those_of_the_reference(networks, images):
         assert prediction.blocks == int(actions.sum())
         assert prediction.flops == float(cost.of(actions[None])[0])
         assert prediction.flops_saved == 1 - prediction.flops / cost.full
+
+
+@pytest.fixture
+def between_paths(networks, images) -> Predictor:
+    """Of a policy between paths; its dial is as fitting it would make it."""
+    pair = pair_between_paths(images)
+    predictor = Predictor(replace(networks, **pair))
+    values = pair["policy_net"].path_values
+    gammas = torch.tensor([0.0, 1e6])
+    flops = torch.tensor([0.3, 0.9]) * predictor.cost.full
+    weights = torch.linspace(0, 1, values.dial.shape[1])
+    values.dial.copy_(torch.stack([start + weights * (end - start) for start, end in (gammas, flops)]))
+    return predictor
+
+
+def test_each_call_has_its_gamma_and_the_next_one_that_of_the_training(between_paths, images):
+    trained = between_paths(images)
+    fewest = between_paths(images, gamma=0.0)
+    most = between_paths(images, gamma=1e9)
+    blocks = [sum(p.blocks for p in predictions) for predictions in (fewest, trained, most)]
+    assert blocks == sorted(blocks)
+    assert blocks[0] < blocks[2]
+    assert same(between_paths(images), trained)
+
+
+def test_budget_is_turned_into_gamma_and_what_can_not_be_is_named(between_paths, networks):
+    assert between_paths.gamma_of() is None
+    assert between_paths.gamma_of(gamma=2.5) == 2.5
+    assert between_paths.gamma_of(budget=0.6) == pytest.approx(5e5, rel=0.01)
+    for given, message in [
+        ({"budget": 0.95}, "budget 0.95 is out of this model's reach; it takes 0.300 to 0.900"),
+        ({"budget": float("nan")}, "budget nan is out of this model's reach"),
+        ({"budget": 0.5, "gamma": 2.0}, "gamma 2 and budget 0.5: give one of the two"),
+        ({"gamma": -1.0}, "gamma -1.0 is no number from 0 to 1e[+]09"),
+        ({"gamma": float("nan")}, "gamma nan is no number from 0 to 1e[+]09"),
+    ]:
+        with pytest.raises(PredictionError, match=message):
+            between_paths.gamma_of(**given)
+    with pytest.raises(PredictionError, match="decides block by block"):
+        Predictor(networks).gamma_of(gamma=2.0)
 
 
 def test_resnet_alone_runs_every_block_and_saves_nothing(networks, images):

@@ -12,13 +12,23 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
 import pytest
-from builders import NORMALISATION, TRACKING_VARIABLES, enter_project, make_split, small_pair
+import torch
+from builders import (
+    NORMALISATION,
+    TRACKING_VARIABLES,
+    enter_project,
+    make_split,
+    pair_between_paths,
+    small_pair,
+)
 from imports import closure
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
@@ -242,19 +252,18 @@ def test_loaded_model_answers_as_the_predictor_does(client, start, folder, image
     assert model.predict(model.input_example).to_dict(orient="records") == expected[:2]
 
 
-@pytest.fixture(scope="module")
-def server_of(home):
+def serve(home: Path, served: Checkpoint, name: str) -> Callable[..., tuple[int, Any]]:
     """What `mlflow models serve` does with JSON, without the server: status and answer."""
     with pytest.MonkeyPatch.context() as patch:
         enter_project(home, patch)
-        checkpoint.save(networks(), home / "served")
+        checkpoint.save(served, home / name)
         with store() as (client, experiment_id):
-            run_id = client.create_run(experiment_id, run_name="served").info.run_id
-        model = loaded(client, log_model(run_id, home / "served"))
+            run_id = client.create_run(experiment_id, run_name=name).info.run_id
+        model = loaded(client, log_model(run_id, home / name))
     schema = model.metadata.get_input_schema()
 
-    def answer(values: object, key: str) -> tuple[int, str]:
-        text = json.dumps({key: values})
+    def answer(values: object, key: str = "inputs", **more: object) -> tuple[int, Any]:
+        text = json.dumps({key: values, **more})
         try:
             given = scoring_server.invocations(text, "application/json", model, schema)
         except mlflow.exceptions.MlflowException as error:
@@ -262,6 +271,29 @@ def server_of(home):
         return given.status, json.loads(given.response)["predictions"]
 
     return answer
+
+
+@pytest.fixture(scope="module")
+def server_of(home):
+    return serve(home, networks(), "served")
+
+
+def test_each_request_to_a_policy_between_paths_has_its_gamma(home, images):
+    pair = pair_between_paths(torch.from_numpy(images))
+    answer = serve(home, replace(networks(), **pair), "between-paths")
+
+    def blocks(**params: float) -> int:
+        status, rows = answer(images.tolist(), params=params)
+        assert status == 200, rows
+        return sum(row["blocks"] for row in rows)
+
+    assert blocks(gamma=0) < blocks(gamma=1e9)
+    assert answer(images.tolist()) == answer(images.tolist(), params={"gamma": 1000.0})  # its training's
+    status, message = answer(images.tolist(), params={"budget": 7.0})
+    assert (status, message[:33]) == (400, "budget 7 is out of this model's r")
+    status, message = answer(images.tolist(), params={"gamma": "five"})
+    assert status == 400
+    assert "gamma" in message
 
 
 WHOLE = "they are whole numbers 0 to 255: multiply images in 0 to 1 by 255"
