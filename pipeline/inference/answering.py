@@ -18,7 +18,8 @@ class Answering(Executor):
     """Runs the policy network on every image, and the ResNet on the images that need it.
 
     Where an image keeps no block and the policy network answers, the ResNet's stem and head are not run
-    either. Where blocks run, both networks' answers are combined.
+    either. Where blocks run, both networks' answers are averaged. `native` needs none of this: its C++
+    runs both networks and decides between them.
 
     Args:
         make: builds the executor of either network.

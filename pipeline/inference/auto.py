@@ -90,7 +90,7 @@ class Auto(Executor):
         executors: list[Executor] = []
         for kind in kinds:
             try:
-                executors.append(kind(self.networks, precision=self.precision))
+                executors.append(_build(kind, self.networks, self.precision))
             except Exception as error:
                 if kind is Masked:
                     raise
@@ -197,7 +197,8 @@ class Auto(Executor):
             self.candidates = [e for e in self.candidates if e not in failures]
         if executor not in self.candidates:
             self.candidates.append(executor)
-            self.fallbacks = self.fallbacks[self.fallbacks.index(type(executor)) + 1 :]
+            names = [kind.name for kind in self.fallbacks]
+            self.fallbacks = self.fallbacks[names.index(executor.name) + 1 :]
 
 
 def _may_be_its_own(error: Exception) -> bool:
@@ -224,7 +225,13 @@ def make_executor(networks: Networks, *, name: str = "auto", precision: str = "f
     kinds: dict[str, type[Executor]] = {Auto.name: Auto, **EXECUTORS}
     if name not in kinds:
         raise ValueError(f"no executor {name!r}; choose one of {', '.join(kinds)}")
-    make = partial(kinds[name], precision=precision)
-    if networks.policy_net is not None and networks.policy_net.path_values is not None:
+    return _build(kinds[name], networks, precision)
+
+
+def _build(kind: type[Executor], networks: Networks, precision: str) -> Executor:
+    """An executor of that kind. Beside most a policy network that classifies runs in `Answering`."""
+    make = partial(kind, precision=precision)
+    classifies = networks.policy_net is not None and networks.policy_net.path_values is not None
+    if classifies and kind not in (Auto, Native):
         return Answering(networks, make, precision=precision)
     return make(networks)

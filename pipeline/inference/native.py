@@ -54,14 +54,25 @@ class _Network(ctypes.Structure):
     ]  # fmt: skip
 
 
+class _Values(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "mask", "weight", "bias", "costs", "gamma", "temperature", "resnet_temperature", "own_share"
+        )),
+        ("paths", ctypes.c_int32), ("answers", ctypes.c_int32),
+    ]  # fmt: skip
+
+
 class _Job(ctypes.Structure):
     _fields_ = [
         ("resnet", ctypes.POINTER(_Network)), ("policy_net", ctypes.POINTER(_Network)),
+        ("values", ctypes.POINTER(_Values)),
         ("images", ctypes.c_void_p), ("inputs", ctypes.c_void_p), ("scale", ctypes.c_void_p),
         ("shift", ctypes.c_void_p), ("actions", ctypes.c_void_p), ("logits", ctypes.c_void_p),
-        ("batch", ctypes.c_int64), ("policies", ctypes.c_int32), ("height", ctypes.c_int32),
-        ("width", ctypes.c_int32), ("policy_size", ctypes.c_int32), ("teams", ctypes.c_int32),
-        ("team_size", ctypes.c_int32), ("next_image", ctypes.c_void_p), ("barriers", ctypes.c_void_p),
+        ("batch", ctypes.c_int64), ("decides", ctypes.c_int32), ("policies", ctypes.c_int32),
+        ("height", ctypes.c_int32), ("width", ctypes.c_int32), ("policy_size", ctypes.c_int32),
+        ("teams", ctypes.c_int32), ("team_size", ctypes.c_int32), ("next_image", ctypes.c_void_p),
+        ("barriers", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -273,9 +284,24 @@ class Native(Executor):
         self.policy_net = (
             None if networks.policy_net is None else _PackedNetwork(networks.policy_net.features, kernel)
         )
+        self.values = self._values()
         self.threads = native_threads(torch.get_num_threads())
         self.spaces: dict[tuple[int | bool | None, ...], list[int]] = {}
         self.scale, self.shift = networks.normalisation.scale_and_shift()
+
+    def _values(self) -> _Values | None:
+        """Where the values of paths lie; the module keeps them, so gamma may be set to another value."""
+        policy_net = self.networks.policy_net
+        values = None if policy_net is None else policy_net.path_values
+        if values is None:
+            return None
+        buffers = {name: tensor for name, tensor in values.named_buffers() if name != "dial"}
+        assert all(tensor.is_contiguous() for tensor in buffers.values())
+        return _Values(
+            paths=len(values.mask),
+            answers=values.answers,
+            **{name.rpartition(".")[2]: tensor.data_ptr() for name, tensor in buffers.items()},
+        )
 
     def _run(self, images: Tensor, actions: Tensor | None) -> Output:
         images = images.contiguous()
@@ -335,10 +361,12 @@ class Native(Executor):
         barriers = (ctypes.c_int32 * (2 * teams))()
         policy_net = self.networks.policy_net
         input_size = None if policy_net is None else policy_net.input_size
-        weights = self.policy_net if decides else None
+        # where the policy network classifies, it has a part in every answer
+        weights = self.policy_net if decides or self.values else None
         job = _Job(
             resnet=ctypes.pointer(self.resnet.structure),
             policy_net=None if weights is None else ctypes.pointer(weights.structure),
+            values=None if self.values is None else ctypes.pointer(self.values),
             images=images,
             inputs=inputs,
             scale=self.scale.data_ptr(),
@@ -346,6 +374,7 @@ class Native(Executor):
             actions=actions.data_ptr(),
             logits=logits.data_ptr(),
             batch=batch,
+            decides=decides,
             policies=num_policies,
             height=height,
             width=width,

@@ -12,8 +12,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
-#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -34,16 +34,25 @@ struct Network {
   int32_t num_blocks, outputs;
 };
 
+struct Values {  // of paths, for a policy network that classifies: PathValues in models/path_values.py
+  const uint8_t* mask;  // [P, K]
+  const float *weight, *bias, *costs;  // [P, 3 + N], [P], [P]
+  const float *gamma, *temperature, *resnet_temperature, *own_share;  // one number each
+  int32_t paths, answers;  // P; answers: without a block the policy network's own class stands
+};
+
 struct Job {
   const Network* resnet;
   const Network* policy_net;  // null: the actions are given
+  const Values* values;  // null: the policy network gives a logit for each block
   const uint8_t* images;  // [B, H, W, 3], to be normalised; or null
   const float* inputs;  // [B, H, W, 3], normalised; or null
   const float* scale;  // [3]: pixel * scale + shift is the networks' input
   const float* shift;
-  uint8_t* actions;  // [B, V, K], read or, with V = 1, written
+  uint8_t* actions;  // [B, V, K], read or, where the policy network decides and V = 1, written
   float* logits;  // [B, V, N]
   int64_t batch;
+  int32_t decides;  // whether the policy network writes the actions
   int32_t policies;  // V: under how many an image runs; what they have in common at first runs once
   int32_t height, width, policy_size;  // policy_size: side of what the policy network sees
   int32_t teams, team_size;
@@ -220,12 +229,42 @@ void run_blocks(const Team& team, const Network& net, Workspace<typename Kernel:
 
 template <class Kernel, class Image>
 void forward(const Team& team, const Network& net, Workspace<typename Kernel::Value>& space,
-             const Image& input, int policies, const uint8_t* actions, float* outputs) {
+             const Image& input, const std::vector<int>& policies, const uint8_t* actions, float* outputs) {
   Kernel::conv(team, net.convs[0], input, space.streams[0], false);
   team.wait();
-  std::vector<int> all(policies);
-  std::iota(all.begin(), all.end(), 0);
-  run_blocks<Kernel>(team, net, space, 0, 0, 0, all, actions, outputs);
+  run_blocks<Kernel>(team, net, space, 0, 0, 0, policies, actions, outputs);
+}
+
+// Logits [N] to log probabilities, in place.
+inline void log_softmax(float* logits, int size, float temperature) {
+  for (int n = 0; n < size; ++n) logits[n] /= temperature;
+  const float largest = *std::max_element(logits, logits + size);
+  float sum = 0.f;
+  for (int n = 0; n < size; ++n) sum += std::exp(logits[n] - largest);
+  for (int n = 0; n < size; ++n) logits[n] -= largest + std::log(sum);
+}
+
+// The path with the largest expected reward by Eq. 3, of the policy network's log probabilities [N]; of
+// equal ones the first.
+inline int best_path(const Values& values, const float* log_probs, int classes) {
+  const int likeliest = std::max_element(log_probs, log_probs + classes) - log_probs;
+  float second = -INFINITY, entropy = 0.f;
+  for (int n = 0; n < classes; ++n) {
+    if (n != likeliest) second = std::max(second, log_probs[n]);
+    entropy -= std::exp(log_probs[n]) * log_probs[n];
+  }
+  const float first = std::min(log_probs[likeliest], -1e-6f);  // a probability of 1 has infinite odds
+  const float log_odds = first - std::log1p(-std::exp(first)), lead = log_probs[likeliest] - second;
+  int best = 0;
+  float highest = -INFINITY;
+  for (int path = 0; path < values.paths; ++path) {
+    const float* w = values.weight + path * (3 + classes);
+    const float logit = w[0] * log_odds + w[1] * lead + w[2] * entropy + w[3 + likeliest] + values.bias[path];
+    const float correct = 1 / (1 + std::exp(-logit)), cost = values.costs[path];
+    const float reward = correct * (1 - cost * cost) - (1 - correct) * *values.gamma;
+    if (reward > highest) highest = reward, best = path;
+  }
+  return best;
 }
 
 template <class Kernel, class Image>
@@ -269,7 +308,7 @@ struct TeamSpace {
   ImageOf<Value> input, small;
   Memory<Value> memory;
   Workspace<Value> resnet, policy_net;
-  std::vector<float> policy_logits;
+  std::vector<float> policy_logits;  // of blocks, or of classes
   int64_t image = 0;
 
   explicit TeamSpace(const Job& job)
@@ -278,25 +317,48 @@ struct TeamSpace {
         memory({&input, &small}),
         resnet(*job.resnet, job.height, job.width, std::min(job.policies - 1, job.resnet->num_blocks)),
         policy_net(job.policy_net ? *job.policy_net : *job.resnet, job.policy_size, job.policy_size, 0),
-        policy_logits(job.resnet->num_blocks) {}
+        policy_logits(job.policy_net ? job.policy_net->outputs : 0) {}
 };
 
 template <class Kernel>
 void run_image(const Team& team, const Job& job, TeamSpace<Kernel>& space) {
-  const int num_blocks = job.resnet->num_blocks;
+  const int num_blocks = job.resnet->num_blocks, classes = job.resnet->outputs;
+  const Values* values = job.values;
+  float* of_policy = space.policy_logits.data();
   uint8_t* actions = job.actions + space.image * job.policies * num_blocks;
+  float* logits = job.logits + space.image * job.policies * classes;
   read_input<Kernel>(team, job, space.image, space.input);
   if (job.policy_net) {
     const bool whole = job.policy_size == job.height;
     if (!whole) average_down<Kernel>(team, space.input, space.small);
-    forward<Kernel>(team, *job.policy_net, space.policy_net, whole ? space.input : space.small, 1, nullptr,
-                    space.policy_logits.data());
-    if (team.rank == 0)  // a probability of at least 0.5 is a logit of at least 0
-      for (int k = 0; k < num_blocks; ++k) actions[k] = space.policy_logits[k] >= 0.f;
+    forward<Kernel>(team, *job.policy_net, space.policy_net, whole ? space.input : space.small, {0}, nullptr,
+                    of_policy);
+    if (team.rank == 0) {
+      if (values) log_softmax(of_policy, classes, *values->temperature);
+      if (job.decides && values)
+        std::copy_n(values->mask + best_path(*values, of_policy, classes) * num_blocks, num_blocks, actions);
+      else if (job.decides)  // a probability of at least 0.5 is a logit of at least 0
+        for (int k = 0; k < num_blocks; ++k) actions[k] = of_policy[k] >= 0.f;
+    }
     team.wait();
   }
-  forward<Kernel>(team, *job.resnet, space.resnet, space.input, job.policies, actions,
-                  job.logits + space.image * job.policies * job.resnet->outputs);
+  std::vector<int> with_resnet;  // the policies for which it runs
+  for (int policy = 0; policy < job.policies; ++policy) {
+    const uint8_t* kept = actions + policy * num_blocks;
+    if (!values || !values->answers || std::any_of(kept, kept + num_blocks, [](uint8_t k) { return k; }))
+      with_resnet.push_back(policy);
+    else if (team.rank == 0)
+      std::copy_n(of_policy, classes, logits + policy * classes);
+  }
+  if (with_resnet.empty()) return;
+  forward<Kernel>(team, *job.resnet, space.resnet, space.input, with_resnet, actions, logits);
+  if (!values || team.rank) return;
+  for (const int policy : with_resnet) {  // both networks' answers, averaged
+    float* both = logits + policy * classes;
+    log_softmax(both, classes, *values->resnet_temperature);
+    for (int n = 0; n < classes; ++n)
+      both[n] = *values->own_share * of_policy[n] + (1 - *values->own_share) * both[n];
+  }
 }
 
 // One worker's share of a job, called once by every worker; spaces: one for each team.

@@ -98,7 +98,7 @@ class Predictor:
         )
         self._lock = threading.Lock()
         self._values = None if policy_net is None else policy_net.path_values
-        self._trained_gamma = None if self._values is None else float(self._values.gamma)
+        self._trained_gamma = 0.0 if self._values is None else float(self._values.gamma)
 
     @property
     def num_blocks(self) -> int:

@@ -253,10 +253,11 @@ def _signature(networks: Checkpoint) -> "ModelSignature":
         "flops_saved": DataType.double,
     }
     outputs = Schema([ColSpec(kind, name) for name, kind in columns.items()])
-    params = None
+    signature = ModelSignature(inputs=Schema([images]), outputs=outputs)
     if networks.policy_net is not None and networks.policy_net.path_values is not None:
-        params = ParamSchema([ParamSpec(name, DataType.double, None) for name in ("gamma", "budget")])
-    return ModelSignature(inputs=Schema([images]), outputs=outputs, params=params)
+        dial = [ParamSpec(name, DataType.double, None) for name in ("gamma", "budget")]
+        signature.params = ParamSchema(dial)
+    return signature
 
 
 def _requirements(networks: Checkpoint) -> list[str]:

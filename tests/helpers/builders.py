@@ -68,11 +68,14 @@ def pair_between_paths(
     resnet = cifar_resnet(depth=8, width=4, num_classes=3)
     values.costs.copy_(torch.tensor([path.count("1") / 3 for path in paths]))
     values.average.own_share.fill_(0.3)
+    values.average.temperature.fill_(1.5)
+    values.average.resnet_temperature.fill_(0.8)
     values.gamma.fill_(1000.0)
-    class_logits = policy_net.features(NORMALISATION(images)).detach()
+    log_probs = values.average.log_probs(policy_net.features(NORMALISATION(images)).detach())
     slopes = torch.linspace(20, -20, len(paths))
-    values.weight[:, 0] = slopes
-    values.bias.copy_(-slopes * statistics_of(values.average.log_probs(class_logits))[:, 0].median())
+    values.weight.normal_()
+    values.weight[:, 0] += slopes
+    values.bias.copy_(-slopes * statistics_of(log_probs)[:, 0].median())
     return {"resnet": resnet, "policy_net": policy_net}
 
 

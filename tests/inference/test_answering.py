@@ -50,6 +50,23 @@ def test_every_executor_answers_as_by_hand(name, paths):
     assert torch.allclose(alone, logits[:5], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["native", "gather"])
+def test_gamma_is_that_of_the_moment(name):
+    networks = networks_of()
+    try:
+        execute = make_executor(networks, name=name)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    blocks = []
+    for gamma in (0.0, 1000.0, 1e9):
+        networks.policy_net.path_values.gamma.fill_(gamma)
+        output = execute(IMAGES)
+        assert torch.equal(output.actions, by_hand(networks, IMAGES)[0])
+        blocks.append(int(output.actions.sum()))
+    assert blocks == sorted(blocks)
+    assert blocks[0] < blocks[-1]
+
+
 def test_the_resnet_runs_on_the_images_that_keep_a_block_alone():
     execute = make_executor(networks_of(), name="gather")
     seen = []
