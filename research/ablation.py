@@ -389,7 +389,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--images", type=positive, default=15_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--resnet", type=Path, default=root / "pretrained/pretrain")
-    parser.add_argument("--policy-net", type=Path, default=root / "pretrained/curriculum")
+    parser.add_argument("--policy-net", type=Path, default=root / "pretrained/gates/curriculum")
     parser.add_argument("--out", type=Path)
 
 

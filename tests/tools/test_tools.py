@@ -63,7 +63,7 @@ def test_preset_is_written_whole_and_holds_what_differs_alone(place, name):
     assert params == preset.load(name)
     assert {"imagefolder_stream": "imagenet"}.get(params.data.source, params.data.source) in name
     if name.startswith("cifar"):  # the authors' gamma, but for our own recipes
-        assert (params.gamma == 10) == (not name.endswith(("_quick", "_demo", "_paths")))
+        assert (params.gamma == 10) == (not name.endswith(("_quick", "_demo", "_gates")))
     if name != "digits":
         assert [key for key, value in changes.items() if value == defaults[key]] == []
         header, lines = Path(f"presets/{name}.yaml").read_text().split("\n\n", 1)

@@ -126,10 +126,10 @@ def test_preset_and_import_score_what_was_measured(copy):
 
 
 def test_pretrained_networks_score_what_their_row_of_results_says(cifar10):
-    row = json.loads((ROOT / "results/rows/cifar10_resnet32_demo.json").read_text(encoding="utf-8"))
+    row = json.loads((ROOT / "results/rows/cifar10_resnet32_gamma5.json").read_text(encoding="utf-8"))
     arrays = cifar10.splits["test"]
     test = Split(images=torch.from_numpy(arrays.images), labels=torch.from_numpy(arrays.labels))
-    pair = checkpoint.load(ROOT / "pretrained/finetune")
+    pair = checkpoint.load(ROOT / "pretrained/gates/finetune")
     norm = pair.normalisation
     logits = predict_policy(pair.need_policy_net(), test, normalisation=norm, precision="fp32")
     actions = greedy_actions(torch.sigmoid(logits))
