@@ -162,12 +162,19 @@ def _best_single_policy(
     """
     resnet, test, validation = networks.resnet, networks.test, networks.validation
     normalisation = networks.normalisation
+    answering = networks.policy_net if networks.policy_net.answers else None
     candidates = single_policy_candidates(actions, networks.cost, budget=budget, limit=limit)
     single, accuracy = best_single_policy(
-        resnet, steps.over(validation, len(candidates)), candidates, normalisation=normalisation
+        resnet,
+        steps.over(validation, len(candidates)),
+        candidates,
+        normalisation=normalisation,
+        policy_net=answering,
     )
     for_all = single.expand(len(test), -1)  # [M, K]
-    on_test = predict(resnet, steps.over(test), for_all, normalisation=normalisation)
+    on_test = predict(
+        resnet, steps.over(test), for_all, normalisation=normalisation, policy_net=answering
+    )
     return single, accuracy, on_test.accuracy
 
 

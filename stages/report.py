@@ -116,7 +116,7 @@ def main(params: Params) -> None:
 def _as_numbers(row: dict[str, str]) -> dict[str, str | float]:
     whole = {"depth", "finetuned"}
     return {
-        name: text if name == "kind" else int(text) if name in whole else float(text)
+        name: text if name in ("name", "kind") else int(text) if name in whole else float(text)
         for name, text in row.items()
     }
 

@@ -43,7 +43,8 @@ def single_policy_candidates(actions: Tensor, cost: Cost, budget: float, limit: 
     """Policies [P, K] bool that one could give to all images at no more than `budget` FLOPs each.
 
     From the policies [M, K] of some images: the `limit` most frequent ones within the budget, and for
-    each number of blocks the policy of the most often kept blocks. No policy network runs for these.
+    each number of blocks the policy of the most often kept blocks. No policy network runs for these,
+    unless it answers itself.
     """
     distinct, counts = torch.unique(actions, dim=0, return_counts=True)
     by_frequency = distinct[counts.argsort(descending=True, stable=True)]
@@ -51,7 +52,7 @@ def single_policy_candidates(actions: Tensor, cost: Cost, budget: float, limit: 
     top = torch.zeros(len(order) + 1, len(order), dtype=torch.bool)
     for count in range(len(order) + 1):
         top[count, order[:count]] = True
-    static = cost.without_policy_net()
+    static = cost if cost.answers else cost.without_policy_net()
     affordable = [some[static.of(some) <= budget] for some in (by_frequency.bool(), top)]
     found = torch.cat([affordable[0][:limit], affordable[1]])
     keys, first = np.unique(found.numpy(), axis=0, return_index=True)
@@ -59,11 +60,21 @@ def single_policy_candidates(actions: Tensor, cost: Cost, budget: float, limit: 
 
 
 def best_single_policy(
-    resnet: ResNet, split: ImageSplit, candidates: Tensor, *, normalisation: Normalisation
+    resnet: ResNet,
+    split: ImageSplit,
+    candidates: Tensor,
+    *,
+    normalisation: Normalisation,
+    policy_net: PolicyNet | None = None,
 ) -> tuple[Tensor, float]:
-    """The policy [K] of candidates [P, K] that is right most often on a split, and how often."""
+    """The policy [K] of candidates [P, K] that is right most often on a split, and how often.
+
+    `policy_net` is one that answers itself.
+    """
     for_all = candidates[:, None].expand(-1, len(split), -1)
-    accuracies = accuracies_of(correct_under(resnet, split, for_all, normalisation=normalisation))
+    accuracies = accuracies_of(
+        correct_under(resnet, split, for_all, normalisation=normalisation, policy_net=policy_net)
+    )
     best = int(np.argmax(accuracies))  # the first of equals, so the most frequent
     return candidates[best], accuracies[best]
 

@@ -1,8 +1,10 @@
 """The questions put to a policy, against networks whose answers are known."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from builders import NORMALISATION, make_split
+from builders import NORMALISATION, make_split, pair_between_paths
 
 from pipeline.data.split import Split
 from pipeline.evaluation.metrics import (
@@ -12,7 +14,7 @@ from pipeline.evaluation.metrics import (
     single_policy_candidates,
 )
 from pipeline.flops import Cost
-from pipeline.inference.predict import correct_under, predict, predict_policy
+from pipeline.inference.predict import correct_under, policy_outputs, predict, predict_policy
 from pipeline.models.policy_net import PolicyNet
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
@@ -71,6 +73,24 @@ def test_single_policies_stay_within_the_budget():
     assert (COST.without_policy_net().of(found) <= 110).all()
     assert len(torch.unique(found, dim=0)) == len(found)
     assert [False, False, False] in found.tolist()  # none kept is always affordable
+
+
+def test_a_policy_network_that_answers_is_a_single_policy_at_its_own_cost():
+    cost = replace(COST, answers=True)
+    actions = torch.tensor([[0, 0, 0]] * 3 + [[0, 1, 1]]).bool()
+    found = single_policy_candidates(actions, cost, budget=cost.policy_net, limit=10)
+    assert found.tolist() == [[False] * 3]
+    pair = pair_between_paths(make_split(200).images)
+    policy, accuracy = best_single_policy(
+        pair["resnet"],
+        make_split(200),
+        found,
+        normalisation=NORMALISATION,
+        policy_net=pair["policy_net"],
+    )
+    own = policy_outputs(pair["policy_net"], make_split(200), normalisation=NORMALISATION).argmax(dim=1)
+    assert policy.tolist() == [False] * 3
+    assert accuracy == float((own == make_split(200).labels).double().mean())
 
 
 def test_single_policies_are_limited_in_number():
