@@ -1,7 +1,6 @@
 """Fits the values of paths on validation images: how likely each path is to be correct.
 
-On training images it can't be done: a ResNet is right on nearly all of them, whatever it is worth on
-others.
+On training images they would come out too high: the ResNet has seen them, and is correct on nearly all.
 
 Shapes: M validation images, P paths, K blocks, N classes, F statistics.
 """
