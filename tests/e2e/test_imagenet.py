@@ -18,6 +18,7 @@ from stages import (
     curriculum,
     evaluate,
     finetune,
+    policy_pretrain,
     prepare,
     pretrain,
     report,
@@ -69,7 +70,7 @@ def test_every_stage_runs_on_a_streamed_tree(project, monkeypatch):
     """In one process: importing PyTorch for each would take most of the time."""
     params = load(project / "params.yaml")
     check.main()
-    for stage in (prepare, pretrain, curriculum, finetune, evaluate):
+    for stage in (prepare, pretrain, policy_pretrain, curriculum, finetune, evaluate):
         stage.main(params)
     sole.main(params, depth=14)
     static.main(params, rule="distribute", num_kept=5)

@@ -250,7 +250,7 @@ def repro(copy, monkeypatch) -> Callable[..., set[str]]:
 @pytest.mark.e2e
 def test_what_was_trained_once_is_not_trained_again(copy, repro):
     assert repro({}) == {
-        "check", "prepare", "pretrain", "sole@8", "static@distribute-2", "baseline",
+        "check", "prepare", "pretrain", "policy_pretrain", "sole@8", "static@distribute-2", "baseline",
     }  # fmt: skip
     # one more depth, one more number of blocks: these alone
     more = {"sole": {"depths": [8, 20]}, "static": {"num_kept": [2, 4]}}
@@ -269,12 +269,14 @@ def test_what_was_trained_once_is_not_trained_again(copy, repro):
     ("changes", "trained_again"),
     [
         ({"finetune_policy": {"alpha": 0.7, "entropy_coef": 0.5, "lr": 0.01},
-          "curriculum": {"gamma": 3.0}, "policy_net": {"width": 8}}, set()),
+          "curriculum": {"gamma": 3.0}, "policy_net": {"input_size": 8}}, set()),
         ({"checkpoints": {"pretrain": "stages"}}, {"pretrain"}),
         ({"resnet": {"depth": 26, "width": 4}, "curriculum": {"epochs": 9}}, {"pretrain"}),
         ({"finetune": {"lr": 0.01}}, {"static@distribute-2"}),
         ({"pretrain": {"lr": 0.2}}, {"pretrain", "sole@8"}),
-        ({"augmentation": {"flip": True}}, {"pretrain", "sole@8", "static@distribute-2"}),
+        ({"policy_net": {"width": 8}}, {"policy_pretrain"}),
+        ({"augmentation": {"flip": True}},
+         {"pretrain", "policy_pretrain", "sole@8", "static@distribute-2"}),
     ],
 )  # fmt: skip
 def test_what_makes_a_rival_train_again(repro, changes, trained_again):
