@@ -293,6 +293,12 @@ def published(source: str) -> list[str]:
     return [heading, markdown_table(["what", "accuracy", "FLOPs"], cells) + "\n"]
 
 
+def _paths_of(row: Row) -> str:
+    """What a label says of a policy between paths."""
+    paths = row.params.get("policy_net.paths")  # older rows do not have it
+    return f", paths {' and '.join(map(str, paths))}" if paths else ""
+
+
 def figure(path: Path, rows: Sequence[Row]) -> None:
     """The trade-off of one network's runs beside all of their rivals."""
     rivals = {(rival.name, rival.accuracy): rival for row in rows for rival in row.rivals}
@@ -309,7 +315,7 @@ def figure(path: Path, rows: Sequence[Row]) -> None:
         label += ", seed {seed}"
     points = [
         {
-            "label": label.format(**row.params),
+            "label": label.format(**row.params) + _paths_of(row),
             "flops": row.evaluate["flops_mean"],
             "accuracy": row.evaluate["accuracy"],
         }

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,6 +22,7 @@ from pipeline.inference.predict import predict, predict_policy
 from pipeline.infra.errors import DataError
 from pipeline.models import checkpoint
 from pipeline.models.policies import greedy_actions
+from pipeline.serving.predictor import Predictor
 from pipeline.sources import cifar
 from pipeline.static_policies import static_rule
 from pipeline.training import legacy_checkpoints
@@ -149,6 +151,22 @@ def test_pretrained_networks_score_what_their_row_of_results_says(cifar10):
     expected = {r["name"]: r["accuracy"] for r in row["rivals"]}
     expected["blockdrop"] = row["evaluate"]["accuracy"]
     assert accuracies == pytest.approx(expected, abs=0.0003)
+
+
+def test_the_pretrained_pair_between_paths_scores_what_its_row_of_results_says(cifar10):
+    row = json.loads((ROOT / "results/rows/cifar10_resnet32_paths.json").read_text(encoding="utf-8"))
+    arrays = cifar10.splits["test"]
+    images = torch.from_numpy(arrays.images)
+    predictor = Predictor(checkpoint.load(ROOT / "pretrained/finetune"))
+    predictions = predictor(images)
+    names = np.array([prediction.name for prediction in predictions])
+    correct = names == np.array(predictor.classes)[arrays.labels]
+    assert correct.mean() == pytest.approx(row["evaluate"]["accuracy"], abs=0.0003)
+    flops = np.mean([prediction.flops for prediction in predictions])
+    assert flops == pytest.approx(row["evaluate"]["flops_mean"], rel=0.002)
+    half = predictor(images, gamma=predictor.gamma_of(budget=0.45))
+    saved = np.mean([prediction.flops_saved for prediction in half])
+    assert 1 - saved == pytest.approx(0.45, abs=0.02)
 
 
 @pytest.mark.serial
