@@ -78,13 +78,17 @@ def test_the_resnet_runs_on_the_images_that_keep_a_block_alone():
     assert len(seen) == 1
 
 
-def test_several_policies_at_once_are_as_one_after_the_other():
-    execute = make_executor(networks_of())
+@pytest.mark.parametrize("paths", [("000", "111"), ("100", "111")])
+def test_several_policies_at_once_are_as_one_after_the_other(paths):
+    """Also where no block is kept by a policy network that never answers."""
+    networks = networks_of(paths)
+    execute, reference = make_executor(networks), make_executor(networks, name="masked")
     policies = torch.rand(3, 40, 3, generator=torch.Generator().manual_seed(0)) < 0.4
     policies[0, :10] = False
     together = execute(IMAGES, policies).logits
     for policy, logits in zip(policies, together, strict=True):
         assert torch.allclose(execute(IMAGES, policy).logits, logits, atol=1e-5)
+        assert torch.allclose(reference(IMAGES, policy).logits, logits, atol=1e-4)
 
 
 def test_an_image_without_blocks_costs_the_policy_network_alone():
