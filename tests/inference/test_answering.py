@@ -7,6 +7,7 @@ from builders import NORMALISATION, make_split, pair_between_paths
 from pipeline.flops import measure
 from pipeline.inference.auto import EXECUTORS, make_executor
 from pipeline.inference.base import Networks, UnavailableError
+from pipeline.inference.native import Native
 
 IMAGES = make_split(40).images
 
@@ -48,6 +49,25 @@ def test_every_executor_answers_as_by_hand(name, paths):
     assert torch.allclose(execute.classify(NORMALISATION(IMAGES), actions), logits, atol=1e-4)
     alone = torch.cat([execute(image).logits for image in IMAGES[:5].split(1)])
     assert torch.allclose(alone, logits[:5], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["__init__", "_run"])
+def test_auto_goes_on_with_the_next_executor_that_can(monkeypatch, capsys, method):
+    """Without a compiler, or where the first executor fails in its first batch."""
+
+    def fail(*args, **kwargs):
+        raise UnavailableError("no C++ compiler")
+
+    monkeypatch.setattr(Native, method, fail)
+    networks = networks_of()
+    execute = make_executor(networks)
+    actions, logits = by_hand(networks, IMAGES)
+    output = execute(IMAGES)
+    assert torch.equal(output.actions, actions)
+    assert torch.allclose(output.logits, logits, atol=1e-4)
+    assert [executor.name for executor in execute.candidates] == ["gather or grouped"]
+    assert [kind.name for kind in execute.fallbacks] == ["masked"]
+    assert set(execute.left_out) == {"native"}
 
 
 @pytest.mark.parametrize("name", ["native", "gather"])
