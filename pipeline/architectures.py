@@ -21,6 +21,10 @@ IMAGENET_BOTTLENECK = {
 }
 IMAGENET = IMAGENET_BASIC | IMAGENET_BOTTLENECK
 
+InnerChannels = tuple[tuple[int, ...], ...]  # of each block, between its convolutions
+# pruned blocks keep multiples of it, since executors compute 4, 8 or 16 channels at a time
+CHANNEL_UNIT = 8
+
 
 def stage_sizes(family: Family, depth: int) -> tuple[int, ...]:
     """Blocks in each stage.
@@ -43,6 +47,25 @@ def stage_sizes(family: Family, depth: int) -> tuple[int, ...]:
 def num_blocks(family: Family, depth: int) -> int:
     """K of a network of that depth."""
     return sum(stage_sizes(family, depth))
+
+
+def inner_channels(family: Family, depth: int, width: int) -> InnerChannels:
+    """The inner channels of each block of a network that is not pruned: two numbers for a bottleneck."""
+    inner_convs = 2 if family == "imagenet" and depth in IMAGENET_BOTTLENECK else 1
+    return tuple(
+        (width * 2**stage,) * inner_convs
+        for stage, size in enumerate(stage_sizes(family, depth))
+        for _ in range(size)
+    )
+
+
+def kept_channels(channels: int, ratio: float) -> int:
+    """How many channels are left when `ratio` of them is pruned: the nearest multiple of CHANNEL_UNIT.
+
+    It is at least CHANNEL_UNIT; where there are no more than that, none is pruned.
+    """
+    nearest = CHANNEL_UNIT * round((1 - ratio) * channels / CHANNEL_UNIT)
+    return channels if ratio == 0 else min(channels, max(CHANNEL_UNIT, nearest))
 
 
 def require_trainable(family: Family, depth: int, width: int) -> None:

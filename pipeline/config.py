@@ -15,7 +15,14 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml.constructor import ConstructorError
 
-from pipeline.architectures import Family, num_blocks, require_trainable
+from pipeline.architectures import (
+    CHANNEL_UNIT,
+    Family,
+    inner_channels,
+    kept_channels,
+    num_blocks,
+    require_trainable,
+)
 from pipeline.infra.errors import UserError
 from pipeline.infra.safe_io import read_bytes, short_repr, truncate
 
@@ -203,6 +210,27 @@ class Pretrain(Section):
     precision: Precision
 
 
+class Finetune(Section):
+    """Joint finetuning: what it does with the ResNet. Its gamma is the top-level one."""
+
+    epochs: CountOrNone
+    batch_size: Count
+    optimizer: Optimizer
+    lr: Positive
+    distillation: Annotated[float, Field(ge=0, le=1)]
+    weight_decay: NonNegative
+    schedule: Schedule
+    precision: Precision
+
+
+class Prune(Finetune):
+    """Taking inner channels from the blocks, and finetuning what is left; 0 epochs: as it is cut."""
+
+    ratio: Annotated[float, Field(ge=0, lt=1)]
+    criterion: Literal["l1", "taylor"]
+    scope: Literal["uniform", "sensitivity"]
+
+
 class PolicyPretrain(Pretrain):
     """Training the policy network as a classifier, if it chooses between paths; 0 epochs if not."""
 
@@ -228,19 +256,6 @@ class Curriculum(Section):
     precision: Precision
 
 
-class Finetune(Section):
-    """Joint finetuning: what it does with the ResNet. Its gamma is the top-level one."""
-
-    epochs: CountOrNone
-    batch_size: Count
-    optimizer: Optimizer
-    lr: Positive
-    distillation: Annotated[float, Field(ge=0, le=1)]
-    weight_decay: NonNegative
-    schedule: Schedule
-    precision: Precision
-
-
 class FinetunePolicy(Section):
     """Joint finetuning: how the policy learns. `static`, which has no policy, reads nothing of it."""
 
@@ -258,6 +273,7 @@ class Checkpoints(Section):
     """Checkpoints to take instead of training, or NO_FILE; for `sole` and `static` a folder of them."""
 
     pretrain: PathText
+    prune: PathText
     policy_pretrain: PathText
     curriculum: PathText
     finetune: PathText
@@ -318,6 +334,7 @@ class Params(Section):
     policy_net: PolicyNetParams
     checkpoints: Checkpoints
     pretrain: Pretrain
+    prune: Prune
     policy_pretrain: PolicyPretrain
     curriculum: Curriculum
     finetune: Finetune
@@ -340,6 +357,7 @@ class Params(Section):
                 f"augmentation.crop_padding {self.augmentation.crop_padding} is as large as the image "
                 f"(data.image_size {self.data.image_size}); lower it"
             )
+        self._check_pruning()
         self._check_paths()
         needed = (self.resnet.num_blocks - 1) * self.curriculum.epochs_per_block + 1
         learnt = self.checkpoints.curriculum == NO_FILE and not self.policy_net.paths
@@ -358,6 +376,17 @@ class Params(Section):
                 "with data.source imagefolder_stream, whose crops are of random area, set it to 0"
             )
         return self
+
+    def _check_pruning(self) -> None:
+        ratio, resnet = self.prune.ratio, self.resnet
+        blocks = inner_channels(resnet.family, resnet.depth, resnet.width)
+        channels = sorted({count for block in blocks for count in block})
+        listing = ", ".join(map(str, channels))
+        if ratio and all(kept_channels(count, ratio) == count for count in channels):
+            raise ValueError(
+                f"prune.ratio {ratio:g} takes none of the {listing} channels inside the blocks "
+                f"of the stages, since multiples of {CHANNEL_UNIT} are kept; raise it, or 0 for none"
+            )
 
     def _check_paths(self) -> None:
         paths, blocks = self.policy_net.paths, self.resnet.num_blocks

@@ -7,13 +7,14 @@ Shapes: B images, K blocks.
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.models.build import make_resnet, on_meta
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
 
@@ -29,17 +30,24 @@ class Cost:
         policy_net: the policy network's part of `always`.
         blocks: [K], what each block adds for the images that keep it.
         answers: whether an image that keeps no block pays for the policy network alone, which answers.
+        pruned: what pruning took from the blocks, together.
     """
 
     always: int
     policy_net: int
     blocks: tuple[int, ...]
     answers: bool = False
+    pruned: int = 0
+
+    @property
+    def every_block(self) -> int:
+        """The ResNet, pruned or not, with every block and without a policy network."""
+        return self.always - self.policy_net + sum(self.blocks)
 
     @property
     def full(self) -> int:
-        """The ResNet with every block and without a policy network."""
-        return self.always - self.policy_net + sum(self.blocks)
+        """The same before it was pruned: what every saving is a share of."""
+        return self.every_block + self.pruned
 
     def of(self, actions: Tensor) -> Tensor:
         """FLOPs [B], float64, of the images that take actions [B, K]."""
@@ -55,7 +63,7 @@ class Cost:
 
     def without_policy_net(self) -> "Cost":
         """The cost when the policy is known beforehand, as in a static network."""
-        return Cost(always=self.always - self.policy_net, policy_net=0, blocks=self.blocks)
+        return replace(self, always=self.always - self.policy_net, policy_net=0, answers=False)
 
 
 def _count(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, Tensor]:
@@ -67,6 +75,18 @@ def _count(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, Tensor]:
 def _on_meta(module: M) -> M:
     """A copy with shapes and no data."""
     return copy.deepcopy(module).to("meta").eval()
+
+
+def _unpruned(resnet: ResNet) -> ResNet:
+    """The same network before it was pruned, with shapes and no data."""
+    return on_meta(
+        lambda: make_resnet(
+            family=resnet.family,
+            depth=resnet.depth,
+            width=resnet.width,
+            num_classes=resnet.num_classes,
+        )
+    ).eval()
 
 
 @torch.no_grad()
@@ -85,11 +105,15 @@ def measure(resnet: ResNet, policy_net: PolicyNet | None, image_size: int) -> Co
     policy_flops = 0
     if policy_net is not None:
         policy_flops = _count(_on_meta(policy_net), image)[0]
+    pruned = 0
+    if resnet.is_pruned:
+        pruned = measure(_unpruned(resnet), None, image_size).every_block - always - sum(blocks)
     return Cost(
         always=always + policy_flops,
         policy_net=policy_flops,
         blocks=tuple(blocks),
         answers=policy_net is not None and policy_net.answers,
+        pruned=pruned,
     )
 
 

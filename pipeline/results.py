@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import ConfigDict, TypeAdapter
 
 Claim = Literal["number", "faster", "slower", ""]
-Kind = Literal["blockdrop", "full", "sole"]  # full: the ResNet with every block; sole: of another depth
+Kind = Literal[
+    "blockdrop", "full", "sole"
+]  # full: the ResNet with every block; sole: another one, of another depth or pruned
 Variant = Literal["few", "many"]  # of synthetic policies: few distinct ones, or one for each image
 Precision = str  # fp32 or bf16
 
@@ -49,8 +51,10 @@ class Evaluation(Row):
     effective_policies: float
     flops_mean: float
     flops_std: float
-    full_flops: float
-    flops_saved: float
+    full_flops: float  # of the pretrained ResNet
+    flops_saved: float  # of these, by pruning and dropping together
+    flops_saved_by_pruning: float  # 0 where nothing is pruned
+    flops_saved_by_dropping: float  # of what pruning left, policy network counted
     shuffled_accuracy: float  # when each image takes another image's policy
     # of one policy for all images at no more FLOPs, chosen on the validation images
     best_single_policy_accuracy: float
@@ -95,13 +99,15 @@ class Baselines(Row):
     """The networks that BlockDrop must beat.
 
     Sole ResNets by depth, static ones by RULE_BLOCKS, and ensembles of the policy network with one of
-    these, by sole_DEPTH or RULE_BLOCKS; there are none where the policy network does not classify.
+    these, by sole_DEPTH or RULE_BLOCKS; there are none where the policy network does not classify. The
+    pruned ResNet with every block, as `every_block`, where one was pruned.
     """
 
     baseline: FullResNet
     sole: dict[str, SoleResNet]
     static: dict[str, StaticNetwork]
     ensemble: dict[str, StaticNetwork] = field(default_factory=dict)
+    pruned: dict[str, SoleResNet] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------ plots/benchmark/benchmark.json

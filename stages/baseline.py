@@ -1,8 +1,9 @@
 """baseline: what BlockDrop must beat, on the test set. Nothing here depends on gamma.
 
 The pretrained ResNet with every block, the same under the static rules with every number of blocks,
-those that `static` finetuned, and the ResNets of other depths that `sole` trained. Where the policy
-network classifies, each trained network also stands in an ensemble with it: both run on every image.
+the pruned one if there is one, those that `static` finetuned, and the ResNets of other depths that
+`sole` trained. Where the policy network classifies, each of the last two kinds also stands in an
+ensemble with it: both run on every image.
 
 Shapes: M test images, K blocks, D draws.
 """
@@ -43,7 +44,7 @@ MOST_DRAWS, PREDICTIONS = 5, 10_000
 class Network:
     """One network on the test images, M of them."""
 
-    kind: str  # full, sole, the static rule, or ensemble
+    kind: str  # full, pruned, sole, the static rule, or ensemble
     depth: int
     blocks: int  # that run on an image
     finetuned: bool
@@ -55,8 +56,8 @@ class Network:
 
     @property
     def name(self) -> str:
-        """In plots/baseline/images.csv: full, sole-DEPTH, RULE-BLOCKS, or ensemble- and one of these."""
-        of_kind = {"full": "", "sole": f"-{self.depth}", "ensemble": f"-{self.member}"}
+        """In plots/baseline: full, pruned, sole-DEPTH, RULE-BLOCKS, or ensemble- and one of these."""
+        of_kind = {"full": "", "pruned": "", "sole": f"-{self.depth}", "ensemble": f"-{self.member}"}
         return self.kind + of_kind.get(self.kind, f"-{self.blocks}")
 
     def row(self) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def with_every_block(kind: str, resnet: ResNet, test: ImageSplit, predictions: P
         depth=resnet.depth,
         blocks=resnet.num_blocks,
         finetuned=False,
-        flops=measure(resnet, None, test.image_size).full,
+        flops=measure(resnet, None, test.image_size).every_block,
         accuracy=predictions.accuracy,
         accuracy_std=0.0,
         correct=predictions.correct,
@@ -141,6 +142,17 @@ def trained_networks(params: Params, test: ImageSplit, noise: Tensor, steps: Ste
     return networks
 
 
+def pruned_network(test: ImageSplit, steps: Steps) -> list[Network]:
+    """The pruned ResNet with every block; nothing where prune passed pretrain's on."""
+    loaded = checkpoint.load(common.PRUNED)
+    resnet = loaded.need_resnet().to(test.device)
+    if not resnet.is_pruned:
+        return []
+    steps.total(steps.amount + len(test))
+    predictions = predict(resnet, steps.over(test), normalisation=loaded.normalisation)
+    return [with_every_block("pruned", resnet, test, predictions)]
+
+
 def ensembles(trained: list[Network], test: ImageSplit, steps: Steps) -> list[Network]:
     """Each trained network beside the policy network: both classify every image, answers averaged.
 
@@ -156,7 +168,7 @@ def ensembles(trained: list[Network], test: ImageSplit, steps: Steps) -> list[Ne
     steps.total(steps.amount + len(members) * (len(validation) + len(test)))
     networks = []
     own_logits = [_logits(classifier, "full", 0, split) for split in (validation, test)]  # [M, N] each
-    own_flops = measure(classifier.resnet, None, test.image_size).full
+    own_flops = measure(classifier.resnet, None, test.image_size).every_block
     for network in members:
         of_rule = network.kind in RULES
         loaded = checkpoint.load(
@@ -193,6 +205,7 @@ def _logits(loaded: Checkpoint, kind: str, num_kept: int, split: ImageSplit) -> 
 
 def metrics_of(full: Network, loss: float, trained: list[Network]) -> Baselines:
     """metrics/baseline.json: one section for each kind, under whose name DVC and MLflow show it."""
+    pruned = next((network for network in trained if network.kind == "pruned"), None)
     return Baselines(
         baseline=FullResNet(accuracy=full.accuracy, loss=loss, flops=full.flops, num_blocks=full.blocks),
         sole={
@@ -214,6 +227,9 @@ def metrics_of(full: Network, loss: float, trained: list[Network]) -> Baselines:
             for network in trained
             if network.kind == "ensemble"
         },
+        pruned={}
+        if pruned is None
+        else {"every_block": SoleResNet(accuracy=pruned.accuracy, flops=pruned.flops)},
     )
 
 
@@ -261,7 +277,7 @@ def main(params: Params) -> None:
         rules = product(RULES, range(resnet.num_blocks + 1))
         unfinetuned = under_rules(pretrained, rules, test, noise, finetuned=False, steps=steps)
         trained = trained_networks(params, test, noise, steps)
-        trained += ensembles(trained, test, steps)
+        trained += ensembles(trained, test, steps) + pruned_network(test, steps)
         metrics = metrics_of(full, float(predictions.losses.double().mean()), trained)
         times = {
             "train_seconds": common.read_json(PRETRAIN_TIMES)["seconds"],

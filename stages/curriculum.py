@@ -105,11 +105,11 @@ def learner_of(
 
 
 def main(params: Params) -> None:
-    """Write models/curriculum (the policy alone; the ResNet is the one of models/pretrain).
+    """Write models/curriculum (the policy alone; the ResNet is the one of models/prune).
 
     A policy between paths needs no curriculum: its values are fitted on validation images, at once.
     """
-    pretrained = checkpoint.load(common.PRETRAINED)
+    pretrained = checkpoint.load(common.PRUNED)
     without_resnet = replace(pretrained, stage="curriculum", resnet=None)
 
     def load(path: Path) -> Checkpoint:

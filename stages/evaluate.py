@@ -123,6 +123,8 @@ def evaluate(
         flops_std=float(flops.std(correction=0)),
         full_flops=cost.full,
         flops_saved=1 - float(flops.mean()) / cost.full,
+        flops_saved_by_pruning=1 - cost.every_block / cost.full,
+        flops_saved_by_dropping=1 - float(flops.mean()) / cost.every_block,
         shuffled_accuracy=shuffled,
         best_single_policy_accuracy=single_test,
         best_single_policy_validation_accuracy=single_validation,

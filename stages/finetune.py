@@ -51,6 +51,7 @@ def load_pair(path: Path, params: Params, pretrained: Checkpoint) -> tuple[ResNe
         (resnet.family, resnet.depth, resnet.width, resnet.num_classes),
         (before.family, before.depth, before.width, before.num_classes), origin,
     )  # fmt: skip
+    compatibility.require_same_channels(path, resnet, before)
     compatibility.require_same(
         path, "policy's number of blocks", policy_net.num_blocks, resnet.num_blocks,
         "its two networks do not belong together; take another file",
@@ -99,7 +100,7 @@ def learner_of(
             normalisation=normalisation,
             image_size=params.data.image_size,
             precision=section.precision,
-            distillation=recipes.distillation_of(resnet, params),
+            distillation=recipes.distillation_of(resnet, params.finetune, params),
         )
     return PolicyLearner(
         resnet,
@@ -115,12 +116,12 @@ def learner_of(
         objective=objective,
         normalisation=normalisation,
         precision=section.precision,
-        distillation=recipes.distillation_of(resnet, params),
+        distillation=recipes.distillation_of(resnet, params.finetune, params),
     )
 
 
 def main(params: Params) -> None:
-    pretrained = replace(checkpoint.load(common.PRETRAINED), stage="finetune")
+    pretrained = replace(checkpoint.load(common.PRUNED), stage="finetune")
 
     def load(path: Path) -> Checkpoint:
         resnet, policy_net = load_pair(path, params, pretrained)

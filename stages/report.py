@@ -24,6 +24,7 @@ TRADE_OFF = common.PLOTS / "trade_off.csv"
 def read(params: Params) -> Results:
     """What the stages wrote; of folders that hold more, only what params.yaml names."""
     trainings = ["pretrain", "curriculum", "finetune"]
+    trainings += ["prune"] if params.prune.ratio else []
     trainings += ["policy_pretrain"] if params.policy_net.paths else []
     trainings += [f"sole-{depth}" for depth in params.sole.depths]
     pairs = product(params.static.rules, params.static.num_kept)

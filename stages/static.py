@@ -28,23 +28,26 @@ def main(params: Params, *, rule: str, num_kept: int) -> None:
     """
     if rule not in params.static.rules or num_kept not in params.static.num_kept:
         raise UserError(f"static in params.yaml does not name {rule} with {num_kept} kept; add it there")
-    pretrained = replace(checkpoint.load(common.PRETRAINED), stage="static")
+    before = replace(checkpoint.load(common.PRUNED), stage="static")
 
     def load(path: Path) -> Checkpoint:
-        resnet = compatibility.load_resnet(path, params, pretrained.classes, depth=params.resnet.depth)
-        return replace(pretrained, resnet=resnet)
+        resnet = compatibility.load_resnet(
+            path, params, before.classes, depth=params.resnet.depth, pruned=True
+        )
+        compatibility.require_same_channels(path, resnet, before.need_resnet())
+        return replace(before, resnet=resnet)
 
     def build() -> tuple[Classification, Checkpoint]:
-        resnet = pretrained.need_resnet().to(choose_device())
+        resnet = before.need_resnet().to(choose_device())
         learner = Classification(
             resnet,
             optimizer=recipes.resnet_optimizer_of(resnet, params.finetune),
-            normalisation=pretrained.normalisation,
+            normalisation=before.normalisation,
             precision=params.finetune.precision,
             rule=static_rule(rule, num_kept, resnet.stages),
-            distillation=recipes.distillation_of(resnet, params),
+            distillation=recipes.distillation_of(resnet, params.finetune, params),
         )
-        return learner, pretrained
+        return learner, before
 
     training.run("static", params, params.finetune, load=load, build=build, item=f"{rule}-{num_kept}")
 

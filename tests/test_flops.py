@@ -33,6 +33,21 @@ def test_cost_is_the_sum_of_what_runs():
     assert cost.of(actions).tolist() == expected
 
 
+def test_of_a_pruned_network_the_full_cost_is_that_before():
+    sizes = {"depth": 8, "width": 4, "num_classes": 7}
+    whole = measure(cifar_resnet(**sizes), None, 16)
+    resnet = cifar_resnet(**sizes, inner_channels=((3,), (8,), (5,)))
+    cost = measure(resnet, PolicyNet(num_blocks=3, width=4), 16)
+    conv = lambda i, o, size: 2 * i * o * 9 * size**2  # noqa: E731
+    assert list(cost.blocks) == [
+        conv(4, 3, 16) + conv(3, 4, 16), whole.blocks[1], conv(8, 5, 4) + conv(5, 16, 4)
+    ]  # fmt: skip
+    assert cost.full == whole.full == whole.every_block
+    assert cost.every_block == whole.full - sum(whole.blocks) + sum(cost.blocks)
+    assert cost.of(torch.ones(1, 3)).item() == cost.every_block + cost.policy_net
+    assert cost.without_policy_net().full == whole.full
+
+
 def test_a_smaller_look_costs_less_and_none_costs_nothing():
     resnet = cifar_resnet(depth=32)
     full_look = measure(resnet, PolicyNet(num_blocks=15), 32)

@@ -1,7 +1,8 @@
 """The trade-off of several gammas as a figure and a table: `make front`, after `dvc exp run` of each.
 
-It shows all finished experiments that differ from the newest one in gamma and seed alone, as MLflow has
-them. Git ignores the files that it writes; `--out results/front.png` replaces the README's figure.
+It shows all finished experiments that differ from the newest one in gamma, ratio of pruning and seed
+alone, as MLflow has them. Git ignores the files that it writes; `--out results/front.png` replaces the
+README's figure.
 """
 
 import argparse
@@ -25,26 +26,27 @@ def row_of(experiment: Experiment) -> dict[str, str | float]:
     """The experiment's point in the figure, a row of the table."""
     values = {name: experiment.metrics[metric] for name, metric in COLUMNS.items()}
     swept = {name: float(experiment.params[name]) for name in ("gamma", "seed")}
-    return {"name": experiment.name, **swept, **values}
+    pruned = float(experiment.params.get("prune.ratio", 0))
+    return {"name": experiment.name, "pruned": pruned, **swept, **values}
 
 
 def baselines_of(experiment: Experiment) -> list[dict[str, Any]]:
-    """The full ResNet and those of other depths that the experiment measured."""
-    metrics = experiment.metrics
-    family: Any = experiment.params.get("resnet.family", "cifar")
+    """The full ResNet, the pruned one and those of other depths that the experiment measured."""
+    metrics, params = experiment.metrics, experiment.params
+    family: Any = params.get("resnet.family", "cifar")
+    depth, blocks = int(params["resnet.depth"]), metrics["num_blocks"]
 
-    def row(kind: str, depth: int, blocks: float, flops: float, accuracy: float) -> dict[str, Any]:
+    def row(kind: str, depth: int, blocks: float, prefix: str) -> dict[str, Any]:
         sizes = {"kind": kind, "depth": depth, "blocks": blocks, "finetuned": 0}
-        return {**sizes, "flops": flops, "accuracy": accuracy}
+        return sizes | {name: metrics[f"{prefix}{name}"] for name in ("flops", "accuracy")}
 
-    depth = int(experiment.params["resnet.depth"])
-    full = row("full", depth, metrics["num_blocks"], metrics["full_flops"], metrics["full_accuracy"])
+    rows = [row("full", depth, blocks, "full_")]
+    if "pruned.every_block.flops" in metrics:
+        ratio = float(params["prune.ratio"])
+        rows.append(row("pruned", depth, blocks, "pruned.every_block.") | {"pruned": ratio})
     names = sorted(name for name in metrics if re.fullmatch(r"sole\.\d+\.accuracy", name))
     other_depths = [int(name.split(".")[1]) for name in names]
-    return [full] + [
-        row("sole", d, num_blocks(family, d), metrics[f"sole.{d}.flops"], metrics[f"sole.{d}.accuracy"])
-        for d in other_depths
-    ]
+    return rows + [row("sole", d, num_blocks(family, d), f"sole.{d}.") for d in other_depths]
 
 
 def choose(finished: list[Experiment], name: str | None) -> list[Experiment]:
@@ -74,12 +76,18 @@ def main(arguments: argparse.Namespace) -> None:
         sync(project_root())
         _, finished = experiments()
     chosen = choose(finished, arguments.like)
-    rows = sorted((row_of(e) for e in chosen), key=lambda row: (row["gamma"], row["seed"], row["name"]))
+    rows = sorted(
+        (row_of(experiment) for experiment in chosen),
+        key=lambda row: (row["pruned"], row["gamma"], row["seed"], row["name"]),
+    )
     params = chosen[0].params
     front(
         arguments.out,
         experiments=rows,
-        baselines=baselines_of(chosen[0]),
+        baselines=[
+            *baselines_of(chosen[0]),
+            *(row for other in chosen[1:] for row in baselines_of(other) if row["kind"] == "pruned"),
+        ],
         title=f"ResNet-{params['resnet.depth']} on {params['data.source']}, test images",
     )
     table = arguments.out.with_suffix(".csv")

@@ -1,4 +1,4 @@
-"""Who is timed: BlockDrop's executors, the full ResNet in every form, and full ResNets of other depths.
+"""Who is timed: BlockDrop's executors, the full ResNet in every form, other ResNets with every block.
 
 Shapes: B images of a batch of H by W pixels, N classes.
 """
@@ -130,6 +130,9 @@ class CandidateMaker:
             f"ResNet-{depth}": partial(self._sole, depth, precision)
             for depth in self.settings.sole_depths
         }
+        if (resnet := self.networks.resnet).is_pruned:
+            pruned = replace(self.networks, policy_net=None)
+            soles[f"pruned ResNet-{resnet.depth}"] = partial(make_executor, pruned, precision=precision)
         return {"blockdrop": executors, "full": forms, "sole": soles}
 
     def _sole(self, depth: int, precision: str) -> Executor:

@@ -42,7 +42,11 @@ class Networks:
         """A key of the architecture: equal exactly for networks that differ in their weights alone."""
         policy_net = self.policy_net
         parts = [self.resnet] if policy_net is None else [self.resnet, policy_net.features]
-        labels = [f"{part.family} {part.depth} x {part.width} to {part.num_classes}" for part in parts]
+        labels = [
+            f"{part.family} {part.depth} x {part.width} to {part.num_classes}"
+            + (f", inside {part.inner_channels}" if part.is_pruned else "")
+            for part in parts
+        ]
         size = None if policy_net is None else policy_net.input_size
         return ", ".join(labels if size is None else [*labels, f"seen at {size} pixels"])
 

@@ -1,5 +1,7 @@
 // BlockDrop on CPU cores in fp32: sums of a few pixels and output channels in registers.
-// Weights are packed as [out / block][ky, kx, in][block]. Uses GCC's and Clang's vector extensions.
+// Output channels are computed in groups: of two vectors while so many are left, then of one vector, then
+// (pruned blocks) of a half, then of four channels. Weights are packed as [ky, kx, in][group], group after
+// group. Uses GCC's and Clang's vector extensions.
 
 #include "native_common.hpp"
 
@@ -13,6 +15,8 @@ constexpr int WIDE_TILE = 4, TILE = 8;
 constexpr int LANES = 4;
 constexpr int WIDE_TILE = 8, TILE = 16;
 #endif
+
+constexpr int HALF = LANES > 4 ? LANES / 2 : 4;
 
 template <int N>
 struct VectorOf {
@@ -62,36 +66,42 @@ INLINE void tile(const float* in, int in_row, int channels, const float* w, cons
     }
 }
 
-// out = relu(conv(in)), or relu(out + conv(in)) in place, for some of the rows.
+// Which rows of which convolution, and whether what `out` holds is added.
+struct Part {
+  const Conv& c;
+  const Image &in, &out;
+  int from, to;
+  bool add;
+};
+
+// out = relu(conv(in)), or relu(out + conv(in)) in place, for the group of output channels from o on.
 template <int T, int V, int L, int CIN, int S>
-void conv_rows(const Conv& c, const Image& in, const Image& out, int from, int to, bool add) {
-  const int cin = CIN ? CIN : c.in_channels, cout = c.out_channels;
-  for (int o = 0; o < cout; o += V * L) {
-    const float* w = static_cast<const float*>(c.weight) + (int64_t)o * 9 * cin;
-    for (int y = from; y < to; ++y) {
-      const float* src = in.data + y * S * in.row();
-      float* dst = out.at(y, 0) + o;
-      int x = 0;
-      for (; x + T <= out.width; x += T)
-        tile<T, V, L, CIN, S>(src + x * S * cin, in.row(), cin, w, c.bias + o, dst + x * cout, cout, add);
-      for (; x + 4 <= out.width; x += 4)
-        tile<4, V, L, CIN, S>(src + x * S * cin, in.row(), cin, w, c.bias + o, dst + x * cout, cout, add);
-      for (; x < out.width; ++x)
-        tile<1, V, L, CIN, S>(src + x * S * cin, in.row(), cin, w, c.bias + o, dst + x * cout, cout, add);
-    }
+void conv_rows(const Part& p, int o) {
+  const Image &in = p.in, &out = p.out;
+  const int cin = CIN ? CIN : p.c.in_channels, cout = p.c.out_channels;
+  const float *w = static_cast<const float*>(p.c.weight) + (int64_t)o * 9 * cin, *bias = p.c.bias + o;
+  for (int y = p.from; y < p.to; ++y) {
+    const float* src = in.data + y * S * in.row();
+    float* dst = out.at(y, 0) + o;
+    int x = 0;
+    for (; x + T <= out.width; x += T)
+      tile<T, V, L, CIN, S>(src + x * S * cin, in.row(), cin, w, bias, dst + x * cout, cout, p.add);
+    for (; x + 4 <= out.width; x += 4)
+      tile<4, V, L, CIN, S>(src + x * S * cin, in.row(), cin, w, bias, dst + x * cout, cout, p.add);
+    for (; x < out.width; ++x)
+      tile<1, V, L, CIN, S>(src + x * S * cin, in.row(), cin, w, bias, dst + x * cout, cout, p.add);
   }
 }
 
+// A group of V * L output channels; returns the first channel after it.
 template <int T, int V, int L>
-void conv_by_input(const Conv& c, const Image& in, const Image& out, int from, int to, bool add) {
-  if (c.stride == 1) switch (c.in_channels) {  // the usual numbers of channels, known when compiled
-      case 3: return conv_rows<T, V, L, 3, 1>(c, in, out, from, to, add);
-      case 16: return conv_rows<T, V, L, 16, 1>(c, in, out, from, to, add);
-      case 32: return conv_rows<T, V, L, 32, 1>(c, in, out, from, to, add);
-      case 64: return conv_rows<T, V, L, 64, 1>(c, in, out, from, to, add);
-      default: return conv_rows<T, V, L, 0, 1>(c, in, out, from, to, add);
+int conv_group(const Part& p, int o) {
+  if (p.c.stride == 2) conv_rows<T, V, L, 0, 2>(p, o);
+  else switch (p.c.in_channels) {  // the usual numbers of channels, known when compiled
+      case 3: conv_rows<T, V, L, 3, 1>(p, o); break;
+      default: conv_rows<T, V, L, 0, 1>(p, o);
     }
-  conv_rows<T, V, L, 0, 2>(c, in, out, from, to, add);
+  return o + V * L;
 }
 
 struct Fp32 {
@@ -101,10 +111,14 @@ struct Fp32 {
   static float to_float(float value) { return value; }
   static float from_float(float value) { return value; }
   static void conv(const Team& team, const Conv& c, const Image& in, const Image& out, bool add) {
-    const int from = team.from(out.height), to = team.to(out.height);
-    if (c.block == 2 * LANES) conv_by_input<WIDE_TILE, 2, LANES>(c, in, out, from, to, add);
-    else if (c.block == LANES) conv_by_input<TILE, 1, LANES>(c, in, out, from, to, add);
-    else conv_by_input<TILE, 1, 4>(c, in, out, from, to, add);
+    const Part p{c, in, out, team.from(out.height), team.to(out.height), add};
+    for (int o = 0; o < c.out_channels;) {
+      const int left = c.out_channels - o;
+      if (left >= 2 * LANES) o = conv_group<WIDE_TILE, 2, LANES>(p, o);
+      else if (left >= LANES) o = conv_group<TILE, 1, LANES>(p, o);
+      else if (left >= HALF) o = conv_group<TILE, 1, HALF>(p, o);
+      else o = conv_group<TILE, 1, 4>(p, o);
+    }
   }
 };
 

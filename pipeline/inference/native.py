@@ -180,13 +180,14 @@ class _Fp32Kernel:
         self.lanes = self.library.lanes()
 
     def pack(self, weight: Tensor, bias: Tensor, stride: int) -> _PackedConv:
-        """Weight [O, I, 3, 3] as [O / block][ky, kx, I][block]."""
+        """Weight [O, I, 3, 3] as [ky, kx, I][G] for each group of G output channels, largest first."""
         del stride  # the layout does not depend on it
         out_channels, in_channels = weight.shape[:2]
-        block = next(width for width in (2 * self.lanes, self.lanes, 4) if out_channels % width == 0)
-        blocks = weight.view(out_channels // block, block, in_channels, 3, 3)
-        packed = blocks.permute(0, 3, 4, 2, 1)  # [O / block, ky, kx, I, block]
-        return _PackedConv(packed.contiguous(), bias.contiguous(), in_channels, out_channels, block)
+        groups: list[int] = []
+        for size in (2 * self.lanes, self.lanes, max(self.lanes // 2, 4), 4):
+            groups += [size] * ((out_channels - sum(groups)) // size)
+        parts = [part.permute(2, 3, 1, 0).flatten() for part in weight.split(groups)]
+        return _PackedConv(torch.cat(parts), bias.contiguous(), in_channels, out_channels, 1)
 
 
 class _Bf16Kernel:

@@ -120,16 +120,19 @@ class Memory {
   std::vector<Value> values_;
 };
 
-// One network's activations: for each of its stages the stream and what lies between two convolutions.
-// And streams as they were where policies part, `forks` at most that are all yet to be gone back to.
+// One network's activations: for each of its stages the stream, and what lies between two convolutions of
+// its blocks. Blocks of a stage share that memory if they have as many channels there (pruned ones may
+// not): then its border, which depends on them, stays zero. And streams as they were where policies part,
+// `forks` at most that are all yet to be gone back to.
 template <class Value>
 struct Workspace {
   std::vector<ImageOf<Value>> streams, hidden;
+  std::vector<int> hidden_of;  // [K], which of `hidden` a block uses
   Memory<Value> memory;
   std::vector<std::vector<Value>> kept;
 
   Workspace(const Network& net, int height, int width, int forks)
-      : streams(stages(net, height, width)), hidden(streams), memory(all()) {
+      : streams(stages(net, height, width)), memory(all(net)) {
     int64_t most = 0;
     for (const auto& stream : streams) most = std::max(most, (int64_t)(stream.height + 2) * stream.row());
     kept.assign(forks, std::vector<Value>(most));
@@ -138,14 +141,29 @@ struct Workspace {
   static std::vector<ImageOf<Value>> stages(const Network& net, int height, int width) {
     std::vector<ImageOf<Value>> found{{nullptr, height, width, net.convs[0].out_channels}};
     for (int b = 0; b < net.num_blocks; ++b) {
-      const Conv& first = net.convs[1 + 2 * b];
-      if (first.stride == 2) found.push_back({nullptr, height /= 2, width /= 2, first.out_channels});
+      const Conv &first = net.convs[1 + 2 * b], &second = net.convs[2 + 2 * b];
+      if (first.stride == 2) found.push_back({nullptr, height /= 2, width /= 2, second.out_channels});
     }
     return found;
   }
-  std::vector<ImageOf<Value>*> all() {
+  std::vector<ImageOf<Value>*> all(const Network& net) {
+    std::vector<int> stage_of;  // of each in `hidden`
+    for (int b = 0, stage = 0; b < net.num_blocks; ++b) {
+      const Conv& first = net.convs[1 + 2 * b];
+      if (first.stride == 2) ++stage;
+      size_t i = 0;
+      while (i < hidden.size() && (stage_of[i] != stage || hidden[i].channels != first.out_channels)) ++i;
+      if (i == hidden.size()) {
+        hidden.push_back({nullptr, streams[stage].height, streams[stage].width, first.out_channels});
+        stage_of.push_back(stage);
+      }
+      hidden_of.push_back(i);
+    }
     std::vector<ImageOf<Value>*> found;
-    for (size_t i = 0; i < streams.size(); ++i) found.insert(found.end(), {&streams[i], &hidden[i]});
+    for (size_t stage = 0, i = 0; stage < streams.size(); ++stage) {  // a stage's memory lies together
+      found.push_back(&streams[stage]);
+      for (; i < hidden.size() && stage_of[i] == (int)stage; ++i) found.push_back(&hidden[i]);
+    }
     return found;
   }
 };
@@ -209,9 +227,10 @@ void run_blocks(const Team& team, const Network& net, Workspace<typename Kernel:
     if (drop == policies.begin()) continue;
     const bool part = drop != policies.end();
     if (part) keep(team, space.streams[stage], space.kept[fork], false);
-    Kernel::conv(team, first, from, space.hidden[stage], false);
+    const auto& hidden = space.hidden[space.hidden_of[b]];
+    Kernel::conv(team, first, from, hidden, false);
     team.wait();
-    Kernel::conv(team, second, space.hidden[stage], space.streams[stage], true);
+    Kernel::conv(team, second, hidden, space.streams[stage], true);
     team.wait();
     if (!part) continue;
     run_blocks<Kernel>(team, net, space, b + 1, stage, fork + 1, {policies.begin(), drop}, actions, outputs);

@@ -142,34 +142,36 @@ def _pool_and_pad(
 @_jit
 def _block(
     actions: tl.tensor, src: tl.tensor, stream: tl.tensor, weights: tl.tensor, biases: tl.tensor,
-    height: tl.constexpr, width: tl.constexpr, cin: tl.constexpr, cout: tl.constexpr,
-    stride: tl.constexpr, how: tl.constexpr,
+    height: tl.constexpr, width: tl.constexpr, cin: tl.constexpr, inside: tl.constexpr,
+    cout: tl.constexpr, stride: tl.constexpr, how: tl.constexpr,
 ) -> None:  # fmt: skip
     """If its action says so, stream = relu(stream + conv(relu(conv(src)))).
+
+    `inside` channels are between the two convolutions.
 
     All threads read the same action, so all or none come to the barriers inside.
     """
     if tl.load(actions) != 0:
         hidden = stream + (height + 2) * (width + 2) * cout
-        _conv(src, hidden, weights, biases, height, width, cin, cout, stride, False, how)
-        second = weights + 12 * cin * cout
-        _conv(hidden, stream, second, biases + cout, height, width, cout, cout, 1, True, how)
+        _conv(src, hidden, weights, biases, height, width, cin, inside, stride, False, how)
+        second = weights + 12 * cin * inside
+        _conv(hidden, stream, second, biases + inside, height, width, inside, cout, 1, True, how)
 
 
 @_jit
 def _stage(
     actions: tl.tensor, src: tl.tensor, stream: tl.tensor, weights: tl.tensor, biases: tl.tensor,
-    height: tl.constexpr, width: tl.constexpr, cin: tl.constexpr, cout: tl.constexpr,
-    stride: tl.constexpr, blocks: tl.constexpr, how: tl.constexpr,
+    height: tl.constexpr, width: tl.constexpr, cin: tl.constexpr, inside: tl.constexpr,
+    cout: tl.constexpr, stride: tl.constexpr, blocks: tl.constexpr, how: tl.constexpr,
 ) -> None:  # fmt: skip
     """The blocks of a stage, from src to stream; the same buffer where the shape stays."""
     if stride == 2:
         _pool_and_pad(src, stream, height, width, cin, cout, how)
-    _block(actions, src, stream, weights, biases, height, width, cin, cout, stride, how)
-    rest = weights + 12 * (cin + cout) * cout
+    _block(actions, src, stream, weights, biases, height, width, cin, inside, cout, stride, how)
+    rest = weights + 12 * (cin + cout) * inside
     for block in range(1, blocks):
-        _block(actions + block, stream, stream, rest + (block - 1) * (24 * cout * cout),
-               biases + block * (2 * cout), height, width, cout, cout, 1, how)  # fmt: skip
+        _block(actions + block, stream, stream, rest + (block - 1) * (24 * inside * cout),
+               biases + block * (inside + cout), height, width, cout, inside, cout, 1, how)  # fmt: skip
 
 
 @_jit
@@ -202,12 +204,13 @@ def _forward(
     inputs: tl.tensor, actions: tl.tensor, action_stride: tl.tensor, weights: tl.tensor,
     biases: tl.tensor, fc_weight: tl.tensor, fc_bias: tl.tensor, logits: tl.tensor, scratch: tl.tensor,
     batch: tl.tensor, height: tl.constexpr, width: tl.constexpr, c0: tl.constexpr, c1: tl.constexpr,
-    c2: tl.constexpr, blocks: tl.constexpr, outputs: tl.constexpr, space: tl.constexpr,
-    how: tl.constexpr,
+    c2: tl.constexpr, i0: tl.constexpr, i1: tl.constexpr, i2: tl.constexpr, blocks: tl.constexpr,
+    outputs: tl.constexpr, space: tl.constexpr, how: tl.constexpr,
 ) -> None:  # fmt: skip
     """Logits [B, N] of inputs [B, H, W, 3] under actions [B, K], image by image.
 
-    c0, c1 and c2 are the stages' channels, `blocks` are in each, `space` elements of scratch are a
+    c0, c1 and c2 are the stages' channels, i0 to i2 those inside their blocks, `blocks` are in
+    each, `space` elements of scratch are a
     program's. There: the image, then a stage's stream and what lies between its convolutions.
     """
     h1: tl.constexpr = height // 2
@@ -215,10 +218,10 @@ def _forward(
     h2: tl.constexpr = height // 4
     w2: tl.constexpr = width // 4
     weights0 = weights + 12 * 4 * c0
-    weights1 = weights0 + 12 * 2 * blocks * c0 * c0
-    weights2 = weights1 + 12 * (c0 + (2 * blocks - 1) * c1) * c1
-    biases1 = biases + (1 + 2 * blocks) * c0
-    biases2 = biases1 + 2 * blocks * c1
+    weights1 = weights0 + 12 * 2 * blocks * c0 * i0
+    weights2 = weights1 + 12 * (c0 + (2 * blocks - 1) * c1) * i1
+    biases1 = biases + c0 + blocks * (i0 + c0)
+    biases2 = biases1 + blocks * (i1 + c1)
     image = tl.program_id(0).to(tl.int64)  # so that offsets in large batches are int64, too
     pixels = scratch + image * space
     stream0 = pixels + (height + 2) * (width + 2) * 4
@@ -228,9 +231,11 @@ def _forward(
         acts = actions + image * action_stride
         _read(inputs + image * (height * width * 3), pixels, height, width, how)
         _conv(pixels, stream0, weights, biases, height, width, 4, c0, 1, False, how)
-        _stage(acts, stream0, stream0, weights0, biases + c0, height, width, c0, c0, 1, blocks, how)
-        _stage(acts + blocks, stream0, stream1, weights1, biases1, h1, w1, c0, c1, 2, blocks, how)
-        _stage(acts + 2 * blocks, stream1, stream2, weights2, biases2, h2, w2, c1, c2, 2, blocks, how)
+        _stage(acts, stream0, stream0, weights0, biases + c0, height, width, c0, i0, c0, 1, blocks, how)
+        _stage(acts + blocks, stream0, stream1, weights1, biases1, h1, w1, c0, i1, c1, 2, blocks, how)
+        _stage(
+            acts + 2 * blocks, stream1, stream2, weights2, biases2, h2, w2, c1, i2, c2, 2, blocks, how
+        )
         _head(stream2, fc_weight, fc_bias, logits + image * outputs, outputs, h2, w2, c2, how)
         image += tl.num_programs(0)
 
@@ -251,11 +256,19 @@ class _Network:
         self.channels = [_padded(resnet.width * 2**stage) for stage in range(CIFAR_STAGES)]
         if self.channels[-1] > MAX_CHANNELS:
             raise UnavailableError(f"{self.channels[-1]} channels are more than {MAX_CHANNELS}")
-        packed = [self._packed(resnet.conv1, resnet.bn1, PIXEL)]
-        for block in resnet.flat_blocks():
-            packed += [
-                self._packed(conv, bn, _padded(conv.in_channels)) for conv, bn in block.convolutions()
-            ]
+        blocks = resnet.flat_blocks()
+        stages = [blocks[self.blocks * stage :][: self.blocks] for stage in range(CIFAR_STAGES)]
+        # of a stage with pruned blocks: those of the block that has most
+        self.inside = [
+            _padded(max(block.convolutions()[0][0].out_channels for block in stage)) for stage in stages
+        ]
+        packed = [self._packed(resnet.conv1, resnet.bn1, PIXEL, self.channels[0])]
+        cin = self.channels[0]
+        for stage, inside, cout in zip(stages, self.inside, self.channels, strict=True):
+            for block in stage:
+                first, second = block.convolutions()
+                packed += [self._packed(*first, cin, inside), self._packed(*second, inside, cout)]
+                cin = cout
         self.weights = torch.cat([weight for weight, _ in packed])
         self.biases = torch.cat([bias for _, bias in packed])
         more = self.channels[-1] - resnet.fc.in_features
@@ -264,10 +277,10 @@ class _Network:
         self.every = torch.ones(1, resnet.num_blocks, dtype=torch.bool, device=self.biases.device)
         self.spaces: dict[tuple[int, int], Tensor] = {}
 
-    def _packed(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, cin: int) -> tuple[Tensor, Tensor]:
+    def _packed(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, cin: int, cout: int) -> tuple[Tensor, Tensor]:
         """Weight [ky, kx, I, O], flat, with a fourth kx that is zero; bias [O] float32."""
         weight, bias = fold(conv, bn)
-        more = _padded(conv.out_channels) - conv.out_channels
+        more = cout - conv.out_channels
         weight = F.pad(weight.permute(2, 3, 1, 0), (0, more, 0, cin - conv.in_channels, 0, 1))
         return weight.to(self.dtype).flatten(), F.pad(bias, (0, more))
 
@@ -359,7 +372,7 @@ class TritonKernel(Executor):
             _forward[(programs,)](
                 rows, actions, actions.shape[1] if len(actions) > 1 else 0, network.weights,
                 network.biases, network.fc_weight, network.fc_bias, logits, space, batch, height, width,
-                *network.channels, network.blocks, outputs, space.shape[1], how,
+                *network.channels, *network.inside, network.blocks, outputs, space.shape[1], how,
                 num_warps=self.NUM_WARPS, num_stages=1,  # 1: no loads ahead of their turn
             )  # fmt: skip
         return logits

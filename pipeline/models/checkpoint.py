@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import gt
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,14 +24,13 @@ from pydantic import (
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from pipeline.architectures import Family, num_blocks
+from pipeline.architectures import Family, inner_channels, num_blocks
 from pipeline.data.transforms import Normalisation
 from pipeline.infra.atomic_io import write_atomically, write_text
 from pipeline.infra.errors import UserError
 from pipeline.infra.safe_io import open_regular, read_json, short_repr, truncate
-from pipeline.models.build import make_resnet
+from pipeline.models.build import make_resnet, on_meta
 from pipeline.models.path_values import PathValues
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
@@ -61,6 +61,9 @@ Deviation = Annotated[float, Field(ge=1e-3, le=1e3)]
 ClassName = Annotated[str, AfterValidator(_in_utf8)]
 Side = Annotated[int, Field(ge=8, le=512, multiple_of=4)]
 Depth = Annotated[int, Field(le=2000)]
+BlockChannels = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=1 << 20)], ...], Field(strict=False, max_length=2)
+]
 BlockPath = Annotated[str, Field(pattern=r"^[01]{1,1000}$")]
 
 
@@ -84,6 +87,8 @@ class _Architecture(_Strict):
             del written["family"]
         if "paths" in written and written["paths"] is None:  # nor policy networks that classify
             del written["paths"], written["num_classes"]
+        if "inner_channels" in written and written["inner_channels"] is None:  # nor pruned ones
+            del written["inner_channels"]
         return written
 
 
@@ -92,11 +97,29 @@ class ResNetArchitecture(_Architecture):
 
     width: Annotated[int, Field(ge=1, le=4096)]
     num_classes: Annotated[int, Field(ge=2, le=100_000)]
+    # of each block of a pruned network; missing where it is not
+    inner_channels: Annotated[tuple[BlockChannels, ...], Field(strict=False)] | None = None
+
+    @model_validator(mode="after")
+    def _is_pruned_from_its_shape(self) -> "ResNetArchitecture":
+        if self.inner_channels is None:
+            return self
+        unpruned = inner_channels(self.family, self.depth, self.width)
+        if [len(block) for block in self.inner_channels] != [len(block) for block in unpruned]:
+            raise ValueError(f"inner_channels are not {len(unpruned)} times {len(unpruned[0])} numbers")
+        for number, (block, most) in enumerate(zip(self.inner_channels, unpruned, strict=True), 1):
+            if any(map(gt, block, most)):
+                raise ValueError(f"inner_channels of block {number} are {block}, more than {most}")
+        return self
 
     def build(self) -> ResNet:
         """A ResNet with fresh weights."""
         return make_resnet(
-            family=self.family, depth=self.depth, width=self.width, num_classes=self.num_classes
+            family=self.family,
+            depth=self.depth,
+            width=self.width,
+            num_classes=self.num_classes,
+            inner_channels=self.inner_channels,
         )
 
 
@@ -234,6 +257,7 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
             depth=resnet.depth,
             width=resnet.width,
             num_classes=resnet.num_classes,
+            inner_channels=resnet.inner_channels if resnet.is_pruned else None,
         ),
         policy_net=None
         if policy_net is None
@@ -322,17 +346,6 @@ def other_content(path: Path) -> str | None:
     return None
 
 
-class _Uninitialised(TorchFunctionMode):
-    """Networks are built without drawing weights, which on `meta` would import PyTorch's compiler."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in (Tensor.normal_, Tensor.uniform_):
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
 def fill(
     build: Callable[[], nn.Module], weights: Mapping[str, Tensor], path: Path, remedy: str = _COPY_AGAIN
 ) -> nn.Module:
@@ -341,8 +354,7 @@ def fill(
     Raises:
         CheckpointError: they don't fit it.
     """
-    with torch.device("meta"), _Uninitialised():  # first without memory: what is claimed may be false
-        require_fit(build(), weights, path, remedy)
+    require_fit(on_meta(build), weights, path, remedy)  # without memory: what is claimed may be false
     network = build()
     network.load_state_dict(weights)
     return network

@@ -6,12 +6,13 @@ Shapes: B images, K blocks, N classes, C channels, H and W pixels, R rows that k
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.architectures import Family, stage_sizes
+from pipeline.architectures import Family, InnerChannels, inner_channels, stage_sizes
 from pipeline.distributed import any_rank_ran
 from pipeline.models.row_ops import kept_rows, put_rows, take_rows
 
@@ -47,6 +48,20 @@ class Block(nn.Module):
     def convolutions(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
         """The residual's convolutions with their batch norms; a ReLU is after each but the last."""
         raise NotImplementedError
+
+    def narrow(self, channels: Sequence[int]) -> None:
+        """Replace the residual's convolutions by fresh ones with these inner channels.
+
+        The stream that the block reads and writes keeps its channels, so the shortcut stays as it is.
+        """
+        pairs = self.convolutions()
+        (first, _), (last, _) = pairs[0], pairs[-1]
+        widths = pairwise([first.in_channels, *channels, last.out_channels])
+        for number, ((conv, _), (ins, outs)) in enumerate(zip(pairs, widths, strict=True), 1):
+            side, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
+            narrower = nn.Conv2d(ins, outs, side, stride=stride, padding=padding, bias=False)
+            setattr(self, f"conv{number}", narrower)
+            setattr(self, f"bn{number}", BatchNorm(outs))
 
     def residual(self, x: Tensor) -> Tensor:
         """F(x): what dropping the block saves."""
@@ -102,6 +117,10 @@ class ResNet(nn.Module):
         pool: between the stem's ReLU and the first block.
         blocks: from input to output.
         fc: from the last block's channels to the classes.
+        inner_channels: of each block of a pruned network; None: it is not pruned.
+
+    Raises:
+        ValueError: `inner_channels` are not of these blocks.
     """
 
     def __init__(
@@ -114,6 +133,7 @@ class ResNet(nn.Module):
         pool: nn.Module,
         blocks: Sequence[Block],
         fc: nn.Linear,
+        inner_channels: InnerChannels | None,
     ) -> None:
         super().__init__()
         self.family: Family = family
@@ -125,6 +145,9 @@ class ResNet(nn.Module):
         self.pool = pool
         self.blocks = nn.ModuleList(blocks)
         self.fc = fc
+        if inner_channels is not None:
+            for block, channels in zip(self.flat_blocks(), inner_channels, strict=True):
+                block.narrow(channels)
         self.to(memory_format=torch.channels_last)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -139,6 +162,19 @@ class ResNet(nn.Module):
     def num_blocks(self) -> int:
         """K, the length of a policy."""
         return len(self.blocks)
+
+    @property
+    def inner_channels(self) -> InnerChannels:
+        """Channels between the convolutions of each block, K times one or (bottleneck) two numbers."""
+        return tuple(
+            tuple(conv.out_channels for conv, _ in block.convolutions()[:-1])
+            for block in self.flat_blocks()
+        )
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether a block has fewer inner channels than its family, depth and width say."""
+        return self.inner_channels != inner_channels(self.family, self.depth, self.width)
 
     def flat_blocks(self) -> list[Block]:
         """The K blocks from input to output."""

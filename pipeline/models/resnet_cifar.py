@@ -6,7 +6,7 @@ Shapes: B images, K blocks, N classes, C channels, H and W pixels.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.architectures import stage_sizes
+from pipeline.architectures import InnerChannels, stage_sizes
 from pipeline.models.resnet import BatchNorm, Block, ResNet, make_blocks
 
 
@@ -46,12 +46,19 @@ class BasicBlock(Block):
         return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
 
-def cifar_resnet(*, depth: int, width: int = 16, num_classes: int = 10) -> ResNet:
+def cifar_resnet(
+    *,
+    depth: int,
+    width: int = 16,
+    num_classes: int = 10,
+    inner_channels: InnerChannels | None = None,
+) -> ResNet:
     """A ResNet with K = 3n blocks in three stages.
 
     Args:
         depth: 6n+2: 8, 14, 20, 32, 44, 56, 110, ...
         width: channels of the first stage; the next two have twice and four times as many.
+        inner_channels: of each block of a pruned network.
 
     Raises:
         ValueError: the depth is not 6n+2.
@@ -65,4 +72,5 @@ def cifar_resnet(*, depth: int, width: int = 16, num_classes: int = 10) -> ResNe
         pool=nn.Identity(),
         blocks=make_blocks(BasicBlock, stages, width),
         fc=nn.Linear(width * 2 ** (len(stages) - 1), num_classes),
+        inner_channels=inner_channels,
     )

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock as TorchvisionBasic
 from torchvision.models.resnet import Bottleneck as TorchvisionBottleneck
 
-from pipeline.architectures import IMAGENET_BOTTLENECK, stage_sizes
+from pipeline.architectures import IMAGENET_BOTTLENECK, InnerChannels, stage_sizes
 from pipeline.models.resnet import BatchNorm, Block, ResNet, make_blocks
 
 
@@ -67,12 +67,19 @@ class Bottleneck(_ImageNetBlock, TorchvisionBottleneck):
         return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
 
 
-def imagenet_resnet(*, depth: int, width: int = 64, num_classes: int = 1000) -> ResNet:
+def imagenet_resnet(
+    *,
+    depth: int,
+    width: int = 64,
+    num_classes: int = 1000,
+    inner_channels: InnerChannels | None = None,
+) -> ResNet:
     """A ResNet whose stem quarters the side, with K blocks in four stages.
 
     Args:
         depth: 18, 34 (basic blocks), 50, 101, 152 (bottlenecks), or a small one of architectures.py.
         width: channels of the first stage before they are expanded; 64 in all published networks.
+        inner_channels: of each block of a pruned network.
 
     Raises:
         ValueError: there is no such depth.
@@ -87,4 +94,5 @@ def imagenet_resnet(*, depth: int, width: int = 64, num_classes: int = 1000) -> 
         pool=nn.MaxPool2d(3, stride=2, padding=1),
         blocks=make_blocks(block_type, stages, width, block_type.expansion),
         fc=nn.Linear(width * 2 ** (len(stages) - 1) * block_type.expansion, num_classes),
+        inner_channels=inner_channels,
     )

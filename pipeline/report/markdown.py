@@ -65,7 +65,7 @@ class Results:
     evaluated: Evaluation
     baselines: Baselines
     # whether each network is correct on each test image; BlockDrop's name is `blockdrop`, the full
-    # network's `full`, then `sole-20`, `first-7` and so on
+    # network's `full`, then `sole-20`, `first-7`, `pruned` and so on
     correctness: Correctness
     times: Mapping[str, TrainingTimes]  # of every training, by stage
     benchmark: BenchmarkResult
@@ -173,7 +173,7 @@ def _environment() -> Environment:
 
 
 def trained_baselines(results: Results) -> list[Baseline]:
-    """What was trained: sole ResNets, static rules with finetuning, and ensembles with one of these."""
+    """Sole and pruned ResNets, static rules with finetuning, and ensembles with one of these."""
     family = results.params["resnet.family"]
     baselines = [
         Baseline(
@@ -181,6 +181,10 @@ def trained_baselines(results: Results) -> list[Baseline]:
         )
         for depth, sole in results.baselines.sole.items()
     ]
+    for pruned in results.baselines.pruned.values():
+        depth, blocks = results.params["resnet.depth"], results.baselines.baseline.num_blocks
+        name = f"pruned ResNet-{depth}"
+        baselines.append(Baseline(name, "pruned", pruned.accuracy, blocks, pruned.flops))
     tuned = "finetuned" if results.params["finetune.epochs"] else "not finetuned"
     for key, static in results.baselines.static.items():
         rule, num_kept = key.rsplit("_", 1)
@@ -259,7 +263,7 @@ def speed_verdict(answer: Answer) -> str:
     if ratios:
         sentence += f"; it would be up to a keep ratio of {', '.join(ratios)}"
     if winner.faster_than:
-        sentence += f"; no slower than a full {winner.faster_than}"
+        sentence += f"; no slower than a {winner.faster_than} with every block"
     return sentence + "."
 
 

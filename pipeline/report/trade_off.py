@@ -69,9 +69,9 @@ def trade_off(
     """Accuracy against FLOPs per image: does looking at the image beat every static network?
 
     Args:
-        baselines: {kind, depth, blocks, finetuned, flops, accuracy}; kind is full, sole, first, random,
-            distribute or ensemble. Rows of one rule, number of blocks and finetuning are drawn as their
-            mean; a band where some have accuracy_std, of several draws.
+        baselines: {kind, depth, blocks, finetuned, flops, accuracy}; kind is full, sole, pruned, first,
+            random, distribute or ensemble. Rows of one rule, number of blocks and finetuning are drawn
+            as their mean; a band where some have accuracy_std, of several draws.
         blockdrop: {accuracy, flops, label}, one or several.
         paper: {accuracy, flops, label}: published numbers.
         dial: {accuracy, flops}: BlockDrop's networks at other gammas.
@@ -88,9 +88,12 @@ def trade_off(
     if ensembles:
         said = "policy network and another one, averaged"
         ax.scatter(*_columns(ensembles), s=36, color=GREY, marker="P", zorder=3, label=said)
+    pruned = [row for row in baselines if row["kind"] == "pruned"]
+    if pruned:
+        ax.scatter(*_columns(pruned), s=52, color=INK, marker="X", zorder=3, label="pruned, every block")
     if dial:
         ax.plot(*_columns(dial), ".-", color=ORANGE, linewidth=1.2, label="BlockDrop at other gammas")
-    _frame(ax, [*static, *tuned, *ensembles, *blockdrop, *paper, *dial])
+    _frame(ax, [*static, *tuned, *ensembles, *pruned, *blockdrop, *paper, *dial])
     headline(figure, title)
     _finish(figure, ax, labels)
     save(figure, path)
@@ -99,33 +102,60 @@ def trade_off(
 def front(path: Path, *, experiments: Sequence[Row], baselines: Sequence[Row], title: str) -> None:
     """What gamma buys: every experiment, the mean of each gamma, and which of them are not beaten.
 
+    Experiments of several ratios of pruning are drawn as a line of gammas for each ratio.
+
     Args:
-        experiments: {name, gamma, seed, accuracy, flops, blocks}.
-        baselines: as for `trade_off`; the full ResNet and sole ones are drawn.
+        experiments: {name, gamma, seed, pruned, accuracy, flops, blocks}; pruned is the ratio.
+        baselines: as for `trade_off`; the full ResNet and sole ones are drawn, and pruned ones with
+            every block, whose rows have `pruned` too.
     """
     figure, ax = plt.subplots(figsize=(WIDTH, 4.8), layout="constrained")
     static = [row for row in baselines if row["kind"] in ("full", "sole")]
     labels = _draw_resnets(ax, static)
-    means = []
-    gammas = sorted({row["gamma"] for row in experiments})
-    for place, gamma in enumerate(gammas):
-        x, y = _columns([row for row in experiments if row["gamma"] == gamma])
-        colour = plt.get_cmap("cividis")(0.9 * place / max(1, len(gammas) - 1))
-        if len(x) > 1:
-            _draw_seeds(ax, x, y, colour)
-        means.append((float(x.mean()), float(y.mean())))
-        ax.plot(*means[-1], "o", color=colour, markersize=9, markeredgecolor=INK, zorder=4)
-        labels.append((*means[-1], f"gamma {gamma:g}"))
-    of_means = len(experiments) > len(gammas)
+    ratios = sorted({row["pruned"] for row in experiments})
+    means: list[tuple[float, float]] = []
+    for ratio in ratios:
+        own = [row for row in experiments if row["pruned"] == ratio]
+        gammas = sorted({row["gamma"] for row in own})
+        line = []
+        for place, gamma in enumerate(gammas):
+            x, y = _columns([row for row in own if row["gamma"] == gamma])
+            by_ratio = len(ratios) > 1
+            shade = (
+                ratios.index(ratio) / (len(ratios) - 1) if by_ratio else place / max(1, len(gammas) - 1)
+            )
+            colour = plt.get_cmap("cividis")(0.9 * shade)
+            if len(x) > 1:
+                _draw_seeds(ax, x, y, colour)
+            line.append((float(x.mean()), float(y.mean())))
+            ax.plot(*line[-1], "o", color=colour, markersize=9, markeredgecolor=INK, zorder=4)
+            labels.append((*line[-1], f"gamma {gamma:g}"))
+        if len(ratios) > 1:
+            pruned = [row for row in baselines if row["kind"] == "pruned" and row["pruned"] == ratio]
+            _draw_ratio(ax, line, pruned, ratio, colour)
+        means += line
+    if any(row["kind"] == "pruned" for row in baselines):
+        ax.scatter([], [], s=52, color=GREY, marker="X", label="pruned, every block")
+    of_means = len(experiments) > len(means)
     said = "BlockDrop, mean of its seeds" if of_means else "BlockDrop"
     ax.plot([], [], "o", color=GREY, markersize=9, markeredgecolor=INK, label=said)
     if of_means:
         _draw_seeds(ax, [], [], GREY, "one seed")
     _draw_front(ax, means)
-    _frame(ax, [*experiments, *static])
+    _frame(ax, [*experiments, *baselines])
     headline(figure, title)
     _finish(figure, ax, labels)
     save(figure, path)
+
+
+def _draw_ratio(
+    ax: Axes, means: Sequence[tuple[float, float]], pruned: Sequence[Row], ratio: float, colour: Any
+) -> None:
+    """The line of a ratio's gammas, and the pruned ResNet with every block."""
+    said = f"{100 * ratio:g} % of the channels pruned" if ratio else "not pruned"
+    ax.plot(*zip(*means, strict=True), color=colour, linewidth=1.2, label=said)
+    if pruned:
+        ax.scatter(*_columns(pruned), s=52, color=colour, marker="X", zorder=3)
 
 
 def _columns(rows: Sequence[Row]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

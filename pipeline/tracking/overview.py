@@ -16,7 +16,12 @@ from pipeline.tracking.experiment_runs import TAG_SUPERSEDED
 from pipeline.tracking.runs import TAG_ROLE
 from pipeline.tracking.store import store, store_uri, ui_address
 
-SWEPT = {"gamma", "curriculum.gamma", "seed"}  # experiments that differ in these alone are compared
+SWEPT = {
+    "gamma",
+    "curriculum.gamma",
+    "prune.ratio",
+    "seed",
+}  # experiments that differ in these alone are compared
 LINE = 120  # characters, where there is no terminal
 # MLflow 3.17 opens experiments in its GenAI view, which hides training runs, unless told otherwise
 VIEW = "workflowType=machine_learning"

@@ -29,6 +29,7 @@ from stages.support.inputs import require_unchanged
 PREPARED = Path("data/prepared")
 MODELS = Path("models")
 PRETRAINED = Path("models/pretrain")
+PRUNED = Path("models/prune")  # pretrain's, where nothing is pruned
 POLICY_PRETRAINED = Path("models/policy_pretrain")
 POLICY = Path("models/curriculum")
 FINETUNED = Path("models/finetune")

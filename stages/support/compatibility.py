@@ -68,14 +68,16 @@ def load_resnet(
     *,
     depth: int,
     network: ResNetParams | PolicyNetParams | None = None,
+    pruned: bool = False,
 ) -> ResNet:
     """The ResNet of our own or the authors' checkpoint, if it is the one that params.yaml describes.
 
     Args:
         network: that says its family and width; None: params.resnet.
+        pruned: whether it may be a pruned one.
 
     Raises:
-        CheckpointError: it can't be read, or is of another network, data set or depth.
+        CheckpointError: it can't be read, is of another network, data set or depth, or is pruned.
     """
     expected = network or params.resnet
     if path.is_dir():
@@ -98,4 +100,26 @@ def load_resnet(
         (expected.family, depth, expected.width, len(classes)),
         "set resnet, policy_net or sole.depths, and data, in params.yaml to the checkpoint's",
     )  # fmt: skip
+    if resnet.is_pruned and not pruned:
+        raise CheckpointError(
+            f"{path} holds a pruned ResNet; import it for prune, and for pretrain the whole one"
+        )
     return resnet
+
+
+def require_same_channels(path: Path, resnet: ResNet, before: ResNet) -> None:
+    """Compare the channels inside the blocks with those of models/prune.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if resnet.inner_channels != before.inner_channels:
+        raise CheckpointError(
+            f"{path}: its blocks have {_channels(resnet)} inner channels, those of models/prune "
+            f"{_channels(before)}; import for prune the ResNet that it was finetuned from"
+        )
+
+
+def _channels(resnet: ResNet) -> str:
+    """How many are inside each block."""
+    return ", ".join("x".join(map(str, block)) for block in resnet.inner_channels)

@@ -46,11 +46,10 @@ def resnet_optimizer_of(resnet: ResNet, section: Pretrain | Finetune) -> torch.o
     )
 
 
-def distillation_of(resnet: ResNet, params: Params) -> Distillation:
-    """Finetune's loss of the ResNet, with a copy of it as it is now as the teacher."""
-    section = params.finetune
+def distillation_of(teacher: ResNet, section: Finetune, params: Params) -> Distillation:
+    """The loss of a ResNet that is finetuned, with a copy of `teacher` as it is now."""
     return Distillation(
-        resnet,
+        teacher,
         teacher_weight=section.distillation,
         normalisation=normalisation_of(params),
         precision=section.precision,

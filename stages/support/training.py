@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -58,6 +59,8 @@ from stages.support.recipes import (
 from stages.support.spared_cores import SparedCores
 from stages.support.training_state import FORMAT, Checkpointer, TrainingSection, TrainingState
 
+T = TypeVar("T")
+
 # What dvc.yaml draws of each training: without one there are no points, but the columns must be there.
 CLASSIFICATION_COLUMNS = ("epoch", "train_accuracy", "validation_accuracy")
 POLICY_COLUMNS = (
@@ -65,7 +68,7 @@ POLICY_COLUMNS = (
     "validation_reward", "validation_blocks_mean", "validation_active_blocks",
 )  # fmt: skip
 COLUMNS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("pretrain", "policy_pretrain", "sole", "static"), CLASSIFICATION_COLUMNS),
+    **dict.fromkeys(("pretrain", "prune", "policy_pretrain", "sole", "static"), CLASSIFICATION_COLUMNS),
     **dict.fromkeys(("curriculum", "finetune"), POLICY_COLUMNS),
 }
 
@@ -151,10 +154,36 @@ def run(
 
 def write_nothing(stage: str, params: Params, reason: str) -> None:
     """Write the files of a stage that has nothing to do, so that DVC finds them."""
+    pass_on(stage, params, _full_network(stage, None, params), reason)
+
+
+def pass_on(stage: str, params: Params, networks: Checkpoint, reason: str) -> None:
+    """Write a stage's files with the networks of another one, to the byte."""
     if is_main():
         outputs = Outputs(stage, "")
-        outputs.write_checkpoint(_full_network(stage, None, params), {})
+        checkpoint.save(networks, MODELS / stage)
         outputs.write_untrained(params, {}, reason)
+
+
+def before_training(stage: str, params: Params, compute: Callable[[], T]) -> T:
+    """What a stage computes before its first step: once, also if the training is interrupted.
+
+    It is kept beside the resume points; process 0 computes it for all.
+
+    Args:
+        compute: gives plain types and tensors.
+    """
+
+    def once() -> T:
+        point = ResumePoint.of(f"{stage}-start", _resume_key(Outputs(stage, ""), params))
+        with point.lock():
+            stored = point.load()
+            if stored is None:
+                stored = {"computed": compute()}
+                point.save(stored)
+            return stored["computed"]
+
+    return distributed.broadcast_from_rank0(once)
 
 
 def run_full_network(

@@ -10,9 +10,12 @@ from pipeline.models.resnet_cifar import cifar_resnet
 SIZE = 16
 
 
-def make_networks(*, depth=14, width=8, input_size=None, policy=True, seed=0) -> Networks:
+def make_networks(
+    *, depth=14, width=8, input_size=None, policy=True, seed=0, inner_channels=None
+) -> Networks:
     torch.manual_seed(seed)
-    resnet = trained(cifar_resnet(depth=depth, width=width, num_classes=5), seed)
+    sizes = {"depth": depth, "width": width, "inner_channels": inner_channels}
+    resnet = trained(cifar_resnet(**sizes, num_classes=5), seed)
     policy_net = trained(
         PolicyNet(num_blocks=resnet.num_blocks, width=width, input_size=input_size), seed + 1
     )

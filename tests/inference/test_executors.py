@@ -101,6 +101,25 @@ def test_native_agrees_with_masked_at_other_shapes(depth, width, size, threads):
     assert_close(executor("native", networks)(images), Masked(networks)(images))
 
 
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        *((name, ((8,), (4,), (12,), (8,), (24,), (20,))) for name in NAMES),
+        ("gather", ((3,), (1,), (5,), (7,), (9,), (31,))),  # native takes multiples of 4
+        ("native", ((8,), (8,), (16,), (16,), (28,), (32,))),
+    ],
+)
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_executor_agrees_with_masked_on_pruned_blocks(name, channels, threads):
+    networks, images = make_networks(inner_channels=channels), make_images(9)
+    assert networks.resnet.inner_channels == channels
+    execute, reference = executor(name, networks), Masked(networks)
+    assert_close(execute(images), reference(images))
+    for batch, policy in itertools.product((1, 9), ("random", "all kept", "first of stages dropped")):
+        actions = POLICIES[policy](batch, networks.num_blocks)
+        assert_close(execute(images[:batch], actions), reference(images[:batch], actions))
+
+
 @pytest.mark.parametrize("name", ["masked", "native"])
 def test_without_a_policy_network_every_block_runs(name):
     networks, images = make_networks(policy=False), make_images(9)

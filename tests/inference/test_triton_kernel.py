@@ -93,6 +93,19 @@ class TestInInterpreter:
         if precision == "bf16":
             assert not torch.allclose(output.logits, expected, rtol=1e-5, atol=0)
 
+    def test_same_logits_as_masked_on_pruned_blocks(self):
+        """Of stages with other numbers of inner channels than their own, and than each other."""
+        channels = ((8,), (16,), (3,), (30,), (20,), (8,))
+        networks = make_networks(depth=14, width=20, inner_channels=channels)
+        execute, images = TritonKernel(networks), make_images(3)
+        assert execute.resnet.inside == [16, 32, 32]
+        assert execute.resnet.channels == [32, 64, 128]
+        for policy in ("random", "all kept", "first of stages dropped"):
+            actions = POLICIES[policy](3, networks.num_blocks)
+            expected = Masked(networks)(images, actions).logits
+            output = execute(images, actions).logits
+            torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
+
     @pytest.mark.parametrize(("batch", "input_size"), [(1, None), (5, 4)])
     def test_same_actions_as_masked_from_the_policy_network(self, batch, input_size):
         networks, images = make_networks(policy=True, input_size=input_size), make_images(batch)

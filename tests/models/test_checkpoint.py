@@ -11,6 +11,7 @@ import torch
 from checkpoints import change_tensors, edit, networks, replace_weights
 
 from pipeline.models import checkpoint
+from pipeline.models.build import make_resnet
 from pipeline.models.checkpoint import SIDECAR, WEIGHTS, CheckpointError
 
 REMEDY = re.compile(r"\b(copy|rerun|repeat|import|retrain|make it anew)\b")
@@ -41,6 +42,24 @@ def test_saved_checkpoint_comes_back(folder):
         assert getattr(loaded, field) == getattr(saved, field)
     assert loaded.policy_net.input_size == 8
     assert (loaded.resnet.depth, loaded.resnet.width, loaded.resnet.num_classes) == (8, 4, 3)
+
+
+@pytest.mark.parametrize("family", ["cifar", "imagenet"])
+def test_pruned_network_comes_back(tmp_path, family):
+    depth, channels = {
+        "cifar": (8, ((4,), (3,), (16,))), "imagenet": (14, ((4, 2), (8, 8), (16, 1), (32, 30))),
+    }[family]  # fmt: skip
+    resnet = make_resnet(
+        family=family, depth=depth, width=4, num_classes=3, inner_channels=channels
+    ).eval()
+    checkpoint.save(replace(networks(), resnet=resnet, policy_net=None), tmp_path)
+    loaded = checkpoint.load(tmp_path).need_resnet().eval()
+    assert loaded.inner_channels == channels
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(loaded(images), resnet(images))
+    edit(tmp_path, "resnet.inner_channels", None)
+    with pytest.raises(CheckpointError, match=r"blocks\.\d\.(conv|bn)\d\.\w+ is .* expected"):
+        checkpoint.load(tmp_path)
 
 
 @pytest.mark.parametrize(("left_out", "name"), [("resnet", "ResNet"), ("policy_net", "policy network")])
@@ -157,6 +176,7 @@ def test_sidecar_of_another_structure_is_named(folder, refusal, content):
         ("resnet.depth", 10**9),
         ("resnet.width", 0),
         ("resnet.num_classes", True),
+        ("resnet.inner_channels", "4"),
         ("policy_net.depth", 9),
         ("policy_net.num_blocks", 0),
         ("policy_net.input_size", "8"),
@@ -185,6 +205,10 @@ def test_wrong_value_in_a_sidecar_is_shown_with_its_key(folder, refusal, key, va
     [
         ("resnet.num_classes", 4, "resnet.num_classes is 4, classes has 3"),
         ("resnet.depth", 14, "policy_net.num_blocks is 3, the ResNet has 6"),
+        ("resnet.inner_channels", [[4], [8]], "inner_channels are not 3 times 1 numbers"),
+        ("resnet.inner_channels", [[4], [8, 8], [8]], "inner_channels are not 3 times 1 numbers"),
+        ("resnet.inner_channels", [[4], [9], [8]], "inner_channels of block 2 are (9,), more than (8,)"),
+        ("resnet.inner_channels", [[4], [0], [8]], "resnet.inner_channels.1.0: is 0"),
         ("policy_net.num_blocks", 9, "policy_net.num_blocks is 9, the ResNet has 3"),
         ("classes", ["cat", "dog"], "classes has 2 names"),
     ],

@@ -54,10 +54,12 @@ def test_pretrained_networks_are_small_whole_and_fit_the_demo(folder: Path):
 
 
 def test_the_row_of_results_is_of_the_gates():
-    """The row is older than the parameters of paths, which the quick preset does not use."""
+    """The row is older than the parameters of paths and pruning, which the quick preset does not use."""
     quick = {key: value for key, value in QUICK.flat().items() if key in ROW["params"]}
     assert set(QUICK.flat()) - set(quick) == {
-        key for key in QUICK.flat() if "policy_pretrain" in key or key == "policy_net.paths"
+        key
+        for key in QUICK.flat()
+        if any(part in key for part in ("policy_pretrain", "policy_net.paths", "prune"))
     }
     assert ROW["params"] == json.loads(json.dumps(quick)) | {
         key: ROW["params"][key] for key in ROW["params"] if key.startswith("benchmark.")

@@ -102,9 +102,9 @@ def test_trade_off_is_about_what_may_compete(tmp_path, drawn):
     assert {f"ResNet-{row['depth']}" for row in (FULL, *SOLES)} <= set(drawn.words.splitlines())
 
 
-def experiment(gamma: float, seed: int, accuracy: float, flops: float) -> dict:
+def experiment(gamma: float, seed: int, accuracy: float, flops: float, *, pruned: float = 0.0) -> dict:
     return {
-        "name": f"gamma-{gamma:g}-seed-{seed}", "gamma": gamma, "seed": seed,
+        "name": f"gamma-{gamma:g}-seed-{seed}", "gamma": gamma, "seed": seed, "pruned": pruned,
         "accuracy": accuracy, "flops": flops, "blocks": 9.0,
     }  # fmt: skip
 
@@ -113,6 +113,18 @@ SEEDS = [
     experiment(gamma, seed, 0.9 + 0.005 * gamma + 0.001 * seed, 1e8 * (1 + 0.2 * gamma) + 1e6 * seed)
     for gamma in (1, 2, 5)
     for seed in range(3)
+]
+RATIOS = [
+    experiment(
+        gamma, seed, 0.93 - ratio / 20 - 0.1 / gamma, 5e8 * (1 - ratio) * (1 - 0.5 / gamma), pruned=ratio
+    )
+    for ratio in (0.0, 0.3, 0.5)
+    for gamma in (2, 5)
+    for seed in range(2)
+]
+PRUNED = [
+    network("pruned", 54, 0.93 - ratio / 30) | {"pruned": ratio, "flops": 5e8 * (1 - ratio)}
+    for ratio in (0.3, 0.5)
 ]
 
 
@@ -124,6 +136,7 @@ SEEDS = [
         (SEEDS[:1], []),
         ([{**SEEDS[0], "gamma": gamma} for gamma in (0.5, 1, 2, 3, 5, 7.5, 10, 20)], [FULL, *SOLES]),
         ([], [FULL, *SOLES]),
+        (RATIOS, [FULL, *SOLES, *PRUNED]),
     ],
 )
 def test_front_in_every_case(tmp_path, drawn, experiments, baselines):
@@ -141,6 +154,18 @@ def test_front_is_drawn_through_the_means_that_are_not_beaten(tmp_path, drawn):
     x, y = steps.get_data()
     np.testing.assert_allclose(x / 1e6, [121, 141, 141, 201, 201])
     np.testing.assert_allclose(y, [90.6, 90.6, 91.1, 91.1, 92.6])
+
+
+def test_front_of_several_ratios_has_a_line_for_each(tmp_path, drawn):
+    baselines = [FULL, *PRUNED]
+    trade_off.front(tmp_path / "figure.png", experiments=RATIOS, baselines=baselines, title=TITLE)
+    ax = drawn.figure.axes[0]
+    lines = {line.get_label(): line for line in ax.lines}
+    for ratio, said in ((0, "not pruned"), (0.3, "30 % of the channels pruned")):
+        of_gammas = 5e8 * (1 - ratio) * (1 - 0.5 / np.array([2, 5]))
+        np.testing.assert_allclose(lines[said].get_xdata(), of_gammas)
+    assert drawn.words.count("pruned, every block") == 1
+    assert drawn.words.count("gamma 2") == drawn.words.count("gamma 5") == 3
 
 
 def test_trade_off_is_the_same_bytes_again(tmp_path):

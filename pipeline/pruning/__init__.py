@@ -1,0 +1,1 @@
+"""Structured pruning of the channels inside the blocks; what goes in and comes out stays as it is."""
