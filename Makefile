@@ -49,7 +49,7 @@ preset: setup ## copy a file of presets/ to params.yaml: NAME=cifar10_resnet32
 preset-show: setup ## NAME=cifar10_resnet32: print what `make preset` would write, and write nothing
 	@python -m tools.preset --show -- "$$NAME"
 
-import: setup ## start a stage from a checkpoint: FILE=path STAGE=pretrain|policy_pretrain|curriculum|finetune
+import: setup ## start a stage from a checkpoint: FILE=path STAGE=pretrain|prune|policy_pretrain|curriculum|finetune
 	@python -m tools.import_checkpoint -- "$$FILE" "$$STAGE"
 
 predict: setup ## classify images, and show the blocks that run: IMAGES="a.png 'b c.png' photos/*.jpg"

@@ -1,4 +1,4 @@
-"""Start from a checkpoint: `make import FILE=path STAGE=pretrain|policy_pretrain|curriculum|finetune`.
+"""Start from a checkpoint: `make import FILE=path STAGE=NAME`, NAME one of STAGES below.
 
 FILE may be torchvision:IMAGENET1K_V1 (or _V2): pretrained weights, which it fetches.
 Checks the file, copies it into import/, lets DVC track the copy, and names it in params.yaml.
@@ -28,7 +28,7 @@ IMPORT = Path("import")
 PARAMS = Path("params.yaml")
 TORCHVISION = "torchvision:"  # before the name of weights, in place of a file
 OWN_FILES = (checkpoint.WEIGHTS, checkpoint.SIDECAR)
-STAGES = ("pretrain", "policy_pretrain", "curriculum", "finetune")
+STAGES = ("pretrain", "prune", "policy_pretrain", "curriculum", "finetune")
 WITH_POLICY = ("curriculum", "finetune")  # checkpoints that hold a policy network
 UNSAFE = re.compile(r"[^\w.+=@,()-]")  # some mean something in dvc.yaml, DVC's targets or .gitignore
 
@@ -120,7 +120,8 @@ def name_in_params(stage: str, path: Path) -> list[str]:
     """Set checkpoints.STAGE in params.yaml, comments kept; returns all stages that now import `path`.
 
     A finetuned pair holds both networks, so the stages before it take them from the same file, unless
-    params.yaml names another for them: otherwise they would train networks that no stage uses.
+    params.yaml names another for them: otherwise they would train networks that no stage uses. Of a
+    pruned pair that is prune, and pretrain trains the whole ResNet, with which results are compared.
     """
     yaml = YAML()
     yaml.preserve_quotes = True
@@ -132,7 +133,8 @@ def name_in_params(stage: str, path: Path) -> list[str]:
     checkpoints = content["checkpoints"]
     stages = [stage]
     if stage == "finetune":
-        held = ("pretrain", "curriculum")
+        resnet = checkpoint.load(path).resnet if path.is_dir() else None
+        held = ("prune" if resnet is not None and resnet.is_pruned else "pretrain", "curriculum")
         stages += [earlier for earlier in held if checkpoints[earlier] == NO_FILE]
     for name in stages:
         checkpoints[name] = path.as_posix()

@@ -28,10 +28,10 @@ NEEDS: dict[
     str, tuple[str, ...]
 ] = {  # trainings in an order in which they can run, with what each needs
     "pretrain": (),
-    "curriculum": ("pretrain",),
-    "finetune": ("pretrain", "curriculum"),
+    "curriculum": ("pretrain", "prune"),
+    "finetune": ("pretrain", "prune", "curriculum"),
     "sole": (),
-    "static": ("pretrain",),
+    "static": ("pretrain", "prune"),
 }
 STORE = "mlflow.db"
 TRAINER, DVC = "-m stages.", "dvc repro"  # parts of the command lines of the two processes that write

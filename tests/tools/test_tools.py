@@ -21,6 +21,7 @@ from pipeline.infra.errors import UserError
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import CheckpointError
 from pipeline.models.resnet import ResNet
+from pipeline.models.resnet_cifar import cifar_resnet
 from research import speed
 from tools import import_checkpoint, preset
 from tools.import_checkpoint import STAGES, bring_in, check, name_in_params
@@ -288,6 +289,13 @@ def test_naming_a_pair_leaves_stages_that_import_already(place):
     name_in_params("pretrain", Path("import/resnet.t7"))
     assert name_in_params("finetune", Path("import/pair.t7")) == ["finetune", "curriculum"]
     assert [named()[stage] for stage in HELD] == ["import/resnet.t7", "import/pair.t7", "import/pair.t7"]
+
+
+def test_naming_a_pruned_pair_leaves_pretrain_its_whole_network(place):
+    resnet = cifar_resnet(depth=8, width=4, num_classes=3, inner_channels=((4,), (8,), (8,)))
+    checkpoint.save(replace(networks(), resnet=resnet), Path("import/pair"))
+    assert name_in_params("finetune", Path("import/pair")) == ["finetune", "prune", "curriculum"]
+    assert named()["pretrain"] == "import/none"
 
 
 @pytest.fixture
