@@ -21,6 +21,7 @@ from stages import (
     policy_pretrain,
     prepare,
     pretrain,
+    prune,
     report,
     sole,
     static,
@@ -36,6 +37,7 @@ SMALL = {
     "resnet": {"family": "imagenet", "depth": 26, "width": 4},
     "policy_net": {"family": "imagenet", "depth": 10, "width": 8, "input_size": 32},
     "pretrain": {"epochs": 2, "batch_size": 16},
+    "prune": {"ratio": 0.5, "scope": "sensitivity", "epochs": 1, "batch_size": 16},
     "curriculum": {"epochs": 5, "batch_size": 16},
     "finetune": {"epochs": 2, "batch_size": 16},
     "evaluate": {"shuffles": 2, "single_policies": 4, "bootstrap": 100},
@@ -70,7 +72,7 @@ def test_every_stage_runs_on_a_streamed_tree(project, monkeypatch):
     """In one process: importing PyTorch for each would take most of the time."""
     params = load(project / "params.yaml")
     check.main()
-    for stage in (prepare, pretrain, policy_pretrain, curriculum, finetune, evaluate):
+    for stage in (prepare, pretrain, prune, policy_pretrain, curriculum, finetune, evaluate):
         stage.main(params)
     sole.main(params, depth=14)
     static.main(params, rule="distribute", num_kept=5)
@@ -80,7 +82,11 @@ def test_every_stage_runs_on_a_streamed_tree(project, monkeypatch):
     assert evaluated["num_blocks"] == 8
     assert evaluated["full_flops"] == full["flops"]
     assert evaluated["full_accuracy"] == full["accuracy"]
+    pruned = metrics("baseline")["pruned"]["every_block"]
+    assert evaluated["flops_saved_by_pruning"] == pytest.approx(1 - pruned["flops"] / full["flops"])
+    assert 0 < evaluated["flops_saved_by_pruning"] < 1
     own = checkpoint.load(Path("models/finetune"))
+    assert own.resnet.is_pruned
     assert own.resnet.family == "imagenet"
     assert own.image_size == 64
     measured = json.loads(Path("plots/benchmark/benchmark.json").read_text())

@@ -16,6 +16,7 @@ from stages import (
     finetune,
     policy_pretrain,
     pretrain,
+    prune,
     report,
     sole,
     static,
@@ -28,6 +29,7 @@ WITH_PATHS = TINY | {
     "policy_net": {"width": 4, "paths": [0, 3, 6]},
     "policy_pretrain": {"epochs": 2, "batch_size": 16, "lr": 0.02},  # not so good that it answers all
     "pretrain": {"epochs": 12, "batch_size": 16},
+    "prune": {"ratio": 0.5, "epochs": 1, "batch_size": 16},
     "finetune": {"epochs": 4, "batch_size": 16},
     "static": {"rules": ["distribute"], "num_kept": [3]},
 }
@@ -43,7 +45,7 @@ def project(tmp_path_factory) -> Path:
         patch.setenv("BLOCKDROP_TRACKING", "off")
         patch.setenv("BLOCKDROP_DEVICE", "cpu")
         params = make_workplace(folder, changes=WITH_PATHS)
-        for stage in (pretrain, policy_pretrain, curriculum, finetune, evaluate):
+        for stage in (pretrain, prune, policy_pretrain, curriculum, finetune, evaluate):
             stage.main(params)
         sole.main(params, depth=8)
         static.main(params, rule="distribute", num_kept=3)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.e2e
 GAMMA_STAGES = ["check", "finetune", "evaluate", "benchmark", "report"]
 STATIC = {"static": {"rules": ["random"], "num_kept": [3]}}
 STATIC_STAGES = ["sole@8", "static@random-3"]
-TRAININGS = ["pretrain", "policy_pretrain", "curriculum"]
+TRAININGS = ["pretrain", "prune", "policy_pretrain", "curriculum"]
 ALL_STAGES = [*GAMMA_STAGES, *STATIC_STAGES, *TRAININGS, "prepare", "baseline"]
 
 # the stages that a comment in a module makes stale
@@ -102,9 +102,9 @@ def test_status_is_clean_beside_bytecode_and_editors_files(copy):
 
 AGAIN = """
 from pipeline.config import load
-from stages import baseline, curriculum, evaluate, finetune, prepare, pretrain, sole, static
+from stages import baseline, curriculum, evaluate, finetune, prepare, pretrain, prune, sole, static
 params = load()
-for stage in (prepare, pretrain, curriculum, finetune):
+for stage in (prepare, pretrain, prune, curriculum, finetune):
     stage.main(params)
 sole.main(params, depth=8)
 static.main(params, rule="random", num_kept=3)

@@ -88,7 +88,7 @@ def test_pruned_network_learns_as_the_masked_one_does(resnet, images):
 def test_l1_norm_is_that_of_the_filter(resnet):
     block = resnet.flat_blocks()[1]
     for (conv, _), scores in zip(block.convolutions()[:-1], l1_norms(resnet)[1], strict=True):
-        assert scores[2] == pytest.approx(float(conv.weight[2].abs().sum()))
+        assert scores[2] == pytest.approx(conv.weight[2].abs().sum().item())
     (kept,) = most_important([[torch.tensor([3.0, 1.0, 4.0, 1.5])]], [[2]])[0]
     assert kept.tolist() == [0, 2]
 

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ def workplace(folder, patch: pytest.MonkeyPatch) -> Params:
     """A workplace with all networks that the parameters name, and others that they don't."""
     made = make_workplace(folder, changes=TINY)
     put(folder, "pretrain", 14, 0)
+    put(folder, "prune", 14, 0)
     put(folder, "policy_pretrain", None)
     put(folder, "sole/8", 8, 1)
     for seed, rule in enumerate(made.static.rules):
@@ -112,6 +114,22 @@ def test_it_measures_what_params_yaml_names_and_no_stale_folder(measured):
 @pytest.mark.parametrize(("images", "draws"), [(1, 5), (2_500, 4), (5_000, 2), (50_000, 2)])
 def test_a_large_test_set_takes_few_random_draws(images, draws):
     assert baseline.random_draws(images) == draws
+
+
+def test_a_pruned_network_is_measured_with_every_block(params, tmp_path):
+    torch.manual_seed(0)
+    channels = ((4,), (4,), (8,), (8,), (8,), (8,))
+    resnet = trained(cifar_resnet(depth=14, width=4, num_classes=3, inner_channels=channels))
+    before = checkpoint.load(tmp_path / "models/prune")
+    checkpoint.save(replace(before, resnet=resnet), tmp_path / "models/prune")
+    baseline.main(params)
+    found = json.loads((tmp_path / "metrics/baseline.json").read_text())
+    cost = measure(resnet, None, 8)
+    assert found["pruned"]["every_block"]["flops"] == cost.every_block < cost.full
+    assert found["baseline"]["flops"] == cost.full
+    (row,) = (row for row in rows(tmp_path, "curves.csv") if row["kind"] == "pruned")
+    correct = [int(image["pruned"]) for image in rows(tmp_path, "images.csv")]
+    assert float(row["accuracy"]) == pytest.approx(sum(correct) / len(correct))
 
 
 def test_random_blocks_are_the_mean_and_deviation_of_all_draws(params, tmp_path, monkeypatch):

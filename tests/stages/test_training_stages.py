@@ -63,7 +63,8 @@ def pretrained(folder, params: Params) -> None:
         classes=("dark", "grey", "light"),
         metrics={},
     )
-    checkpoint.save(made, folder / "models/pretrain")
+    for stage in ("pretrain", "prune"):  # nothing is pruned
+        checkpoint.save(made, folder / "models" / stage)
 
 
 @pytest.mark.parametrize(

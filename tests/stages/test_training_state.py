@@ -30,14 +30,16 @@ from pipeline.models.policies import collapse
 from pipeline.models.policy_net import PolicyNet
 from pipeline.policy.learner import PolicyLearner
 from pipeline.training import classification, loop
-from stages import curriculum, finetune, pretrain, sole, static
+from stages import curriculum, finetune, pretrain, prune, sole, static
 from stages.support import inputs, training, training_state
 
 # 48 training images: three steps an epoch
 RECIPE = {"batch_size": 16, "epochs": 4}
 SMALL = TINY | dict.fromkeys(("pretrain", "curriculum", "finetune"), RECIPE)
+SMALL["prune"] = RECIPE | {"ratio": 0.5, "scope": "sensitivity"}
 ITEMS = {
     "pretrain": pretrain.main,
+    "prune": prune.main,
     "curriculum": curriculum.main,
     "finetune": finetune.main,
     "sole-8": lambda params: sole.main(params, depth=8),
@@ -76,7 +78,7 @@ def params(trained, tmp_path, monkeypatch) -> Params:
     monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
     monkeypatch.setenv("BLOCKDROP_DEVICE", "cpu")
     made = make_workplace(tmp_path, changes=SMALL)
-    for name in ("pretrain", "curriculum"):
+    for name in ("pretrain", "prune", "curriculum"):
         (tmp_path / "models" / name).mkdir(parents=True)
         for file in (trained / "models" / name).iterdir():
             (tmp_path / "models" / name / file.name).write_bytes(file.read_bytes())
@@ -119,6 +121,7 @@ def crash() -> None:
     ("name", "step", "place"),
     [
         ("pretrain", 2, "0 of 4, step 2 of 3"),
+        ("prune", 4, "1 of 4, step 1 of 3"),
         ("curriculum", 5, "1 of 4, step 2 of 3"),
         ("finetune", 6, "1 of 4, step 3 of 3"),
         ("sole-8", 12, "3 of 4, step 3 of 3"),
@@ -331,7 +334,7 @@ def test_code_and_data_of_a_training_are_what_dvc_yaml_lists():
     assert "pipeline/report/markdown.py" not in code
     assert all((ROOT / path).is_file() for path in code)
     folders = [path.as_posix() for path in inputs.inputs_of("finetune")]
-    assert folders == ["data/prepared", "models/pretrain", "models/curriculum"]
+    assert folders == ["data/prepared", "models/prune", "models/curriculum"]
 
 
 def test_global_generators_go_on_where_they_were(params, monkeypatch):
