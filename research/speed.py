@@ -26,7 +26,11 @@ from pipeline.inference.auto import EXECUTORS
 from pipeline.inference.base import Networks
 from pipeline.infra.atomic_io import write_text
 from pipeline.models.policy_net import PolicyNet
+from pipeline.models.resnet import ResNet
 from pipeline.models.resnet_cifar import cifar_resnet
+from pipeline.pruning.allocation import uniform
+from pipeline.pruning.importance import l1_norms
+from pipeline.pruning.surgery import cut, most_important
 from pipeline.results import TimingRow
 from tools.command import Parser, command
 
@@ -69,14 +73,20 @@ def settle_batch_norm(module: nn.Module, images: Tensor) -> None:
     module.eval()
 
 
-def make_networks(depth: int, width: int, keep_ratio: float, images: Tensor) -> Networks:
+def make_networks(arguments: argparse.Namespace, images: Tensor) -> tuple[Networks, ResNet]:
+    """BlockDrop's networks, and the ResNet with every block: the same one, or that before pruning."""
     torch.manual_seed(0)
-    resnet = cifar_resnet(depth=depth, width=width).to(images.device)
-    policy_net = PolicyNet(num_blocks=resnet.num_blocks).to(images.device)
-    for part in resnet, policy_net:
+    full = cifar_resnet(depth=arguments.depth, width=arguments.width).to(images.device)
+    policy_net = PolicyNet(num_blocks=full.num_blocks).to(images.device)
+    for part in full, policy_net:
         settle_batch_norm(part, images)
-    decide_at_random(policy_net, images, keep_ratio)
-    return Networks(resnet=resnet, policy_net=policy_net, normalisation=NORMALISATION)
+    decide_at_random(policy_net, images, arguments.keep_ratio)
+    resnet = full
+    if arguments.prune:
+        resnet = cut(full, most_important(l1_norms(full), uniform(full, arguments.prune)))
+        settle_batch_norm(resnet, images)
+    networks = Networks(resnet=resnet, policy_net=policy_net, normalisation=NORMALISATION)
+    return networks, full
 
 
 def numbers(text: str) -> list[float]:
@@ -113,6 +123,7 @@ def write(arguments: argparse.Namespace, device: torch.device, benchmark: Benchm
     result = {
         "machine": describe_machine(device),
         "kept": arguments.keep_ratio,
+        "pruned": arguments.prune,
         "depth": arguments.depth,
         "width": arguments.width,
         "left_out": benchmark.left_out,
@@ -127,6 +138,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--depth", type=int, default=110)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--keep-ratio", "--kept", type=float, default=0.31, help="of the policy")
+    parser.add_argument("--prune", type=float, default=0.0, help="of the channels inside the blocks")
     parser.add_argument("--batches", default="1,32,256")
     parser.add_argument("--precisions", default="fp32")
     parser.add_argument("--executors", default=",".join(EXECUTORS))
@@ -150,11 +162,11 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         images = torch.from_numpy(np.load(arguments.images))
     images = images.to(device)
-    networks = make_networks(arguments.depth, arguments.width, arguments.keep_ratio, images)
+    networks, full = make_networks(arguments, images)
     print(f"speed: ResNet-{arguments.depth} on {describe_device(device)}", flush=True)
     benchmark = Benchmark(
         networks,
-        full=networks.resnet,
+        full=full,
         images=images,
         cost=measure(networks.resnet, networks.policy_net, images.shape[1]),
         settings=settings_of(arguments),

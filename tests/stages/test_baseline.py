@@ -268,7 +268,8 @@ def repro(copy, monkeypatch) -> Callable[..., set[str]]:
 @pytest.mark.e2e
 def test_what_was_trained_once_is_not_trained_again(copy, repro):
     assert repro({}) == {
-        "check", "prepare", "pretrain", "policy_pretrain", "sole@8", "static@distribute-2", "baseline",
+        "check", "prepare", "pretrain", "prune", "policy_pretrain", "sole@8", "static@distribute-2",
+        "baseline",
     }  # fmt: skip
     # one more depth, one more number of blocks: these alone
     more = {"sole": {"depths": [8, 20]}, "static": {"num_kept": [2, 4]}}
@@ -294,7 +295,8 @@ def test_what_was_trained_once_is_not_trained_again(copy, repro):
         ({"pretrain": {"lr": 0.2}}, {"pretrain", "sole@8"}),
         ({"policy_net": {"width": 8}}, {"policy_pretrain"}),
         ({"augmentation": {"flip": True}},
-         {"pretrain", "policy_pretrain", "sole@8", "static@distribute-2"}),
+         {"pretrain", "prune", "policy_pretrain", "sole@8", "static@distribute-2"}),
+        ({"prune": {"ratio": 0.5}}, {"prune"}),
     ],
 )  # fmt: skip
 def test_what_makes_a_rival_train_again(repro, changes, trained_again):

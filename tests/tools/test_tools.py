@@ -1,5 +1,6 @@
 """The commands: what a preset and an import change and keep from being lost, what speed measures."""
 
+import argparse
 import contextlib
 import json
 import re
@@ -463,9 +464,13 @@ def test_speed_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     assert "gather is" in capsys.readouterr().out or not answer["winner"]["speedup"]["reliable"]
 
 
-def test_speed_makes_a_policy_of_the_kept_share():
+@pytest.mark.parametrize("prune", [0.0, 0.5])
+def test_speed_makes_a_policy_of_the_kept_share(prune):
     images = torch.randint(256, (400, 16, 16, 3), generator=torch.Generator().manual_seed(0)).byte()
-    networks = speed.make_networks(20, 8, 0.31, images)
+    arguments = argparse.Namespace(depth=20, width=8, keep_ratio=0.31, prune=prune)
+    networks, full = speed.make_networks(arguments, images)
+    assert not full.is_pruned
+    assert networks.resnet.is_pruned == (prune > 0)
     actions = make_executor(networks)(images).actions.double()
     assert actions.mean(dim=0) == pytest.approx([0.31] * 9, abs=0.01)
     blocks = torch.corrcoef(actions.t()) - torch.eye(9)
