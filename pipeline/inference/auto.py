@@ -66,6 +66,7 @@ class Auto(Executor):
 
     def __init__(self, networks: Networks, *, precision: str = "fp32") -> None:
         super().__init__(networks, precision=precision)
+        self.shapes = networks.shapes  # once: at batch 1 a call may take less than a millisecond
         fastest: list[type[Executor]] = (
             [CudaGraphs, TritonKernel] if self.device.type == "cuda" else [Native]
         )
@@ -146,7 +147,7 @@ class Auto(Executor):
 
     def _key(self, batch: int, height: int, width: int) -> str:
         """The key of CHOICES; batches between two powers of two share one."""
-        setting = f"{self.networks.shapes}, {self.precision}, {height} x {width} pixels"
+        setting = f"{self.shapes}, {self.precision}, {height} x {width} pixels"
         return f"{setting}, under {1 << batch.bit_length()} images"
 
     def _in_turn(
