@@ -57,11 +57,27 @@ class OneDnnConv(FusedConv):
         super().__init__(conv, bn, dtype)
         # padding, stride, dilation, groups
         self.geometry = ([self.padding] * 2, [self.stride] * 2, [1, 1], 1)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry)
+        self.packed: dict[tuple[bool, torch.Size], Tensor] = {}
+
+    def _weight_for(self, x: Tensor) -> Tensor:
+        """The weight in the layout in which oneDNN convolves x.
+
+        Where several threads share a convolution that layout depends on the number of images, and with a
+        weight in another one it takes up to 50 times as long. So the weight is packed for one image, and
+        for one thread; for several of each it is left to oneDNN, which packs it in every call.
+        """
+        one_thread = torch.get_num_threads() == 1
+        if len(x) > 1 and not one_thread:
+            return self.weight
+        key = one_thread, x.shape[2:]
+        if key not in self.packed:
+            pack = torch.ops.mkldnn._reorder_convolution_weight
+            self.packed[key] = pack(self.weight, *self.geometry, x.shape)
+        return self.packed[key]
 
     def __call__(self, x: Tensor, then: str = "none") -> Tensor:
         return torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, *self.geometry, then, [], ""
+            x, self._weight_for(x), self.bias, *self.geometry, then, [], ""
         )
 
     def relu(self, x: Tensor) -> Tensor:
@@ -69,7 +85,7 @@ class OneDnnConv(FusedConv):
 
     def add_relu_(self, x: Tensor, out: Tensor) -> Tensor:
         return torch.ops.mkldnn._convolution_pointwise_.binary(
-            out, x, self.weight, self.bias, *self.geometry, "add", None, "relu", [], ""
+            out, x, self._weight_for(x), self.bias, *self.geometry, "add", None, "relu", [], ""
         )
 
 

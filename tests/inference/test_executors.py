@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import timeit
 from pathlib import Path
 from typing import get_args
 
@@ -20,7 +21,7 @@ from torch import nn
 from pipeline.benchmark import full_resnet_forms
 from pipeline.config import ExecutorName
 from pipeline.inference import auto as auto_module
-from pipeline.inference import native
+from pipeline.inference import fused, native
 from pipeline.inference.auto import EXECUTORS, Auto, GatherOrGrouped, make_executor
 from pipeline.inference.base import Networks, UnavailableError
 from pipeline.inference.gather import Gather, in_parts
@@ -118,6 +119,23 @@ def test_executor_agrees_with_masked_on_pruned_blocks(name, channels, threads):
     for batch, policy in itertools.product((1, 9), ("random", "all kept", "first of stages dropped")):
         actions = POLICIES[policy](batch, networks.num_blocks)
         assert_close(execute(images[:batch], actions), reference(images[:batch], actions))
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_fused_convolution_is_given_a_weight_in_the_layout_of_its_images(batch, threads):
+    """In another layout, that of another number of images say, it takes up to 50 times as long."""
+    conv, bn = nn.Conv2d(2048, 512, 1, bias=False), nn.BatchNorm2d(512).eval()
+    x = torch.rand(batch, 2048, 7, 7).contiguous(memory_format=torch.channels_last)
+    kinds = [fused.FusedConv] + ([fused.OneDnnConv] if fused._has_fused_onednn(torch.float32) else [])
+    seconds = []
+    with torch.no_grad():
+        for fused_conv in (kind(conv, bn, torch.float32) for kind in kinds):
+            fused_conv(x[:1].contiguous(memory_format=torch.channels_last))
+            torch.testing.assert_close(fused_conv(x), bn(conv(x)), atol=1e-5, rtol=1e-4)
+            seconds.append(min(timeit.repeat(lambda call=fused_conv: call(x), number=3, repeat=5)))
+    assert seconds[-1] < 5 * seconds[0]
 
 
 @pytest.mark.parametrize("name", ["masked", "native"])
