@@ -12,11 +12,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.architectures import Family
 from pipeline.benchmark.candidates import Settings
 from pipeline.benchmark.runner import Benchmark
 from pipeline.data.transforms import Normalisation
@@ -25,15 +27,20 @@ from pipeline.flops import measure
 from pipeline.inference.auto import EXECUTORS
 from pipeline.inference.base import Networks
 from pipeline.infra.atomic_io import write_text
+from pipeline.models.build import make_resnet
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
-from pipeline.models.resnet_cifar import cifar_resnet
 from pipeline.pruning.allocation import uniform
 from pipeline.pruning.importance import l1_norms
 from pipeline.pruning.surgery import cut, most_important
 from pipeline.results import TimingRow
 from tools.command import Parser, command
 
+CLASSES = {"cifar": 10, "imagenet": 1000}
+POLICY_NETS: dict[Family, dict[str, Any]] = {  # the authors'
+    "cifar": {},
+    "imagenet": {"family": "imagenet", "depth": 10, "width": 64, "input_size": 112},
+}
 NORMALISATION = Normalisation(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
@@ -46,7 +53,7 @@ def decide_at_random(policy_net: PolicyNet, images: Tensor, keep_ratio: float) -
     """
     features: list[Tensor] = []
     hook = policy_net.features.fc.register_forward_pre_hook(lambda _, x: features.append(x[0]))
-    for part in images.split(500):
+    for part in images.split(100):
         policy_net.eval()(NORMALISATION(part))
     hook.remove()
     x = torch.cat(features).double()  # [M, F]
@@ -69,15 +76,17 @@ def settle_batch_norm(module: nn.Module, images: Tensor) -> None:
     module.train()
     with torch.no_grad():
         for _ in range(3):
-            module(NORMALISATION(images[:256]))
+            module(NORMALISATION(images[:64]))
     module.eval()
 
 
 def make_networks(arguments: argparse.Namespace, images: Tensor) -> tuple[Networks, ResNet]:
     """BlockDrop's networks, and the ResNet with every block: the same one, or that before pruning."""
     torch.manual_seed(0)
-    full = cifar_resnet(depth=arguments.depth, width=arguments.width).to(images.device)
-    policy_net = PolicyNet(num_blocks=full.num_blocks).to(images.device)
+    family: Family = arguments.family
+    sizes = {"depth": arguments.depth, "width": arguments.width, "num_classes": CLASSES[family]}
+    full = make_resnet(family=family, **sizes).to(images.device)
+    policy_net = PolicyNet(num_blocks=full.num_blocks, **POLICY_NETS[family]).to(images.device)
     for part in full, policy_net:
         settle_batch_norm(part, images)
     decide_at_random(policy_net, images, arguments.keep_ratio)
@@ -124,6 +133,7 @@ def write(arguments: argparse.Namespace, device: torch.device, benchmark: Benchm
         "machine": describe_machine(device),
         "kept": arguments.keep_ratio,
         "pruned": arguments.prune,
+        "family": arguments.family,
         "depth": arguments.depth,
         "width": arguments.width,
         "left_out": benchmark.left_out,
@@ -135,8 +145,9 @@ def write(arguments: argparse.Namespace, device: torch.device, benchmark: Benchm
 
 
 def add_options(parser: Parser) -> None:
+    parser.add_argument("--family", choices=get_args(Family), default="cifar")
     parser.add_argument("--depth", type=int, default=110)
-    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--width", type=int, help="16, or 64 of the family imagenet")
     parser.add_argument("--keep-ratio", "--kept", type=float, default=0.31, help="of the policy")
     parser.add_argument("--prune", type=float, default=0.0, help="of the channels inside the blocks")
     parser.add_argument("--batches", default="1,32,256")
@@ -157,8 +168,10 @@ def add_options(parser: Parser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     """Print the answers, write the tables."""
     device = choose_device()
+    arguments.width = arguments.width or {"cifar": 16, "imagenet": 64}[arguments.family]
     if arguments.images is None:
-        images = torch.randint(256, (2000, 32, 32, 3), generator=generator("speed")).byte()
+        shape = {"cifar": (2000, 32, 32, 3), "imagenet": (256, 224, 224, 3)}[arguments.family]
+        images = torch.randint(256, shape, generator=generator("speed")).byte()
     else:
         images = torch.from_numpy(np.load(arguments.images))
     images = images.to(device)

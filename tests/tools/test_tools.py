@@ -467,7 +467,7 @@ def test_speed_writes_what_it_measured(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("prune", [0.0, 0.5])
 def test_speed_makes_a_policy_of_the_kept_share(prune):
     images = torch.randint(256, (400, 16, 16, 3), generator=torch.Generator().manual_seed(0)).byte()
-    arguments = argparse.Namespace(depth=20, width=8, keep_ratio=0.31, prune=prune)
+    arguments = argparse.Namespace(family="cifar", depth=20, width=8, keep_ratio=0.31, prune=prune)
     networks, full = speed.make_networks(arguments, images)
     assert not full.is_pruned
     assert networks.resnet.is_pruned == (prune > 0)
