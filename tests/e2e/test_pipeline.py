@@ -28,7 +28,7 @@ STALE: dict[str, set[str]] = {
     "pipeline/sources/cifar.py": {"prepare"},
     "pipeline/training/loop.py": {*TRAININGS, "finetune", "sole", "static"},
     "pipeline/policy/objectives.py": {"curriculum", "finetune"},
-    "pipeline/flops.py": {"curriculum", "finetune", "evaluate", "baseline", "benchmark"},
+    "pipeline/flops.py": {"prune", "curriculum", "finetune", "evaluate", "baseline", "benchmark"},
     "pipeline/static_policies.py": {"curriculum", "static", "baseline"},
     "pipeline/evaluation/metrics.py": {"evaluate"},
     "pipeline/benchmark/runner.py": {"benchmark"},

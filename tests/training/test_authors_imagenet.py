@@ -18,7 +18,7 @@ from pipeline.data.dataset import load_split
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import CheckpointError
 from pipeline.training import legacy_checkpoints
-from stages import check, curriculum, evaluate, finetune, prepare, pretrain, static
+from stages import check, curriculum, evaluate, finetune, prepare, pretrain, prune, static
 
 SIZES = (3, 4, 23, 3)
 RESNET, AGENT = authors.pair(SIZES, width=8, classes=5)
@@ -200,7 +200,7 @@ def test_policy_after_the_curriculum_is_the_authors(tmp_path, monkeypatch):
     write(Path("import/agent.t7"), {"agent": agent, "epoch": 5, "reward": 0.2, "acc": 0.75})
     params = load(tmp_path / "params.yaml")
     check.main()
-    for stage in (prepare, pretrain, curriculum, finetune, evaluate):
+    for stage in (prepare, pretrain, prune, curriculum, finetune, evaluate):
         stage.main(params)
     static.main(params, rule="distribute", num_kept=5)
     names = ("pretrain", "static/distribute-5")
