@@ -289,7 +289,7 @@ def test_flat_has_every_value_under_its_dotted_key(path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"prune": {"ratio": 0.1}, "resnet": {"width": 8}},
+        ({"prune.ratio": 0.1, "resnet.width": 8},
          "prune.ratio 0.1 takes none of the 8, 16, 32 channels inside the blocks"),
         (CIFAR | {"data.test_fraction": 0.1}, "CIFAR's splits are fixed"),
         (CIFAR | {"data.source": "cifar100", "data.validation_fraction": 0.1}, "test_fraction to null"),
