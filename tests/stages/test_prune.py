@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import trained
+from builders import enter_project, trained
 from repository_copy import TINY, make_workplace
 
 from pipeline.config import Params
@@ -24,9 +24,8 @@ SMALL = TINY | {"prune": {"epochs": 2, "batch_size": 16}, "finetune": {"epochs":
 @pytest.fixture
 def params(tmp_path, monkeypatch) -> Params:
     """In a workplace of its own, with a pretrained ResNet, which is left as the current folder."""
+    enter_project(tmp_path, monkeypatch)
     made = make_workplace(tmp_path, changes=SMALL)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setenv("BLOCKDROP_TRACKING", "off")
     monkeypatch.setenv("BLOCKDROP_DEVICE", "cpu")
     checkpoint.save(networks(made), PRETRAINED)
