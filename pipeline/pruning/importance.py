@@ -54,8 +54,9 @@ def taylor(
 
     Molchanov et al. 2019, "Importance estimation for neural network pruning", Eq. 8, with a gate of 1 on
     the output y = weight x + bias of the channel's batch norm: the loss's gradient by the gate is
-    sum(y dL/dy) = weight dL/dweight + bias dL/dbias. Its square is averaged over batches. Batch norm
-    uses its running statistics and nothing of the network changes.
+    sum(y dL/dy) = weight dL/dweight + bias dL/dbias. L is the mean
+    cross-entropy of a batch; the squares are summed over batches, as channels are compared with each
+    other alone. Batch norm uses its running statistics and nothing of the network changes.
 
     Args:
         parts: row numbers [B] of each batch.
