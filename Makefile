@@ -12,13 +12,15 @@ export DO_NOT_TRACK := 1
 PYTEST := python -m pytest -n logical --maxprocesses 4 --dist loadfile --max-worker-restart=0
 PORT := 5000
 HOST := 127.0.0.1
+MODEL := models/finetune
+TO := export
 # values that users give reach the tools unchanged, by the environment: neither make (`value`) nor the shell
 # ("$$NAME") interprets them
-NAMED := FILE HOST IMAGES NAME PORT PYTHON STAGE
+NAMED := FILE HOST IMAGES MODEL NAME PORT PYTHON STAGE TO
 $(foreach name,$(NAMED),$(eval override $(name) := $$(value $(name))))
 export $(NAMED)
 
-.PHONY: help setup repro benchmark preset preset-show import predict sync ui front promote check lint test test-avx2 slow sweep chaos lock
+.PHONY: help setup repro benchmark preset preset-show import predict export peers sync ui front promote check lint test test-avx2 slow sweep chaos lock
 
 help: ## show this list
 	@sed -nE 's/^## (.+)/\n\1/p; s/^([a-z0-9-]+):.*## (.*)/  \1 - \2/p' $(MAKEFILE_LIST)
@@ -55,6 +57,12 @@ import: setup ## start a stage from a checkpoint: FILE=path STAGE=pretrain|prune
 predict: setup ## classify images, and show the blocks that run: IMAGES="a.png 'b c.png' photos/*.jpg"
 	@python -m tools.predict --words="$$IMAGES"
 
+export: peers ## write the trained model as ONNX graphs with a runner that needs no PyTorch: TO=folder MODEL=models/finetune
+	@python -m tools.export --to="$$TO" -- "$$MODEL"
+
+peers: setup ## install ONNX Runtime and OpenVINO: `make benchmark` then times them too, `make export` needs the first
+	@uv pip install --quiet --group peers --constraint requirements.txt
+
 ## Experiments
 
 sync: setup ## log every DVC experiment to MLflow that is not there yet
@@ -87,7 +95,7 @@ test-avx2: setup ## the tests of inference and training, as on a CPU that has AV
 		tests/inference tests/policy tests/training/test_loop.py tests/models/test_resnet_imagenet.py \
 		tests/stages/test_training_stages.py tests/benchmark/test_runner.py
 
-slow: setup ## the tests with the real CIFAR-10, which they download, and with servers
+slow: peers ## the tests with the real CIFAR-10, which they download, and with servers
 	$(PYTEST) -m slow
 
 sweep: setup ## the tests of whole sweeps and queues, with four DVC workers, and of a few kills (10 minutes)

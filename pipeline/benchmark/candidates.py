@@ -41,7 +41,7 @@ class Settings:
     # depths of full ResNets that are timed beside (with random weights: time only)
     sole_depths: Sequence[int]
     rounds: int  # the most; fewer, but at least MIN_ROUNDS, when the time is up
-    seconds: float  # for everything but torch.compile's compiling
+    seconds: float  # for everything but what engines compile
     with_compile: bool  # torch.compile among the full-ResNet forms; it takes minutes
 
 

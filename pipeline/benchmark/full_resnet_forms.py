@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pipeline.benchmark.peers import PEERS
 from pipeline.data.transforms import scaled
 from pipeline.device import autocast
 from pipeline.inference.base import Networks
@@ -16,6 +17,7 @@ from pipeline.inference.cuda_graphs import Captures, Replay
 from pipeline.inference.fused import FusedNetwork
 
 Classify = Callable[[Tensor], Tensor]  # images [B, H, W, 3] uint8 to logits [B, N]
+COMPILED = {"compiled", *PEERS}  # forms whose first call at a batch size takes long
 
 
 def eager(networks: Networks, precision: str) -> Classify:
@@ -78,10 +80,15 @@ class WholeGraph:
 def full_resnet_forms(
     networks: Networks, precision: str, *, with_compile: bool
 ) -> dict[str, Callable[[], Classify]]:
-    """What makes each form for this device, by name; executors that run every block come on top."""
+    """What makes each form for this device, by name; executors that run every block come on top.
+
+    Making one raises UnavailableError where its engine is not installed.
+    """
     forms: dict[str, Callable[[Networks, str], Classify]] = {"eager": eager, "fused": fused}
     if with_compile:
         forms["compiled"] = compiled
     if networks.device.type == "cuda":
         forms["whole graph"] = WholeGraph  # `cuda_graphs` is the executor's name
+    else:
+        forms |= PEERS
     return {name: partial(make, networks, precision) for name, make in forms.items()}

@@ -5,9 +5,9 @@ candidate; medians; intervals by a bootstrap over the rounds.
 
 Who fails is left out by name and reason, and so is a precision that the device would only emulate.
 `seconds` is kept: from the warm-up calls it is predicted what the rounds cost, and the slowest are
-dropped. What is never dropped, for each batch size: the warm-up and MIN_ROUNDS rounds of the fastest
-full-ResNet form and of the fastest executor of each precision that agrees with the reference. (Who these
-are, and who is slow, is by the warm-up call.)
+dropped. (What engines compile at their first call is not counted.) What is never dropped, for each batch
+size: the warm-up and MIN_ROUNDS rounds of the fastest full-ResNet form and of the fastest executor of
+each precision that agrees with the reference. (Who these are, and who is slow, is by the warm-up call.)
 
 Shapes: B images of a batch, M test images of H by W pixels, K blocks.
 """
@@ -28,6 +28,7 @@ from pipeline.benchmark.candidates import (
     fastest_first,
     policy_network_alone,
 )
+from pipeline.benchmark.full_resnet_forms import COMPILED
 from pipeline.benchmark.reference import CHECKED, Reference
 from pipeline.benchmark.rounds import Rounds, peak_mib, repeats_of
 from pipeline.benchmark.sweep import Sweep, synthetic_policies, with_break_evens
@@ -184,7 +185,7 @@ class Cell:
             for label in too_slow(predicted, limit, self.before.stays()):
                 self.stopwatch.leave_out(label, TOO_SLOW)
                 del calls[label]
-        for label in [label for label in calls if self.candidates[label].name == "compiled"]:
+        for label in [label for label in calls if self.candidates[label].name in COMPILED]:
             before = self.clock.spent
             with suppress(Exception):  # the warm-up meets it again and says so
                 self.candidates[label].run(self.rounds.batches[0][0])

@@ -85,18 +85,20 @@ class PathValues(nn.Module):
         statistics = statistics_of(self.average.log_probs(class_logits))  # [B, F]
         return torch.sigmoid(F.linear(statistics, self.weight, self.bias))
 
-    def rewards(self, class_logits: Tensor) -> Tensor:
-        """Each path's expected reward (Eq. 3), [B, N] to [B, P]."""
+    def rewards(self, class_logits: Tensor, gamma: Tensor | None = None) -> Tensor:
+        """Each path's expected reward (Eq. 3), [B, N] to [B, P]; a gamma [] stands for `self.gamma`."""
         correct = self.correct_prob(class_logits)
-        return correct * (1 - self.costs**2) - (1 - correct) * self.gamma
+        gamma = self.gamma if gamma is None else gamma
+        return correct * (1 - self.costs**2) - (1 - correct) * gamma
 
-    def forward(self, class_logits: Tensor) -> Tensor:
+    def forward(self, class_logits: Tensor, gamma: Tensor | None = None) -> Tensor:
         """Logits of the keep probabilities, [B, N] to [B, K]: positive exactly on the best path.
 
         A block's logit tells by how much the best path with it is better than the best one without it.
-        For the blocks of the best path of all that is positive, for all others negative.
+        For the blocks of the best path of all that is positive, for all others negative. A gamma []
+        stands for `self.gamma`.
         """
-        rewards = self.rewards(class_logits)  # [B, P]
+        rewards = self.rewards(class_logits, gamma)  # [B, P]
         of_paths = rewards[:, :, None]  # [B, P, 1]
         with_block = of_paths.masked_fill(~self.mask, -torch.inf).amax(dim=1)  # [B, K]
         without_block = of_paths.masked_fill(self.mask, -torch.inf).amax(dim=1)  # [B, K]
