@@ -121,6 +121,22 @@ def test_executor_agrees_with_masked_on_pruned_blocks(name, channels, threads):
         assert_close(execute(images[:batch], actions), reference(images[:batch], actions))
 
 
+@pytest.mark.parametrize(
+    ("size", "batch", "policies", "grouped"),
+    [(16, 4, 4, False), (16, 32, 2, True), (124, 2, 2, False), (128, 2, 2, True)],
+)
+def test_images_are_grouped_where_they_are_large_or_policies_are_few(
+    size, batch, policies, grouped, monkeypatch
+):
+    taken = []
+    for kind in (Gather, Grouped):
+        monkeypatch.setattr(kind, "_classify", lambda self, x, a, kind=kind: taken.append(kind) or x)
+    networks = make_networks()
+    actions = torch.eye(policies, networks.num_blocks).bool().repeat(batch // policies, 1)
+    GatherOrGrouped(networks).classify(torch.zeros(batch, 3, size, size), actions)
+    assert taken == [Grouped if grouped else Gather]
+
+
 @pytest.mark.serial
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize("batch", [1, 2, 5])
