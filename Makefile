@@ -10,9 +10,9 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 # tests of one file share fixtures that take long to make, so a worker gets whole files
 PYTEST := python -m pytest -n logical --maxprocesses 4 --dist loadfile --max-worker-restart=0
-PORT := 5000
+PORT :=
 HOST := 127.0.0.1
-MODEL := models/finetune
+MODEL :=
 TO := export
 # values that users give reach the tools unchanged, by the environment: neither make (`value`) nor the shell
 # ("$$NAME") interprets them
@@ -20,7 +20,7 @@ NAMED := FILE HOST IMAGES MODEL NAME PORT PYTHON STAGE TO
 $(foreach name,$(NAMED),$(eval override $(name) := $$(value $(name))))
 export $(NAMED)
 
-.PHONY: help setup repro benchmark preset preset-show import predict export peers sync ui front promote check lint test test-avx2 slow sweep chaos lock
+.PHONY: help setup repro benchmark preset preset-show import predict demo export peers sync ui front promote check lint test test-avx2 slow sweep chaos lock
 
 help: ## show this list
 	@sed -nE 's/^## (.+)/\n\1/p; s/^([a-z0-9-]+):.*## (.*)/  \1 - \2/p' $(MAKEFILE_LIST)
@@ -57,8 +57,11 @@ import: setup ## start a stage from a checkpoint: FILE=path STAGE=pretrain|prune
 predict: setup ## classify images, and show the blocks that run: IMAGES="a.png 'b c.png' photos/*.jpg"
 	@python -m tools.predict --words="$$IMAGES"
 
+demo: setup ## try the shipped CIFAR-10 model in a browser, on 127.0.0.1 (PORT=7860): nothing is trained
+	@python -m tools.demo $${MODEL:+"--model=$$MODEL"} $${PORT:+"--port=$$PORT"}
+
 export: peers ## write the trained model as ONNX graphs with a runner that needs no PyTorch: TO=folder MODEL=models/finetune
-	@python -m tools.export --to="$$TO" -- "$$MODEL"
+	@python -m tools.export --to="$$TO" -- "$${MODEL:-models/finetune}"
 
 peers: setup ## install ONNX Runtime and OpenVINO: `make benchmark` then times them too, `make export` needs the first
 	@uv pip install --quiet --group peers --constraint requirements.txt
@@ -69,7 +72,7 @@ sync: setup ## log every DVC experiment to MLflow that is not there yet
 	@python -m tools.sync
 
 ui: setup ## serve the MLflow UI on 127.0.0.1 (PORT=5000; HOST=0.0.0.0 opens it to everybody, without a password)
-	python -m tools.ui --host="$$HOST" --port="$$PORT"
+	python -m tools.ui --host="$$HOST" $${PORT:+"--port=$$PORT"}
 
 front: setup ## plot accuracy against FLOPs for all gammas that were run: results/own/front.png
 	@python -m tools.front
@@ -95,7 +98,8 @@ test-avx2: setup ## the tests of inference and training, as on a CPU that has AV
 		tests/inference tests/policy tests/training/test_loop.py tests/models/test_resnet_imagenet.py \
 		tests/stages/test_training_stages.py tests/benchmark/test_runner.py
 
-slow: peers ## the tests with the real CIFAR-10, which they download, and with servers
+slow: setup ## the tests with the real CIFAR-10, which they download, and with servers
+	@uv pip install --quiet --group peers --group docs --constraint requirements.txt
 	$(PYTEST) -m slow
 
 sweep: setup ## the tests of whole sweeps and queues, with four DVC workers, and of a few kills (10 minutes)

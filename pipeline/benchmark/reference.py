@@ -14,7 +14,12 @@ from pipeline.results import Agreement
 
 # of the decisions, and of the classes: bf16 turns some close ones
 AGREEMENT = {"fp32": 0.999, "bf16": 0.97}
-CHECKED = 256  # images, or a batch when it is more, on which results are compared
+CHECKED = 256  # images at most on which results are compared; fewer where they are large
+
+
+def checked_images(image_size: int, largest_batch: int = 1) -> int:
+    """On how many images results are compared."""
+    return max(min(CHECKED, evaluation_batch(image_size)), largest_batch)
 
 
 class Reference:

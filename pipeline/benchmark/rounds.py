@@ -14,13 +14,16 @@ from torch import Tensor
 from pipeline.benchmark.candidates import Run
 from pipeline.benchmark.full_resnet_forms import WholeGraph
 from pipeline.benchmark.timing import Call, random_policies
+from pipeline.inference.auto import LARGE
 from pipeline.inference.base import Executor
 
 IMAGES_A_ROUND = 32  # at least: smaller batches are repeated with other images
+LARGE_IMAGES_A_ROUND = 8  # of LARGE pixels or more a side, one of which takes a tenth of a second
 
 
-def repeats_of(batch: int) -> int:
-    return -(-IMAGES_A_ROUND // batch)
+def repeats_of(batch: int, image_size: int) -> int:
+    """How many batches make a round."""
+    return -(-(IMAGES_A_ROUND if image_size < LARGE else LARGE_IMAGES_A_ROUND) // batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +36,16 @@ class Rounds:
     @classmethod
     def of(cls, images: Tensor, *, batch: int, count: int) -> "Rounds":
         """Other images [M, H, W, 3] in each of `count` rounds, around and around the test set."""
-        rows = torch.arange(count * batch * repeats_of(batch)) % len(images)
+        repeats = repeats_of(batch, images.shape[1])
+        rows = torch.arange(count * batch * repeats) % len(images)
         rows = rows.view(count, -1, batch)  # [rounds, repeats, B]
         batches = [[images[r.to(images.device)] for r in repeats] for repeats in rows]
         return cls(batches=batches, rows=rows)
+
+    @property
+    def repeats(self) -> int:
+        """How many batches a round has."""
+        return len(self.batches[0])
 
     def on(self, run: Run) -> Call:
         """Run it on all batches of the round."""

@@ -29,8 +29,8 @@ from pipeline.benchmark.candidates import (
     policy_network_alone,
 )
 from pipeline.benchmark.full_resnet_forms import COMPILED
-from pipeline.benchmark.reference import CHECKED, Reference
-from pipeline.benchmark.rounds import Rounds, peak_mib, repeats_of
+from pipeline.benchmark.reference import Reference, checked_images
+from pipeline.benchmark.rounds import Rounds, peak_mib
 from pipeline.benchmark.sweep import Sweep, synthetic_policies, with_break_evens
 from pipeline.benchmark.timing import (
     CALLS,
@@ -109,7 +109,8 @@ class Benchmark:
             return self.tables
         batches = sorted(self.settings.batch_sizes)
         try:
-            self.reference = Reference(self.networks, self.images, checked=max(CHECKED, batches[-1]))
+            checked = checked_images(self.images.shape[1], batches[-1])
+            self.reference = Reference(self.networks, self.images, checked=checked)
         except Exception as error:
             self.leave_out("everything, since there is no reference to compare with", reason(error))
             return self.tables
@@ -165,7 +166,7 @@ class Cell:
 
     def __post_init__(self) -> None:
         self.settings, self.clock = self.benchmark.settings, self.benchmark.clock
-        self.checked_batches = -(-CHECKED // self.batch)
+        self.checked_batches = -(-checked_images(self.benchmark.images.shape[1]) // self.batch)
         self.stopwatch = Stopwatch(
             device=self.benchmark.device,
             leave_out=lambda name, why: self.benchmark.leave_out(f"{name} at batch {self.batch}", why),
@@ -178,7 +179,8 @@ class Cell:
         """Call all candidates twice, and learn how long a call takes."""
         calls = {label: self.rounds.on(one.run) for label, one in self.candidates.items()}
         if self.before is not None:
-            images, images_before = (b * repeats_of(b) for b in (self.batch, self.before.batch))
+            cells = (self, self.before)
+            images, images_before = (cell.batch * cell.rounds.repeats for cell in cells)
             scale = CALLS * images / images_before
             predicted = {label: scale * seconds for label, seconds in self.before.seconds.items()}
             limit = WARM_UP * self.clock.left
@@ -231,7 +233,7 @@ class Cell:
         """Seconds of MIN_ROUNDS rounds, and of the check of an executor."""
         calls = float(CALLS * MIN_ROUNDS)
         if self.candidates[label].kind == "blockdrop" and label not in self.agreements:
-            calls += self.checked_batches / repeats_of(self.batch)
+            calls += self.checked_batches / self.rounds.repeats
         return calls * self.seconds[label]
 
     def _predicted_after(self, winner: str) -> float:
@@ -301,7 +303,7 @@ class Cell:
             rounds=self.settings.rounds,
             seconds=seconds - (self.clock.spent - started),
             stays=stays,
-            repeats=repeats_of(self.batch),
+            repeats=self.rounds.repeats,
         )
         return Comparison(batch=self.batch, candidates=self.candidates, times=times)
 

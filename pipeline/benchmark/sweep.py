@@ -10,7 +10,7 @@ from itertools import product
 import numpy as np
 
 from pipeline.benchmark.candidates import Candidate, Run, Settings
-from pipeline.benchmark.rounds import Rounds, repeats_of
+from pipeline.benchmark.rounds import Rounds
 from pipeline.benchmark.timing import (
     MIN_ROUNDS,
     Call,
@@ -116,7 +116,7 @@ class Sweep:
             rounds=rounds,
             seconds=left,
             stays=calls,
-            repeats=repeats_of(self.batch),
+            repeats=self.rounds.repeats,
         )
         if failures:
             raise RuntimeError("; ".join(failures))
