@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -241,7 +241,8 @@ def _watch_connections(seconds: int) -> None:
     }
     for connection in psutil.Process().net_connections("tcp"):
         if connection.status == psutil.CONN_ESTABLISHED:
-            with socket.socket(fileno=os.dup(connection.fd)) as same:
+            # one that gloo has just closed, since the other end is gone, is no longer there
+            with suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as same:
                 for (level, option), value in options.items():
                     same.setsockopt(level, option, value)
 

@@ -136,17 +136,11 @@ def train(
     *,
     fault: Callable[[], None] | None = None,
     after: float = 0.4,
-    second: Mapping[str, str] | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> list[Ended]:
-    """Start both hosts; `fault` happens some seconds after the next save.
-
-    Args:
-        second: environment variables of the second host.
-    """
+    """Start both hosts; `fault` happens some seconds after the next save."""
     saved = resume_points(pair[0])
-    running = [
-        host.torchrun(*program, master=pair[0], variables=second if host.rank else None) for host in pair
-    ]
+    running = [host.torchrun(*program, master=pair[0], variables=variables) for host in pair]
     try:
         if fault is not None:
             wait_for(
@@ -297,9 +291,9 @@ def test_another_commit_on_the_second_host_is_refused(fresh):
 
 
 def test_hosts_that_do_not_reach_each_other_end_with_a_message(pair):
-    """The second one offers an address that leads the first one nowhere."""
+    """Each offers the address of its loopback."""
     program = ("--no-python", sys.executable, "-c", MEETING)
-    ended = train(pair, program, second={"GLOO_SOCKET_IFNAME": "lo"})
+    ended = train(pair, program, variables={"GLOO_SOCKET_IFNAME": "lo"})
     for host, process in zip(ended, ("", " in process 2 of 2"), strict=True):
         assert host.status == 1
         assert re.search(GONE.format(process), host.err), host.err
