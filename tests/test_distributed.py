@@ -149,7 +149,7 @@ def test_place_that_no_launcher_gives_is_refused(variables, words, alone):
     [
         (
             "127.0.1.1",
-            "MASTER_ADDR=127.0.1.1 is 127.0.0.1 here, where no other machine reaches this one",
+            "MASTER_ADDR=127.0.1.1 stands for 127.0.1.1 here, by which no other",
         ),
         ("host.invalid", "this machine has no way to MASTER_ADDR=host.invalid"),
     ],
