@@ -144,6 +144,33 @@ def test_place_that_no_launcher_gives_is_refused(variables, words, alone):
     assert "torchrun" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("master", "words"),
+    [
+        (
+            "127.0.1.1",
+            "MASTER_ADDR=127.0.1.1 stands for 127.0.1.1 here, by which no other",
+        ),
+        ("host.invalid", "this machine has no way to MASTER_ADDR=host.invalid"),
+    ],
+)
+def test_address_that_other_machines_can_not_reach_is_refused(master, words, alone):
+    for name, text in zip(TORCHRUN_VARIABLES, ("0", "2", master, "29500"), strict=True):
+        alone.setenv(name, text)
+    alone.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.raises(UserError, match=words):
+        processes._interface()
+
+
+def test_processes_of_one_machine_meet_by_its_loopback(alone):
+    """Also where its own name stands for 127.0.1.1, as on Debian, which is listed nowhere."""
+    for name, text in zip(TORCHRUN_VARIABLES, ("0", "2", "127.0.1.1", "29500"), strict=True):
+        alone.setenv(name, text)
+    alone.setenv("LOCAL_WORLD_SIZE", "2")
+    addresses = psutil.net_if_addrs()[processes._interface()]
+    assert "127.0.0.1" in {address.address for address in addresses}
+
+
 def test_stage_that_trains_nothing_takes_no_processes(alone, capsys):
     for name, text in zip(TORCHRUN_VARIABLES, ("0", "2", "127.0.0.1", "1"), strict=True):
         alone.setenv(name, text)
