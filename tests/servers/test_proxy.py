@@ -36,6 +36,7 @@ def server(home) -> Iterator[servers.Server]:
     installed = Path(mlflow.__file__).parent / "server/auth/basic_auth.ini"
     options = (
         "--app-name", "basic-auth", "--workers", "1", "--allowed-hosts", f"{HOST},localhost",
+        "--cors-allowed-origins", f"https://{HOST}",
         "--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", "./artifacts",
     )  # fmt: skip
     (home / "basic_auth.ini").write_text(f"{installed.read_text()}\nauth_cache_ttl_seconds = 60\n")
@@ -144,13 +145,26 @@ def test_host_that_is_not_allowed_is_said(proxy, login, monkeypatch, capsys):
      ("127.0.0.1", servers.PASSWORD, 403)],
 )  # fmt: skip
 def test_only_named_hosts_and_users_get_an_answer(home, proxy, host, password, status):
-    """As a browser asks it, which finds the host by its DNS."""
+    token = base64.b64encode(f"admin:{password}".encode()).decode()
+    headers = {"Host": host} | ({"Authorization": f"Basic {token}"} if password else {})
+    assert ask(home, proxy, "GET", "/api/2.0/mlflow/experiments/get?experiment_id=0", headers) == status
+
+
+@pytest.mark.parametrize(("origin", "status"), [(HOST, 200), ("other.example.org", 403)])
+def test_page_of_another_origin_gets_no_answer(home, proxy, origin, status):
+    """MLflow's own pages name their origin too, so a server behind a proxy must know it."""
+    token = base64.b64encode(f"admin:{servers.PASSWORD}".encode()).decode()
+    headers = {"Host": HOST, "Authorization": f"Basic {token}", "Origin": f"https://{origin}"}
+    headers |= {"Content-Type": "application/json"}
+    path = "/ajax-api/2.0/mlflow/runs/search"
+    assert ask(home, proxy, "POST", path, headers, body='{"experiment_ids": ["0"]}') == status
+
+
+def ask(home: Path, proxy: servers.Server, method: str, path: str, headers: dict, **options) -> int:
+    """The status that a browser gets, which finds the host by its DNS."""
     pool = urllib3.HTTPSConnectionPool(
         "127.0.0.1", proxy.port, ca_certs=str(home / "cert.pem"), server_hostname=HOST,
         assert_hostname=HOST,
     )  # fmt: skip
-    token = base64.b64encode(f"admin:{password}".encode()).decode()
-    headers = {"Host": host} | ({"Authorization": f"Basic {token}"} if password else {})
     with pool:
-        path = "/api/2.0/mlflow/experiments/get?experiment_id=0"
-        assert pool.request("GET", path, headers=headers).status == status
+        return pool.request(method, path, headers=headers, **options).status

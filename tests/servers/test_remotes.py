@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import servers
 from repository_copy import TINY, Copy, make_copy
+from waiting import start, wait_for
 
 pytestmark = pytest.mark.slow
 BENCHMARK = {"batch_sizes": [4], "executors": ["masked"], "keep_ratios": [0.5, 1.0], "rounds": 5,

@@ -1,6 +1,7 @@
-"""A team's server: PostgreSQL, artifacts in S3, four people who log at once, and a server that is killed.
+"""A team's server: PostgreSQL, artifacts in S3, four people who log at once, and it is killed meanwhile.
 
-The four have a clone each, so no lock is common to them. DVC runs their stages, which log as trainings do.
+Each of the four has a clone, so they have no lock in common. DVC runs their stages, which log as
+trainings do.
 """
 
 import subprocess
@@ -75,8 +76,14 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(home) -> Iterator[servers.Server]:
-    with servers.postgres() as database, servers.s3(home) as store:
+def database() -> Iterator[servers.Server]:
+    with servers.postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def server(home, database) -> Iterator[servers.Server]:
+    with servers.s3(home) as store:
         options = (
             "--workers", "2", "--backend-store-uri", servers.postgres_uri(database),
             "--artifacts-destination", f"s3://{servers.BUCKET}/mlflow", "--serve-artifacts",
@@ -89,6 +96,9 @@ def server(home) -> Iterator[servers.Server]:
 def _logged_to_the_server(server, tmp_path, monkeypatch):
     enter_project(tmp_path, monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+    monkeypatch.setattr(runs, "TIMEOUT", 100.0)  # the machine may be busy
+    monkeypatch.setattr(runs, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(runs, "FLUSH_SHARE", 0.0)
 
 
 @pytest.fixture
@@ -234,10 +244,30 @@ def test_name_longer_than_postgresql_takes_is_cut(client, tmp_path, monkeypatch,
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "long names")
     name = "main-1234567 data.folder=" + "x" * 300
     monkeypatch.setenv("DVC_EXP_NAME", name)
-    monkeypatch.setattr(runs, "TIMEOUT", 100.0)  # the machine may be busy
     with stage_run("pretrain", {"gamma": 7}) as run:
         pass
     assert capsys.readouterr().err == ""
     parent = client.get_run(run.parent_id)
     assert name.startswith(parent.info.run_name.removesuffix("..."))
     assert parent.data.tags["dvc.experiment"] == name
+
+
+def test_database_that_is_killed_costs_a_stage_its_curve_and_the_next_one_nothing(
+    client, database, monkeypatch, capsys
+):
+    """PostgreSQL recovers, and MLflow's server connects to it again."""
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "database")
+    with stage_run("pretrain", {"gamma": 7}) as first:
+        first.log_metrics({"loss": 1.0}, step=1)
+        database.kill()
+        for step in (2, 3):
+            first.log_metrics({"loss": 1.0}, step=step)
+    message = capsys.readouterr().err
+    assert message.count("\n") == message.count("MLflow can't be reached") == 1
+    assert servers.PASSWORD not in message
+    database.start()
+    with stage_run("curriculum", {"gamma": 7}) as second:
+        second.log_metrics({"loss": 1.0}, step=1)
+    assert capsys.readouterr().err == ""
+    assert second.parent_id == first.parent_id
+    assert points(client, first.run_id, "loss") == points(client, second.run_id, "loss") == [(1, 1.0)]
