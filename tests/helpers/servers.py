@@ -318,11 +318,10 @@ def ssh(folder: Path) -> Iterator[Server]:
         key.write_public_key(folder / f"{name}.pub")
         (folder / name).chmod(0o600)
     port = free_port()
-    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+    sshd = _installed("sshd")
     if sshd is None:
-        with Server(
-            sys.executable, "-c", ASYNCSSH, str(port), folder, port=port, folder=folder
-        ) as server:
+        command = [sys.executable, "-c", ASYNCSSH, str(port), folder]
+        with Server(*command, port=port, folder=folder) as server:
             yield server
         return
     configuration = folder / "sshd_config"
