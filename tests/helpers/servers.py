@@ -207,8 +207,17 @@ def postgres() -> Iterator[Server]:
             check=True, cwd=folder, stdout=subprocess.DEVNULL, **user,
         )  # fmt: skip
         command = [programs / "postgres", "-D", data, "-p", str(port), "-k", "", "-F"]
-        with Server(*command, port=port, folder=folder, stop=signal.SIGINT, **user) as server:
-            login = {"host": HOST, "port": port, "user": "mlflow", "password": PASSWORD}
+        login = {"host": HOST, "port": port, "user": "mlflow", "password": PASSWORD}
+
+        def answers() -> None:
+            """It also listens while it recovers, and answers nothing then."""
+            try:
+                psycopg2.connect(dbname="postgres", **login).close()
+            except psycopg2.OperationalError as error:
+                raise ConnectionError from error
+
+        options = {"stop": signal.SIGINT, "answers": answers, **user}
+        with Server(*command, port=port, folder=folder, **options) as server:
             database = psycopg2.connect(dbname="postgres", **login)  # no `with`: that is a transaction
             database.autocommit = True
             database.cursor().execute("CREATE DATABASE mlflow")
