@@ -5,6 +5,7 @@ Their programs are Debian's where it has them, else those of the dependency grou
 """
 
 import contextlib
+import ctypes
 import getpass
 import importlib.util
 import os
@@ -25,6 +26,7 @@ import pytest
 from sandbox import environment
 
 HOST = "127.0.0.1"
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 NOBODY = 65534  # PostgreSQL refuses to be run by root
 START = 120.0  # seconds until a server answers, on a busy machine
 STOP = 20.0
@@ -50,6 +52,11 @@ async def serve(port, folder):
     await server.wait_closed()
 asyncio.run(serve(*sys.argv[1:]))
 """
+
+
+def _end_with_the_test() -> None:
+    """Ask Linux for SIGTERM to this process when its parent dies, by a time limit for example."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Server:
@@ -86,7 +93,7 @@ class Server:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                **self._options,
+                preexec_fn=_end_with_the_test, **self._options,
             )  # fmt: skip
         deadline = time.monotonic() + START
         while True:
