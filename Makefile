@@ -98,8 +98,8 @@ test-avx2: setup ## the tests of inference and training, as on a CPU that has AV
 		tests/inference tests/policy tests/training/test_loop.py tests/models/test_resnet_imagenet.py \
 		tests/stages/test_training_stages.py tests/benchmark/test_runner.py
 
-slow: setup ## the tests with the real CIFAR-10, which they download, and with servers
-	@uv pip install --quiet --group peers --group docs --constraint requirements.txt
+slow: setup ## the tests with the real CIFAR-10, which they download, with servers, which they start, and with a browser
+	@uv pip install --quiet --group peers --group docs --group servers --constraint requirements.txt
 	$(PYTEST) -m slow
 
 sweep: setup ## the tests of whole sweeps and queues, with four DVC workers, and of a few kills (10 minutes)

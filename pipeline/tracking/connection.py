@@ -27,6 +27,9 @@ REMEDIES = {  # by a part of the reason
     "code 401": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
     "Connection refused": "start the server that MLFLOW_TRACKING_URI names, or unset it",
     "Name or service not known": "correct the server's name in MLFLOW_TRACKING_URI, or unset it",
+    "CERTIFICATE_VERIFY_FAILED": "name the server's certificate in MLFLOW_TRACKING_SERVER_CERT_PATH",
+    "Invalid Host header": "name the host in the server's --allowed-hosts",
+    "Request Entity Too Large": "let the proxy take larger files (nginx: client_max_body_size 0)",
     "No module named": "install the database's driver into .venv, or name another store by "
     "MLFLOW_TRACKING_URI",
     "Databricks": "`pip install databricks-sdk` and log in, or name another store by "
@@ -74,7 +77,7 @@ def reason(error: BaseException, handled: BaseException | None = None) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     line = printable(masked(lines[0]))
     line = truncate(line if len(line) <= LONG_REASON else line.split(". ")[0], LONGEST_REASON)
-    remedy = next((remedy for sign, remedy in REMEDIES.items() if sign in line), None)
+    remedy = next((remedy for sign, remedy in REMEDIES.items() if sign in lines[0]), None)
     return f"{line}; {remedy}" if remedy else line
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pipeline.report.html import as_code, as_markdown
 from pipeline.tracking import registry
 from pipeline.tracking.dvc_results import MODEL, PREPARED, Curve, Record
-from pipeline.tracking.identity import origin_tags
+from pipeline.tracking.identity import origin_tags, run_name
 from pipeline.tracking.runs import (
     TAG_KEY,
     TAG_PARENT,
@@ -82,7 +82,7 @@ def find_complete(client: "MlflowClient", experiment_id: str, revision: str) -> 
 def rename(client: "MlflowClient", run: "Run", record: Record) -> None:
     """Give a run the name that its experiment has now; `complete` does the rest."""
     client.set_tag(run.info.run_id, TAG_KEY, record.key)
-    client.update_run(run.info.run_id, name=record.name)
+    client.update_run(run.info.run_id, name=run_name(record.name))
 
 
 def describe(record: Record) -> str:
@@ -131,7 +131,7 @@ def _retire_namesakes(client: "MlflowClient", experiment_id: str, record: Record
         tags = run.data.tags
         if tags.get(TAG_NAME) == record.name and TAG_SUPERSEDED not in tags:
             client.set_tag(run.info.run_id, TAG_SUPERSEDED, record.key)
-            client.update_run(run.info.run_id, name=f"{record.name} (superseded)")
+            client.update_run(run.info.run_id, name=run_name(record.name, " (superseded)"))
 
 
 def _log_metrics(client: "MlflowClient", run: "Run", record: Record) -> None:

@@ -12,6 +12,7 @@ from pipeline import config
 from pipeline.infra.git import git
 
 TEXT_LIMIT = 6000  # characters of a parameter or tag that MLflow takes
+NAME_LIMIT = 250  # characters of a run's name; PostgreSQL refuses longer ones, SQLite takes them
 MAX_CHANGES = 3  # changed parameters in the name of an experiment that DVC gives none
 
 
@@ -37,6 +38,12 @@ def _changed_params(params: Mapping[str, str]) -> list[str]:
     changes = [f"{key}={text}" for key, text in params.items() if before.get(key) != text]
     rest = len(changes) - MAX_CHANGES
     return changes[:MAX_CHANGES] + ([f"and {rest} more"] if rest > 0 else [])
+
+
+def run_name(name: str, suffix: str = "") -> str:
+    """The name of an experiment's run, which every database takes; tags and key have the whole name."""
+    length = NAME_LIMIT - len(suffix)
+    return (name if len(name) <= length else f"{name[: length - 3]}...") + suffix
 
 
 def baseline_commit() -> str:

@@ -24,6 +24,7 @@ from pipeline.models import checkpoint
 from pipeline.models.checkpoint import WEIGHTS, Checkpoint
 from pipeline.serving.predictor import image_size_of
 from pipeline.tracking.connection import reason, silence_mlflow
+from pipeline.tracking.identity import run_name
 from pipeline.tracking.runs import TAG_ROLE, TAG_STAGE, find_run
 from pipeline.tracking.store import shown_uri, store, store_uri
 
@@ -301,7 +302,7 @@ def _find_run(client: "MlflowClient", experiment_id: str, id_or_name: str) -> "R
     parents = client.search_runs(
         [experiment_id], filter_string=f"tags.`{TAG_ROLE}` = 'parent'", max_results=MAX_RUNS
     )
-    matches = [run for run in parents if run.info.run_name == id_or_name]
+    matches = [run for run in parents if run.info.run_name == run_name(id_or_name)]
     if len(matches) > 1:
         raise ModelError(
             f"{len(matches)} experiments are named {id_or_name!r}; name one of their runs: "

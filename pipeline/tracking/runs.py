@@ -37,6 +37,7 @@ from pipeline.tracking.identity import (
     experiment_key,
     experiment_name,
     origin_tags,
+    run_name,
 )
 from pipeline.tracking.store import shown_uri, store, store_uri
 
@@ -275,7 +276,7 @@ def make_parent(
             **tags,
         }
         all_tags = {tag: text for tag, text in all_tags.items() if text}
-        run = client.create_run(experiment_id, tags=all_tags, run_name=name)
+        run = client.create_run(experiment_id, tags=all_tags, run_name=run_name(name))
     _log_missing_params(client, run, params)
     return str(run.info.run_id)
 

@@ -19,6 +19,7 @@ from pipeline.tracking.connection import masked, require_store, require_usable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
 EXPERIMENT = "blockdrop"
 DATABASE = "mlflow.db"
@@ -103,8 +104,7 @@ def _experiment(client: "MlflowClient") -> str:
     name = name or EXPERIMENT
     experiment = by_number or client.get_experiment_by_name(name)
     if experiment is None:
-        location = None if store_uri().startswith("http") else (project_root() / ARTIFACTS).as_uri()
-        return str(client.create_experiment(name, artifact_location=location))
+        experiment = _create_experiment(client, name)
     number = str(experiment.experiment_id)
     if experiment.lifecycle_stage != "active":
         raise UserError(
@@ -114,6 +114,20 @@ def _experiment(client: "MlflowClient") -> str:
         )
     _update_paths(str(experiment.artifact_location))
     return number
+
+
+def _create_experiment(client: "MlflowClient", name: str) -> "Experiment":
+    from mlflow.exceptions import MlflowException
+
+    location = None if store_uri().startswith("http") else (project_root() / ARTIFACTS).as_uri()
+    try:
+        return client.get_experiment(client.create_experiment(name, artifact_location=location))
+    except MlflowException as error:
+        # the lock is of this project; someone else may have created it on the same server meanwhile
+        experiment = client.get_experiment_by_name(name)
+        if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
+            raise
+        return experiment
 
 
 def _require_no_percent_sign() -> None:

@@ -163,7 +163,7 @@ def test_table_and_links_show_siblings(client, tmp_path):
 
 
 def test_table_folds_a_long_name_and_cuts_no_number(client, tmp_path, capsys):
-    name = "main-1234567 " + " ".join(f"data.key{number}={number}" for number in range(30))
+    name = "main-1234567 " + " ".join(f"data.key{number}={number}" for number in range(18))
     overview.say(completed(record_of(tmp_path, name, baseline="long")))
     lines = capsys.readouterr().out.splitlines()
     titles = next(line for line in lines if "experiment" in line)

@@ -100,6 +100,24 @@ def test_four_processes_on_a_fresh_store_find_one_parent(started_together, clien
     assert len(client.search_runs([experiment.experiment_id], filter_string=same)) == 1
 
 
+def test_experiment_that_another_machine_creates_meanwhile_is_taken(client, params, monkeypatch, capsys):
+    """The lock is this project's alone: someone else's clone may create it between look and creation."""
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "created twice")
+    find, created = MlflowClient.get_experiment_by_name, []
+
+    def look(self, name):
+        if created:
+            return find(self, name)
+        created.append(client.create_experiment(name))
+        return None
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", look)
+    with stage_run("pretrain", params) as run:
+        pass
+    assert complaints(capsys) == 0
+    assert client.get_run(run.run_id).info.experiment_id == created[0]
+
+
 def test_stage_and_its_parent_begin_and_finish_together(client, params):
     params |= {"gamma": 2.0, "policy_net.input_size": None, "resnet.mean": (0.1, 0.2, 0.3)}
     with stage_run("pretrain", params) as run:
