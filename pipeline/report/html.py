@@ -10,17 +10,20 @@ from markdown_it import MarkdownIt
 from pipeline.infra.safe_io import printable
 
 STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.55 system-ui, sans-serif; color: #1c1e21; max-width: 62rem; margin: 2rem auto;
-       padding: 0 1.2rem; }
+:root { color-scheme: light dark; --back: #fff; --text: #1c1e21; --line: #dfe1e5; --strong: #8a8d91;
+        --soft: #f5f6f7; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #16181c; --text: #e7e9ec; --line: #34383f; --strong: #7d828a; --soft: #22252b; } }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--text); background: var(--back);
+       max-width: 62rem; margin: 2rem auto; padding: 0 1.2rem; overflow-wrap: break-word; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .92rem; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #dfe1e5; text-align: right; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid #8a8d91; }
-img { max-width: 100%; height: auto; margin: .6rem 0; }
-pre { background: #f5f6f7; padding: .8rem; overflow-x: auto; max-height: 22rem; font-size: .85rem; }
-code { background: #f5f6f7; }
+thead th { border-bottom: 2px solid var(--strong); }
+img { max-width: 100%; height: auto; margin: .6rem 0; background: #fff; border-radius: .3rem; }
+pre { background: var(--soft); padding: .8rem; overflow-x: auto; max-height: 22rem; font-size: .85rem; }
+code { background: var(--soft); }
 """
 
 

@@ -87,8 +87,14 @@ class BesideBaseline:
     """BlockDrop beside a static network: accuracy on the same images, and its FLOPs by the other's."""
 
     name: str
+    accuracy: float
     difference: Difference
     cost_ratio: float
+
+    @property
+    def cheaper_or_equal(self) -> bool:
+        """Whether the other network takes no more FLOPs."""
+        return self.cost_ratio >= 1 - SAME_COST
 
     @property
     def verdict(self) -> str:
@@ -123,6 +129,7 @@ class Payback:
 def page(results: Results) -> str:
     benchmark, correctness = results.benchmark, results.correctness
     baselines = trained_baselines(results)
+    rivals = [beside(results, baseline) for baseline in baselines]
     params_yaml = yaml.safe_dump(
         dict(results.params), default_flow_style=None, sort_keys=False, width=100
     )
@@ -136,7 +143,12 @@ def page(results: Results) -> str:
         beside_full=paired_difference(correctness["blockdrop"], correctness["full"]),
         test_images=len(correctness["full"]),
         same_cost=SAME_COST,
-        beside_baselines=[beside(results, baseline) for baseline in baselines],
+        beside_baselines=rivals,
+        strongest=max(
+            (rival for rival in rivals if rival.cheaper_or_equal),
+            key=lambda rival: rival.accuracy,
+            default=None,
+        ),
         random_is_compared=any(baseline.key.startswith("random-") for baseline in baselines),
         beside_sole_in_time=list(_beside_sole_in_time(benchmark, baselines)),
         benchmark=benchmark,
@@ -209,6 +221,7 @@ def beside(results: Results, baseline: Baseline) -> BesideBaseline:
     correctness = results.correctness
     return BesideBaseline(
         name=baseline.name,
+        accuracy=baseline.accuracy,
         difference=paired_difference(correctness["blockdrop"], correctness[baseline.key]),
         cost_ratio=results.evaluated.flops_mean / baseline.flops,
     )

@@ -116,6 +116,25 @@ def test_first_table_holds_every_network_and_the_papers(results):
         assert words in text
 
 
+@pytest.mark.parametrize(
+    ("sole_flops", "static_flops", "words"),
+    [
+        (5.9e7, 7e7, "no more FLOPs)**:** ResNet-20; BlockDrop has +5.00 points"),
+        (5.9e7, 6.1e7, "no more FLOPs)**:** FirstK, 7 blocks, finetuned; BlockDrop has +0.00 points"),
+        (7e7, 7e7, "**Strongest rival:** no network here takes so few FLOPs."),
+    ],
+)
+def test_the_verdict_names_the_most_accurate_network_at_no_more_flops(
+    results, sole_flops, static_flops, words
+):
+    sole = {"20": SoleResNet(accuracy=0.90, flops=sole_flops)}
+    static = {"first_7": StaticNetwork(accuracy=0.95, flops=static_flops, blocks=7)}
+    text = page(changed(results, baselines={"sole": sole, "static": static}))
+    assert words in text
+    assert "**Time** on CPU, 2 threads, torch 2.14.0**:** Batch 32, fp32: beneficial" in text
+    assert text.index(words) < text.index("| network | test accuracy |")
+
+
 RANDOM = {"random_7": StaticNetwork(accuracy=0.95, flops=7e7, blocks=7)}
 NOTHING = {"answers": [], "times": [], "left_out": {"bf16": "emulated"}}
 REASONS = {"left_out": {"a": "no CUDA", "b": "too slow", "c": "no CUDA"}}
@@ -183,7 +202,10 @@ def test_page_leaves_out_what_it_does_not_know(results, changes, words):
 )
 def test_verdict_says_who_is_ahead(results, count_correct, flops, words):
     difference = paired_difference(correctness(950), correctness(count_correct))
-    assert BesideBaseline(name="X", difference=difference, cost_ratio=6e7 / flops).verdict == words
+    other = BesideBaseline(
+        name="X", accuracy=count_correct / 1000, difference=difference, cost_ratio=6e7 / flops
+    )
+    assert other.verdict == words
     sole = {"20": SoleResNet(accuracy=count_correct / 1000, flops=flops)}
     results = changed(
         results, baselines={"sole": sole}, correctness={"sole-20": correctness(count_correct)}
