@@ -58,7 +58,7 @@ predict: setup ## classify images, and show the blocks that run: IMAGES="a.png '
 	@python -m tools.predict --words="$$IMAGES"
 
 demo: setup ## try the shipped CIFAR-10 model in a browser, on 127.0.0.1 (PORT=7860): nothing is trained
-	@python -m tools.demo $${MODEL:+"--model=$$MODEL"} $${PORT:+"--port=$$PORT"}
+	@python -m tools.demo $${MODEL:+--model="$$MODEL"} $${PORT:+--port="$$PORT"}
 
 export: peers ## write the trained model as ONNX graphs with a runner that needs no PyTorch: TO=folder MODEL=models/finetune
 	@python -m tools.export --to="$$TO" -- "$${MODEL:-models/finetune}"
@@ -72,7 +72,7 @@ sync: setup ## log every DVC experiment to MLflow that is not there yet
 	@python -m tools.sync
 
 ui: setup ## serve the MLflow UI on 127.0.0.1 (PORT=5000; HOST=0.0.0.0 opens it to everybody, without a password)
-	python -m tools.ui --host="$$HOST" $${PORT:+"--port=$$PORT"}
+	python -m tools.ui --host="$$HOST" $${PORT:+--port="$$PORT"}
 
 front: setup ## plot accuracy against FLOPs for all gammas that were run: results/own/front.png
 	@python -m tools.front

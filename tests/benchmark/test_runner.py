@@ -1,6 +1,7 @@
 """The benchmark shows slow and wrong executors, and its answers can be recomputed from its tables."""
 
 import time
+from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from executors import make_images, make_networks
 
-from pipeline.benchmark import candidates, runner
+from pipeline.benchmark import candidates, full_resnet_forms, runner
 from pipeline.benchmark.candidates import Settings
 from pipeline.benchmark.reference import Reference
 from pipeline.benchmark.rounds import Rounds, peak_mib
@@ -87,6 +88,14 @@ def row_of(tables: Tables, name: str, batch: int) -> TimingRow:
 
 
 TICKS: list[float] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_peers() -> Iterator[None]:
+    """Only our own forms, whether other engines are installed or not (test_peers.py has these)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(full_resnet_forms, "PEERS", {})
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -295,13 +295,15 @@ def test_names_reach_the_tools_as_they_were_typed(stubbed, name, by_environment)
     imported = given("import", FILE=name, STAGE=name)
     assert imported == ["-m", "tools.import_checkpoint", "--", name, name]
     if not by_environment:
+        demo = given("demo", MODEL=name, PORT=name)
+        assert demo == ["-m", "tools.demo", f"--model={name}", f"--port={name}"]
         address = given("ui", HOST=name, PORT=name)
         assert address == ["-m", "tools.ui", f"--host={name}", f"--port={name}"]
 
 
 def test_ui_is_opened_to_others_on_the_command_line_alone(stubbed):
     """Some shells and services set HOST and PORT."""
-    expected = ["-m", "tools.ui", "--host=127.0.0.1", "--port=5000"]
+    expected = ["-m", "tools.ui", "--host=127.0.0.1"]
     assert handed_over(stubbed, "ui", HOST="0.0.0.0", PORT="80") == expected
 
 
@@ -319,7 +321,9 @@ def test_recipes_hold_no_name_that_users_give():
     text = (ROOT / "Makefile").read_text()
     names = re.search(r"^NAMED := (.*)", text, re.MULTILINE)[1].split()
     recipes = "\n".join(line for line in text.splitlines() if line.startswith("\t"))
-    assert {"FILE", "IMAGES", "NAME", "STAGE", "HOST", "PORT", "PYTHON"} == set(names)
+    assert set(names) == {
+        "FILE", "HOST", "IMAGES", "MODEL", "NAME", "PORT", "PYTHON", "STAGE", "TO",
+    }  # fmt: skip
     assert not re.search(rf"\$[({{]({'|'.join(names)})[)}}]", recipes)
     for name in re.findall(r"\$\$(\w+)", recipes):
         assert name in names
