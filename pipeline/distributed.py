@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from pipeline.infra.processes import RankInfo, rank_info
+from pipeline.infra.ranks import RankInfo, rank_info
 
 T = TypeVar("T")
 

@@ -20,9 +20,10 @@ from repository_copy import ROOT, TINY, make_workplace
 
 from pipeline import distributed
 from pipeline.config import Params
-from pipeline.infra import processes
+from pipeline.infra import processes, ranks
 from pipeline.infra.errors import UserError
-from pipeline.infra.processes import PROCESSES_VARIABLE, TORCHRUN_VARIABLES
+from pipeline.infra.processes import PROCESSES_VARIABLE
+from pipeline.infra.ranks import TORCHRUN_VARIABLES
 from pipeline.tracking.store import store
 from stages import sole
 from stages.support import common, training
@@ -140,7 +141,7 @@ def test_place_that_no_launcher_gives_is_refused(variables, words, alone):
     for name, text in variables.items():
         alone.setenv(name, text)
     with pytest.raises(UserError, match=words) as raised:
-        processes.rank_info()
+        ranks.rank_info()
     assert "torchrun" in str(raised.value)
 
 

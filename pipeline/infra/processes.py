@@ -1,16 +1,13 @@
-"""The processes of one training: which rank this one has, and how many were asked for.
+"""The processes of one training: how many were asked for, and how they meet.
 
-torchrun tells each process its rank by environment variables, and so does `torchrun.launch`. Without
-them there is one process, and everything here does nothing.
+Without torchrun's variables (`ranks`) there is one process, and everything here does nothing.
 """
 
 import ipaddress
 import os
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,9 +18,9 @@ import yaml
 from torch import distributed
 
 from pipeline.infra.errors import UserError
+from pipeline.infra.ranks import RankInfo, rank_info, whole_number
 
 PROCESSES_VARIABLE = "BLOCKDROP_PROCESSES"
-TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MEETING_TIMEOUT = timedelta(minutes=10)  # for all processes to connect
 # The other ranks wait for rank 0 while it validates, or while it waits for another training of the same.
 # A process that ends closes its connections, which the others notice at once. A machine that falls
@@ -31,43 +28,6 @@ MEETING_TIMEOUT = timedelta(minutes=10)  # for all processes to connect
 COLLECTIVE_TIMEOUT = timedelta(days=7)
 SILENCE_SECONDS = 300  # without a sign of another machine; a switch restarts in less
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
-RANK0_SECONDS = 5.0  # for rank 0 to end first; torchrun then ends the others
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankInfo:
-    """The rank of this process, from 0 on over all machines, of `size`; `local` on its machine."""
-
-    rank: int = 0
-    size: int = 1
-    local: int = 0
-
-
-def rank_info() -> RankInfo:
-    """Read this process's rank from torchrun's variables.
-
-    Raises:
-        UserError: some of the variables are missing, or they contradict each other.
-    """
-    values = {name: os.environ.get(name, "") for name in TORCHRUN_VARIABLES}
-    if not values["RANK"] and not values["WORLD_SIZE"]:
-        return RankInfo()
-    missing = [name for name, value in values.items() if not value]
-    if missing:
-        present = " and ".join(name for name in ("RANK", "WORLD_SIZE") if values[name])
-        raise UserError(
-            f"{present} is set, but {', '.join(missing)} is not; start it by torchrun, or unset it"
-        )
-    rank, size = _whole_number("RANK"), _whole_number("WORLD_SIZE")
-    local = _whole_number("LOCAL_RANK") if os.environ.get("LOCAL_RANK") else 0
-    if rank >= size:
-        raise UserError(f"RANK={rank} with WORLD_SIZE={size}; start it by torchrun, or unset both")
-    return RankInfo(rank=rank, size=size, local=local)
-
-
-def is_main() -> bool:
-    """Whether this process prints, logs and writes: the only one, or rank 0."""
-    return rank_info().rank == 0
 
 
 def requested_world_size(device: torch.device) -> int:
@@ -119,21 +79,6 @@ def process_group(device: torch.device) -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def describe(device: str) -> str:
-    """One line for logs and reports: the device, and how many processes trained on such ones."""
-    size = rank_info().size
-    return device + (f", {size} processes" if size > 1 else "")
-
-
-def wait_for_rank0_exit() -> None:
-    """Let rank 0 end first after an error: its message speaks for all, and it ends the run in MLflow.
-
-    torchrun then ends this process. If only this one has failed, it prints its message after the wait.
-    """
-    if not is_main():
-        time.sleep(RANK0_SECONDS)
-
-
 def explain_peer_failure(error: BaseException) -> str | None:
     """One line when another process of this training has ended; None for any other error."""
     if rank_info().size == 1 or not isinstance(error, RuntimeError):
@@ -158,7 +103,7 @@ def _interface() -> str | None:
     Raises:
         UserError: MASTER_ADDR leads nowhere, or to this machine alone while there are others.
     """
-    master, port = os.environ["MASTER_ADDR"], _whole_number("MASTER_PORT")
+    master, port = os.environ["MASTER_ADDR"], whole_number("MASTER_PORT")
     try:
         family, kind, _, _, address = socket.getaddrinfo(master, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
@@ -245,13 +190,6 @@ def _watch_connections(seconds: int) -> None:
             with suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as same:
                 for (level, option), value in options.items():
                     same.setsockopt(level, option, value)
-
-
-def _whole_number(name: str) -> int:
-    text = os.environ[name]
-    if not (text.isascii() and text.isdecimal()):
-        raise UserError(f"{name} is {text!r}, which is no number; start it by torchrun, or unset it")
-    return int(text)
 
 
 def _require_devices(count: int, reason: str, device: torch.device) -> None:

@@ -25,7 +25,6 @@ from pipeline.models.path_values import PathValues
 from pipeline.models.policy_net import PolicyNet, average_down
 from pipeline.models.resnet import Block, ResNet
 from pipeline.onnx_graph import to_onnx
-from pipeline.serving import onnx_runner
 from pipeline.serving.predictor import image_size_of
 
 FORMAT = 1  # of the manifest
@@ -154,7 +153,7 @@ def export(
             tick(name)
             (unfinished / name).write_bytes(graph())
         (unfinished / MANIFEST).write_text(json.dumps(_manifest(checkpoint, size), indent=1) + "\n")
-        shutil.copyfile(onnx_runner.__file__, unfinished / RUNNER)
+        shutil.copyfile(Path(__file__).with_name("onnx_runner.py"), unfinished / RUNNER)
         if folder.exists():
             folder.rmdir()
         unfinished.rename(folder)

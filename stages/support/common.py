@@ -15,10 +15,10 @@ from typing import Any
 from pipeline.config import Params
 from pipeline.config import load as load_params
 from pipeline.device import choose_device, describe_device
-from pipeline.infra import processes
+from pipeline.infra import processes, ranks
 from pipeline.infra.atomic_io import failures_name, write_text, write_through
 from pipeline.infra.errors import UserError, explain, explain_memory
-from pipeline.infra.processes import RankInfo, is_main, rank_info
+from pipeline.infra.ranks import RankInfo, is_main, rank_info
 from pipeline.infra.safe_io import short_repr
 from pipeline.infra.signals import exit_on_sigterm, exit_with_parent
 from pipeline.tracking.connection import OFF, mode
@@ -85,7 +85,7 @@ def _run(main: Callable[[Params], None], *, trains: bool) -> None:
             if is_main():
                 require_unchanged()
     except BaseException:
-        processes.wait_for_rank0_exit()
+        ranks.wait_for_rank0_exit()
         raise
 
 
@@ -185,7 +185,7 @@ def write_times(stage: str, seconds: float, images: int, *, fewest_threads: int)
     content = {
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 1) if seconds else None,
-        "device": processes.describe(describe_device(choose_device())),
+        "device": ranks.describe(describe_device(choose_device())),
         "fewest_threads": fewest_threads,
     }
     write_json(METRICS / "times" / f"{stage}.json", content)

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.data.split import ImageSplit
-from pipeline.infra.processes import is_main
+from pipeline.infra.ranks import is_main
 from pipeline.training.loop import Metrics
 
 BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {remaining} left"

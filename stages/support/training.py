@@ -23,9 +23,9 @@ from pipeline.device import (
     keep_freed_memory,
     seed_everything,
 )
-from pipeline.infra import processes
+from pipeline.infra import ranks
 from pipeline.infra.errors import UserError
-from pipeline.infra.processes import is_main
+from pipeline.infra.ranks import is_main
 from pipeline.infra.resume import ResumePoint, digest_of_files, key_of
 from pipeline.infra.signals import deferred_signals
 from pipeline.models import checkpoint
@@ -258,9 +258,7 @@ def _train(
     Not those of the best epoch: to choose it would use the validation images twice.
     """
     device, name = choose_device(), outputs.name
-    print(
-        f"{name}: {section.epochs} epochs on {processes.describe(describe_device(device))}", flush=True
-    )
+    print(f"{name}: {section.epochs} epochs on {ranks.describe(describe_device(device))}", flush=True)
     if is_main():
         _warn_of_emulation(section, device)
     splits = {split: load_split(PREPARED, split, device) for split in ("train", "validation")}

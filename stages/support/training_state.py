@@ -13,7 +13,7 @@ from pipeline.config import Curriculum, Finetune, Pretrain, section_name
 from pipeline.device import choose_device, describe_device, random_states, set_random_states
 from pipeline.inference import auto
 from pipeline.infra.errors import UserError, explain
-from pipeline.infra.processes import is_main
+from pipeline.infra.ranks import is_main
 from pipeline.infra.resume import ResumePoint
 from pipeline.infra.signals import StopSignal
 from pipeline.models.policies import collapse

@@ -16,6 +16,7 @@ import yaml
 from checkpoints import networks
 
 from pipeline import config
+from pipeline.benchmark.peers import PEERS
 from pipeline.config import ResNetParams, flatten
 from pipeline.inference.auto import make_executor
 from pipeline.infra.errors import UserError
@@ -460,7 +461,8 @@ def test_speed_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     found = json.loads(out.read_text())
     (answer,) = found["answers"]
     assert answer["winner"]["executor"] == "gather"
-    assert found["left_out"].keys() == {"triton fp32"}
+    # engines of `make peers` are left out too where they are not installed
+    assert {name for name in found["left_out"] if not name.startswith(tuple(PEERS))} == {"triton fp32"}
     assert "gather is" in capsys.readouterr().out or not answer["winner"]["speedup"]["reliable"]
 
 
