@@ -175,7 +175,7 @@ def test_processes_of_one_machine_meet_by_its_loopback(alone):
 def test_stage_that_trains_nothing_takes_no_processes(alone, capsys):
     for name, text in zip(TORCHRUN_VARIABLES, ("0", "2", "127.0.0.1", "1"), strict=True):
         alone.setenv(name, text)
-    alone.setattr(processes, "RANK0_SECONDS", 0)
+    alone.setattr(ranks, "RANK0_SECONDS", 0)
     with pytest.raises(SystemExit):
         common.run(lambda params: pytest.fail("it was run"))
     assert "only trainings take several processes" in capsys.readouterr().err

@@ -154,8 +154,8 @@ def test_what_cannot_be_exported_leaves_nothing(images, tmp_path, monkeypatch):
     (tmp_path / "taken/mine").touch()
     with pytest.raises(UserError, match="exists already"):
         export(model, tmp_path / "taken")
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(NoOnnxError, match="onnxscript is not installed; `make peers` installs it"):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(NoOnnxError, match="onnx is not installed; `make peers` installs it"):
         export(model, tmp_path / "export")
     shutil.rmtree(tmp_path / "taken")
     assert list(tmp_path.iterdir()) == []
