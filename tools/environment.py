@@ -21,6 +21,7 @@ REQUIREMENTS = Path("requirements.txt")
 INSTALLED = VENV / "requirements.txt"  # a copy of the one whose packages are installed
 UNFINISHED = VENV / "being-set-up"  # exists from the beginning of a set-up to its end
 PROGRAMS = ("pip", "dvc")  # the first that exists shows for which folder all were written
+BUILDER = "setuptools=="  # pyproject.toml's, at the version of requirements.txt
 STALE = 3
 NO_PYTHON = "has no Python that runs"
 LACKING = "lacks packages of this requirements.txt"
@@ -143,6 +144,8 @@ def install() -> None:
         subprocess.run([str(PYTHON), "-m", "ensurepip", "--default-pip"], check=True)
     command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*command, "-r", str(REQUIREMENTS)], check=True)
+    if BUILDER in REQUIREMENTS.read_text():  # the command `blockdrop`, which starts this checkout's code
+        subprocess.run([*command, "--no-deps", "--no-build-isolation", "--editable", "."], check=True)
     shutil.copyfile(str(REQUIREMENTS), str(INSTALLED))
     UNFINISHED.unlink()
 

@@ -365,3 +365,63 @@ def _separation_folder() -> Iterator[None]:
 
 def ssh_user() -> str:
     return getpass.getuser()
+
+
+# SLURM
+
+SLURM = """
+ClusterName=test
+SlurmctldHost={name}({host})
+SlurmctldPort={port}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+PartitionName=all Nodes=ALL Default=YES State=UP
+"""
+
+
+@contextlib.contextmanager
+def slurm(folder: Path, nodes: int = 2) -> Iterator[dict[str, str]]:
+    """SLURM's controller and nodes of one CPU each, all on this machine: the environment of `sbatch`."""
+    programs = {name: _installed(name) for name in ("munged", "slurmctld", "slurmd", "sbatch")}
+    if not all(programs.values()) or os.getuid() != 0:
+        pytest.skip("SLURM for root; it is in Debian's slurmctld, slurmd, slurm-client and munge")
+    key, name = folder / "munge.key", socket.gethostname().partition(".")[0]
+    key.write_bytes(os.urandom(1024))
+    key.chmod(0o400)
+    ports = [free_port() for _ in range(nodes + 1)]
+    text = SLURM.format(name=name, host=HOST, port=ports[0], folder=folder)
+    for k, port in enumerate(ports[1:]):
+        text += f"NodeName=node{k} NodeHostname={name} NodeAddr={HOST} Port={port} CPUs=1\n"
+        (folder / f"spool-node{k}").mkdir()
+    (folder / "state").mkdir()
+    configuration = folder / "slurm.conf"
+    configuration.write_text(text)
+    env = {"SLURM_CONF": str(configuration)}
+    files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munge.pid",
+             "log-file": "munge.log", "seed-file": "munge.seed"}  # fmt: skip
+    options = [f"--{option}={folder / file}" for option, file in files.items()]
+
+    def has_socket() -> None:
+        if not (folder / "munge.socket").exists():
+            raise ConnectionError
+
+    with contextlib.ExitStack() as stack:
+        munge = [programs["munged"], "--foreground", "--force", *options]
+        stack.enter_context(Server(*munge, port=0, folder=folder, answers=has_socket))
+        for program, port in (
+            ([programs["slurmctld"], "-D"], ports[0]),
+            *(([programs["slurmd"], "-D", "-N", f"node{k}"], port) for k, port in enumerate(ports[1:])),
+        ):
+            stack.enter_context(Server(*program, port=port, folder=folder, env=env))
+        yield env

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from pipeline.infra.errors import UserError
+from tools import __main__ as front_door
 from tools import front
 from tools.command import Parser, command
 from tools.predict import paths_of
 
 ROOT = Path(__file__).parents[2]
-LIBRARY = {"tools.command", "research.tables"}  # modules that are no commands
+# modules that are no commands; tools.__main__ is all of them
+LIBRARY = {"tools.command", "research.tables"}
 COMMANDS = sorted(
     name
     for path in [*ROOT.glob("tools/[a-z]*.py"), *ROOT.glob("research/[a-z]*.py")]
@@ -26,6 +28,7 @@ REQUIRED = {  # arguments without which a command says that they are missing
     "tools.import_checkpoint": ("a", "pretrain"),
     "tools.preset": ("a",),
     "tools.promote": ("a",),
+    "tools.submit": ("gamma=5",),
 }
 
 
@@ -180,3 +183,32 @@ def test_next_step_needs_no_activated_environment():
         text = (ROOT / "tools" / f"{name}.py").read_text()
         assert "run `make repro`" in text
         assert "dvc repro" not in text
+
+
+def test_one_name_reaches_every_command(capsys, monkeypatch):
+    tools = {name for name in COMMANDS if name.startswith("tools.")}
+    # what make alone calls: they set up, repair and check the checkout itself
+    assert tools - set(front_door.COMMANDS.values()) == {
+        "tools.environment", "tools.repair_dvc", "tools.schema",
+    }  # fmt: skip
+    for words in ([], ["--help"]):
+        monkeypatch.setattr(sys, "argv", ["blockdrop", *words])
+        with pytest.raises(SystemExit) as caught:
+            front_door.main()
+        assert caught.value.code == 0
+        listed = capsys.readouterr().out
+        assert all(f"\n    {name} " in listed for name in front_door.COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["blockdrop", "predict", "--budget", "much"])
+    with pytest.raises(SystemExit) as caught:
+        front_door.main()
+    assert caught.value.code == 2
+    assert "--budget: invalid float value: 'much'" in capsys.readouterr().err
+
+
+def test_completion_knows_commands_and_options(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["blockdrop", "completion", "bash"])
+    front_door.main()
+    script = capsys.readouterr().out
+    words = 'COMP_WORDS=(blockdrop predict --bu) COMP_CWORD=2; _shtab_blockdrop; echo "${COMPREPLY[@]}"'
+    done = subprocess.run(["bash", "-c", f"{script}\n{words}"], capture_output=True, text=True)
+    assert done.stdout.split() == ["--budget"], done.stderr
