@@ -71,7 +71,7 @@ peers: setup ## install ONNX Runtime and OpenVINO: `make benchmark` then times t
 sync: setup ## log every DVC experiment to MLflow that is not there yet
 	@python -m tools.sync
 
-ui: setup ## serve the MLflow UI on 127.0.0.1 (PORT=5000; HOST=0.0.0.0 opens it to everybody, without a password)
+ui: setup ## serve the MLflow UI on 127.0.0.1 (PORT=5050; HOST=0.0.0.0 opens it to everybody, without a password)
 	python -m tools.ui --host="$$HOST" $${PORT:+--port="$$PORT"}
 
 front: setup ## plot accuracy against FLOPs for all gammas that were run: results/own/front.png

@@ -31,7 +31,7 @@ def require_free(host: str, port: int) -> None:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"the UI can't be served on {host}, port {port} ({reason}); is it served already? else "
-            "`make ui PORT=5001` takes another port, `--host` another address"
+            "`make ui PORT=5051` takes another port, `--host` another address"
         ) from None
 
 
@@ -59,6 +59,7 @@ def main(arguments: argparse.Namespace) -> None:
     if served_elsewhere:
         return
     server = ["mlflow", "ui", "--host", arguments.host, "--port", str(arguments.port)]
+    server += ["--uvicorn-opts", "--log-level=warning"]  # else a line for each file that the browser gets
     environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": uri}  # may hold a password: not for `ps`
     with contextlib.suppress(KeyboardInterrupt):
         subprocess.run(server, check=True, cwd=project_root(), env=environment)

@@ -33,7 +33,7 @@ PATH_COLUMNS = (  # of MLflow's tables, with absolute paths of files
 )
 LOCK_TIMEOUT = 60.0  # seconds to wait for another process that sets up the store
 HOST = "127.0.0.1"  # of the UI that `make ui` starts
-PORT = 5000
+PORT = 5050  # not 5000, which `mlflow models serve` takes by itself
 
 
 def store_uri() -> str:
