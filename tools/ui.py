@@ -59,7 +59,10 @@ def main(arguments: argparse.Namespace) -> None:
     if served_elsewhere:
         return
     server = ["mlflow", "ui", "--host", arguments.host, "--port", str(arguments.port)]
-    server += ["--uvicorn-opts", "--log-level=warning"]  # else a line for each file that the browser gets
+    server += [
+        "--uvicorn-opts",
+        "--log-level=warning",
+    ]  # else a line for each request
     environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": uri}  # may hold a password: not for `ps`
     with contextlib.suppress(KeyboardInterrupt):
         subprocess.run(server, check=True, cwd=project_root(), env=environment)

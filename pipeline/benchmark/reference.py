@@ -44,7 +44,8 @@ class Reference:
         that asks no policy network shows in the decisions, one that runs other blocks than it says in
         the classes.
         """
-        count = len(actions)
+        count = min(len(actions), len(self.checked))  # the last batch may go beyond them
+        actions, logits = actions[:count], logits[:count]
         same = actions == self.checked[:count]  # [B, K]
         classes = self.classes[:count].clone()  # [B]
         differing = ~same.all(dim=1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.data.split import ImageSplit
 from pipeline.data.transforms import Normalisation
@@ -28,6 +29,30 @@ class DialPoint:
     accuracy: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class PathOutcomes:
+    """A split's images on every path."""
+
+    class_logits: Tensor  # [M, N], of the policy network
+    correct: Tensor  # [P, M] bool, whether the path's answer is right
+
+
+def outcomes_of_paths(
+    policy_net: PolicyNet, resnet: ResNet, split: ImageSplit, *, normalisation: Normalisation
+) -> PathOutcomes:
+    """Run every image on each path, P passes in all."""
+    values = policy_net.path_values
+    assert values is not None
+    class_logits = policy_outputs(policy_net, split, normalisation=normalisation)  # [M, N]
+    own_correct = class_logits.argmax(dim=1) == split.labels  # [M]
+    correct = own_correct.repeat(len(values.mask), 1)  # [P, M]
+    runs = values.mask.any(dim=1)  # [P], the paths that run blocks
+    resnet_logits = logits_under(resnet, split, values.mask[runs], normalisation=normalisation)
+    for path, logits in zip(runs.nonzero().flatten().tolist(), resnet_logits, strict=True):
+        correct[path] = values.average(class_logits, logits).argmax(dim=1) == split.labels
+    return PathOutcomes(class_logits=class_logits, correct=correct)
+
+
 def dial_points(
     policy_net: PolicyNet, resnet: ResNet, split: ImageSplit, *, normalisation: Normalisation, cost: Cost
 ) -> list[DialPoint]:
@@ -38,20 +63,14 @@ def dial_points(
     values = policy_net.path_values
     if values is None:
         return []
-    class_logits = policy_outputs(policy_net, split, normalisation=normalisation)  # [M, N]
-    own_correct = class_logits.argmax(dim=1) == split.labels  # [M]
-    correct = own_correct.repeat(len(values.mask), 1)  # [P, M]
-    runs = values.mask.any(dim=1)  # [P], the paths that run blocks
-    resnet_logits = logits_under(resnet, split, values.mask[runs], normalisation=normalisation)
-    for path, logits in zip(runs.nonzero().flatten().tolist(), resnet_logits, strict=True):
-        correct[path] = values.average(class_logits, logits).argmax(dim=1) == split.labels
+    outcomes = outcomes_of_paths(policy_net, resnet, split, normalisation=normalisation)
     trained_for = values.gamma.clone()
     points = []
     low, high = values.dial[1, [0, -1]].tolist()
     for budget in np.linspace(low, high, POINTS).tolist():
         values.gamma.fill_(values.gamma_of(budget))
-        chosen = values.rewards(class_logits).argmax(dim=1)  # [M]
-        right = correct[chosen, torch.arange(len(split), device=chosen.device)]
+        chosen = values.rewards(outcomes.class_logits).argmax(dim=1)  # [M]
+        right = outcomes.correct[chosen, torch.arange(len(split), device=chosen.device)]
         points.append(
             DialPoint(
                 gamma=float(values.gamma),

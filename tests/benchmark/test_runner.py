@@ -207,6 +207,13 @@ def test_sweep_asks_the_policy_and_takes_the_given_actions():
         assert torch.equal(ran[2 * index + 1][1], actions)
 
 
+def test_agreement_is_of_the_checked_images_where_batches_go_beyond_them():
+    networks, images = make_networks(), make_images(40)
+    reference = Reference(networks, images, checked=30)
+    output = Gather(networks)(images)
+    assert reference.agreement(output.actions, output.logits, "fp32").agrees
+
+
 def test_agreement_counts_decisions_and_classes_under_them():
     networks, images = make_networks(), make_images(40)
     reference = Reference(networks, images, checked=60)

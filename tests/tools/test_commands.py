@@ -23,6 +23,7 @@ COMMANDS = sorted(
 )
 REQUIRED = {  # arguments without which a command says that they are missing
     "research.ablation": ("finetune",),
+    "research.budgets": ("a", "b"),
     "research.pooled": ("a",),
     "research.results": ("table",),
     "tools.import_checkpoint": ("a", "pretrain"),
