@@ -11,12 +11,11 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.data.dataset import load_split
 from pipeline.device import choose_device
-from pipeline.evaluation.dial import PathOutcomes, outcomes_of_paths
+from pipeline.evaluation.dial import PathOutcomes, at_budget, outcomes_of_paths
 from pipeline.flops import Cost, measure
 from pipeline.infra.errors import UserError
 from pipeline.models import checkpoint
@@ -51,13 +50,8 @@ class Model:
         Raises:
             UserError: no gamma takes this budget.
         """
-        low, high = self.values.dial[1, [0, -1]].tolist()
-        if not low <= budget <= high:
-            raise UserError(f"a budget of {budget:.3g} FLOPs is none from {low:.3g} to {high:.3g}")
-        self.values.gamma.fill_(self.values.gamma_of(budget))
-        chosen = self.values.rewards(self.outcomes.class_logits).argmax(dim=1)  # [M]
-        right = self.outcomes.correct[chosen, torch.arange(len(chosen), device=chosen.device)]
-        return right.cpu().numpy(), float(self.cost.of(self.values.mask[chosen]).mean())
+        correct, point = at_budget(self.values, self.outcomes, budget=budget, cost=self.cost)
+        return correct.cpu().numpy(), point.flops
 
 
 def add_options(parser: Parser) -> None:

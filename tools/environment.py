@@ -21,6 +21,7 @@ REQUIREMENTS = Path("requirements.txt")
 INSTALLED = VENV / "requirements.txt"  # a copy of the one whose packages are installed
 UNFINISHED = VENV / "being-set-up"  # exists from the beginning of a set-up to its end
 PROGRAMS = ("pip", "dvc")  # the first that exists shows for which folder all were written
+COMMAND = VENV / "bin/blockdrop"  # starts this checkout's code
 BUILDER = "setuptools=="  # pyproject.toml's, at the version of requirements.txt
 STALE = 3
 NO_PYTHON = "has no Python that runs"
@@ -83,7 +84,12 @@ def check() -> int:
         print(why)
         return 1
     installed = INSTALLED.exists() and INSTALLED.read_bytes() == REQUIREMENTS.read_bytes()
-    return 0 if installed else STALE
+    return 0 if installed and (COMMAND.exists() or not has_command()) else STALE
+
+
+def has_command() -> bool:
+    """Whether requirements.txt brings what installs COMMAND."""
+    return BUILDER in REQUIREMENTS.read_text(encoding="utf-8")
 
 
 def run_check() -> "tuple[int, str]":
@@ -144,7 +150,7 @@ def install() -> None:
         subprocess.run([str(PYTHON), "-m", "ensurepip", "--default-pip"], check=True)
     command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*command, "-r", str(REQUIREMENTS)], check=True)
-    if BUILDER in REQUIREMENTS.read_text():  # the command `blockdrop`, which starts this checkout's code
+    if has_command():
         subprocess.run([*command, "--no-deps", "--no-build-isolation", "--editable", "."], check=True)
     shutil.copyfile(str(REQUIREMENTS), str(INSTALLED))
     UNFINISHED.unlink()

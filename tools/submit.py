@@ -29,7 +29,22 @@ PULL = f"dvc exp pull {REMOTE}"
 
 def name_of(settings: str) -> str:
     """An experiment's name, of its settings: `gamma=5 seed=1` is gamma-5-seed-1."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", settings).strip("-.")
+    return re.sub(r"[^A-Za-z0-9._]+", "-", settings.replace("=-", "=minus")).strip("-.")
+
+
+def by_name(experiments: list[str]) -> dict[str, list[str]]:
+    """The settings of each experiment, by its name.
+
+    Raises:
+        UserError: an argument holds no settings, or two of them give the same name.
+    """
+    texts: dict[str, str] = {}
+    for text in experiments:
+        name = name_of(text)
+        if name in texts:
+            raise UserError(f"{texts[name]!r} and {text!r} are both named {name}; name it once")
+        texts[name] = text
+    return {name: settings_of(text) for name, text in texts.items()}
 
 
 def settings_of(text: str) -> list[str]:
@@ -129,12 +144,10 @@ def add_options(parser: Parser) -> None:
 @command(add_options)
 def main(arguments: argparse.Namespace) -> None:
     root = project_root().resolve()
-    settings = {name_of(text): settings_of(text) for text in arguments.experiments}
+    settings = by_name(arguments.experiments)
     for words in settings.values():
         require_valid(words, root / "params.yaml")
     url, commit = require_shared(root)
-    if len(settings) < len(arguments.experiments):
-        raise UserError("two experiments have the same settings; name each once")
     require_new(list(settings), root)
     (root / FOLDER).mkdir(exist_ok=True)
     # DVC would take the submitting checkout for the project

@@ -13,6 +13,8 @@ from pipeline.data.split import ImageSplit
 from pipeline.data.transforms import Normalisation
 from pipeline.flops import Cost
 from pipeline.inference.predict import logits_under, policy_outputs
+from pipeline.infra.errors import UserError
+from pipeline.models.path_values import PathValues
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
 
@@ -53,6 +55,30 @@ def outcomes_of_paths(
     return PathOutcomes(class_logits=class_logits, correct=correct)
 
 
+def at_budget(
+    values: PathValues, outcomes: PathOutcomes, *, budget: float, cost: Cost
+) -> tuple[Tensor, DialPoint]:
+    """The model at one budget, in FLOPs: whether each image is classified correctly, [M] bool, and the
+    means. It leaves `values` at the budget's gamma.
+
+    Raises:
+        UserError: no gamma takes this budget.
+    """
+    low, high = values.dial[1, [0, -1]].tolist()
+    if not low <= budget <= high:
+        raise UserError(f"a budget of {budget:.3g} FLOPs is none from {low:.3g} to {high:.3g}")
+    values.gamma.fill_(values.gamma_of(budget))
+    chosen = values.rewards(outcomes.class_logits).argmax(dim=1)  # [M]
+    correct = outcomes.correct[chosen, torch.arange(len(chosen), device=chosen.device)]
+    point = DialPoint(
+        gamma=float(values.gamma),
+        budget=budget,
+        flops=float(cost.of(values.mask[chosen]).mean()),
+        accuracy=float(correct.double().mean()),
+    )
+    return correct, point
+
+
 def dial_points(
     policy_net: PolicyNet, resnet: ResNet, split: ImageSplit, *, normalisation: Normalisation, cost: Cost
 ) -> list[DialPoint]:
@@ -65,19 +91,8 @@ def dial_points(
         return []
     outcomes = outcomes_of_paths(policy_net, resnet, split, normalisation=normalisation)
     trained_for = values.gamma.clone()
-    points = []
     low, high = values.dial[1, [0, -1]].tolist()
-    for budget in np.linspace(low, high, POINTS).tolist():
-        values.gamma.fill_(values.gamma_of(budget))
-        chosen = values.rewards(outcomes.class_logits).argmax(dim=1)  # [M]
-        right = outcomes.correct[chosen, torch.arange(len(split), device=chosen.device)]
-        points.append(
-            DialPoint(
-                gamma=float(values.gamma),
-                budget=budget,
-                flops=float(cost.of(values.mask[chosen]).mean()),
-                accuracy=float(right.double().mean()),
-            )
-        )
+    budgets = np.linspace(low, high, POINTS).clip(low, high).tolist()
+    points = [at_budget(values, outcomes, budget=budget, cost=cost)[1] for budget in budgets]
     values.gamma.copy_(trained_for)
     return points

@@ -109,7 +109,7 @@ def test_experiments_run_on_the_nodes_and_come_back(project, cluster, home):
         ("true", ["gamma"], "'gamma' is no PARAMETER=VALUE"),
         ("true", ["gamma=-7"], "gamma"),
         ("true", ["gama=7"], "gama"),
-        ("true", ["gamma=1", "gamma=1"], "two experiments have the same settings"),
+        ("true", ["gamma=1", "gamma=1"], "both named gamma-1"),
         ("sed -i 's/^gamma:.*/gamma: 3/' params.yaml", ["gamma=7"], "params.yaml differs from"),
         ("git commit -q --allow-empty -m new", ["gamma=7"], "is not on origin, where jobs take it from"),
         ("git remote remove origin", ["gamma=7"], "there is no Git remote origin"),

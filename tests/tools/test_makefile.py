@@ -115,6 +115,15 @@ def test_environment_that_is_as_it_should_be_is_left(set_up):
     assert done.returncode == 0
 
 
+def test_environment_without_the_command_is_to_be_completed(installed, monkeypatch):
+    (installed / "requirements.txt").write_text("setuptools==80\n")
+    (installed / ".venv/requirements.txt").write_text("setuptools==80\n")
+    monkeypatch.chdir(installed)
+    assert environment.run_check() == (environment.STALE, environment.LACKING)
+    (installed / ".venv/bin/blockdrop").touch()
+    assert environment.run_check()[0] == 0
+
+
 @pytest.mark.parametrize("original_stays", [True, False])
 def test_copied_or_moved_environment_is_made_anew(set_up, copy, original_stays):
     if not original_stays:
