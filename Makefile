@@ -13,10 +13,11 @@ PYTEST := python -m pytest -n logical --maxprocesses 4 --dist loadfile --max-wor
 PORT :=
 HOST := 127.0.0.1
 MODEL :=
+CPU :=
 TO := export
 # values that users give reach the tools unchanged, by the environment: neither make (`value`) nor the shell
 # ("$$NAME") interprets them
-NAMED := FILE HOST IMAGES MODEL NAME PORT PYTHON STAGE TO
+NAMED := CPU FILE HOST IMAGES MODEL NAME PORT PYTHON STAGE TO
 $(foreach name,$(NAMED),$(eval override $(name) := $$(value $(name))))
 export $(NAMED)
 
@@ -28,7 +29,7 @@ help: ## show this list
 ## The pipeline
 
 setup: export PATH := $(OUTSIDE)
-setup: ## install requirements.txt into .venv, if something is missing there (PYTHON=python3.12 chooses the Python)
+setup: ## install requirements.txt into .venv, if something is missing there (PYTHON=python3.12 chooses the Python, CPU=1 leaves CUDA out)
 	@.venv/bin/python -m tools.environment --check >/dev/null 2>&1 || { \
 		command -v -- "$$PYTHON" >/dev/null || { \
 			echo "error: there is no $$PYTHON; name a Python, as in \`make setup PYTHON=python3.12\`" >&2; \

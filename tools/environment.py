@@ -20,6 +20,9 @@ PYTHON = VENV / "bin/python"
 REQUIREMENTS = Path("requirements.txt")
 INSTALLED = VENV / "requirements.txt"  # a copy of the one whose packages are installed
 UNFINISHED = VENV / "being-set-up"  # exists from the beginning of a set-up to its end
+CPU = "CPU"  # the variable that asks for a PyTorch without CUDA: CPU=1
+CPU_ONLY = VENV / "cpu-only"  # exists where it has none
+DRIVER = Path("/proc/driver/nvidia")
 PROGRAMS = ("pip", "dvc")  # the first that exists shows for which folder all were written
 COMMAND = VENV / "bin/blockdrop"  # starts this checkout's code
 BUILDER = "setuptools=="  # pyproject.toml's, at the version of requirements.txt
@@ -84,7 +87,9 @@ def check() -> int:
         print(why)
         return 1
     installed = INSTALLED.exists() and INSTALLED.read_bytes() == REQUIREMENTS.read_bytes()
-    return 0 if installed and (COMMAND.exists() or not has_command()) else STALE
+    wanted = os.environ.get(CPU)  # whoever names no kind of build is content with either
+    kind = wanted in (None, "", "1" if CPU_ONLY.exists() else "0")
+    return 0 if installed and kind and (COMMAND.exists() or not has_command()) else STALE
 
 
 def has_command() -> bool:
@@ -144,14 +149,47 @@ def make_environment(why: str) -> None:
     subprocess.run([python, "-m", "venv", str(VENV)], check=True)
 
 
-def install() -> None:
+def without_cuda(requirements: str) -> str:
+    """The lines of a requirements.txt that a PyTorch without CUDA needs."""
+    cuda = re.compile(r"(nvidia|cuda|triton)\b")
+    return "".join(line for line in requirements.splitlines(True) if not cuda.match(line))
+
+
+def require_kind() -> bool:
+    """Whether PyTorch without CUDA is wanted: by `CPU=1`, or by an earlier set-up that had it.
+
+    Raises:
+        SystemExit: CPU is neither 0 nor 1.
+    """
+    wanted = os.environ.get(CPU) or ("1" if CPU_ONLY.exists() else "0")
+    if wanted not in ("0", "1"):
+        sys.exit(f"error: CPU is {wanted!r}; 1 leaves CUDA's libraries out, 0 installs them")
+    return wanted == "1"
+
+
+def install(cpu_only: bool) -> None:
     UNFINISHED.touch()
     if not (VENV / "bin/pip").exists():  # uv makes environments without it
         subprocess.run([str(PYTHON), "-m", "ensurepip", "--default-pip"], check=True)
-    command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*command, "-r", str(REQUIREMENTS)], check=True)
+    pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    uv = shutil.which("uv")
+    locked = REQUIREMENTS.read_text(encoding="utf-8")
+    requirements = REQUIREMENTS
+    if cpu_only:  # uv knows where builds without CUDA are; PyPI has none
+        requirements = UNFINISHED
+        requirements.write_text(without_cuda(locked), encoding="utf-8")
+        if uv is None:
+            subprocess.run([*pip, *re.findall("^uv==.*", locked, re.MULTILINE)], check=True)
+            uv = str(VENV / "bin/uv")
+    command = pip if uv is None else [uv, "pip", "install", "--quiet", "--python", str(PYTHON)]
+    backend = ["--torch-backend", "cpu"] if cpu_only else []
+    subprocess.run([*command, *backend, "-r", str(requirements)], check=True)
     if has_command():
-        subprocess.run([*command, "--no-deps", "--no-build-isolation", "--editable", "."], check=True)
+        subprocess.run([*pip, "--no-deps", "--no-build-isolation", "--editable", "."], check=True)
+    if cpu_only:
+        CPU_ONLY.touch()
+    elif CPU_ONLY.exists():
+        CPU_ONLY.unlink()
     shutil.copyfile(str(REQUIREMENTS), str(INSTALLED))
     UNFINISHED.unlink()
 
@@ -172,6 +210,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="see what is to be done, and do nothing")
     if parser.parse_args().check:
         return check()
+    cpu_only = require_kind()
     with REQUIREMENTS.open() as lock:
         wait_for_others(lock)
         status, why = run_check()
@@ -181,8 +220,11 @@ def main() -> int:
         try:
             if status != STALE:
                 make_environment(why)
-            print("setting up .venv (about two minutes, 6 GB) ...", flush=True)
-            install()
+            size = "about two minutes, " + ("2 GB" if cpu_only else "6 GB")
+            print(f"setting up .venv ({size}) ...", flush=True)
+            if not (cpu_only or DRIVER.exists()):
+                print("(no NVIDIA GPU here: `make setup CPU=1` leaves CUDA's 4 GB out)", flush=True)
+            install(cpu_only)
         except subprocess.CalledProcessError as error:
             sys.exit(f"error: `{' '.join(error.cmd)}` failed, see above; mend that, and repeat")
     return 0

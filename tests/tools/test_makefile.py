@@ -42,14 +42,16 @@ def project(folder: Path, *, requirements: str = "") -> Path:
     return folder
 
 
-def make(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run make, with nothing of the environment that the tests run in."""
+def make(
+    folder: Path, *words: str, before: Path = ROOT / "tests/none", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run make, with nothing of the environment that the tests run in, and `before` first in PATH."""
     outside = {
         name: text
         for name, text in os.environ.items()
         if name in ("HOME", "LANG", "LC_ALL", "TMPDIR") or name.startswith("PYENV")
     }
-    path = f"{Path(sys.executable).parent}{os.pathsep}/usr/bin{os.pathsep}/bin"
+    path = f"{before}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}/usr/bin{os.pathsep}/bin"
     return subprocess.run(
         ["make", *words],
         cwd=folder, capture_output=True, text=True, timeout=120,
@@ -122,6 +124,36 @@ def test_environment_without_the_command_is_to_be_completed(installed, monkeypat
     assert environment.run_check() == (environment.STALE, environment.LACKING)
     (installed / ".venv/bin/blockdrop").touch()
     assert environment.run_check()[0] == 0
+
+
+def test_set_up_without_cuda(own, installed, tmp_path):
+    """With a program in uv's place, since a test has no network."""
+    cuda = "cuda-toolkit==13 ; sys_platform == 'linux'\nnvidia-cudnn-cu13==9\ntriton==3\n"
+    lock = f"{cuda}numpy==2\ntorch==2.14.0\n"
+    (installed / "requirements.txt").write_text(lock)
+    uv = tmp_path / "uv"
+    uv.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/words\ncat .venv/being-set-up >> {tmp_path}/lines\n'
+    )
+    uv.chmod(0o755)
+
+    def given(*words: str) -> subprocess.CompletedProcess[str]:
+        return make(installed, *words, before=tmp_path)
+
+    assert given("setup", "CPU=1").returncode == 0
+    assert "--torch-backend cpu -r .venv/being-set-up" in (tmp_path / "words").read_text()
+    assert (tmp_path / "lines").read_text() == "numpy==2\ntorch==2.14.0\n"
+    (tmp_path / "words").unlink()
+    for words in (["setup"], ["setup", "CPU=1"]):  # it stays as it is
+        assert (given(*words).returncode, given(*words).stdout) == (0, "")
+    (installed / "requirements.txt").write_text(lock.replace("numpy==2", "numpy==3"))
+    assert given("setup").returncode == 0  # and is of that kind after a change, too
+    assert "--torch-backend cpu" in (tmp_path / "words").read_text()
+    (tmp_path / "words").unlink()
+    assert given("setup", "CPU=0").returncode == 0
+    assert (tmp_path / "words").read_text().strip().endswith("-r requirements.txt")
+    assert "torch-backend" not in (tmp_path / "words").read_text()
+    assert "CPU is 'yes'; 1 leaves" in error_line(given("setup", "CPU=yes"))
 
 
 @pytest.mark.parametrize("original_stays", [True, False])
@@ -331,7 +363,7 @@ def test_recipes_hold_no_name_that_users_give():
     names = re.search(r"^NAMED := (.*)", text, re.MULTILINE)[1].split()
     recipes = "\n".join(line for line in text.splitlines() if line.startswith("\t"))
     assert set(names) == {
-        "FILE", "HOST", "IMAGES", "MODEL", "NAME", "PORT", "PYTHON", "STAGE", "TO",
+        "CPU", "FILE", "HOST", "IMAGES", "MODEL", "NAME", "PORT", "PYTHON", "STAGE", "TO",
     }  # fmt: skip
     assert not re.search(rf"\$[({{]({'|'.join(names)})[)}}]", recipes)
     for name in re.findall(r"\$\$(\w+)", recipes):
