@@ -59,7 +59,11 @@ def decide_at_random(policy_net: PolicyNet, images: Tensor, keep_ratio: float) -
     x = torch.cat(features).double()  # [M, F]
     mean = x.mean(dim=0)
     _, scales, axes = torch.linalg.svd(x - mean, full_matrices=False)
-    whiten = axes / scales.clamp_min(1e-6 * scales.max())[:, None] * len(x) ** 0.5  # [F, F]
+    # along the others the images hardly differ, so that whitening would amplify rounding errors, and
+    # executors would decide differently
+    varied = scales > 1e-3 * scales.max()
+    axes, scales = axes[varied], scales[varied]
+    whiten = axes / scales[:, None] * len(x) ** 0.5  # [R, F]
     directions = torch.randn(policy_net.num_blocks, len(whiten), dtype=torch.float64)
     weight = directions @ whiten.cpu()  # [K, F]
     logits = (x - mean) @ weight.to(x.device).t()  # [M, K]
