@@ -212,7 +212,7 @@ def _label_of(row: Row) -> str:
 
 
 def _largest(marks: Sequence[Mark]) -> list[Mark]:
-    """The ResNet with every block that takes most FLOPs, which is the full one; none where there is none."""
+    """The full ResNet, which takes the most FLOPs of those with every block; empty without any."""
     return [mark for mark in marks if mark.look is RESNETS][-1:]
 
 
@@ -312,8 +312,8 @@ def _draw(ax: Axes, marks: Sequence[Mark]) -> list[Label]:
             vertical = "^" if mark.accuracy > top else "v" if mark.accuracy < bottom else ""
             look = look._replace(marker=vertical or (">" if mark.flops > right else "<"), size=60)
             label += f": {mark.accuracy:.2f} %"
-        ax.scatter(x, y, look.size, marker=look.marker, facecolor=look.face, edgecolor=look.edge,
-                   linewidth=0.9 if look.size > 100 else 0.6, zorder=3 + (look is BLOCKDROP))  # fmt: skip
+        points = ax.scatter(x, y, look.size, marker=look.marker, zorder=3 + (look is BLOCKDROP))
+        points.set(facecolor=look.face, edgecolor=look.edge, linewidth=0.7)
         if label:
             size, colour = (SMALL, ORANGE) if look is AT_GAMMAS else (SIZE, INK)
             labels.append(Label(x, y, label, look.size**0.5 / 2, size, colour))
