@@ -17,6 +17,7 @@ from pipeline.results import Answer, Baselines, BenchmarkResult, Evaluation, Spe
 
 Correctness = Mapping[str, NDArray[np.bool_]]  # [M] of each network
 RULES = {"first": "FirstK", "random": "RandomK", "distribute": "DistributeK"}
+NBSP = "\N{NO-BREAK SPACE}"
 SAME_COST = 0.02  # FLOPs that differ by less are equal
 RESNET = ("pretrain", "prune")  # trainings of the ResNet in which BlockDrop and the rules drop blocks
 LEARNING = ("policy_pretrain", "curriculum", "finetune")  # what BlockDrop trains on top of it
@@ -117,8 +118,8 @@ class Comparison:
         gains = [name for name, sign in (("accuracy", accuracy), ("cost", cost)) if sign > 0]
         losses = [name for name, sign in (("accuracy", accuracy), ("cost", cost)) if sign < 0]
         if gains and losses:
-            return f"in {gains[0]}, not in {losses[0]}: {words}"
-        answer = f"in {' and '.join(gains)}" if gains else "not"
+            return f"partly, in {gains[0]} and not in {losses[0]}: {words}"
+        answer = f"yes, in {' and '.join(gains)}" if gains else "no"
         return f"**{answer}**: {words}"
 
 
@@ -195,8 +196,8 @@ def of_one_image(benchmark: BenchmarkResult) -> Answer | None:
 def comparison_table(results: Results, comparisons: Sequence[Comparison]) -> str:
     """A line for each network, BlockDrop after the full ResNet, what papers say at the end."""
     header = (
-        "network", "test accuracy", "BlockDrop minus it, points", "blocks per image", "FLOPs",
-        "training, s", "one image, ms", "is BlockDrop beneficial beside it?",
+        "network", "is BlockDrop beneficial beside it?", "test accuracy", "BlockDrop minus it, points",
+        "blocks per image", "FLOPs", f"training,{NBSP}s", f"one image,{NBSP}ms",
     )  # fmt: skip
     lines = [_line_of(comparison, results) for comparison in comparisons]
     lines.insert(1, _line_of_blockdrop(results))
@@ -204,8 +205,8 @@ def comparison_table(results: Results, comparisons: Sequence[Comparison]) -> str
     for network in published(results.params):
         blocks = "" if network.blocks is None else f"{network.blocks:.2f}"
         flops = "" if network.flops is None else _flops(network.flops, full)
-        accuracy = f"{100 * network.accuracy:.2f} %"
-        lines.append((network.name, accuracy, "", blocks, flops, "", "", "published, another recipe"))
+        accuracy = f"{100 * network.accuracy:.2f}{NBSP}%"
+        lines.append((network.name, "published, another recipe", accuracy, "", blocks, flops, "", ""))
     return markdown_table(header, lines)
 
 
@@ -215,13 +216,13 @@ def _line_of(comparison: Comparison, results: Results) -> tuple[str, ...]:
     alone = f"{difference.only_first} : {difference.only_second}"
     return (
         baseline.name,
-        f"{100 * baseline.accuracy:.2f} %",
-        f"{mean} ({low} to {high}; {alone})",
+        comparison.verdict,
+        f"{100 * baseline.accuracy:.2f}{NBSP}%",
+        f"{mean} {unbroken(f'({low} to {high})')} {unbroken(alone)}",
         f"{baseline.blocks:g}",
         _flops(baseline.flops, results.baselines.baseline.flops),
         training_time(baseline.trainings, results.times),
         "" if comparison.milliseconds is None else f"{comparison.milliseconds:.2f}",
-        comparison.verdict,
     )
 
 
@@ -230,18 +231,18 @@ def _line_of_blockdrop(results: Results) -> tuple[str, ...]:
     answer = of_one_image(results.benchmark)
     return (
         "**BlockDrop**",
-        f"{100 * evaluated.accuracy:.2f} %",
         "",
-        f"{evaluated.blocks_mean:.2f} ({blocks.min()} to {blocks.max()})",
+        f"{100 * evaluated.accuracy:.2f}{NBSP}%",
+        "",
+        f"{evaluated.blocks_mean:.2f} {unbroken(f'({blocks.min()} to {blocks.max()})')}",
         _flops(evaluated.flops_mean, results.baselines.baseline.flops),
         training_time((*RESNET, *LEARNING), results.times),
         f"{answer.winner.milliseconds:.2f}" if answer and answer.winner else "",
-        "",
     )
 
 
 def _flops(flops: float, full: float) -> str:
-    return f"{flops:.3g}, {100 * flops / full:.1f} %"
+    return f"{flops:.3g}, {100 * flops / full:.1f}{NBSP}%"
 
 
 def training_time(stages: Sequence[str], times: Mapping[str, TrainingTimes]) -> str:
@@ -251,4 +252,11 @@ def training_time(stages: Sequence[str], times: Mapping[str, TrainingTimes]) -> 
     parts = " + ".join("imported" if took is None else f"{took:.0f}" for took in seconds)
     if not known:
         return "imported"
-    return parts if len(seconds) == 1 or len(known) < len(seconds) else f"{sum(known):.0f} ({parts})"
+    if len(seconds) == 1 or len(known) < len(seconds):
+        return parts
+    return f"{sum(known):.0f} {unbroken(f'({parts})')}"
+
+
+def unbroken(text: str) -> str:
+    """The same on one line, where a browser would break it at a space."""
+    return text.replace(" ", NBSP)

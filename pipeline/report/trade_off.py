@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 REACH = 0.25  # of the span of what a figure is about: networks that are farther off stand at its edge
 LEAST_SPAN = 1.0  # points of accuracy that an axis shows
 MARGIN = 0.07  # of the span that is shown
-EDGE = 0.025  # of an axis: how far inside the arrow to a network outside stands
+EDGE = 0.03  # of the axis: how far inside the arrow to a network outside stands
 SMALL = 7.0  # points, of a number beside a small marker
 
 
@@ -126,14 +126,14 @@ def trade_off(
         1, len(ratios), figsize=(WIDTH, 5.0), width_ratios=ratios, layout="constrained", squeeze=False
     )
     ax = panels[0, 0]
-    _frame(ax, [*ours, *at_gammas, *_largest(rivals)], rivals, images)
+    _frame(ax, [*ours, *at_gammas, *_largest(rivals)], rivals, images, also=others)
     _percent_axis(ax, baselines)
     _draw_intervals(ax, [*rivals, *ours], images)
     _join([mark for mark in rivals if mark.look is RESNETS], ax, color=INK)
     _join(at_gammas, ax, color=ORANGE)
     labels = _draw(ax, [*rivals, *at_gammas, *ours, *others])
     headline(figure, title)
-    _legend(figure, [*rivals, *ours, *at_gammas, *others], images)
+    _legend(ax, [*rivals, *ours, *at_gammas, *others], images)
     place(ax, labels)
     for panel in panels[0, 1:]:
         place(panel, _draw_untuned(panel, untuned, [*_largest(rivals), *ours], around=ax))
@@ -180,7 +180,7 @@ def front(
     _draw_front(ax, [(mean.flops, mean.accuracy) for mean in means])
     labels = _draw(ax, [*rivals, *seeds, *means])
     headline(figure, title)
-    _legend(figure, [*rivals, *means, *seeds], images, ax.get_legend_handles_labels()[0])
+    _legend(ax, [*rivals, *means, *seeds], images)
     place(ax, labels)
     save(figure, path)
 
@@ -255,14 +255,24 @@ def _interval(mark: Mark, images: int | None) -> tuple[float, float]:
     return 100 * low, 100 * high
 
 
-def _frame(ax: Axes, core: Sequence[Mark], others: Sequence[Mark], images: int | None) -> None:
-    """Axes that show `core` with its intervals, and those of the others that are not far off."""
+def _frame(
+    ax: Axes,
+    core: Sequence[Mark],
+    others: Sequence[Mark],
+    images: int | None,
+    also: Sequence[Mark] = (),
+) -> None:
+    """Axes with all FLOPs, and accuracies of `core`, and of those of the others that are not far off.
+
+    Args:
+        also: what has no say in which accuracies are shown.
+    """
     ends = [end for mark in core for end in _interval(mark, images)]
     low, high = min(ends), max(ends)
     reach = REACH * max(high - low, LEAST_SPAN)
     near = [mark for mark in others if low - reach <= mark.accuracy <= high + reach]
     ends += [end for mark in near for end in _interval(mark, images)]
-    flops = [mark.flops for mark in (*core, *near)]
+    flops = [mark.flops for mark in (*core, *others, *also)]
     ax.set_xlim(*_with_margin(min(flops), max(flops), least=0.2 * max(flops)))
     bottom, top = _with_margin(min(ends), max(ends), least=LEAST_SPAN)
     ax.set_ylim(bottom, min(top, 100 + MARGIN * (top - bottom)))
@@ -287,9 +297,12 @@ def _percent_axis(ax: Axes, baselines: Sequence[Row]) -> None:
 
 
 def _draw_intervals(ax: Axes, marks: Sequence[Mark], images: int | None) -> None:
+    """Vertical lines; none of a network outside the axes, of which an arrow stands at the edge."""
+    bottom, top = ax.get_ylim()
     for mark in marks if images else ():
-        colour = mark.look.face
-        ax.plot([mark.flops] * 2, _interval(mark, images), color=colour, linewidth=1.1, alpha=0.6)
+        if bottom <= mark.accuracy <= top:
+            look = {"color": mark.look.face, "linewidth": 1.1, "alpha": 0.6}
+            ax.plot([mark.flops] * 2, _interval(mark, images), **look)
 
 
 def _join(marks: Sequence[Mark], ax: Axes, **look: Any) -> None:
@@ -300,18 +313,14 @@ def _join(marks: Sequence[Mark], ax: Axes, **look: Any) -> None:
 def _draw(ax: Axes, marks: Sequence[Mark]) -> list[Label]:
     """Markers; an arrow at the edge for what is outside. Their labels, which are still to be placed."""
     labels = []
-    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    bottom, top = ax.get_ylim()
+    inset = EDGE * (top - bottom)
     for mark in marks:
-        x = np.clip(mark.flops, left + EDGE * (right - left), right - EDGE * (right - left))
-        y = np.clip(mark.accuracy, bottom + EDGE * (top - bottom), top - EDGE * (top - bottom))
-        inside = left <= mark.flops <= right and bottom <= mark.accuracy <= top
-        look, label = mark.look, mark.label
-        if inside:
-            x, y = mark.flops, mark.accuracy
-        else:
-            vertical = "^" if mark.accuracy > top else "v" if mark.accuracy < bottom else ""
-            look = look._replace(marker=vertical or (">" if mark.flops > right else "<"), size=60)
-            label += f": {mark.accuracy:.2f} %"
+        x, y, label, look = mark
+        if not bottom <= y <= top:
+            label += f": {y:.2f} %"
+            look = look._replace(marker="^" if y > top else "v", size=60, face=look.edge)
+            y = top - inset if y > top else bottom + inset
         points = ax.scatter(x, y, look.size, marker=look.marker, zorder=3 + (look is BLOCKDROP))
         points.set(facecolor=look.face, edgecolor=look.edge, linewidth=0.7)
         if label:
@@ -323,8 +332,7 @@ def _draw(ax: Axes, marks: Sequence[Mark]) -> list[Label]:
 def _draw_untuned(ax: Axes, rows: Sequence[Row], marks: Sequence[Mark], *, around: Axes) -> list[Label]:
     """Static rules without finetuning, with all accuracies, and what the axes `around` show of them."""
     labels = []
-    flops = [row["flops"] for row in rows] + [mark.flops for mark in marks]
-    ax.set(xlim=_with_margin(min(flops), max(flops), least=0), ylim=(0, 104))
+    ax.set_ylim(0, 104)
     for kind, name in RULES.items():
         own = mean_by_blocks([row for row in rows if row["kind"] == kind])
         if own:
@@ -354,18 +362,21 @@ def _draw_front(ax: Axes, points: Sequence[tuple[float, float]]) -> None:
         ax.plot(np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1], color=ORANGE, linewidth=1.2, label=label)
 
 
-def _legend(
-    figure: plt.Figure, marks: Sequence[Mark], images: int | None, lines: Sequence[Artist] = ()
-) -> None:
-    """Each kind of network once, then the lines, then what an interval is."""
+def _legend(ax: Axes, marks: Sequence[Mark], images: int | None) -> None:
+    """Each kind of network once, then the lines that have a name, then what arrows and intervals are."""
     looks = {mark.look.said: mark.look for mark in marks}
     handles: list[Artist] = [
         Line2D([], [], linestyle="", marker=look.marker, markersize=look.size**0.5, label=said,
                markerfacecolor=look.face, markeredgecolor=look.edge, markeredgewidth=0.7)
         for said, look in looks.items()
     ]  # fmt: skip
-    handles += lines
+    handles += ax.get_legend_handles_labels()[0]
+    bottom, top = ax.get_ylim()
+    if not all(bottom <= mark.accuracy <= top for mark in marks):
+        said = "beyond these axes"
+        handles.append(Line2D([], [], linestyle="", color=INK, marker="v", markersize=7, label=said))
     if images:
         handles.append(Line2D([], [], color=GREY, label=f"95 % interval, {images:,} test images"))
     columns = 3 if len(handles) > 4 else max(1, len(handles))
+    figure: Any = ax.get_figure(root=True)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
