@@ -224,7 +224,7 @@ def _colours(ratios: Sequence[float], experiments: Sequence[Row]) -> dict[float,
     """Of each ratio of pruning where there are several, else of each gamma."""
     values = ratios if len(ratios) > 1 else sorted({row["gamma"] for row in experiments})
     shades = plt.get_cmap("cividis")(np.linspace(0, 0.9, max(1, len(values))))
-    return {value: tuple(shade) for value, shade in zip(values, shades, strict=True)}
+    return {value: tuple(shade) for value, shade in zip(values, shades, strict=False)}
 
 
 def _means(experiments: Sequence[Row], colour_of: Mapping[float, Any]) -> tuple[list[Mark], list[Mark]]:

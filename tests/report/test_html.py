@@ -19,7 +19,7 @@ Some *text* with <script>alert(1)</script> in it.
 
 ![a picture](one.png)
 """
-SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9">\n<path d="M 0 0 %" fill="#123"/></svg>'
+SVG = '<svg xmlns="http://www.w3.org/2000/svg">\n<path d="M 0 0 %" fill="#123"/></svg>'
 
 
 def test_page_holds_its_pictures_and_fetches_nothing(tmp_path):
