@@ -364,7 +364,10 @@ def _draw_front(ax: Axes, points: Sequence[tuple[float, float]]) -> None:
 
 def _legend(ax: Axes, marks: Sequence[Mark], images: int | None) -> None:
     """Each kind of network once, then the lines that have a name, then what arrows and intervals are."""
-    looks = {mark.look.said: mark.look for mark in marks}
+    looks: dict[str, Look] = {}
+    for look in (mark.look for mark in marks):
+        several = look.said in looks and looks[look.said].face != look.face
+        looks[look.said] = look._replace(face=GREY) if several else look
     handles: list[Artist] = [
         Line2D([], [], linestyle="", marker=look.marker, markersize=look.size**0.5, label=said,
                markerfacecolor=look.face, markeredgecolor=look.edge, markeredgewidth=0.7)
