@@ -42,6 +42,8 @@ plt.rcParams.update(
         "lines.linewidth": 1.4,
         "lines.markersize": 5,
         "text.parse_math": False,  # a class may be named with dollars
+        "svg.hashsalt": "blockdrop",  # else its ids are random
+        "image.composite_image": False,  # an SVG holds each photo in its own resolution
     }
 )
 
@@ -70,8 +72,12 @@ def fitting(text: str, inches: float, size: float, weight: str = "normal") -> st
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    """Write a PNG and close the figure; the same figure gives the same bytes."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", metadata={"Software": None})  # no version: equal bytes
+    """Write a PNG, and an SVG of the same name beside it, and close the figure.
+
+    The same figure gives the same bytes: neither file has a date or a version in it.
+    """
+    for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
+        picture = io.BytesIO()
+        figure.savefig(picture, format=kind, metadata=metadata)
+        write_atomically(path.with_suffix(f".{kind}"), picture.getvalue())
     plt.close(figure)
-    write_atomically(path, picture.getvalue())

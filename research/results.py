@@ -22,7 +22,7 @@ from pipeline.infra.atomic_io import write_text
 from pipeline.infra.errors import UserError
 from pipeline.infra.git import git
 from pipeline.infra.resume import project_root
-from pipeline.report.markdown import PAPER
+from pipeline.report.comparison import PAPER
 from pipeline.report.paired import paired_difference
 from pipeline.report.tables import markdown_table
 from pipeline.report.trade_off import trade_off
@@ -304,8 +304,8 @@ def figure(path: Path, rows: Sequence[Row]) -> None:
     rivals = {(rival.name, rival.accuracy): rival for row in rows for rival in row.rivals}
     baselines = [
         {
-            "kind": rival.kind, "depth": rival.depth, "blocks": rival.blocks, "flops": rival.flops,
-            "accuracy": rival.accuracy, "accuracy_std": 0.0,
+            "name": rival.name, "kind": rival.kind, "depth": rival.depth, "blocks": rival.blocks,
+            "flops": rival.flops, "accuracy": rival.accuracy, "accuracy_std": 0.0,
             "finetuned": int(rival.kind in RULES),
         }
         for rival in rivals.values()
@@ -321,7 +321,10 @@ def figure(path: Path, rows: Sequence[Row]) -> None:
         }
         for row in rows
     ]
-    trade_off(path, baselines=baselines, blockdrop=points, title=rows[0].network.title)
+    trade_off(
+        path, baselines=baselines, blockdrop=points, title=rows[0].network.title,
+        images=rows[0].test_images,
+    )  # fmt: skip
 
 
 def add_options(parser: Parser) -> None:

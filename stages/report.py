@@ -1,5 +1,7 @@
 """report: one page on the experiment, as Markdown and as HTML, from what the other stages wrote."""
 
+import os
+from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 
@@ -7,18 +9,22 @@ import numpy as np
 
 from pipeline.config import Params
 from pipeline.device import choose_device, describe_machine
+from pipeline.infra.git import git
 from pipeline.report import html, markdown
-from pipeline.report.markdown import Results, TrainingTimes
+from pipeline.report.comparison import Results, TrainingTimes, published
+from pipeline.report.markdown import Origin
 from pipeline.report.trade_off import trade_off
 from pipeline.results import Baselines, BenchmarkResult, Evaluation, from_json
 from pipeline.tracking import dvc_results, experiment_runs, overview
 from pipeline.tracking.identity import baseline_commit
 from pipeline.tracking.runs import StageRun, stage_run
+from pipeline.tracking.store import experiment_id
 from stages.support import common
 
 OUT = Path("report")
 EVALUATED, BASELINES = common.PLOTS / "evaluate", common.PLOTS / "baseline"
 TRADE_OFF = common.PLOTS / "trade_off.csv"
+WRITTEN = ("dvc.lock", "metrics", "plots", "models")  # by stages: no change of the user's
 
 
 def read(params: Params) -> Results:
@@ -40,6 +46,7 @@ def read(params: Params) -> Results:
         evaluated=from_json(Evaluation, common.read_json(common.METRICS / "evaluate.json")),
         baselines=from_json(Baselines, common.read_json(common.METRICS / "baseline.json")),
         correctness=correctness,
+        blocks=np.array([int(row["blocks"]) for row in blockdrop]),
         times={
             name: from_json(TrainingTimes, common.read_json(times / f"{name}.json"))
             for name in trainings
@@ -62,25 +69,43 @@ def draw(results: Results) -> None:
         "label": f"BlockDrop, gamma {results.params['gamma']:g}",
     }
     baselines = [_as_numbers(row) for row in common.read_csv(BASELINES / "curves.csv")]
-    published = [
+    paper = [
         {"accuracy": network.accuracy, "flops": network.flops, "label": network.name}
-        for network in markdown.published(results.params)
+        for network in published(results.params)
         if network.flops is not None
     ]
     trade_off(
         OUT / "trade_off.png",
         baselines=baselines,
         blockdrop=[point],
-        paper=published,
+        paper=paper,
         dial=[_as_numbers(row) for row in common.read_csv(EVALUATED / "dial.csv")],
         title=title,
+        images=len(results.blocks),
     )
     for folder in (EVALUATED, common.PLOTS / "benchmark"):
-        for picture in sorted(folder.glob("*.png")):
+        for picture in sorted([*folder.glob("*.png"), *folder.glob("*.svg")]):
             (OUT / picture.name).write_bytes(picture.read_bytes())
     rows = [*baselines, {"kind": "BlockDrop", **point}]
     common.write_csv(
         TRADE_OFF, [{name: row[name] for name in ("kind", "flops", "accuracy")} for row in rows]
+    )
+
+
+def origin_of(run: StageRun) -> Origin:
+    """Where the results come from; with links where MLflow has them."""
+    commit = baseline_commit()
+    links: dict[str, str] = {}
+    if run.parent_id:
+        run.attempt(lambda: links.update(overview.run_links(experiment_id(), run.parent_id)))
+    ignored = [f":!{path}" for path in WRITTEN]
+    changed = git("diff", "--name-only", "--relative", commit, "--", ".", *ignored) if commit else ""
+    return Origin(
+        written=datetime.now(UTC),
+        commit=git("rev-parse", "--short", commit) or commit[:7],
+        changed=changed.splitlines(),
+        experiment=os.environ.get("DVC_EXP_NAME", ""),
+        links=links,
     )
 
 
@@ -107,7 +132,7 @@ def main(params: Params) -> None:
         OUT.mkdir(exist_ok=True)
         results = read(params)
         draw(results)
-        text = markdown.page(results)
+        text = markdown.page(results, origin_of(mlflow_run))
         (OUT / "report.md").write_text(text, encoding="utf-8")
         (OUT / "report.html").write_text(html.page(text, OUT), encoding="utf-8")
         log(mlflow_run)

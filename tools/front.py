@@ -89,6 +89,7 @@ def main(arguments: argparse.Namespace) -> None:
             *(row for other in chosen[1:] for row in baselines_of(other) if row["kind"] == "pruned"),
         ],
         title=f"ResNet-{params['resnet.depth']} on {params['data.source']}, test images",
+        images=int(chosen[0].metrics.get("data.test_images", 0)) or None,
     )
     table = arguments.out.with_suffix(".csv")
     write_csv(table, rows)

@@ -15,6 +15,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from PIL import Image
 
 from pipeline.data.split import ImageArray
 from pipeline.plotting import BLUE, GREY, INK, ORANGE, PALE, WIDTH, fitting, headline, save
@@ -26,6 +27,7 @@ QUANTILES = 10  # of difficulty, where there are images enough for means of 20
 PICTURES = 18  # of a class, under all of its policies together
 NAME = 1.1  # inches of a class's name
 COLUMNS, COLUMN = 7, 0.69  # of large pictures; inches of a caption
+PIXELS = 112  # of a picture's side, at most: a large one is shown at about as many
 PITCH, LINE = 1.1, 1.65  # in pictures: to the next one, to the next line
 
 # ------------------------------------------------------------------------------- what is to be shown
@@ -141,7 +143,7 @@ def _draw_keep_ratios(ax: Axes, shown: ShownPolicies) -> None:
         else:
             ax.text((num_blocks - 1) / 2, row, "no test images", ha="center", va="center", color=GREY)
     ratios[-1] = shown.actions.mean(axis=0)
-    image = ax.imshow(ratios, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    image = ax.imshow(ratios, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="none")
     ax.axhline(rows - 0.5, color="white", linewidth=4)
     for border in np.cumsum(shown.stages[:-1]):
         ax.axvline(border - 0.5, color="white", linewidth=1.5)
@@ -234,7 +236,12 @@ def _draw_policy(ax: Axes, policy: FrequentPolicy, shown: ShownPolicies, count: 
 
 
 def _draw_picture(ax: Axes, image: NDArray[np.uint8], left: float, bottom: float) -> None:
-    ax.imshow(image, extent=(left, left + 1, bottom, bottom + 1))
+    """In its own resolution, which is what an SVG holds, but not in more than can be seen."""
+    if max(image.shape[:2]) > PIXELS:
+        small = Image.fromarray(image)
+        small.thumbnail((PIXELS, PIXELS))
+        image = np.asarray(small)
+    ax.imshow(image, extent=(left, left + 1, bottom, bottom + 1), interpolation="none")
 
 
 # ------------------------------------------------------------------------ easy and hard images

@@ -62,10 +62,16 @@ def paired_difference(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Di
     )
 
 
-def _reach(right: int, count: int) -> tuple[float, float]:
-    """How far Wilson's 95 % interval goes below and above a share."""
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """The ends of Wilson's 95 % interval of a share: `right` of `count` (1927, JASA 22:209)."""
     interval = binomtest(right, count).proportion_ci(method="wilson")
-    return right / count - interval.low, interval.high - right / count
+    return float(interval.low), float(interval.high)
+
+
+def _reach(right: int, count: int) -> tuple[float, float]:
+    """How far Wilson's interval goes below and above a share."""
+    low, high = wilson(right, count)
+    return right / count - low, high - right / count
 
 
 def _correlation(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:

@@ -101,17 +101,22 @@ def links(
     experiment_id: str, shown: Sequence[Experiment], run_id: str, *, address: str | None = None
 ) -> dict[str, str]:
     """Addresses of the table of runs, of one experiment, and of its comparison with its siblings."""
-    base = f"{address or ui_address()}/#"
-    pages = {"all runs": f"{base}/experiments/{experiment_id}/runs?{VIEW}"}
+    pages = run_links(experiment_id, run_id, address=address)
     chosen = next((experiment for experiment in shown if experiment.run_id == run_id), None)
     if chosen is None:
-        return pages
-    pages["this experiment"] = f"{base}/experiments/{experiment_id}/runs/{run_id}?{VIEW}"
+        return {"all runs": pages["all runs"]}
     compared = [experiment.run_id for experiment in siblings(chosen, shown)]
     if len(compared) > 1:
         runs, ids = (quote(json.dumps(i)) for i in (compared[:MAX_ROWS], [experiment_id]))
+        base = f"{address or ui_address()}/#"
         pages["its gammas compared"] = f"{base}/compare-runs?runs={runs}&experiments={ids}&{VIEW}"
     return pages
+
+
+def run_links(experiment_id: str, run_id: str, *, address: str | None = None) -> dict[str, str]:
+    """Addresses of the table of runs and of one run, finished or not."""
+    runs = f"{address or ui_address()}/#/experiments/{experiment_id}/runs"
+    return {"all runs": f"{runs}?{VIEW}", "this experiment": f"{runs}/{run_id}?{VIEW}"}
 
 
 def _cell(value: float | None, scale: float, unit: str) -> str:

@@ -1,8 +1,12 @@
 """Figures of policies and trainings show what they are given and can be read in every case."""
 
+import base64
+import io
 import itertools
+import re
 from dataclasses import replace
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -263,6 +267,18 @@ def test_easy_and_hard_shows_extremes_and_frames_wrong_ones(tmp_path, drawn):
     np.testing.assert_allclose(drawn.figure.axes[-1].lines[1].get_ydata(), means)
 
 
+def test_svg_holds_photos_in_their_resolution_and_the_rest_as_lines(tmp_path):
+    shown = shown_policies(40, (2, 2, 2), ["a", "b"], size=300)
+    policy_figures.easy_and_hard(tmp_path / "figure.png", shown)
+    svg = (tmp_path / "figure.svg").read_text()
+    pictures = re.findall(r'href="data:image/png;base64,([^"]*)"', svg)
+    assert len(pictures) == 28
+    for picture in pictures:
+        with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+            assert image.size == (policy_figures.PIXELS, policy_figures.PIXELS)
+    assert svg.count("<path") > 50
+
+
 def test_easy_and_hard_without_extremes_claims_none(tmp_path, drawn):
     case = CASES["one policy, a class without images"]
     policy_figures.easy_and_hard(tmp_path / "figure.png", case)
@@ -280,8 +296,12 @@ def test_figure_is_the_same_bytes_again_and_closed(tmp_path, name):
             FIGURES[name](path, CASES["all correct"])
         else:
             draw_learning_curves(path, curriculum=3, finetune=2, num_blocks=6)
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    for kind in ("png", "svg"):
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
     assert plt.get_fignums() == []
+    svg = (tmp_path / "a.svg").read_text()
+    assert "<dc:date>" not in svg
+    assert mpl.__version__ not in svg
     with Image.open(tmp_path / "a.png") as image:
         assert "Software" not in image.info  # which would name a version
 

@@ -1,7 +1,9 @@
 """A page that needs nothing else."""
 
 import base64
+import re
 from html import escape
+from urllib.parse import unquote
 
 import pytest
 
@@ -17,6 +19,7 @@ Some *text* with <script>alert(1)</script> in it.
 
 ![a picture](one.png)
 """
+SVG = '<svg xmlns="http://www.w3.org/2000/svg">\n<path d="M 0 0 %" fill="#123"/></svg>'
 
 
 def test_page_holds_its_pictures_and_fetches_nothing(tmp_path):
@@ -32,6 +35,36 @@ def test_page_holds_its_pictures_and_fetches_nothing(tmp_path):
     assert "<script>" not in page
     assert "<em>text</em>" in page
     assert "<td>92.33 %</td>" in page
+
+
+def test_page_takes_the_svg_beside_a_png(tmp_path):
+    (tmp_path / "one.png").write_bytes(b"\x89PNG one")
+    (tmp_path / "one.svg").write_text(SVG)
+    page = html.page(MARKDOWN, tmp_path)
+    (address,) = re.findall(
+        r'<img src="data:image/svg\+xml;charset=utf-8,([^"]*)" alt="a picture"', page
+    )
+    assert unquote(address) == SVG.replace("\n", " ")
+    assert "PNG" not in page
+
+
+def test_contents_lead_to_the_headings_by_githubs_names(tmp_path):
+    text = "# A\n\nIntroduction.\n\n## When, `x` & why?\n\n```\n## no heading\n```\n\n## B-side\n"
+    page = html.page(text, tmp_path)
+    assert re.findall(r'<a href="#(.*?)">(.*?)</a>', page) == [
+        ("when-x--why", "When, `x` &amp; why?"), ("b-side", "B-side")
+    ]  # fmt: skip
+    assert re.findall(r'<h2 id="(.*?)">', page) == ["when-x--why", "b-side"]
+    assert page.index("Introduction.") < page.index("<nav") < page.index("<h2")
+    assert "<nav" not in html.page("# A\n\nAlone.\n", tmp_path)
+
+
+def test_columns_of_words_are_told_from_those_of_numbers(tmp_path):
+    table = "| a | b |\n|---|---|\n| 1 | this cell is a whole sentence |\n| 2 | |\n"
+    page = html.page(f"{table}\n| c | d |\n|---|---|\n| 3 | 4 |\n", tmp_path)
+    assert page.count('class="words"') == 3
+    for cell in ('<th class="words">b</th>', "<td>2</td>", "<th>d</th>"):
+        assert cell in page
 
 
 @pytest.mark.parametrize("text", ["a`b``c", "*a* _b_ <b> [c](d) | # ~~e~~ &amp; !", "\\", "`", "it's"])

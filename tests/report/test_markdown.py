@@ -1,92 +1,27 @@
 """The report's words say what its numbers say."""
 
 from dataclasses import replace
+from datetime import UTC, datetime
 
-import numpy as np
 import pytest
+from made_results import ANSWER, FASTER, MACHINE, WINNER, correctness
 
 from pipeline.report import markdown
-from pipeline.report.markdown import BesideBaseline, Results, TrainingTimes
+from pipeline.report.comparison import Baseline, Comparison, Results, TrainingTimes, training_time
+from pipeline.report.markdown import Origin
 from pipeline.report.paired import paired_difference
-from pipeline.results import (
-    Answer,
-    Baselines,
-    BenchmarkResult,
-    BesideSole,
-    Evaluation,
-    FullResNet,
-    SoleResNet,
-    Speedup,
-    StaticNetwork,
-    Timing,
-    TimingRow,
-    Winner,
+from pipeline.results import BesideSole, SoleResNet, Speedup, StaticNetwork
+
+ANYWHERE = Origin(
+    written=datetime(2026, 1, 2, tzinfo=UTC), commit="", changed=[], experiment="", links={}
 )
 
-MACHINE = {"device": "CPU, 2 threads, torch 2.14.0", "processor": "Some CPU", "threads": 2}
-FASTER = Speedup(ratio=1.65, low=1.5, high=1.7, reliable=True)
-BESIDE_20 = Speedup(ratio=1.25, low=1.2, high=1.3, reliable=True)
-BESIDE_14 = Speedup(ratio=0.75, low=0.7, high=0.8, reliable=True)
-WINNER = Winner(
-    executor="native", milliseconds=2.0, full_milliseconds=3.3, speedup=FASTER, ideal=1.8,
-    share_of_ideal=0.9, faster_than="ResNet-20", break_even_many=0.8,
-    sole={
-        "ResNet-20": BesideSole(milliseconds=2.5, speedup=BESIDE_20),
-        "ResNet-14": BesideSole(milliseconds=1.5, speedup=BESIDE_14),
-    },
-)  # fmt: skip
-ANSWER = Answer(batch=32, precision="fp32", full_form="fused", full_precision="fp32", winner=WINNER)
-TIMING = Timing(milliseconds=2, milliseconds_25=2, milliseconds_75=2, images_per_second=16_000, rounds=5)
-TIMED = TimingRow(
-    candidate="native", kind="blockdrop", precision="fp32", batch=32, time=TIMING, speedup=FASTER
-)
+UNTOLD = "accuracies can't be told apart, 86 % of its FLOPs, one image:"
 
 
-def correctness(count_correct: int, count: int = 1000, shift: int = 0) -> np.ndarray:
-    return np.roll(np.arange(count) < count_correct, shift)
-
-
-def page(results: Results) -> str:
+def page(results: Results, origin: Origin = ANYWHERE) -> str:
     """The report with every run of white space as one space, as Markdown reads it."""
-    return " ".join(markdown.page(results).split())
-
-
-@pytest.fixture
-def results() -> Results:
-    return Results(
-        params={
-            "gamma": 5.0, "seed": 0, "data.source": "cifar10", "resnet.family": "cifar",
-            "resnet.depth": 110, "resnet.mean": (0.5, 0.25, 1.0), "policy_net.input_size": None,
-            "augmentation.flip": True, "finetune.epochs": 1,
-        },
-        evaluated=Evaluation(
-            accuracy=0.95, full_accuracy=0.96, num_blocks=15, blocks_mean=7.5, blocks_std=1.5,
-            flops_mean=6e7, flops_std=1e6, full_flops=1e8, flops_saved=0.4, unique_policies=12.0,
-            flops_saved_by_pruning=0.0, flops_saved_by_dropping=0.4,
-            effective_policies=5.5, shuffled_accuracy=0.93, best_single_policy_accuracy=0.94,
-            best_single_policy_validation_accuracy=0.95, best_single_policy_blocks=7.0,
-            difficulty_spearman=0.2, difficulty_spearman_low=0.1, difficulty_spearman_high=0.3,
-        ),
-        baselines=Baselines(
-            baseline=FullResNet(accuracy=0.96, loss=0.1, flops=1e8, num_blocks=15),
-            sole={"20": SoleResNet(accuracy=0.90, flops=5.9e7)},
-            static={"first_7": StaticNetwork(accuracy=0.95, flops=7e7, blocks=7)},
-        ),
-        correctness={
-            "full": correctness(960), "blockdrop": correctness(950), "sole-20": correctness(900),
-            "first-7": correctness(950, shift=2),
-        },
-        times={
-            "pretrain": TrainingTimes(seconds=None, images_per_second=None),
-            "curriculum": TrainingTimes(seconds=10.0, images_per_second=2000.0, device="CPU"),
-            "finetune": TrainingTimes(seconds=30.0, images_per_second=900.0, device="CPU"),
-        },
-        benchmark=BenchmarkResult(
-            machine=dict(MACHINE), settings={}, answers=[ANSWER], times=[TIMED],
-            left_out={"cuda_graphs": "no CUDA"},
-        ),
-        machine=dict(MACHINE),
-    )  # fmt: skip
+    return " ".join(markdown.page(results, origin).split())
 
 
 def changed(results: Results, **parts: dict) -> Results:
@@ -104,16 +39,35 @@ def answered(results: Results, **changes) -> Results:
     return changed(results, benchmark={"answers": [answer]})
 
 
-def test_first_table_holds_every_network_and_the_papers(results):
-    text = page(results)
-    for words in (
-        "| **BlockDrop** | 95.00 % | 7.50 | 6e+07 | 60.0 % |",
-        "| ResNet-20 | 90.00 % | 9.00 | 5.9e+07 | 59.0 % |",
-        "| FirstK, 7 blocks, finetuned | 95.00 % | 7.00 | 7e+07 | 70.0 % |",
-        "| BlockDrop in the paper, gamma 10 | 93.60 % | 16.93 | 1.81e+08 |",
-        "BlockDrop saves 40.0 % of the FLOPs, its policy network counted, at -1.00 points",
-    ):
-        assert words in text
+def test_page_says_when_and_from_which_code_it_was_written(results, origin):
+    for origin_now, words in (
+        (origin, "2026-11-29 10:05 UTC · commit `17d308e` -"),
+        (replace(origin, commit=""), "UTC · no Git commit -"),
+        (replace(origin, experiment="a`5"), "UTC · experiment `` a`5 `` from commit `17d308e`"),
+        (replace(origin, changed=["params.yaml"]), "with uncommitted changes (`params.yaml`) -"),
+        (replace(origin, changed=list("abcde")), "uncommitted changes (`a`, `b`, `c`, and 2 more)"),
+        (replace(origin, links={"all runs": "http://h/#/r?a=(b)"}),
+         "commit `17d308e` · MLflow (`make ui`): [all runs](<http://h/#/r?a=(b)>)"),
+    ):  # fmt: skip
+        assert words in page(results, origin_now)
+    assert "MLflow" not in page(results, origin)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| ResNet-110, every block | partly, in cost and not in accuracy: less accurate, 60 % of its FL",
+        "| **BlockDrop** | | 95.00 % | | 7.50 (4 to 11) | 6e+07, 60.0 % | imported + 10 + 30 | |",
+        "| ResNet-20 | **yes, in accuracy**: more accurate, 102 % of its FLOPs | 90.00 % | +5.00 ",
+        "50 : 0 | 9 | 5.9e+07, 59.0 % | 25 | |",
+        "| FirstK, 7 blocks, finetuned | **yes, in cost**: accuracies can't be told apart, 86 % of its "
+        "FLOPs | 95.00 % | +0.00 (-0.",
+        " 2 : 2 | 7 | 7e+07, 70.0 % | imported |",
+        "| BlockDrop in the paper, gamma 10 | published, another recipe | 93.60 % | | 16.93 | 1.81e",
+    ],
+)
+def test_the_table_holds_every_network_and_the_papers(results, row):
+    assert row in page(results)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +86,7 @@ def test_the_verdict_names_the_most_accurate_network_at_no_more_flops(
     text = page(changed(results, baselines={"sole": sole, "static": static}))
     assert words in text
     assert "**Time** on CPU, 2 threads, torch 2.14.0: Batch 32, fp32: beneficial" in text
-    assert text.index(words) < text.index("| network | test accuracy |")
+    assert text.index(words) < text.index("| network | is BlockDrop beneficial")
 
 
 RANDOM = {"random_7": StaticNetwork(accuracy=0.95, flops=7e7, blocks=7)}
@@ -146,7 +100,7 @@ ODD = {"left_out": {"a": "<b> | `x`"}, "machine": {**MACHINE, "processor": "*CPU
     [
         ({"params": {"finetune.epochs": 0}}, ["| FirstK, 7 blocks, not finetuned |"]),
         ({"params": {"resnet.depth": 32}},
-         ["| ResNet-32 with DynConv (CVPR 2020) | 93.58 % | | 1.11e+08 |"]),
+         ["| ResNet-32 with DynConv (CVPR 2020) | published, another recipe | 93.58 % | | | 1.11e+08"]),
         ({"evaluated": {"flops_saved": -0.05}},
          ["BlockDrop takes 5.0 % more FLOPs, its policy network counted"]),
         ({"evaluated": {"difficulty_spearman": None}}, ["can't follow difficulty"]),
@@ -155,10 +109,9 @@ ODD = {"left_out": {"a": "<b> | `x`"}, "machine": {**MACHINE, "processor": "*CPU
         ({"baselines": {"pruned": {"every_block": SoleResNet(accuracy=0.94, flops=8e7)}},
           "evaluated": {"flops_saved_by_pruning": 0.2, "flops_saved_by_dropping": 0.25},
           "correctness": {"pruned": correctness(940)}},
-         ["| pruned ResNet-110 | 94.00 % | 15.00 | 8e+07 | 80.0 % |",
+         ["| pruned ResNet-110 | **yes, in accuracy", "| 94.00 % | +1.00 (", "| 15 | 8e+07, 80.0 % |",
           "Pruning alone saves 20.0 %, and dropping blocks 25.0 % of what pruning leaves: of the FLOPs, "
-          "0.800 x 0.750 = 0.600 are left.", "drop blocks of the pruned ResNet",
-          "- pruned ResNet-110: BlockDrop has +1.00 points"]),
+          "0.800 x 0.750 = 0.600 are left.", "drop blocks of the pruned ResNet"]),
         ({"benchmark": NOTHING}, ["Nothing could be timed", "Left out here: bf16 (emulated)."]),
         ({"benchmark": REASONS}, ["Left out here: a, c (no CUDA); b (too slow)."]),
         ({"benchmark": ODD}, [r"a (\<b\> \| \`x\`).", r"(\*CPU\*)"]),
@@ -186,37 +139,86 @@ def test_page_leaves_out_what_it_does_not_know(results, changes, words):
     assert words not in page(changed(results, **changes))
 
 
+def beside(count_correct: int, *, flops: float, speedup: Speedup | None = None) -> Comparison:
+    """BlockDrop with 950 of 1000 correct and 6e7 FLOPs beside another network."""
+    return Comparison(
+        baseline=Baseline("X", "x", count_correct / 1000, 9, flops, ["x"]),
+        difference=paired_difference(correctness(950), correctness(count_correct)),
+        cost_ratio=6e7 / flops,
+        speedup=speedup,
+    )
+
+
 @pytest.mark.parametrize(
     ("count_correct", "flops", "words"),
     [
-        (900, 7e7, "**ahead**, more accurate and cheaper"),
-        (900, 6.1e7, "**ahead**, more accurate and costs as much"),
-        (900, 5e7, "more accurate, but dearer"),
-        (990, 7e7, "less accurate, but cheaper"),
-        (990, 6.1e7, "**behind**, less accurate and costs as much"),
-        (990, 5e7, "**behind**, less accurate and dearer"),
-        (950, 7e7, "their accuracies can't be told apart, and it is cheaper"),
-        (946, 5.9e7, "their accuracies can't be told apart, and it costs as much"),  # 4 : 0 images
-        (950, 5e7, "their accuracies can't be told apart, and it is dearer"),
+        (900, 7e7, "**yes, in accuracy and cost**: more accurate, 86 % of its FLOPs"),
+        (900, 6.1e7, "**yes, in accuracy**: more accurate, 98 % of its FLOPs"),
+        (900, 5e7, "partly, in accuracy and not in cost: more accurate, 120 % of its FLOPs"),
+        (990, 7e7, "partly, in cost and not in accuracy: less accurate, 86 % of its FLOPs"),
+        (990, 6.1e7, "**no**: less accurate, 98 % of its FLOPs"),
+        (990, 5e7, "**no**: less accurate, 120 % of its FLOPs"),
+        (950, 7e7, "**yes, in cost**: accuracies can't be told apart, 86 % of its FLOPs"),
+        (946, 5.9e7, "**no**: accuracies can't be told apart, 102 % of its FLOPs"),  # 4 : 0 images
+        (950, 5e7, "**no**: accuracies can't be told apart, 120 % of its FLOPs"),
     ],
 )
-def test_verdict_says_who_is_ahead(results, count_correct, flops, words):
-    difference = paired_difference(correctness(950), correctness(count_correct))
-    other = BesideBaseline(
-        name="X", accuracy=count_correct / 1000, difference=difference, cost_ratio=6e7 / flops
-    )
-    assert other.verdict == words
+def test_verdict_says_where_blockdrop_is_beneficial(results, count_correct, flops, words):
+    assert beside(count_correct, flops=flops).verdict == words
     sole = {"20": SoleResNet(accuracy=count_correct / 1000, flops=flops)}
     results = changed(
         results, baselines={"sole": sole}, correctness={"sole-20": correctness(count_correct)}
     )
-    assert f"of its FLOPs: {words}." in page(results)
+    assert f"| ResNet-20 | {words} |" in page(results)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "reliable", "words"),
+    [
+        (0.7, 0.9, True, f"**no**: {UNTOLD} 0.80 times as fast"),
+        (1.1, 2.0, False, f"**yes, in cost**: {UNTOLD} faster, by between 1.10 and 2.00 times"),
+        (0.9, 1.1, True, f"**no**: {UNTOLD}"),  # equally fast
+        (0.5, 1.5, False, f"**yes, in cost**: {UNTOLD} too noisy to compare"),  # so the FLOPs decide
+    ],
+)  # fmt: skip
+def test_verdict_goes_by_time_where_that_is_known(low, high, reliable, words):
+    speedup = Speedup(ratio=0.8, low=low, high=high, reliable=reliable)
+    assert beside(950, flops=7e7, speedup=speedup).verdict.startswith(words)
+
+
+def test_time_of_one_image_stands_beside_the_full_and_the_sole_resnet(results):
+    fp32, bf16 = (
+        replace(ANSWER, batch=1, precision=precision, winner=replace(WINNER, milliseconds=milliseconds))
+        for precision, milliseconds in (("fp32", 2.25), ("bf16", 1.25))
+    )
+    text = page(changed(results, benchmark={"answers": [ANSWER, fp32, bf16]}))
+    for cells in (
+        "one image: 1.65 times as fast (95 % interval 1.50 to 1.70) | 96.00 %",
+        "| imported | 3.30 |",  # every block
+        "| imported + 10 + 30 | 1.25 |",  # BlockDrop, in the precision in which it is fastest
+        "one image: 1.25 times as fast (95 % interval 1.20 to 1.30) | 90.00 %",
+        "| 25 | 2.50 |",  # ResNet-20
+    ):
+        assert cells in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cell"),
+    [([49.2], "49"), ([49.2, 18.6, None], "49 + 19 + imported"), ([49.2, 18.6], "68 (49 + 19)"),
+     ([None], "imported"), ([None, None], "imported"), ([], "imported")],
+)  # fmt: skip
+def test_training_time_is_a_sum_only_where_all_of_it_is_known(seconds, cell):
+    times = {
+        str(number): TrainingTimes(seconds=took, images_per_second=None)
+        for number, took in enumerate(seconds)
+    }
+    assert " ".join(training_time(["0", "1", "2"], times).split()) == cell
 
 
 def test_sole_resnets_that_were_trained_are_compared_in_time(results):
     text = page(results)
     assert (
-        "beside a ResNet-20 with every block: BlockDrop is 1.25 times as fast (95 % interval 1.20 to"
+        "- Batch 32, fp32, beside a ResNet-20: BlockDrop is 1.25 times as fast (95 % interval 1.20 to"
         in text
     )
     assert "ResNet-14" not in text
@@ -233,7 +235,7 @@ def test_no_ratio_of_times_is_stated_for_noise(results, low, words, cell):
     noisy = Speedup(ratio=1.25, low=low, high=1.9, reliable=False)
     sole = {"ResNet-20": BesideSole(milliseconds=2.5, speedup=noisy)}
     text = page(answered(results, speedup=noisy, sole=sole))
-    assert f"Batch 32, fp32, beside a ResNet-20 with every block: {words}." in text
+    assert f"Batch 32, fp32, beside a ResNet-20: {words}." in text
     assert f"| {cell} | 1.80 | fused, fp32 |" in text
     assert "1.25" not in text
 
@@ -266,13 +268,13 @@ def test_speed_verdict_of_another_precision_and_without_a_winner():
 def test_training_time_is_won_back_after_so_many_images(results):
     # 40 s of learning, (3.3 - 2.0) ms / 32 saved an image
     assert f"won back after {40_000 / (1.3 / 32):.2g} images" in page(results)
-    assert "| pretrain | imported |" in page(results)
+    assert "second: curriculum 2000, finetune 900 (on CPU); sole-20 800 (on GPU)." in page(results)
     noisy = answered(results, speedup=replace(FASTER, reliable=False))
     assert "won back" not in page(noisy)
 
 
 def test_parameters_are_listed_as_yaml(results):
-    text = markdown.page(changed(results, params={"data.folder": "```\n# no heading"}))
+    text = markdown.page(changed(results, params={"data.folder": "```\n# no heading"}), ANYWHERE)
     assert "````yaml\n" in text
     for line in (
         "resnet.mean: [0.5, 0.25, 1.0]",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from pipeline.report.paired import paired_difference
+from pipeline.report.paired import paired_difference, wilson
 
 
 def outcomes(both: int, first: int, second: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -92,3 +92,11 @@ def test_order_turns_the_sign():
 def test_outcomes_of_other_images_are_refused():
     with pytest.raises(ValueError, match="100 and 90"):
         paired_difference(outcomes(90, 5, 5, 0)[0], outcomes(90, 0, 0, 0)[0])
+
+
+def test_wilson_interval_by_hand():
+    z = 1.959964
+    for right, count in ((9, 10), (0, 5), (5, 5)):
+        centre, half = right + z**2 / 2, z * (right * (count - right) / count + z**2 / 4) ** 0.5
+        ends = (centre - half) / (count + z**2), (centre + half) / (count + z**2)
+        assert wilson(right, count) == pytest.approx(ends, abs=1e-6)

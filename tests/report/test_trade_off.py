@@ -1,11 +1,14 @@
 """The trade-off shows every network where it belongs, and can be read in every case."""
 
+import itertools
 import math
+import re
 
 import numpy as np
 import pytest
 
 from pipeline.report import trade_off
+from pipeline.report.paired import wilson
 
 pytestmark = pytest.mark.filterwarnings("error")  # of layouts that fail, and of missing glyphs
 
@@ -79,27 +82,85 @@ PAPER = {"accuracy": 0.936, "flops": 1.82e8, "label": "Wu et al., gamma 10"}
 )
 def test_trade_off_in_every_case(tmp_path, drawn, baselines, blockdrop, paper):
     path = tmp_path / "figure.png"
-    trade_off.trade_off(path, baselines=baselines, blockdrop=blockdrop, paper=paper, title=TITLE)
+    trade_off.trade_off(
+        path, baselines=baselines, blockdrop=blockdrop, paper=paper, title=TITLE, images=99
+    )
     drawn.check(path)
     for row in (*blockdrop, *paper):
         assert row["label"] in drawn.words
 
 
 def test_trade_off_is_about_what_may_compete(tmp_path, drawn):
-    baselines = [FULL, *SOLES, *CURVES, *TUNED]
-    trade_off.trade_off(tmp_path / "figure.png", baselines=baselines, blockdrop=[OURS], title=TITLE)
-    ax = drawn.figure.axes[0]
-    low, high = ax.get_ylim()
-    serious = [100 * row["accuracy"] for row in (FULL, *SOLES, *TUNED, OURS)]
-    assert low < min(serious) < max(serious) < high
-    assert min(100 * row["accuracy"] for row in CURVES) < low  # they leave the frame
-    assert high - low < 1.5 * (max(serious) - min(serious))
-    resnets = next(line for line in ax.lines if line.get_marker() == "s")
-    np.testing.assert_allclose(resnets.get_xdata()[-1], FULL["flops"])
+    far = network("sole", 1, 0.6, depth=8)
+    published = {**PAPER, "accuracy": 0.99, "label": "a paper"}
+    trade_off.trade_off(
+        tmp_path / "figure.png", baselines=[FULL, *SOLES[1:], far, *CURVES, *TUNED], blockdrop=[OURS],
+        paper=[published], title=TITLE,
+    )  # fmt: skip
+    ax, untuned = drawn.figure.axes
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    near = [100 * row["accuracy"] for row in (FULL, OURS)]
+    assert low < min(near) < max(near) < high < min(near) + 2
+    # what is far off stands at the edge with its number, where its FLOPs are
+    assert {"ResNet-8: 60.00 %", "a paper: 99.00 %", "beyond these axes"} <= set(
+        drawn.words.splitlines()
+    )
+    places = np.concatenate([points.get_offsets() for points in ax.collections])
+    assert ((places > (left, low)) & (places < (right, high))).all()
+    for row in (far, published, FULL, *TUNED):
+        assert row["flops"] in places[:, 0]
     assert "100M" in [label.get_text() for label in ax.get_xticklabels()]
     above = ax.child_axes[0]
-    np.testing.assert_allclose(above.get_xlim()[1] / 100, ax.get_xlim()[1] / FULL["flops"])
-    assert {f"ResNet-{row['depth']}" for row in (FULL, *SOLES)} <= set(drawn.words.splitlines())
+    np.testing.assert_allclose(above.get_xlim()[1] / 100, right / FULL["flops"])
+    # rules without finetuning: all of them, in their own panel
+    assert len(untuned.lines) == 3
+    for line in untuned.lines:
+        assert len(line.get_xdata()) == 55
+
+
+def test_every_network_is_labelled(tmp_path, drawn):
+    ensembles = [
+        {**network("ensemble", blocks, 0.925, depth=depth), "name": f"ensemble-{name}"}
+        for name, blocks, depth in (("sole-20", 9, 20), ("distribute-17", 17, 110))
+    ]
+    dial = [{"accuracy": 0.92 + n / 500, "flops": (1 + n) * 6e7, "gamma": 10.0**n} for n in range(5)]
+    trade_off.trade_off(
+        tmp_path / "figure.png", baselines=[FULL, *SOLES, *TUNED, *ensembles], blockdrop=[OURS],
+        dial=dial, title=TITLE,
+    )  # fmt: skip
+    drawn.check(tmp_path / "figure.png")
+    words = {re.sub(r": \d.*%", "", word) for word in drawn.words.splitlines()}
+    assert {f"ResNet-{row['depth']}" for row in (FULL, *SOLES)} <= words
+    assert {"FirstK 17", "RandomK 17", "DistributeK 17", "gamma 10", "10,000"} <= words
+    assert {"policy net + ResNet-20", "policy net + DistributeK 17"} <= words
+
+
+def test_intervals_are_wilsons(tmp_path, drawn):
+    path = tmp_path / "figure.png"
+    trade_off.trade_off(path, baselines=[FULL], blockdrop=[OURS], title=TITLE, images=500)
+    ax = drawn.figure.axes[0]
+    ends = {line.get_xdata()[0]: line.get_ydata() for line in ax.lines}
+    for row in (FULL, OURS):
+        low, high = wilson(round(500 * row["accuracy"]), 500)
+        np.testing.assert_allclose(ends[row["flops"]], (100 * low, 100 * high))
+        assert ax.get_ylim()[0] < 100 * low < 100 * high < ax.get_ylim()[1]
+    assert "95 % interval, 500 test images" in drawn.words
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_labels_lie_on_no_other_and_on_no_marker(tmp_path, drawn, seed):
+    points = [
+        {"accuracy": 0.9 + 0.05 * y, "flops": 1e8 * (1 + x), "label": f"network {n}"}
+        for n, (x, y) in enumerate(np.random.default_rng(seed).random((14, 2)))
+    ]
+    trade_off.trade_off(tmp_path / "figure.png", baselines=[FULL], blockdrop=points, title=TITLE)
+    drawn.check(tmp_path / "figure.png")
+    ax = drawn.figure.axes[0]
+    labels = [box for text, box in drawn.boxes.items() if text.get_text().startswith("network")]
+    markers = np.concatenate([points.get_offsets() for points in ax.collections])
+    assert len(labels) == len(points)
+    assert not any(box.count_contains(ax.transData.transform(markers)) for box in labels)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(labels, 2))
 
 
 def experiment(gamma: float, seed: int, accuracy: float, flops: float, *, pruned: float = 0.0) -> dict:

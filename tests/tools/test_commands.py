@@ -174,7 +174,7 @@ def test_front_leaves_the_figure_of_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     front.main()
     made = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert made == ["results/own/front.csv", "results/own/front.png"]
+    assert made == ["results/own/front.csv", "results/own/front.png", "results/own/front.svg"]
     ignored = subprocess.run(["git", "check-ignore", *made], cwd=ROOT, capture_output=True, text=True)
     assert ignored.stdout.split() == made  # and so none is tracked
 
