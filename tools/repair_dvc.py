@@ -6,12 +6,16 @@ DVC refuses to read from then on. Nothing in them is needed: DVC's run cache has
 DVC trusts every file of its cache, since it has made them read-only. A file whose bytes changed is
 restored as it is, and running the stage again does not replace it. And DVC ends with status 0 when the
 cache had no space for what the stages wrote.
+
+Nor does DVC commit. `dvc exp` compares with the last commit and takes what is not committed into every
+experiment, so --check prints the command that commits a result.
 """
 
 import argparse
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +34,8 @@ from tools.command import Parser, command
 LOCK = Path("dvc.lock")
 READ_BY_DVC = (LOCK, Path("dvc.yaml"), Path("params.yaml"))
 LIST_OF_LOCKS = Path(".dvc/tmp/rwlock")
+# what Git has of a result: of models and plots .gitignore alone
+COMMITTED = ("params.yaml", "dvc.lock", "metrics", "models", "plots")
 CONFLICT = "<<<<<<<"
 OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
@@ -105,6 +111,25 @@ def require_cached(repo: Repo, missing: list[Output]) -> None:
         )
 
 
+def uncommitted(folder: Path) -> list[str]:
+    """Which of a result's names have what the last commit lacks; none outside a Git repository."""
+    listed = subprocess.run(
+        ["git", "status", "--porcelain", "-z", "--no-renames", "--", *COMMITTED],
+        cwd=folder, check=False, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    paths = [entry[3:] for entry in listed.split("\0")]
+    return [name for name in COMMITTED if any(f"{path}/".startswith(f"{name}/") for path in paths)]
+
+
+def advise_commit(names: list[str]) -> None:
+    if names:
+        print(
+            "Commit this result before a sweep: `dvc exp` compares with the last commit, and takes what "
+            "is not committed into every experiment.\n"
+            f'  git add {" ".join(names)} && git commit -m "results"'
+        )
+
+
 def repair_cache() -> None:
     """Remove damaged files from DVC's cache, and fill it with the results that the work tree has.
 
@@ -123,7 +148,8 @@ def repair_cache() -> None:
 
 
 def add_options(parser: Parser) -> None:
-    parser.add_argument("--check", action="store_true", help="only check that DVC cached all results")
+    text = "only check that DVC cached all results, and say how to commit them"
+    parser.add_argument("--check", action="store_true", help=text)
 
 
 @command(add_options)
@@ -131,6 +157,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.check:
         with Repo() as repo:
             require_cached(repo, missing_from_cache(repo))
+        advise_commit(uncommitted(Path()))
         return
     require_plain_files(Path())
     for name in corrupted(Path()):

@@ -29,6 +29,9 @@ from pipeline.tracking.store import shown_uri, store
 from tools.command import command
 
 LOCK = Path(".dvc/tmp/blockdrop-sync.lock")
+# DVC's table in 80 columns: all of its columns, more than two hundred, fit no terminal
+HEADLINE = "Experiment|gamma|accuracy|blocks_mean|flops_saved"
+EXPERIMENTS = f"dvc exp show --no-pager --drop '.*' --keep '({HEADLINE})$'"
 TIMEOUT = 30.0  # seconds for a call, which is repeated once: models are uploaded
 
 
@@ -179,6 +182,7 @@ def main(_: argparse.Namespace) -> None:
     with usable_store():
         outcome = sync(project_root())
         overview.say(outcome.run_id)
+        print(f"the experiments of the last commit, by DVC alone:\n  {EXPERIMENTS}")
     if outcome.failed:
         names = ", ".join(map(printable, outcome.failed))
         sys.exit(f"error: {names}: not logged, for the reasons above; all others are")

@@ -1,8 +1,10 @@
-"""Progress bars on a terminal; in a log, a line for each epoch."""
+"""Progress bars on a terminal; in a log, a line for each epoch; in plots/, the learning curve so far."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Self, cast
 
 from torch import Tensor
@@ -11,6 +13,7 @@ from tqdm import tqdm
 from pipeline.data.split import ImageSplit
 from pipeline.infra.ranks import is_main
 from pipeline.training.loop import Metrics
+from stages.support.common import PLOTS, write_csv
 
 BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {remaining} left"
 
@@ -79,7 +82,9 @@ class _CountedSplit:
 class Progress(Bar):
     """The progress of a training: on a terminal one bar for all of it, elsewhere a line for each epoch.
 
-    A log file beside a terminal (`dvc repro > log`) gets the lines too.
+    A log file beside a terminal (`dvc repro > log`) gets the lines too. After each epoch the learning
+    curve so far is written where the stage writes the whole one, for `dvc plots show`. A training that
+    stops before its end removes it: DVC asks before it replaces a file that it has not cached.
 
     Args:
         steps: of an epoch.
@@ -97,6 +102,8 @@ class Progress(Bar):
         self.epochs = epochs
         terminal = is_main() and _can_draw()
         self.lines = is_main() and not (terminal and sys.stdout.isatty())
+        self.curve = curve_of(name)
+        self.rows = list(history)
         self.bar = tqdm(
             desc=name,
             total=epochs * steps,
@@ -108,6 +115,13 @@ class Progress(Bar):
         )
         if history:
             self.bar.set_postfix_str(_summary(history[-1], self.IN_BAR))
+            self._write_curve()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        if is_main() and self.rows and any(error):  # without rows the file is of an earlier training
+            with contextlib.suppress(OSError):
+                self.curve.unlink(missing_ok=True)
 
     def step(self) -> None:
         self.bar.update()
@@ -118,6 +132,8 @@ class Progress(Bar):
 
     def epoch_done(self, row: Metrics, seconds: float) -> None:
         """Show an epoch's validation metrics, `seconds` after the training began."""
+        self.rows.append(row)
+        self._write_curve()
         self.bar.set_postfix_str(_summary(row, self.IN_BAR))
         if self.lines:
             epoch = int(row["epoch"])
@@ -127,6 +143,16 @@ class Progress(Bar):
                 f"{tqdm.format_interval(seconds)} elapsed, {tqdm.format_interval(left)} left",
                 flush=True,
             )
+
+    def _write_curve(self) -> None:
+        if is_main():
+            with contextlib.suppress(OSError):  # the disk is full, say: the stage tells it at its end
+                write_csv(self.curve, self.rows)
+
+
+def curve_of(name: str) -> Path:
+    """The file of a training's learning curve: plots/STAGE.csv; of STAGE-ITEM plots/STAGE/ITEM.csv."""
+    return PLOTS / f"{name.replace('-', '/', 1)}.csv"
 
 
 def _can_draw() -> bool:

@@ -26,6 +26,7 @@ from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet_cifar import cifar_resnet
 from stages import curriculum, finetune, pretrain, sole, static
 from stages.support import recipes, training
+from stages.support.common import read_csv
 from stages.support.progress import Progress, Steps
 
 SMALL = TINY | {"pretrain": {"epochs": 4, "batch_size": 16}, "finetune": {"epochs": 4, "batch_size": 16}}
@@ -138,7 +139,54 @@ ROW = {"epoch": 1, "validation_accuracy": 0.9912, "validation_blocks_mean": 7.25
        "validation_reward": 0.5, "validation_unique_policies": 3.0}  # fmt: skip
 
 
-def test_without_a_terminal_there_is_a_line_an_epoch_and_no_bar(capsys):
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """An empty one, which is left as the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_curve_so_far_is_where_the_stage_writes_the_whole_one(workplace):
+    for outputs in (training.Outputs("policy_pretrain", ""), training.Outputs("static", "random-3")):
+        with Progress(outputs.name, epochs=3, steps=1, history=[]) as progress:
+            assert not outputs.curve.exists()
+            for epoch in (1, 2):
+                progress.epoch_done(ROW | {"epoch": epoch}, 1.0)
+                assert [row["epoch"] for row in read_csv(outputs.curve)] == ["1", "2"][:epoch]
+        assert outputs.curve.exists()
+
+
+def test_resumed_training_shows_its_earlier_epochs_at_once(workplace):
+    history = [ROW, ROW | {"epoch": 2}]
+    with Progress("finetune", epochs=4, steps=3, history=history, step=1):
+        assert [row["epoch"] for row in read_csv(Path("plots/finetune.csv"))] == ["1", "2"]
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_stopped_training_leaves_no_part_of_a_curve(workplace, epochs):
+    """And what an earlier training left, where it has written nothing itself."""
+    curve = workplace / "plots/finetune.csv"
+    curve.parent.mkdir()
+    curve.write_text("of an earlier training")
+
+    def train() -> None:
+        with Progress("finetune", epochs=4, steps=3, history=[]) as progress:
+            for _ in range(epochs):
+                progress.epoch_done(ROW, 1.0)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert curve.exists() == (epochs == 0)
+
+
+def test_training_goes_on_where_its_curve_cannot_be_shown(workplace):
+    (workplace / "plots").touch()  # in the place of the folder
+    with Progress("finetune", epochs=4, steps=3, history=[ROW]) as progress:
+        progress.epoch_done(ROW | {"epoch": 2}, 1.0)
+
+
+def test_without_a_terminal_there_is_a_line_an_epoch_and_no_bar(workplace, capsys):
     with Progress("finetune", epochs=40, steps=3, history=[]) as progress:
         for _ in range(3):
             progress.step()
@@ -182,7 +230,7 @@ def terminal(monkeypatch) -> Iterator[Terminal]:
         os.close(end)
 
 
-def test_a_resumed_bar_starts_where_the_training_is(terminal):
+def test_a_resumed_bar_starts_where_the_training_is(workplace, terminal):
     with redirect_stderr(terminal), Progress("pretrain", epochs=4, steps=3, history=[ROW] * 2) as bar:
         assert "50%" in terminal.getvalue()
         assert "6/12" in terminal.getvalue()
@@ -200,7 +248,7 @@ def test_a_resumed_bar_starts_where_the_training_is(terminal):
     ("columns", "ci", "bar"), [(100, False, True), (0, False, False), (100, True, False)]
 )
 def test_lines_go_to_a_log_and_a_bar_to_a_terminal_with_a_width(
-    terminal, monkeypatch, capsys, columns, ci, bar
+    workplace, terminal, monkeypatch, capsys, columns, ci, bar
 ):
     if ci:
         monkeypatch.setenv("CI", "true")

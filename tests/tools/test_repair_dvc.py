@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,32 @@ def test_whole_and_missing_files_are_left(folder, capsys):
     assert (folder / "dvc.lock").read_text() == WHOLE
     assert (folder / ".dvc/tmp/rwlock").read_text() == ROWS
     assert capsys.readouterr().out == ""
+
+
+def git(folder: Path, *words: str) -> None:
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True)
+
+
+def test_results_that_the_last_commit_lacks_are_named_and_nothing_else(folder):
+    assert repair_dvc.uncommitted(folder) == []  # no Git repository
+    for name in ("params.yaml", "metrics/evaluate.json", "metrics/old.json", "models/.gitignore"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    git(folder, "init", "-q")
+    git(folder, "add", "params.yaml", "metrics", "models")
+    git(folder, "commit", "-qm", "first")
+    assert repair_dvc.uncommitted(folder) == []
+    (folder / "dvc.lock").touch()  # not tracked yet
+    (folder / "data").mkdir()
+    for name in ("data/my photo.png", "notes.txt"):  # the user's
+        (folder / name).touch()
+    assert repair_dvc.uncommitted(folder) == ["dvc.lock"]
+    (folder / "metrics/evaluate.json").write_text("{}")
+    (folder / "metrics/old.json").unlink()
+    (folder / "params.yaml").write_text("gamma: 5")
+    git(folder, "add", "params.yaml")  # staged is not committed
+    assert repair_dvc.uncommitted(folder) == ["params.yaml", "dvc.lock", "metrics"]
 
 
 HEAD = "schema: '2.0'\n"
