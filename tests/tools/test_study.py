@@ -368,7 +368,7 @@ def test_ended_experiment_is_interrupted_and_waited_for(folder, fake_dvc, how):
     assert str(folder / "bin/dvc") not in listed
 
 
-def test_line_of_an_epoch_is_that_which_a_training_prints(capsys):
+def test_line_of_an_epoch_is_that_which_a_training_prints(folder, capsys):
     row = {"accuracy": 0.99494, "reward": -1e-5, "blocks_mean": 7.8939, "unique_policies": 15.0}
     row = {f"validation_{key}": value for key, value in (row | {"active_blocks": 15.0}).items()}
     with Progress("finetune", epochs=40, steps=1, history=[]) as progress:
