@@ -18,10 +18,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from pipeline import config
 from pipeline.data.dataset import load_split
+from pipeline.data.split import ImageSplit
 from pipeline.device import choose_device
 from pipeline.flops import measure
 from pipeline.inference.predict import predict, predict_policy
@@ -31,6 +33,7 @@ from pipeline.infra.locks import exclusive
 from pipeline.infra.resume import key_of, project_root
 from pipeline.infra.signals import exit_on_sigterm
 from pipeline.models import checkpoint
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.policies import greedy_actions
 from pipeline.report.tables import markdown_table
 from tools.command import Parser, command
@@ -139,7 +142,8 @@ def plan(study: Any, *, trials: int, seeds: int | None) -> list[dict[str, Any]]:
     for trial in study.trials:
         if trial.state == TrialState.RUNNING:  # of a process that was killed
             study.tell(trial.number, state=TrialState.FAIL)
-        if trial.values is not None or (not seeds and "error" in trial.user_attrs):
+        ended = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+        if ended or (not seeds and "error" in trial.user_attrs):
             done.append(trial.params)
         elif trial.params not in interrupted:
             interrupted.append(trial.params)
@@ -187,6 +191,16 @@ def run_experiment(name: str, settings: Sequence[str], log: Path, on_epoch: OnEp
         raise TrialError(f"{error.removeprefix('error: ')} ({log})")
 
 
+def worth_of(pair: Checkpoint, split: ImageSplit, device: torch.device) -> tuple[float, float]:
+    """Accuracy of a finetuned pair on a split, and its FLOPs as a fraction of the full ResNet's."""
+    resnet, policy_net = pair.need_resnet().to(device), pair.need_policy_net().to(device)
+    predictions = predict(resnet, split, normalisation=pair.normalisation, policy_net=policy_net)
+    logits = predict_policy(policy_net, split, normalisation=pair.normalisation)
+    cost = measure(resnet, policy_net, split.image_size)
+    flops = float(cost.of(greedy_actions(torch.sigmoid(logits))).mean())
+    return predictions.accuracy, flops / cost.full
+
+
 def measure_experiment(name: str, baseline: str) -> dict[str, float]:
     """An experiment's accuracies and FLOPs (of the full ResNet's), as fractions, by MEASURES.
 
@@ -205,16 +219,11 @@ def measure_experiment(name: str, baseline: str) -> dict[str, float]:
             if not Path(path).name.startswith(("train_", "test_")):
                 (target := Path(folder, path.lstrip("/"))).parent.mkdir(parents=True, exist_ok=True)
                 files.get_file(path, str(target))
-        pair = checkpoint.load(Path(folder, "models/finetune"))
         split = load_split(Path(folder, "data/prepared"), "validation", device)
-    resnet, policy_net = pair.need_resnet().to(device), pair.need_policy_net().to(device)
-    predictions = predict(resnet, split, normalisation=pair.normalisation, policy_net=policy_net)
-    actions = greedy_actions(predict_policy(policy_net, split, normalisation=pair.normalisation))
-    cost = measure(resnet, policy_net, split.image_size)
+        values = worth_of(checkpoint.load(Path(folder, "models/finetune")), split, device)
     test = json.loads(files.read_text("metrics/evaluate.json"))
-    flops = float(cost.of(actions).mean()) / cost.full
-    values = (predictions.accuracy, flops, test["accuracy"], test["flops_mean"] / test["full_flops"])
-    return dict(zip(MEASURES, values, strict=True))
+    test_values = (test["accuracy"], test["flops_mean"] / test["full_flops"])
+    return dict(zip(MEASURES, (*values, *test_values), strict=True))
 
 
 def run_trial(study: Any, trial: Any, fixed: Sequence[str], budget: float | None) -> str:

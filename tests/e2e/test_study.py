@@ -22,30 +22,29 @@ def test_trials_are_experiments_and_an_interrupted_one_goes_on(tmp_path):
     def experiments() -> list[str]:
         return copy.run("dvc", "exp", "list", "--name-only").split()
 
-    first = copy.run(*STUDY, "--trials", "1")
-    ((accuracy, flops),) = re.findall(FINISHED, first)
-    assert experiments() == ["study-search-0"]
-    shown = copy.run("dvc", "exp", "show", "--json", "--no-pager")
-    (metrics,) = re.findall(r'"finetune": ({"accuracy": [^}]*})', shown)
-    assert float(accuracy) == pytest.approx(100 * json.loads(metrics)["accuracy"], abs=0.6)  # of 198
-    assert 0 < float(flops) < 300
-
-    interrupted = start(copy, *STUDY, "--trials", "2")
-    log = copy.folder / "results/own/studies/study-search-1.log"
-    wait_for(lambda: log.exists() and "finetune epoch 2/" in log.read_text(), 300)
+    interrupted = start(copy, *STUDY, "--trials", "1")
+    log = copy.folder / "results/own/studies/study-search-0.log"
+    wait_for(lambda: log.exists() and "finetune epoch 2/" in log.read_text(), 900)
     interrupted.send_signal(signal.SIGINT)
     output, _ = interrupted.communicate(timeout=120)
     assert interrupted.returncode == 130, output
-    assert experiments() == ["study-search-0"]
+    assert experiments() == []
     assert not list((copy.folder / ".dvc/tmp/exps/standalone").glob("tmp*"))
 
-    again = copy.run(*STUDY, "--trials", "2")
-    assert sorted(experiments()) == ["study-search-0", "study-search-2"]
+    again = copy.run(*STUDY, "--trials", "1")
+    assert experiments() == ["study-search-1"]
     gammas = [re.findall(r"gamma=\S+", text)[0] for text in (output, again)]
     assert gammas[0] == gammas[1]
-    log = (copy.folder / "results/own/studies/study-search-2.log").read_text()
+    log = (copy.folder / "results/own/studies/study-search-1.log").read_text()
     assert "finetune: resuming after epoch" in log
     assert "Stage 'pretrain' is cached" in log
-    assert "best trials" in again
-    assert "every trial is done" in copy.run(*STUDY, "--trials", "2")
+
+    ((accuracy, flops),) = re.findall(FINISHED, again)
+    shown = copy.run("dvc", "exp", "show", "--json", "--no-pager")
+    (metrics,) = set(re.findall(r'"finetune": ({"accuracy": [^}]*})', shown))
+    assert float(accuracy) == pytest.approx(100 * json.loads(metrics)["accuracy"], abs=0.6)  # of 198
+    (tested,) = set(re.findall(r'"flops_saved": ([-\d.]+)', shown))
+    assert float(flops) == pytest.approx(100 * (1 - float(tested)), rel=0.1)  # of other images
+    assert "study-search-1 " in again.partition("best trials")[2]
+    assert "every trial is done" in copy.run(*STUDY, "--trials", "1")
     assert copy.run("git", "status", "--porcelain") == ""

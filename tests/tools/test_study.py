@@ -11,14 +11,19 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from builders import make_split, pair_between_paths, small_pair
 
 from pipeline.infra.errors import UserError
+from pipeline.serving.predictor import Predictor
 from stages.support.progress import Progress
 from tools import study as module
-from tools.study import EPOCH, TrialError, run_experiment, space_of
+from tools.study import EPOCH, TrialError, run_experiment, space_of, worth_of
 
 optuna = pytest.importorskip("optuna", reason="Optuna, of the group study")
 ROOT = Path(__file__).parents[2]
@@ -146,6 +151,19 @@ def test_all_that_is_searched_by_default_is_allowed(start, experiments):
 
 
 # how trials end
+
+
+@pytest.mark.parametrize("kind", ["blocks", "paths"])
+def test_worth_of_a_trial_is_that_of_its_predictions(kind):
+    split = make_split(20, size=16)
+    pair = small_pair(classes=("dark", "grey", "light"), image_size=16)
+    if kind == "paths":
+        pair = replace(pair, **pair_between_paths(split.images))
+    predictions = Predictor(pair)(split.images)
+    accuracy, flops = worth_of(pair, split, torch.device("cpu"))
+    assert flops == pytest.approx(np.mean([1 - p.flops_saved for p in predictions]))
+    correct = [pair.classes.index(p.name) == y for p, y in zip(predictions, split.labels, strict=True)]
+    assert accuracy == pytest.approx(np.mean(correct))
 
 
 def test_front_is_of_accuracy_and_flops_on_validation_images(start, experiments):
