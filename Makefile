@@ -15,13 +15,19 @@ HOST := 127.0.0.1
 MODEL :=
 CPU :=
 TO := export
+# of `make study`
+BUDGET :=
+SEEDS :=
+SET :=
+STUDY :=
+TRIALS :=
 # values that users give reach the tools unchanged, by the environment: neither make (`value`) nor the shell
 # ("$$NAME") interprets them
-NAMED := CPU FILE HOST IMAGES MODEL NAME PORT PYTHON STAGE TO
+NAMED := BUDGET CPU FILE HOST IMAGES MODEL NAME PORT PYTHON SEEDS SET STAGE STUDY TO TRIALS
 $(foreach name,$(NAMED),$(eval override $(name) := $$(value $(name))))
 export $(NAMED)
 
-.PHONY: help setup repro benchmark preset preset-show import predict demo export peers sync ui front promote check lint test test-avx2 slow sweep chaos lock
+.PHONY: help setup repro benchmark preset preset-show import predict demo export peers sync ui front study promote notebook check lint test test-avx2 slow sweep chaos lock
 
 help: ## show this list
 	@sed -nE 's/^## (.+)/\n\1/p; s/^([a-z0-9-]+):.*## (.*)/  \1 - \2/p' $(MAKEFILE_LIST)
@@ -78,6 +84,16 @@ ui: setup ## serve the MLflow UI on 127.0.0.1 (PORT=5050; HOST=0.0.0.0 opens it 
 front: setup ## plot accuracy against FLOPs for all gammas that were run: results/own/front.png
 	@python -m tools.front
 
+study: setup ## search parameters with Optuna (BUDGET=0.5 TRIALS=20 SET="gamma=1..20:log"), or repeat one setting: SEEDS=5
+	@uv pip install --quiet --group study --constraint requirements.txt
+	@python -m tools.study $${STUDY:+--study="$$STUDY"} $${TRIALS:+--trials="$$TRIALS"} \
+		$${BUDGET:+--budget="$$BUDGET"} $${SEEDS:+--seeds="$$SEEDS"} $${SET:+--set="$$SET"}
+	-@python -m tools.sync
+
+notebook: setup ## run examples/walkthrough.ipynb on the results that are here: results/own/walkthrough.html
+	@uv pip install --quiet --group notebook --constraint requirements.txt
+	@python -m nbconvert --execute --to html --output-dir results/own examples/walkthrough.ipynb
+
 promote: setup ## make an experiment's model the champion of MLflow's registry: NAME=experiment
 	@python -m tools.promote -- "$$NAME"
 
@@ -100,7 +116,8 @@ test-avx2: setup ## the tests of inference and training, as on a CPU that has AV
 		tests/stages/test_training_stages.py tests/benchmark/test_runner.py
 
 slow: setup ## the tests with the real CIFAR-10, which they download, with servers, which they start, and with a browser
-	@uv pip install --quiet --group peers --group docs --group servers --constraint requirements.txt
+	@uv pip install --quiet --group peers --group docs --group servers --group study --group notebook \
+		--constraint requirements.txt
 	$(PYTEST) -m slow
 
 sweep: setup ## the tests of whole sweeps and queues, with four DVC workers, and of a few kills (10 minutes)

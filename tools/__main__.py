@@ -24,6 +24,7 @@ COMMANDS = {
     "sync": "tools.sync",
     "ui": "tools.ui",
     "front": "tools.front",
+    "study": "tools.study",
     "promote": "tools.promote",
     "submit": "tools.submit",
 }

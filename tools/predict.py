@@ -103,17 +103,12 @@ def read(paths: Sequence[Path], image_size: int) -> tuple[list[Path], NDArray[np
     return readable, stacked, errors
 
 
-def strip(kept_blocks: NDArray[np.bool_]) -> str:
-    """[K] bool as text: `#` for each block that ran, `.` for each that was skipped."""
-    return "".join("#" if is_kept else "." for is_kept in kept_blocks)
-
-
 def cells(path: Path, prediction: Prediction) -> tuple[str, ...]:
     return (
         printable(path),
         printable(prediction.name),
         f"{100 * prediction.confidence:.1f} %",
-        strip(prediction.kept_blocks),
+        prediction.pattern,
         f"{prediction.blocks}/{len(prediction.kept_blocks)}",
         f"{prediction.flops:.3g}",
         f"{100 * prediction.flops_saved:.1f} %",

@@ -363,7 +363,8 @@ def test_recipes_hold_no_name_that_users_give():
     names = re.search(r"^NAMED := (.*)", text, re.MULTILINE)[1].split()
     recipes = "\n".join(line for line in text.splitlines() if line.startswith("\t"))
     assert set(names) == {
-        "CPU", "FILE", "HOST", "IMAGES", "MODEL", "NAME", "PORT", "PYTHON", "STAGE", "TO",
+        "BUDGET", "CPU", "FILE", "HOST", "IMAGES", "MODEL", "NAME", "PORT", "PYTHON", "SEEDS", "SET",
+        "STAGE", "STUDY", "TO", "TRIALS",
     }  # fmt: skip
     assert not re.search(rf"\$[({{]({'|'.join(names)})[)}}]", recipes)
     for name in re.findall(r"\$\$(\w+)", recipes):

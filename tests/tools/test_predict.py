@@ -107,10 +107,6 @@ def test_table_on_a_terminal_takes_no_name_for_markup(run, files, monkeypatch, n
         assert name in CLASSES
 
 
-def test_strip_shows_blocks_in_their_order():
-    assert predict.strip(np.array([True, False, False, True])) == "#..#"
-
-
 @pytest.mark.parametrize("name", ["", WEIGHTS, SIDECAR])
 def test_model_is_named_by_its_folder_or_a_file_in_it(run, files, tmp_path, name):
     expected = run(*files)[1]
