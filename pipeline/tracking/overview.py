@@ -13,18 +13,12 @@ from rich.text import Text
 
 from pipeline.infra.safe_io import printable
 from pipeline.tracking.experiment_runs import TAG_SUPERSEDED
+from pipeline.tracking.identity import SWEPT
 from pipeline.tracking.runs import TAG_ROLE
 from pipeline.tracking.store import store, store_uri, ui_address
+from pipeline.tracking.view import QUERY, SHARED_QUERY
 
-SWEPT = {
-    "gamma",
-    "curriculum.gamma",
-    "prune.ratio",
-    "seed",
-}  # experiments that differ in these alone are compared
 LINE = 120  # characters, where there is no terminal
-# MLflow 3.17 opens experiments in its GenAI view, which hides training runs, unless told otherwise
-VIEW = "workflowType=machine_learning"
 MAX_ROWS = 20  # experiments in the table, newest first
 COLUMNS = {
     "accuracy": ("accuracy", 100, "%"),
@@ -102,15 +96,15 @@ def links(
 ) -> dict[str, str]:
     """Addresses of the table of runs, of one experiment, and of its comparison with its siblings."""
     base = f"{address or ui_address()}/#"
-    pages = {"all runs": f"{base}/experiments/{experiment_id}/runs?{VIEW}"}
+    pages = {"all runs": f"{base}/experiments/{experiment_id}/runs?{SHARED_QUERY}"}
     chosen = next((experiment for experiment in shown if experiment.run_id == run_id), None)
     if chosen is None:
         return pages
-    pages["this experiment"] = f"{base}/experiments/{experiment_id}/runs/{run_id}?{VIEW}"
+    pages["this experiment"] = f"{base}/experiments/{experiment_id}/runs/{run_id}?{QUERY}"
     compared = [experiment.run_id for experiment in siblings(chosen, shown)]
     if len(compared) > 1:
         runs, ids = (quote(json.dumps(i)) for i in (compared[:MAX_ROWS], [experiment_id]))
-        pages["its gammas compared"] = f"{base}/compare-runs?runs={runs}&experiments={ids}&{VIEW}"
+        pages["its gammas compared"] = f"{base}/compare-runs?runs={runs}&experiments={ids}&{QUERY}"
     return pages
 
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from pipeline.data.split import ImageSplit
 from pipeline.infra.ranks import is_main
+from pipeline.tracking import runs
 from pipeline.training.loop import Metrics
 
 BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {remaining} left"
@@ -111,6 +112,7 @@ class Progress(Bar):
 
     def step(self) -> None:
         self.bar.update()
+        runs.sample()
 
     def note(self, message: str) -> None:
         if is_main():
