@@ -33,6 +33,8 @@ PATH_COLUMNS = (  # of MLflow's tables, with absolute paths of files
     ("model_versions", "storage_location"),
 )
 LOCK_TIMEOUT = 60.0  # seconds to wait for another process that sets up the store
+# for servers started here: else MLflow 3.17 starts ten processes for GenAI jobs, which nobody submits
+LEAN = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 HOST = "127.0.0.1"  # of the UI that `make ui` starts
 PORT = 5050  # not 5000, which `mlflow models serve` takes by itself
 
