@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -53,17 +54,21 @@ def preset_of(params: Mapping[str, str], files: AbstractFileSystem) -> tuple[str
     """
     found = []
     defaults = _flat(_text_of(files, DEFAULTS))
-    for path in sorted(map(str, files.glob(f"{PRESETS}/*.yaml"))) if defaults else ():
-        values = defaults | _flat(_text_of(files, path))
-        changed = {key for key in params.keys() | values.keys() if params.get(key) != values.get(key)}
-        if changed <= SWEPT:
+    for path in map(str, files.glob(f"{PRESETS}/*.yaml")) if defaults else ():
+        differing = _flat(_text_of(files, path))
+        values = defaults | differing
+        if not differing or values.keys() != params.keys():
+            continue
+        changed = sorted(key for key in values if values[key] != params[key])
+        if SWEPT.issuperset(changed):
             name = path.rpartition("/")[2].removesuffix(".yaml")
-            found.append((len(changed), name, [f"{key}={params.get(key)}" for key in sorted(changed)]))
+            found.append((len(changed), name, [f"{key}={params[key]}" for key in changed]))
     return min(found)[1:] if found else None
 
 
 def _here() -> AbstractFileSystem:
-    return DirFileSystem(path=".", fs=LocalFileSystem())
+    # an absolute path: fsspec keeps instances by their arguments, and "." may be another folder by then
+    return DirFileSystem(path=str(Path.cwd()), fs=LocalFileSystem())
 
 
 def _text_of(files: AbstractFileSystem, path: str) -> str:

@@ -39,9 +39,9 @@ def test_presets_that_are_missing_or_half_written_name_nothing(tmp_path, monkeyp
     assert local_preset({"gamma": "1"}) == ""
     (tmp_path / "presets").mkdir()
     (tmp_path / "presets/digits.yaml").write_text("gamma: 1\n")
-    (tmp_path / "presets/mine.yaml").write_text("gamma: [\n")
+    (tmp_path / "presets/a_half.yaml").write_text("gamma: [\n")
     (tmp_path / "presets/bytes.yaml").write_bytes(b"\xff")
-    assert local_preset({"gamma": "1"})
+    assert local_preset({"gamma": "1"}) == "digits"
 
 
 def test_name_holds_preset_commit_and_what_was_swept(tmp_path, monkeypatch):

@@ -73,13 +73,12 @@ def test_stage_finds_the_parent_that_an_older_version_made(client, monkeypatch):
 def test_experiment_of_an_older_version_is_completed_once(client, tmp_path):
     files = dvc_results.work_tree(str(experiment_files.write(tmp_path, model=False)))
     record = dvc_results.read(files, name="old", baseline="abc", revision="r1")
-    with store() as (_, experiment_id):
-        run_id = experiment_runs.complete(record, finish=True)
-        tags = client.get_run(run_id).data.tags
-        for tag in [tag for tag in tags if tag.startswith("mlflow.blockdrop.")]:
-            client.set_tag(run_id, tag.removeprefix("mlflow."), tags[tag])
-            client.delete_tag(run_id, tag)
-        bring_up_to_date(client, experiment_id)
+    run_id = experiment_runs.complete(record, finish=True)
+    tags = client.get_run(run_id).data.tags
+    for tag in [tag for tag in tags if tag.startswith("mlflow.blockdrop.")]:
+        client.set_tag(run_id, tag.removeprefix("mlflow."), tags[tag])
+        client.delete_tag(run_id, tag)
+    update(client)
     assert client.get_run(run_id).data.tags == tags
     assert experiment_runs.complete(record, finish=True) == run_id
 

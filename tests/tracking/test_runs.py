@@ -27,8 +27,8 @@ TOGETHER = {"seed": 0, "resnet.mean": (0.5, 0.5, 0.5)}
 PROCESS = """
 import sys
 sys.modules["torch"] = type(sys)("torch")  # slow to import, and not needed here
-from pipeline.tracking import runs
-runs.TIMEOUT = 100.0  # it is not tested here, and the machine may be busy
+from pipeline.tracking import runs, store
+runs.TIMEOUT, store.LOCK_TIMEOUT = 100.0, 600.0  # not tested here, and the machine may be busy
 from pipeline.tracking.runs import stage_run
 with stage_run(sys.argv[1], {"seed": 0, "resnet.mean": (0.5, 0.5, 0.5)}) as run:
     print(run.run_id, run.parent_id)
@@ -52,7 +52,7 @@ def started_together(tmp_path_factory) -> tuple[Path, list[list[str]]]:
         )
         for stage in ("pretrain", "curriculum", "finetune", "sole-20")
     ]
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0, 0], outputs
     assert not any("can't be reached" in err for _, err in outputs), outputs
     return root, [out.split() for out, _ in outputs]
@@ -294,7 +294,7 @@ def test_run_that_a_killed_process_left_running_is_ended(client, params):
     script = PROCESS + "    import os; os.kill(os.getpid(), 9)\n"
     killed = subprocess.run(
         [sys.executable, "-uc", script, "pretrain"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     run_id, parent_id = killed.stdout.split()
     assert statuses(client, run_id, parent_id) == ["RUNNING"] * 2
