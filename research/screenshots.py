@@ -6,6 +6,7 @@ a sweep to compare: `dvc exp run --queue -S 'gamma=1,2,5,10'`, `dvc queue start 
 """
 
 import argparse
+import os
 import shutil
 import socket
 import subprocess
@@ -14,17 +15,20 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipeline.infra.errors import UserError
 from pipeline.infra.resume import project_root
 from pipeline.tracking import overview
-from pipeline.tracking.store import HOST, shown_uri, store_uri
+from pipeline.tracking.store import HOST, LEAN, shown_uri, store_uri
 from tools.command import Parser, command
 
 WIDTH = 1500
 SETTLING = 3000  # milliseconds that a page takes to redraw
 START = 120  # seconds that the server and each page may take
 PAGES = {"all runs": "ui_runs", "this experiment": "ui_experiment", "its gammas compared": "ui_gammas"}
+# MLflow opens its Assistant beside the first page that a browser asks for
+NO_ASSISTANT = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')"
 FIGURES = ("policy", "policies_by_class", "easy_and_hard", "trade_off", "learning_curves")
 
 
@@ -35,8 +39,13 @@ def server() -> Iterator[str]:
         free.bind((HOST, 0))
         port = free.getsockname()[1]
     start = ["mlflow", "ui", "--backend-store-uri", store_uri(), "--host", HOST, "--port", str(port)]
-    process = subprocess.Popen([*start, "--workers", "1"], cwd=project_root(), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [*start, "--workers", "1"],
+        cwd=project_root(),
+        env=LEAN | os.environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     address = f"http://{HOST}:{port}"
     try:
         wait_for(address, process)
@@ -60,10 +69,9 @@ def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
     raise UserError(f"the MLflow UI does not answer; try `mlflow ui --backend-store-uri {shown_uri()}`")
 
 
-def photograph(links: Mapping[str, str], name: str, out: Path) -> None:
-    """Save all pages, each once it shows the experiment's name.
-
-    The comparison adds FLOPs and blocks, and lists only what differs.
+@contextmanager
+def browser() -> Iterator[Any]:
+    """Playwright's context of a headless Chromium, whose pages show no Assistant.
 
     Raises:
         UserError: Playwright is not installed.
@@ -73,17 +81,32 @@ def photograph(links: Mapping[str, str], name: str, out: Path) -> None:
     except ImportError:
         raise UserError("Playwright is not installed; `pip install playwright` brings it") from None
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
+        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"))
+        context = chromium.new_context(viewport={"width": WIDTH, "height": 1000})
+        context.set_default_timeout(1000 * START)
+        context.add_init_script(NO_ASSISTANT)
+        yield context
+        chromium.close()
+
+
+def photograph(links: Mapping[str, str], name: str, out: Path) -> None:
+    """Save all pages, each once it shows the experiment's name.
+
+    The comparison adds MFLOPs and blocks, and lists only what differs.
+    """
+    with browser() as context:
         for title, link in links.items():
             compares = PAGES[title] == "ui_gammas"
-            page = browser.new_page(viewport={"width": WIDTH, "height": 1500 if compares else 1000})
-            page.set_default_timeout(1000 * START)
+            page = context.new_page()
+            if compares:
+                page.set_viewport_size({"width": WIDTH, "height": 1500})
             page.goto(link)
             page.get_by_text(name).locator("visible=true").first.wait_for()
             page.wait_for_timeout(SETTLING)
             if compares:
                 metrics = page.get_by_role("combobox").nth(1)
-                for metric in ("flops_mean", "blocks_mean"):
+                metrics.focus()  # before, nothing can be written there
+                for metric in ("mflops_mean", "blocks_mean"):
                     metrics.fill(metric)
                     metrics.press("Enter")
                     metrics.press("Escape")
@@ -93,7 +116,6 @@ def photograph(links: Mapping[str, str], name: str, out: Path) -> None:
             page.screenshot(path=out / f"{PAGES[title]}.png")
             print(f"{title}: {out / PAGES[title]}.png")
             page.close()
-        browser.close()
 
 
 def add_options(parser: Parser) -> None:

@@ -20,12 +20,12 @@ from pipeline.infra.errors import UserError
 from pipeline.infra.locks import exclusive
 from pipeline.infra.resume import project_root
 from pipeline.infra.safe_io import printable
-from pipeline.tracking import dvc_results, experiment_runs, overview
+from pipeline.tracking import dvc_results, experiment_runs, older_runs, overview
 from pipeline.tracking.connection import OFF, http_timeout, mode, reason, silence_mlflow
 from pipeline.tracking.dvc_results import Record, RecordError, UnfinishedError
 from pipeline.tracking.identity import baseline_commit
 from pipeline.tracking.runs import TAG_KEY, end_orphans
-from pipeline.tracking.store import shown_uri, store
+from pipeline.tracking.store import keep_view, shown_uri, store
 from tools.command import command
 
 LOCK = Path(".dvc/tmp/blockdrop-sync.lock")
@@ -135,6 +135,8 @@ def sync(root: Path) -> Outcome:
     failed = []
     with exclusive(root / LOCK, waiting_message="sync: waiting for another one to end"):
         with store() as (client, experiment_id):
+            keep_view(client, experiment_id)
+            older_runs.bring_up_to_date(client, experiment_id)
             for orphan in end_orphans(client, experiment_id):
                 print(f"run {orphan} was left by a process that died; it is ended as KILLED")
         all_references = references(root)

@@ -9,7 +9,7 @@ import subprocess
 from pipeline.infra.errors import UserError
 from pipeline.infra.resume import project_root
 from pipeline.tracking import overview
-from pipeline.tracking.store import HOST, PORT, store_uri
+from pipeline.tracking.store import HOST, LEAN, PORT, store_uri
 from tools.command import Parser, command
 from tools.sync import sync, usable_store
 
@@ -63,7 +63,7 @@ def main(arguments: argparse.Namespace) -> None:
         "--uvicorn-opts",
         "--log-level=warning",
     ]  # else a line for each request
-    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": uri}  # may hold a password: not for `ps`
+    environment = LEAN | os.environ | {"MLFLOW_BACKEND_STORE_URI": uri}  # maybe a password: not for `ps`
     with contextlib.suppress(KeyboardInterrupt):
         subprocess.run(server, check=True, cwd=project_root(), env=environment)
 

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 from pipeline import config
 from pipeline.infra.errors import UserError
-from pipeline.tracking.identity import as_texts, experiment_key, experiment_name
+from pipeline.tracking.identity import as_texts, experiment_key, experiment_name, preset_of
 
 PARAMS, LOCK = "params.yaml", "dvc.lock"
 PREPARED, MODEL, REPORT = "data/prepared", "models/finetune", "report"
 METRICS, TIMES = "metrics", "metrics/times"
-TRAININGS = ("pretrain", "policy_pretrain", "curriculum", "finetune")
+TRAININGS = ("pretrain", "prune", "policy_pretrain", "curriculum", "finetune")
 ARTIFACTS = (PARAMS, LOCK, REPORT, "plots")
 # outs that differ from run to run because they hold times, while the result is the same
 WITH_TIMES = (
@@ -65,6 +65,12 @@ class Record:
         return experiment_key(self.name, self.baseline, self.params)
 
     @property
+    def preset(self) -> str:
+        """The preset that the parameters are of, but for swept ones; empty where they are of none."""
+        found = preset_of(self.params, self.files)
+        return found[0] if found else ""
+
+    @property
     def fingerprint(self) -> str:
         """Equal for equal results of equal parameters, whatever the name and the times."""
         outs = [
@@ -73,10 +79,6 @@ class Record:
             if not any(PurePosixPath(path).is_relative_to(other) for other in WITH_TIMES)
         ]
         return hashlib.sha256(repr((sorted(self.params.items()), outs)).encode()).hexdigest()[:16]
-
-    @property
-    def models(self) -> dict[str, str]:
-        return {path: md5 for path, md5 in self.outs.items() if path.startswith("models/")}
 
     def artifacts(self) -> dict[str, bytes]:
         """The files to look at, by path, without those that DVC's cache lacks."""

@@ -17,8 +17,10 @@ from pipeline.tracking import registry
 from pipeline.tracking.dvc_results import MODEL, PREPARED, Curve, Record
 from pipeline.tracking.identity import origin_tags, run_name
 from pipeline.tracking.runs import (
+    HIDDEN,
     TAG_KEY,
     TAG_PARENT,
+    TAG_PRESET,
     TAG_ROLE,
     TAG_STAGE,
     as_metrics,
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
-TAG_FINGERPRINT = "blockdrop.fingerprint"
-TAG_LOGGED = "blockdrop.logged"  # digest of the logged content, by kind, so that it is logged once
+TAG_FINGERPRINT = f"{HIDDEN}blockdrop.fingerprint"
+TAG_LOGGED = (
+    f"{HIDDEN}blockdrop.logged"  # digest of the logged content, by kind, so that it is logged once
+)
 TAG_REVISION = "dvc.revision"  # the DVC experiment's commit, once all of it is logged
 TAG_NAME = "dvc.experiment"  # the name that DVC gives it
 TAG_SUPERSEDED = "blockdrop.superseded"
@@ -98,9 +102,9 @@ def describe(record: Record) -> str:
         name = as_markdown(name.replace("_", " "))
         label = f"ResNet-{name}" if kind == "sole" else f"{name} blocks, {tuned}"
         rows.append((label, f"{prefix}.accuracy", f"{prefix}.blocks", f"{prefix}.flops"))
-    lines = ["| network | accuracy | blocks | FLOPs |", "|---|---|---|---|"]
+    lines = ["| network | accuracy | blocks | MFLOPs |", "|---|---|---|---|"]
     for label, *names in rows:
-        forms = zip(names, ("{:.2f} %", "{:.2f}", "{:.3g}"), (100, 1, 1), strict=True)
+        forms = zip(names, ("{:.2f} %", "{:.2f}", "{:.4g}"), (100, 1, 1e-6), strict=True)
         cells = [form.format(metrics[n] * factor) if n in metrics else "" for n, form, factor in forms]
         lines.append(f"| {' | '.join([label, *cells])} |")
     if "flops_saved" in metrics:
@@ -135,8 +139,11 @@ def _retire_namesakes(client: "MlflowClient", experiment_id: str, record: Record
 
 
 def _log_metrics(client: "MlflowClient", run: "Run", record: Record) -> None:
-    changed = {k: v for k, v in record.metrics.items() if run.data.metrics.get(k) != v}
-    metrics = as_metrics(changed)
+    metrics = [
+        metric
+        for metric in as_metrics(record.metrics)
+        if run.data.metrics.get(metric.key) != metric.value
+    ]
     with _once(client, run, "curves", json.dumps(record.curves)) as is_new:
         if is_new:
             metrics += _missing_points(client, run, record.curves)
@@ -231,8 +238,11 @@ def _set_tags(client: "MlflowClient", run: "Run", record: Record) -> None:
     tags = {
         TAG_FINGERPRINT: record.fingerprint,
         TAG_NOTE: describe(record),
-        **{f"dvc.md5.{path}": md5 for path, md5 in record.models.items()},
     }
+    if record.preset:
+        tags[TAG_PRESET] = record.preset
+    if MODEL in record.outs:
+        tags[f"dvc.md5.{MODEL}"] = record.outs[MODEL]
     if record.revision:
         tags[TAG_NAME] = record.name
     if record.revision and record.is_whole():  # else the next sync has something to add

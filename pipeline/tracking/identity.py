@@ -4,9 +4,13 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
+from fsspec import AbstractFileSystem
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import config
 from pipeline.infra.git import git
@@ -14,25 +18,77 @@ from pipeline.infra.git import git
 TEXT_LIMIT = 6000  # characters of a parameter or tag that MLflow takes
 NAME_LIMIT = 250  # characters of a run's name; PostgreSQL refuses longer ones, SQLite takes them
 MAX_CHANGES = 3  # changed parameters in the name of an experiment that DVC gives none
+PRESETS = "presets"
+DEFAULTS = f"{PRESETS}/digits.yaml"  # whole; the other presets hold what differs from it
+# experiments that differ in these alone are of one preset, and are compared
+SWEPT = frozenset({"gamma", "curriculum.gamma", "prune.ratio", "seed"})
 
 
 def experiment_name(params: Mapping[str, str]) -> str:
-    """DVC's name; under plain `dvc repro` branch, commit and the parameters changed since the commit."""
+    """DVC's name; under plain `dvc repro` preset, branch, commit and what was changed.
+
+    Changed are the parameters that differ from the preset, or without one from the commit.
+    """
     name = os.environ.get("DVC_EXP_NAME")
     if name:
         return name
     branch = git("rev-parse", "--abbrev-ref", "HEAD") or "no-git"
     commit = git("rev-parse", "--short", "HEAD") or "no-commit"
-    return " ".join([f"{branch}-{commit}", *_changed_params(params)])
+    preset = preset_of(params, _here())
+    if preset is None:
+        return " ".join([f"{branch}-{commit}", *_changed_params(params)])
+    return " ".join([preset[0], f"{branch}-{commit}", *preset[1]])
+
+
+def local_preset(params: Mapping[str, str]) -> str:
+    """The preset among this folder's that the parameters are of; empty where they are of none."""
+    preset = preset_of(params, _here())
+    return preset[0] if preset else ""
+
+
+def preset_of(params: Mapping[str, str], files: AbstractFileSystem) -> tuple[str, list[str]] | None:
+    """The preset that differs in the fewest swept parameters alone, and these as `key=value`.
+
+    Args:
+        files: the project's, at the commit that the parameters are of.
+    """
+    found = []
+    defaults = _flat(_text_of(files, DEFAULTS))
+    for path in map(str, files.glob(f"{PRESETS}/*.yaml")) if defaults else ():
+        differing = _flat(_text_of(files, path))
+        values = defaults | differing
+        if not differing or values.keys() != params.keys():
+            continue
+        changed = sorted(key for key in values if values[key] != params[key])
+        if SWEPT.issuperset(changed):
+            name = path.rpartition("/")[2].removesuffix(".yaml")
+            found.append((len(changed), name, [f"{key}={params[key]}" for key in changed]))
+    return min(found)[1:] if found else None
+
+
+def _here() -> AbstractFileSystem:
+    # an absolute path: fsspec keeps instances by their arguments, and "." may be another folder by then
+    return DirFileSystem(path=str(Path.cwd()), fs=LocalFileSystem())
+
+
+def _text_of(files: AbstractFileSystem, path: str) -> str:
+    try:
+        return str(files.cat_file(path).decode())
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _flat(text: str) -> dict[str, str]:
+    """The values of a file of parameters, which may be half written; empty where it can't be read."""
+    try:
+        return as_texts(dict(config.flatten(yaml.load(text, config.Loader) or {})))
+    except (yaml.YAMLError, ValueError, AttributeError):
+        return {}
 
 
 def _changed_params(params: Mapping[str, str]) -> list[str]:
     """`key=value` of those that differ from the commit's params.yaml; the last item counts the rest."""
-    try:
-        committed = yaml.load(git("show", "HEAD:./params.yaml"), config.Loader) or {}
-        before = as_texts(dict(config.flatten(committed)))
-    except (yaml.YAMLError, ValueError, AttributeError):
-        return []
+    before = _flat(git("show", "HEAD:./params.yaml"))
     if not before:
         return []
     changes = [f"{key}={text}" for key, text in params.items() if before.get(key) != text]

@@ -13,18 +13,12 @@ from rich.text import Text
 
 from pipeline.infra.safe_io import printable
 from pipeline.tracking.experiment_runs import TAG_SUPERSEDED
+from pipeline.tracking.identity import SWEPT
 from pipeline.tracking.runs import TAG_ROLE
 from pipeline.tracking.store import store, store_uri, ui_address
+from pipeline.tracking.view import QUERY, SHARED_QUERY
 
-SWEPT = {
-    "gamma",
-    "curriculum.gamma",
-    "prune.ratio",
-    "seed",
-}  # experiments that differ in these alone are compared
 LINE = 120  # characters, where there is no terminal
-# MLflow 3.17 opens experiments in its GenAI view, which hides training runs, unless told otherwise
-VIEW = "workflowType=machine_learning"
 MAX_ROWS = 20  # experiments in the table, newest first
 COLUMNS = {
     "accuracy": ("accuracy", 100, "%"),
@@ -109,14 +103,14 @@ def links(
     if len(compared) > 1:
         runs, ids = (quote(json.dumps(i)) for i in (compared[:MAX_ROWS], [experiment_id]))
         base = f"{address or ui_address()}/#"
-        pages["its gammas compared"] = f"{base}/compare-runs?runs={runs}&experiments={ids}&{VIEW}"
+        pages["its gammas compared"] = f"{base}/compare-runs?runs={runs}&experiments={ids}&{QUERY}"
     return pages
 
 
 def run_links(experiment_id: str, run_id: str, *, address: str | None = None) -> dict[str, str]:
     """Addresses of the table of runs and of one run, finished or not."""
     runs = f"{address or ui_address()}/#/experiments/{experiment_id}/runs"
-    return {"all runs": f"{runs}?{VIEW}", "this experiment": f"{runs}/{run_id}?{VIEW}"}
+    return {"all runs": f"{runs}?{SHARED_QUERY}", "this experiment": f"{runs}/{run_id}?{QUERY}"}
 
 
 def _cell(value: float | None, scale: float, unit: str) -> str:

@@ -23,6 +23,7 @@ from pipeline.infra.errors import UserError
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import WEIGHTS, Checkpoint
 from pipeline.serving.predictor import image_size_of
+from pipeline.tracking import model_card
 from pipeline.tracking.connection import reason, silence_mlflow
 from pipeline.tracking.identity import run_name
 from pipeline.tracking.runs import TAG_ROLE, TAG_STAGE, find_run
@@ -40,6 +41,7 @@ TAG_WEIGHTS = "blockdrop.weights_sha256"
 TAG_DVC = "dvc.md5"
 TAG_MODEL = "blockdrop.model_id"  # of a registered version; the SQL store forgets MLflow's own field
 ARTIFACT = "checkpoint"  # folder below `artifacts` of a logged model, the same in mlflow_model.py
+TAG_NOTE = "mlflow.note.content"  # the description on MLflow's pages
 SCHEME = "models:/"
 IMAGE_SIZE = "data.image_size"  # parameter of a run
 PACKAGES = ("torch", "numpy", "safetensors", "pydantic", "pandas")  # what the served code imports
@@ -102,13 +104,17 @@ def log_model(
     with store() as (client, _):
         run = client.get_run(run_id)
         model = _logged(client, run, digest)
+        size = _image_size(networks, example, run)
+        networks = replace(networks, image_size=size)
+        card = model_card.model_card(networks, run, dvc_md5)
         if model is None:
-            size = _image_size(networks, example, run)
             images = _noise(size) if example is None else example[:EXAMPLES]
             model = client.create_logged_model(
                 run.info.experiment_id, NAME, run_id, tags, run.data.params
             )
-            _upload(client, model, run_id, replace(networks, image_size=size), images)
+            _upload(client, model, run_id, networks, images, card)
+        if model.tags.get(TAG_NOTE) != card:  # numbers may be newer than those in the file
+            client.set_logged_model_tags(model.model_id, {TAG_NOTE: card})
         _link_metrics(client, model, run)
     return str(model.model_id)
 
@@ -202,6 +208,7 @@ def _upload(
     run_id: str,
     networks: Checkpoint,
     example: NDArray[np.uint8],
+    card: str,
 ) -> None:
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
@@ -232,6 +239,7 @@ def _upload(
                 model_id=model.model_id,
             ),
         )
+        (model_folder / model_card.FILE).write_text(card, encoding="utf-8")
         client.log_model_artifacts(model.model_id, str(model_folder))
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
@@ -340,18 +348,22 @@ def _register(client: "MlflowClient", model: "LoggedModel", name: str) -> str:
     from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
     try:
-        client.create_registered_model(name)
+        client.create_registered_model(name, description=model_card.ABOUT)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+    card = model.tags.get(TAG_NOTE)  # older models have none
     for version in client.search_model_versions(_named(name)):
         if _is_of(version, model):
+            if card and not version.description:  # else people wrote one
+                client.update_model_version(name, version.version, card)
             return str(version.version)
     new = client.create_model_version(
         name,
         model.artifact_location,  # not models:/ID: a local store would look for that in the global one
         model.source_run_id,
         tags={TAG_MODEL: model.model_id},
+        description=card,
         model_id=model.model_id,
     )
     links = json.loads(model.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))  # what the UI's pages show

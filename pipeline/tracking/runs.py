@@ -7,7 +7,6 @@ depends on this package, so no stage has it as a dependency.
 
 import getpass
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,10 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from pipeline.infra.errors import UserError
 from pipeline.infra.safe_io import printable
+from pipeline.tracking import processes
 from pipeline.tracking.connection import (
     OFF,
     SQLITE,
@@ -36,26 +34,36 @@ from pipeline.tracking.identity import (
     baseline_commit,
     experiment_key,
     experiment_name,
+    local_preset,
     origin_tags,
     run_name,
 )
 from pipeline.tracking.store import shown_uri, store, store_uri
+from pipeline.tracking.system_metrics import PREFIX, SystemMetrics, sampling_interval
+from pipeline.tracking.units import readable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
-TAG_KEY = "blockdrop.key"
 TAG_ROLE = "blockdrop.role"
 TAG_STAGE = "blockdrop.stage"
-TAG_PROCESS = "blockdrop.process"
+TAG_PRESET = "preset"
 TAG_PARENT = "mlflow.parentRunId"
+# MLflow's UI hides tags under mlflow.: these are for the code alone
+HIDDEN = "mlflow."
+TAG_KEY = f"{HIDDEN}blockdrop.key"
+TAG_PROCESS = f"{HIDDEN}blockdrop.process"
+LAST_STAGE = "report"
 # metrics of short epochs are written together: a call takes a tenth of one
 FLUSH_SECONDS = 30.0
 FLUSH_SHARE = 20  # the next call waits this many times as long as the last one took: 5 % of a training
 TIMEOUT = 10.0  # seconds for a call
 KILLED_TIMEOUT = 2.0  # seconds for a call after Ctrl-C
 BATCH = 1000  # metrics that MLflow takes in one call
+
+
+_current: "StageRun | None" = None
 
 
 class StageRun:
@@ -69,6 +77,9 @@ class StageRun:
         self._logging = self._mode != OFF
         self._killed = False
         self._client: Any = None
+        self._driver: processes.Driver | None = None
+        self._interval = sampling_interval()
+        self._system: SystemMetrics | None = None  # of trainings, from their first step on
         self._metrics: list[Metric] = []  # of the next call
         self._next_flush = time.monotonic() + FLUSH_SECONDS
         self._last_steps: dict[str, int] = {}  # of the resumed run's metrics
@@ -91,8 +102,17 @@ class StageRun:
         self._metrics += as_metrics(
             {k: v for k, v in metrics.items() if step == 0 or step > self._last_steps.get(k, 0)}, step
         )
-        if time.monotonic() > self._next_flush:
-            self._flush()
+        self._flush_if_due()
+
+    def sample(self) -> None:
+        """Log the machine's load, if it is time for a sample."""
+        if not self._logging:
+            return
+        if self._system is None:
+            steps = [step for name, step in self._last_steps.items() if name.startswith(PREFIX)]
+            self._system = SystemMetrics(self._interval, 1 + max(steps, default=-1))
+        self._metrics += self._system.sample()
+        self._flush_if_due()
 
     def set_tag(self, name: str, value: str) -> None:
         self.attempt(lambda: self._client.set_tag(self.run_id, name, value[:TEXT_LIMIT]))
@@ -157,6 +177,7 @@ class StageRun:
             ) from None
 
     def _open(self, resumed: str | None) -> None:
+        self._driver = processes.driver()
         with store() as (client, experiment_id):
             self.parent_id = make_parent(
                 client,
@@ -164,12 +185,14 @@ class StageRun:
                 name=experiment_name(self._params),
                 baseline=baseline_commit(),
                 params=self._params,
-                tags=origin_tags(),
+                tags=origin_tags() | {TAG_PRESET: local_preset(self._params)},
             )
-            client.set_tag(self.parent_id, TAG_PROCESS, _this_process())
+            process = processes.this_process()
+            owner = self._driver.process if self._driver else process
+            client.set_tag(self.parent_id, TAG_PROCESS, owner)
             client.update_run(self.parent_id, status="RUNNING")
         self._client = client
-        tags = {TAG_PARENT: self.parent_id, TAG_PROCESS: _this_process()}
+        tags = {TAG_PARENT: self.parent_id, TAG_PROCESS: process}
         run = find_run(client, resumed) if resumed else None
         if run is None or run.info.lifecycle_stage != "active":
             tags |= {TAG_ROLE: "stage", TAG_STAGE: self._stage}
@@ -183,6 +206,10 @@ class StageRun:
         _log_missing_params(client, run, self._params)
         end_orphans(client, experiment_id)
 
+    def _flush_if_due(self) -> None:
+        if self._metrics and time.monotonic() > self._next_flush:
+            self._flush()
+
     def _flush(self) -> None:
         began = time.monotonic()
         while self._metrics and self.attempt(
@@ -193,10 +220,20 @@ class StageRun:
         self._next_flush = ended + max(FLUSH_SECONDS, FLUSH_SHARE * (ended - began))
 
     def _end(self, status: str) -> None:
-        for run_id in (self.run_id, self.parent_id):
-            self._client.set_terminated(run_id, status)
+        self._client.set_terminated(self.run_id, status)
+        if status != "FINISHED" or not self._goes_on():
+            self._client.set_terminated(self.parent_id, status)
         if status == "FINISHED":
             self._delete_earlier()
+
+    def _goes_on(self) -> bool:
+        """Whether DVC may run another stage of the experiment after this one."""
+        return (
+            self._stage != LAST_STAGE
+            and self._driver is not None
+            and self._stage.partition("-")[0] not in self._driver.targets
+            and processes.is_alive(self._driver.process)
+        )
 
     def _delete_earlier(self) -> None:
         """Delete the stage's earlier runs under the same parent, whose results this one has replaced."""
@@ -222,9 +259,11 @@ def stage_run(
         TrackingError: MLflow is away and BLOCKDROP_TRACKING is strict.
         UserError: BLOCKDROP_TRACKING has a value that it can't have.
     """
-    run = StageRun(stage, as_texts(params))
+    global _current
+    run, outer = StageRun(stage, as_texts(params)), _current
     try:
         run.open(resumed)
+        _current = run
         yield run
     except (KeyboardInterrupt, SystemExit):
         run.finish("KILLED")
@@ -232,20 +271,34 @@ def stage_run(
     except BaseException:
         run.finish("FAILED")
         raise
-    run.finish("FINISHED")
+    else:
+        run.finish("FINISHED")
+    finally:
+        _current = outer
+
+
+def sample() -> None:
+    """Let the stage that runs log the machine's load; a training calls this at each step."""
+    if _current is not None:
+        _current.sample()
 
 
 def as_metrics(metrics: Mapping[str, float | None], step: int = 0) -> "list[Metric]":
-    """MLflow's form of metrics, undefined ones left out."""
+    """MLflow's form of metrics, in readable units, undefined ones left out."""
     from mlflow.entities import Metric
 
-    now = int(time.time() * 1000)
-    return [Metric(name, value, now, step) for name, value in metrics.items() if value is not None]
+    now, shown = int(time.time() * 1000), readable(metrics)
+    return [Metric(name, value, now, step) for name, value in shown.items() if value is not None]
 
 
 def find_parent(client: "MlflowClient", experiment_id: str, key: str) -> "Run | None":
-    condition = f"tags.`{TAG_KEY}` = '{key}' and tags.`{TAG_ROLE}` = 'parent'"
-    return first_run(client, experiment_id, condition)
+    for tag in (TAG_KEY, TAG_KEY.removeprefix(HIDDEN)):  # the second is an older version's
+        run = first_run(
+            client, experiment_id, f"tags.`{tag}` = '{key}' and tags.`{TAG_ROLE}` = 'parent'"
+        )
+        if run is not None:
+            return run
+    return None
 
 
 def first_run(client: "MlflowClient", experiment_id: str, condition: str) -> "Run | None":
@@ -298,28 +351,22 @@ def _user() -> str:
 
 
 def end_orphans(client: "MlflowClient", experiment_id: str) -> list[str]:
-    """End, as KILLED, the runs that processes of this machine left RUNNING when they died."""
-    ended = []
-    for run in client.search_runs([experiment_id], filter_string="attributes.status = 'RUNNING'"):
-        process = run.data.tags.get(TAG_PROCESS, "")
-        if process.startswith(f"{platform.node()} ") and not _is_alive(process):
-            client.set_terminated(run.info.run_id, "KILLED")
-            ended.append(str(run.info.run_id))
+    """End, as KILLED, the runs that processes of this machine left RUNNING when they died.
+
+    A parent whose stage lives goes on, even where DVC has died.
+    """
+    running = client.search_runs([experiment_id], filter_string="attributes.status = 'RUNNING'")
+    left = [str(run.info.run_id) for run in running if _is_left(run)]
+    alive = {run.data.tags.get(TAG_PARENT) for run in running if run.info.run_id not in left}
+    ended = [run_id for run_id in left if run_id not in alive]
+    for run_id in ended:
+        client.set_terminated(run_id, "KILLED")
     return ended
 
 
-def _this_process() -> str:
-    process = psutil.Process()
-    return f"{platform.node()} {process.pid} {process.create_time():.1f}"
-
-
-def _is_alive(description: str) -> bool:
-    """Whether the process that `_this_process` described still runs; process numbers are reused."""
-    try:
-        _, pid, created = description.rsplit(" ", 2)
-        return abs(psutil.Process(int(pid)).create_time() - float(created)) < 1
-    except (ValueError, psutil.Error):
-        return False
+def _is_left(run: "Run") -> bool:
+    process = run.data.tags.get(TAG_PROCESS, "")
+    return processes.is_here(process) and not processes.is_alive(process)
 
 
 def find_run(client: "MlflowClient", run_id: str) -> "Run | None":

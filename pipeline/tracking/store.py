@@ -15,6 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.infra.errors import UserError
 from pipeline.infra.resume import PROJECT_MARK, project_root
+from pipeline.tracking import view
 from pipeline.tracking.connection import masked, require_store, require_usable
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ PATH_COLUMNS = (  # of MLflow's tables, with absolute paths of files
     ("model_versions", "storage_location"),
 )
 LOCK_TIMEOUT = 60.0  # seconds to wait for another process that sets up the store
+# for servers started here: else MLflow 3.17 starts ten processes for GenAI jobs, which nobody submits
+LEAN = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 HOST = "127.0.0.1"  # of the UI that `make ui` starts
 PORT = 5050  # not 5000, which `mlflow models serve` takes by itself
 
@@ -83,6 +86,13 @@ def store() -> "Iterator[tuple[MlflowClient, str]]":
         yield client, _experiment(client)
 
 
+def keep_view(client: "MlflowClient", experiment_id: str) -> None:
+    """Give an experiment the view that links open, where an older version or someone else made it."""
+    name, content = view.tag()
+    if client.get_experiment(experiment_id).tags.get(name) != content:
+        client.set_experiment_tag(experiment_id, name, content)
+
+
 def experiment_id() -> str:
     """The MLflow experiment that runs are logged to; made when it isn't there."""
     with store() as (_, number):
@@ -121,7 +131,8 @@ def _create_experiment(client: "MlflowClient", name: str) -> "Experiment":
 
     location = None if store_uri().startswith("http") else (project_root() / ARTIFACTS).as_uri()
     try:
-        return client.get_experiment(client.create_experiment(name, artifact_location=location))
+        number = client.create_experiment(name, location, tags=dict([view.tag()]))
+        return client.get_experiment(number)
     except MlflowException as error:
         # the lock is of this project; someone else may have created it on the same server meanwhile
         experiment = client.get_experiment_by_name(name)

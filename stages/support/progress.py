@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from pipeline.data.split import ImageSplit
 from pipeline.infra.ranks import is_main
+from pipeline.tracking import runs
 from pipeline.training.loop import Metrics
 from stages.support.common import PLOTS, write_csv
 
@@ -125,6 +126,7 @@ class Progress(Bar):
 
     def step(self) -> None:
         self.bar.update()
+        runs.sample()
 
     def note(self, message: str) -> None:
         if is_main():

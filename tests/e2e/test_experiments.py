@@ -16,7 +16,7 @@ from repository_copy import TINY, Copy, make_copy
 pytestmark = pytest.mark.sweep
 GAMMAS = (1, 5, 10)
 HEADLINE = {
-    "accuracy", "full_accuracy", "blocks_mean", "flops_mean", "flops_saved", "unique_policies",
+    "accuracy", "full_accuracy", "blocks_mean", "mflops_mean", "flops_saved", "unique_policies",
     "baseline.accuracy", "sole.8.accuracy", "static.first_3.accuracy", "pretrain.accuracy",
     "curriculum.accuracy", "finetune.accuracy", "data.train_images", "finetune.seconds",
 }  # fmt: skip

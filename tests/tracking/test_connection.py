@@ -129,7 +129,7 @@ def test_server_that_is_away_at_the_start_is_asked_once(
     assert capsys.readouterr().err.count(AWAY) == 1
 
 
-@pytest.mark.parametrize("call", range(1, 11))
+@pytest.mark.parametrize("call", range(1, 12))
 def test_answer_that_is_lost_makes_no_second_parent(server, client, params, call):
     """Whichever of the calls at the opening it is."""
     server.failing_call = call

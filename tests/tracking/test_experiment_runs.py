@@ -13,7 +13,7 @@ from mlflow.entities import Run
 
 from pipeline.infra.safe_io import printable
 from pipeline.report import html
-from pipeline.tracking import dvc_results, experiment_runs, overview, registry
+from pipeline.tracking import dvc_results, experiment_runs, overview, registry, units
 from pipeline.tracking.runs import stage_run
 from pipeline.tracking.store import store
 from research import screenshots
@@ -63,11 +63,11 @@ def test_parent_carries_everything_once(client, tmp_path, monkeypatch):
     assert client.get_run(run_id).to_dictionary() == run.to_dictionary()
     assert (run.info.run_name, run.info.status) == ("all", "FINISHED")
     assert run.data.params == record.params
-    assert run.data.metrics.items() >= record.metrics.items()
+    assert run.data.metrics.items() >= units.readable(record.metrics).items()
     assert tags["dvc.revision"] == "r1"
-    assert tags["dvc.md5.models/finetune"] == record.models["models/finetune"]
-    assert "| **BlockDrop** | 90.00 % | 1.50 | 6e+06 |" in tags["mlflow.note.content"]
-    assert "| ResNet-20 | 92.00 % |  | 5e+06 |" in tags["mlflow.note.content"]
+    assert tags["dvc.md5.models/finetune"] == record.outs["models/finetune"]
+    assert "| **BlockDrop** | 90.00 % | 1.50 | 6 |" in tags["mlflow.note.content"]
+    assert "| ResNet-20 | 92.00 % |  | 5 |" in tags["mlflow.note.content"]
     curve = client.get_metric_history(run_id, "finetune/validation_accuracy")
     assert [(point.step, point.value) for point in curve] == [(1, 0.5), (2, 0.75)]
     assert len(client.get_metric_history(run_id, "accuracy")) == 1
@@ -79,6 +79,17 @@ def test_parent_carries_everything_once(client, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
     model = mlflow.pyfunc.load_model(f"models:/{output.model_id}")
     assert len(model.predict(np.zeros((3, 8, 8, 3), np.uint8))) == 3
+
+
+def test_people_see_the_headline_and_no_tag_of_the_code(client, tmp_path):
+    run = client.get_run(completed(record_of(tmp_path, "shown", model=False)))
+    shown = {tag for tag in run.data.tags if not tag.startswith("mlflow.")}  # as MLflow's pages do
+    assert shown == {
+        "blockdrop.role", "dvc.baseline", "dvc.experiment", "dvc.md5.models/finetune", "git.commit",
+    }  # fmt: skip
+    headline = {"mflops_mean": 6.0, "flops_share": 0.6, "full_mflops": 10.0, "sole.20.mflops": 5.0}
+    assert run.data.metrics.items() >= headline.items()
+    assert not {"flops_mean", "full_flops", "sole.20.flops"} & run.data.metrics.keys()
 
 
 def test_interrupted_completion_is_completed(client, tmp_path, monkeypatch):
@@ -186,7 +197,7 @@ def test_server_gets_all_of_it_through_its_own_artifact_store(client, tmp_path, 
         assert remote.get_run(run.run_id).data.metrics == {"loss": 0.5}
         parent = remote.get_run(completed(record))
         assert parent.info.artifact_uri.startswith("mlflow-artifacts:")
-        assert parent.data.metrics.items() >= record.metrics.items()
+        assert parent.data.metrics.items() >= units.readable(record.metrics).items()
         assert len(parent.outputs.model_outputs) == 1
         local = remote.download_artifacts(parent.info.run_id, "report/policy.png", str(tmp_path))
         assert Path(local).read_bytes() == experiment_files.PNG

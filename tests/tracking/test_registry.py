@@ -5,6 +5,8 @@ import contextlib
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +23,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+import yaml
 from builders import (
     NORMALISATION,
     TRACKING_VARIABLES,
@@ -31,7 +34,7 @@ from builders import (
 )
 from imports import closure
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import Metric, Param, Run
 from mlflow.pyfunc import scoring_server
 from PIL import Image
 
@@ -42,6 +45,7 @@ from pipeline.models.build import make_resnet
 from pipeline.models.checkpoint import SIDECAR, WEIGHTS, Checkpoint, CheckpointError
 from pipeline.serving.predictor import PredictionError, Predictor
 from pipeline.tracking import registry
+from pipeline.tracking.model_card import model_card
 from pipeline.tracking.registry import ModelError, fetched, log_model, promote
 from pipeline.tracking.store import store
 from tools import predict
@@ -109,6 +113,11 @@ def registered(request) -> str:
 # logging
 
 
+def store_run(run_id: str) -> Run:
+    with store() as (client, _):
+        return client.get_run(run_id)
+
+
 def values_of(metrics) -> dict[str, float]:
     return {metric.key: metric.value for metric in metrics}
 
@@ -142,6 +151,57 @@ def test_model_has_the_metrics_of_its_run_but_no_learning_curves(client, start, 
     assert {metric.timestamp for metric in metrics} == {1000}
     for name, count in (("accuracy", 1), ("finetune/loss", 2)):  # the run has no point twice
         assert len(client.get_metric_history(run_id, name)) == count
+
+
+def test_model_card_says_what_people_ask(client, start, folder, registered):
+    metrics = {
+        "accuracy": 0.9, "full_accuracy": 0.95, "blocks_mean": 3.5, "num_blocks": 6, "mflops_mean": 1.25,
+        "full_mflops": 2.5, "flops_share": 0.5, "data.train_images": 1149, "data.test_images": 450,
+    }  # fmt: skip
+    run_id = start(metrics=metrics)
+    client.set_tag(run_id, "git.commit", "c0ffee")
+    model = client.get_logged_model(log_model(run_id, folder, dvc_md5="abc"))
+    card = model.tags["mlflow.note.content"]
+    for part in (
+        "# BlockDrop: ResNet-14", "6 blocks", "was 5.", "cat, dog, hält",
+        "1,149 training, 450 test images of 8 x 8 pixels",
+        "| BlockDrop | 90.00 % (86.88 to 92.44) | 3.50 | 1.25 |", "50.0 %",
+        "numpy.zeros((1, 8, 8, 3), numpy.uint8)", "## Limits", "MIT", "Commit c0ffee", run_id, "abc",
+    ):  # fmt: skip
+        assert part in card
+    assert "budget" not in card  # this policy decides block by block
+    location = Path(model.artifact_location.removeprefix("file://"))
+    assert (location / "README.md").read_text(encoding="utf-8") == card
+    promote(run_id, registered_name=registered)
+    assert client.get_model_version(registered, "1").description == card
+    assert "residual blocks of a ResNet" in client.get_registered_model(registered).description
+
+
+def test_model_card_of_a_policy_between_paths_and_of_many_classes_names_what_they_have(start, folder):
+    pair = pair_between_paths(torch.zeros(2, SIZE, SIZE, 3, dtype=torch.uint8))
+    run = store_run(start())
+    card = model_card(replace(networks(), **pair, classes=("a_b", "*c*", "d")), run)
+    assert '"params": {"budget": 0.4}' in card
+    assert r"a\_b, \*c\*, d" in card
+    assert "one of a few paths" in card
+    many = replace(networks(), classes=tuple(f"class {'x' * 500} {i}" for i in range(1000)))
+    assert len(model_card(many, run)) <= 5000  # what MLflow takes
+    alone = replace(networks(), policy_net=None)
+    assert "every block runs" in model_card(alone, run)
+
+
+def test_description_that_someone_wrote_is_kept(client, start, folder, registered):
+    run_id = start()
+    model = client.get_logged_model(log_model(run_id, folder))
+    client.create_registered_model(registered, description="ours")
+    for text, kept in (("mine", "mine"), (None, model.tags["mlflow.note.content"])):
+        client.create_model_version(
+            registered, model.artifact_location, run_id, model_id=model.model_id, description=text
+        )
+        version = promote(run_id, registered_name=registered).version
+        assert client.get_model_version(registered, str(version)).description == kept
+        client.delete_model_version(registered, str(version))
+    assert client.get_registered_model(registered).description == "ours"
 
 
 def test_same_weights_are_one_model_to_which_metrics_are_added(client, start, folder):
@@ -584,6 +644,39 @@ def test_champion_is_served_where_there_is_no_checkout(
     with contextlib.suppress(UnavailableError):  # no compiler: it was slower, and wrote nothing
         assert Path(native.library()._name).suffix == ".so"
         assert [path.suffix for path in (cache / "blockdrop").iterdir()] == [".so"]
+
+
+def documented_request(port: int) -> str:
+    """The commands of docs/tracking.md that ask a served model, for a server on that port."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/tracking.md").read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if "/invocations" in block]
+    assert "127.0.0.1:5000/" in block
+    return block.replace("127.0.0.1:5000", f"127.0.0.1:{port}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_documented_request_is_answered_by_a_model_of_the_default_size(
+    client, start, folder, registered, tmp_path
+):
+    size = yaml.safe_load((ROOT / "presets/digits.yaml").read_text())["data"]["image_size"]
+    checkpoint.save(networks(image_size=size), folder)
+    run_id = start()
+    log_model(run_id, folder)
+    uri = promote(run_id, registered_name=registered).uri
+    there, cache = tmp_path / "there", tmp_path / "cache"
+    there.mkdir()
+    (there / "pretrained").symlink_to(ROOT / "pretrained")
+    with served(uri, cwd=there, store_uri=client.tracking_uri, cache=cache) as address:
+        command = documented_request(int(address.rpartition(":")[2]))
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-ec", command], cwd=there, env=os.environ | {"PATH": path},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    (row,) = json.loads(done.stdout)["predictions"]
+    assert row["class"] in networks().classes
+    assert len(row["kept_blocks"]) == 6
 
 
 def test_named_requirements_are_what_the_served_code_imports():

@@ -1,6 +1,7 @@
 """Runs in MLflow: how they begin and end, which store they are in, and that no stage needs them."""
 
 import os
+import platform
 import shutil
 import sqlite3
 import subprocess
@@ -15,9 +16,10 @@ from filelock import FileLock
 from mlflow import MlflowClient
 
 from pipeline.models import checkpoint
-from pipeline.tracking import registry, store
+from pipeline.tracking import processes, registry, store
 from pipeline.tracking.identity import as_texts, experiment_name, origin_tags
-from pipeline.tracking.runs import end_orphans, stage_run
+from pipeline.tracking.processes import Driver, this_process
+from pipeline.tracking.runs import TAG_PROCESS, end_orphans, stage_run
 from pipeline.tracking.store import store_uri
 
 ROOT = Path(__file__).parents[2]
@@ -25,8 +27,8 @@ TOGETHER = {"seed": 0, "resnet.mean": (0.5, 0.5, 0.5)}
 PROCESS = """
 import sys
 sys.modules["torch"] = type(sys)("torch")  # slow to import, and not needed here
-from pipeline.tracking import runs
-runs.TIMEOUT = 100.0  # it is not tested here, and the machine may be busy
+from pipeline.tracking import runs, store
+runs.TIMEOUT, store.LOCK_TIMEOUT = 100.0, 600.0  # not tested here, and the machine may be busy
 from pipeline.tracking.runs import stage_run
 with stage_run(sys.argv[1], {"seed": 0, "resnet.mean": (0.5, 0.5, 0.5)}) as run:
     print(run.run_id, run.parent_id)
@@ -50,7 +52,7 @@ def started_together(tmp_path_factory) -> tuple[Path, list[list[str]]]:
         )
         for stage in ("pretrain", "curriculum", "finetune", "sole-20")
     ]
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0, 0], outputs
     assert not any("can't be reached" in err for _, err in outputs), outputs
     return root, [out.split() for out, _ in outputs]
@@ -156,6 +158,90 @@ def test_next_stage_of_the_same_parameters_wakes_the_parent(client, params):
     assert second.run_id != first.run_id
 
 
+@pytest.fixture
+def driven(monkeypatch):
+    """Let stages be started by a DVC of this description, with these words on its command line."""
+
+    def start(*targets: str, process: str = "") -> None:
+        driver = Driver(process=process or this_process(), targets=frozenset(targets))
+        monkeypatch.setattr(processes, "driver", lambda: driver)
+
+    return start
+
+
+def gone_process() -> str:
+    """The description of a process of this machine that has ended."""
+    return f"{platform.node()} {os.getpid()} 1.0"
+
+
+def test_parent_runs_from_dvcs_first_stage_to_the_report(client, params, driven):
+    driven("dvc", "repro")
+    for stage in ("pretrain", "sole-20", "finetune"):
+        with stage_run(stage, params) as run:
+            pass
+        assert statuses(client, run.run_id, run.parent_id) == ["FINISHED", "RUNNING"]
+    with stage_run("report", params) as run:
+        pass
+    assert statuses(client, run.parent_id) == ["FINISHED"]
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "KILLED"), (ValueError, "FAILED")])
+def test_stage_that_fails_under_dvc_ends_the_parent_until_it_is_resumed(
+    client, params, driven, error, status
+):
+    driven("dvc", "repro")
+    with stage_run("pretrain", params):
+        pass
+    with pytest.raises(error), stage_run("finetune", params) as failed:
+        raise error
+    assert statuses(client, failed.run_id, failed.parent_id) == [status] * 2
+    with stage_run("finetune", params, resumed=failed.run_id) as run:
+        assert statuses(client, run.run_id, run.parent_id) == ["RUNNING"] * 2
+    assert (run.run_id, run.parent_id) == (failed.run_id, failed.parent_id)
+    assert statuses(client, run.run_id, run.parent_id) == ["FINISHED", "RUNNING"]
+    with stage_run("report", params):
+        pass
+    assert statuses(client, run.parent_id) == ["FINISHED"]
+
+
+@pytest.mark.parametrize(("stage", "target"), [("finetune", "finetune"), ("sole-20", "sole")])
+def test_parent_ends_with_the_stage_that_dvc_was_to_stop_at(client, params, driven, stage, target):
+    driven("dvc", "repro", target)
+    with stage_run(stage, params) as run:
+        pass
+    assert statuses(client, run.parent_id) == ["FINISHED"]
+
+
+def test_parent_whose_dvc_was_killed_is_ended_but_not_under_a_stage_that_lives(client, params, driven):
+    driven("dvc", "repro")
+    with stage_run("pretrain", params) as run:
+        experiment_id = client.get_run(run.run_id).info.experiment_id
+        client.set_tag(run.parent_id, TAG_PROCESS, gone_process())
+        assert end_orphans(client, experiment_id) == []
+    assert statuses(client, run.parent_id) == ["RUNNING"]
+    assert end_orphans(client, experiment_id) == [run.parent_id]
+    assert statuses(client, run.parent_id) == ["KILLED"]
+
+
+def test_stage_that_outlives_dvc_ends_the_parent_itself(client, params, driven):
+    driven("dvc", "repro", process=gone_process())
+    with stage_run("pretrain", params) as run:
+        pass
+    assert statuses(client, run.parent_id) == ["FINISHED"]
+
+
+@pytest.mark.parametrize(("name", "found"), [("dvc", True), ("other", False)])
+def test_dvc_is_known_by_its_command_line(tmp_path, name, found):
+    ask = "from pipeline.tracking.processes import driver; print(driver())"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ask!r}], check=True)"
+    (tmp_path / name).write_text(program)
+    answer = subprocess.run(
+        [sys.executable, tmp_path / name, "repro", "sole@20"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert ("Driver(" in answer) == ("'sole'" in answer) == found
+
+
 def test_other_parameters_or_experiments_have_another_parent(client, params, monkeypatch):
     parents = []
 
@@ -208,7 +294,7 @@ def test_run_that_a_killed_process_left_running_is_ended(client, params):
     script = PROCESS + "    import os; os.kill(os.getpid(), 9)\n"
     killed = subprocess.run(
         [sys.executable, "-uc", script, "pretrain"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     run_id, parent_id = killed.stdout.split()
     assert statuses(client, run_id, parent_id) == ["RUNNING"] * 2
