@@ -120,7 +120,8 @@ class Progress(Bar):
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        if is_main() and self.rows and any(error):  # without rows the file is of an earlier training
+        # without rows the file is of an earlier training, with all of them it is whole
+        if is_main() and any(error) and 0 < len(self.rows) < self.epochs:
             with contextlib.suppress(OSError):
                 self.curve.unlink(missing_ok=True)
 

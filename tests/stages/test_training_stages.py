@@ -162,9 +162,9 @@ def test_resumed_training_shows_its_earlier_epochs_at_once(workplace):
         assert [row["epoch"] for row in read_csv(Path("plots/finetune.csv"))] == ["1", "2"]
 
 
-@pytest.mark.parametrize("epochs", [0, 1])
-def test_stopped_training_leaves_no_part_of_a_curve(workplace, epochs):
-    """And what an earlier training left, where it has written nothing itself."""
+@pytest.mark.parametrize(("epochs", "stays"), [(0, True), (1, False), (3, False), (4, True)])
+def test_stopped_training_leaves_no_part_of_a_curve(workplace, epochs, stays):
+    """But a whole one, and what an earlier training left, where it has written nothing itself."""
     curve = workplace / "plots/finetune.csv"
     curve.parent.mkdir()
     curve.write_text("of an earlier training")
@@ -177,7 +177,7 @@ def test_stopped_training_leaves_no_part_of_a_curve(workplace, epochs):
 
     with pytest.raises(KeyboardInterrupt):
         train()
-    assert curve.exists() == (epochs == 0)
+    assert curve.exists() == stays
 
 
 def test_training_goes_on_where_its_curve_cannot_be_shown(workplace):
