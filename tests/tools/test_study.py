@@ -26,6 +26,7 @@ from tools import study as module
 from tools.study import EPOCH, TrialError, run_experiment, space_of, worth_of
 
 optuna = pytest.importorskip("optuna", reason="Optuna, of the group study")
+pytestmark = pytest.mark.slow  # `make slow` installs that group
 ROOT = Path(__file__).parents[2]
 PARAMS = ROOT / "presets/digits.yaml"
 GAMMA = ("--set", "gamma=1..20:log")
