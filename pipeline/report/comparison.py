@@ -130,7 +130,7 @@ def static_networks(results: Results) -> list[Baseline]:
     """The full, sole and pruned ResNets, static rules with finetuning, ensembles with one of these."""
     family, depth = results.params["resnet.family"], results.params["resnet.depth"]
     full = results.baselines.baseline
-    size = (full.num_blocks, full.flops)
+    size: tuple[float, float] = (full.num_blocks, full.flops)
     networks = [Baseline(f"ResNet-{depth}, every block", "full", full.accuracy, *size, ["pretrain"])]
     for other, sole in sorted(results.baselines.sole.items(), key=lambda item: -int(item[0])):
         name, key, blocks = f"ResNet-{other}", f"sole-{other}", num_blocks(family, int(other))

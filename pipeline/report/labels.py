@@ -4,7 +4,7 @@ Shapes: L labels, P places for each, N drawn points.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +16,7 @@ from pipeline.plotting import GREY, INK
 
 SIDES = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
 DISTANCES = (1, 4, 8, 13, 19, 27, 37, 49, 63)
-PLACES = np.array([(distance, *side) for distance in DISTANCES for side in SIDES])  # [P, 3], in points
+PLACES = np.array([(distance, *side) for distance in DISTANCES for side in SIDES])  # [P, 3] points
 FAR = 13  # from here on a line joins a label to its point
 MARKER = 10  # pixels of a marker's radius
 SIZE = 8.5  # points of the letters
@@ -45,7 +45,8 @@ def place(ax: Axes, labels: Sequence[Label]) -> None:
     """
     if not labels:
         return
-    ax.get_figure(root=True).draw_without_rendering()  # from here on it is known where everything is
+    figure: Any = ax.get_figure(root=True)
+    figure.draw_without_rendering()  # from here on it is known where everything is
     texts = [_write(ax, label) for label in labels]
     sizes = np.array([text.get_window_extent().size for text in texts]) + 2 * PADDING  # [L, 2]
     lows, highs = _boxes(ax, labels, sizes)
@@ -89,7 +90,8 @@ def _boxes(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Lower left and upper right corners [L, P, 2] of every place, in pixels."""
     points = ax.transData.transform([label[:2] for label in labels])  # [L, 2]
-    pixels = ax.get_figure(root=True).dpi / 72  # a point
+    figure: Any = ax.get_figure(root=True)
+    pixels = figure.dpi / 72  # a point
     radii = np.array([[[label.radius]] for label in labels])  # [L, 1, 1]
     offsets = pixels * (PLACES[:, :1] + radii) * PLACES[:, 1:]  # [L, P, 2]
     lows = points[:, None] + offsets + sizes[:, None] * (PLACES[:, 1:] - 1) / 2
@@ -98,7 +100,8 @@ def _boxes(
 
 def _costs(ax: Axes, lows: NDArray[np.float64], highs: NDArray[np.float64]) -> NDArray[np.float64]:
     """[L, P], without the other labels: far from its point, a label may be taken for another's."""
-    costs = PLACES[:, 0] + OUTSIDE * ((lows < ax.bbox.min) | (highs > ax.bbox.max)).any(axis=-1)
+    outside = ((lows < ax.bbox.min) | (highs > ax.bbox.max)).any(axis=-1)
+    costs: NDArray[np.float64] = PLACES[:, 0] + OUTSIDE * outside
     for pixels, weight in ((_along_lines(ax), 1), (_markers(ax), ON_MARKER)):  # [N, 2]
         low, high = lows[:, :, None] - MARKER, highs[:, :, None] + MARKER  # [L, P, 1, 2]
         costs = costs + weight * ((pixels > low) & (pixels < high)).all(axis=-1).sum(axis=-1)
