@@ -66,7 +66,7 @@ def test_one_command_runs_every_stage(copy):
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", report)
     assert len(pictures) >= 7
     html = (copy.folder / "report/report.html").read_text()
-    assert html.count("data:image/png;base64,") == len(pictures)
+    assert html.count('src="data:image/svg+xml;') == len(pictures)
     assert "runs?workflowType=machine_learning" in output
     for name in pictures:
         assert (copy.folder / "report" / name).read_bytes().startswith(b"\x89PNG")
