@@ -53,11 +53,13 @@ def _what(networks: Checkpoint, params: Mapping[str, str]) -> str:
         decides = "decides for each residual block whether it runs"
     else:
         decides = "chooses one of a few paths through the residual blocks"
-    gamma = f" Gamma, the price of a wrong prediction, was {params['gamma']}." * ("gamma" in params)
-    return (
+    text = (
         f"{title}\n\nA policy network (ResNet-{policy_net.features.depth}) looks at an image once and "
-        f"{decides}; a ResNet-{resnet.depth} with {len(resnet.blocks)} blocks then classifies it.{gamma}"
+        f"{decides}; a ResNet-{resnet.depth} with {len(resnet.blocks)} blocks then classifies it."
     )
+    if "gamma" in params:
+        text += f" Gamma, the price of a wrong prediction, was {params['gamma']}."
+    return text
 
 
 def _data(networks: Checkpoint, params: Mapping[str, str], metrics: Mapping[str, float]) -> str:

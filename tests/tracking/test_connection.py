@@ -22,6 +22,7 @@ from pipeline.tracking import connection, dvc_results, experiment_runs, runs
 from pipeline.tracking.connection import TrackingError, http_timeout, masked
 from pipeline.tracking.runs import StageRun, end_orphans, stage_run
 from pipeline.tracking.store import ui_address
+from pipeline.tracking.units import readable
 from tools import sync, ui
 
 NOBODY = 65534
@@ -441,7 +442,7 @@ def test_server_that_was_away_has_all_curves_after_the_sync(server, client, reco
     parent = client.get_run(experiment_runs.complete(record, finish=True))
     for stage in TRAININGS:
         assert points(client, parent.info.run_id, f"{stage}/validation_accuracy") == CURVE
-    assert parent.data.metrics.items() >= record.metrics.items()
+    assert parent.data.metrics.items() >= readable(record.metrics).items()
 
 
 @pytest.mark.parametrize("logged", [0, 1, 2])
@@ -453,7 +454,7 @@ def test_training_that_lost_the_server_is_completed_by_the_sync(server, client, 
         for row in ROWS[logged:]:
             run.log_metrics(row, step=row["epoch"])
     server.set("fine")
-    client.set_tag(run.run_id, "blockdrop.process", f"{os.uname().nodename} 1 1.0")  # it has ended since
+    client.set_tag(run.run_id, runs.TAG_PROCESS, f"{os.uname().nodename} 1 1.0")  # it has ended since
     assert end_orphans(client, client.get_run(run.run_id).info.experiment_id) == [run.run_id]
     for _ in range(2):
         assert experiment_runs.complete(record, finish=True) == run.parent_id
