@@ -23,6 +23,10 @@ UNFINISHED = VENV / "being-set-up"  # exists from the beginning of a set-up to i
 CPU = "CPU"  # the variable that asks for a PyTorch without CUDA: CPU=1
 CPU_ONLY = VENV / "cpu-only"  # exists where it has none
 DRIVER = Path("/proc/driver/nvidia")
+# where a user's own uv is looked for; .venv has one too, which does not read pip's configuration
+OUTSIDE = os.pathsep.join(
+    folder for folder in os.get_exec_path() if Path(folder).resolve() != (VENV / "bin").resolve()
+)
 PROGRAMS = ("pip", "dvc")  # the first that exists shows for which folder all were written
 COMMAND = VENV / "bin/blockdrop"  # starts this checkout's code
 BUILDER = "setuptools=="  # pyproject.toml's, at the version of requirements.txt
@@ -172,7 +176,7 @@ def install(cpu_only: bool) -> None:
     if not (VENV / "bin/pip").exists():  # uv makes environments without it
         subprocess.run([str(PYTHON), "-m", "ensurepip", "--default-pip"], check=True)
     pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    uv = shutil.which("uv")
+    uv = shutil.which("uv", path=OUTSIDE)
     locked = REQUIREMENTS.read_text(encoding="utf-8")
     requirements = REQUIREMENTS
     if cpu_only:  # uv knows where builds without CUDA are; PyPI has none

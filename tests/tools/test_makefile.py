@@ -1,12 +1,15 @@
 """`make`: an environment that is as it should be, and names that reach the tools as they were typed."""
 
 import ast
+import atexit
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,15 @@ def project(folder: Path, *, requirements: str = "") -> Path:
     return folder
 
 
+@functools.cache
+def python_alone() -> str:
+    """A folder with this Python and no other program of its environment, such as uv."""
+    folder = tempfile.mkdtemp(prefix="python-")
+    atexit.register(shutil.rmtree, folder)
+    Path(folder, "python3").symlink_to(sys._base_executable)
+    return folder
+
+
 def make(
     folder: Path, *words: str, before: Path = ROOT / "tests/none", **environment: str
 ) -> subprocess.CompletedProcess[str]:
@@ -51,7 +63,7 @@ def make(
         for name, text in os.environ.items()
         if name in ("HOME", "LANG", "LC_ALL", "TMPDIR") or name.startswith("PYENV")
     }
-    path = f"{before}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}/usr/bin{os.pathsep}/bin"
+    path = f"{before}{os.pathsep}{python_alone()}{os.pathsep}/usr/bin{os.pathsep}/bin"
     return subprocess.run(
         ["make", *words],
         cwd=folder, capture_output=True, text=True, timeout=120,
