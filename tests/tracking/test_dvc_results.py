@@ -30,7 +30,16 @@ def test_record_holds_metrics_parameters_curves_and_models(folder):
     }  # fmt: skip
     # an imported stage has no curve
     assert record.curves == {"finetune/validation_accuracy": [(1, 0.5), (2, 0.75)]}
-    assert record.models == {"models/finetune": "2".ljust(32, "b")}  # DVC's digest
+    assert record.outs["models/finetune"] == "2".ljust(32, "b")  # DVC's digest
+
+
+def test_every_training_stage_has_its_curve_and_seconds(folder):
+    for stage in ("pretrain", "prune", "policy_pretrain", "curriculum"):
+        (folder / f"plots/{stage}.csv").write_text("epoch,train_accuracy\n1,0.5\n")
+        (folder / f"metrics/times/{stage}.json").write_text('{"seconds": 3.0}')
+        record = read(folder)
+        assert record.curves[f"{stage}/train_accuracy"] == [(1, 0.5)]
+        assert record.metrics[f"{stage}.seconds"] == 3.0
 
 
 def test_artifacts_are_what_one_looks_at(folder):

@@ -49,6 +49,27 @@ def test_samples_are_taken_when_it_is_time(clock):
     assert all(0 <= metric.value <= 100 for metric in cpu)
 
 
+@pytest.mark.parametrize("present", [True, False])
+def test_gpu_is_sampled_where_there_is_one_and_not_missed_elsewhere(clock, monkeypatch, capfd, present):
+    class Monitor:
+        def __init__(self) -> None:
+            if not present:
+                raise ImportError("`nvidia-ml-py` is not installed")
+
+        def collect_metrics(self) -> None: ...
+        def clear_metrics(self) -> None: ...
+        def aggregate_metrics(self) -> dict[str, float]:
+            return {"gpu_0_utilization_percentage": 50}
+
+    monkeypatch.setattr("mlflow.system_metrics.metrics.gpu_monitor.GPUMonitor", Monitor)
+    load = SystemMetrics(1.0)
+    clock.now += 1
+    values = {metric.key: metric.value for metric in load.sample()}
+    assert values.get("system/gpu_0_utilization_percentage") == (50.0 if present else None)
+    assert values.keys() >= LOAD
+    assert capfd.readouterr() == ("", "")
+
+
 def test_counter_that_can_not_be_read_is_left_out(clock, monkeypatch):
     def fail() -> None:
         raise RuntimeError("the driver is gone")
