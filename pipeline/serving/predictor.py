@@ -1,32 +1,24 @@
 """From a checkpoint and images to predictions: class, confidence, blocks kept, FLOPs.
 
-`Predictor.load` and `Predictor.classify` are for Python users (docs/python.md).
 Shapes: B images, K blocks, N classes, H and W pixels.
 """
 
 import threading
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from pipeline.data.image_io import BILINEAR
-from pipeline.device import choose_device
 from pipeline.flops import measure
 from pipeline.inference.auto import make_executor
 from pipeline.inference.base import Networks
 from pipeline.inference.predict import evaluation_batch
 from pipeline.infra.errors import UserError
 from pipeline.infra.safe_io import truncate
-from pipeline.models import checkpoint as checkpoints
 from pipeline.models.checkpoint import Checkpoint, CheckpointError
-from pipeline.sources.image_folder import read_image
 
 MAX_GAMMA = 1e9
 
@@ -119,39 +111,6 @@ class Predictor:
         self._values = None if policy_net is None else policy_net.path_values
         self._trained_gamma = 0.0 if self._values is None else float(self._values.gamma)
 
-    @classmethod
-    def load(cls, folder: str | PathLike[str], *, device: torch.device | None = None) -> Self:
-        """The predictor of a checkpoint folder: `pretrained/finetune`, `models/finetune`.
-
-        Args:
-            device: None: a CUDA device if there is one (BLOCKDROP_DEVICE), else the CPU.
-
-        Raises:
-            CheckpointError: the folder holds no checkpoint, a damaged one, or none with a ResNet.
-        """
-        return cls(checkpoints.load(Path(folder)), device=device or choose_device())
-
-    def classify(
-        self,
-        image: str | PathLike[str] | Image.Image | NDArray[np.uint8],
-        *,
-        gamma: float | None = None,
-        budget: float | None = None,
-    ) -> Prediction:
-        """The prediction for one image, of any size: its middle square is scaled to the networks' size.
-
-        Args:
-            image: a file, a PIL image, or an array [H, W, 3] or [H, W] of uint8.
-            gamma, budget: as of `gamma_of`.
-
-        Raises:
-            DataError: the file can't be read as an image.
-            PredictionError: the image is of a type that is refused, or there is no such gamma or budget.
-        """
-        gamma = self.gamma_of(gamma=gamma, budget=budget)
-        (prediction,) = self(self._scaled(image)[None], gamma=gamma)
-        return prediction
-
     @property
     def num_blocks(self) -> int:
         return len(self.cost.blocks)
@@ -202,26 +161,6 @@ class Predictor:
         if gamma is None or not 0 <= gamma <= MAX_GAMMA:
             raise PredictionError(f"gamma {gamma} is no number from 0 to {MAX_GAMMA:g}")
         return gamma
-
-    def _scaled(self, image: str | PathLike[str] | Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """An image as an array [S, S, 3], cropped and scaled as the source `imagefolder` does it."""
-        if isinstance(image, str | PathLike):
-            return read_image(Path(image), self.image_size)
-        if not isinstance(image, Image.Image):
-            pixels = np.asarray(image)
-            if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or pixels.shape[2:] == (3,)):
-                raise PredictionError(
-                    f"the image is {pixels.dtype} {pixels.shape}, expected a file, a PIL image, or an "
-                    "array [H, W, 3] or [H, W] of uint8, colours 0 to 255; call the predictor itself "
-                    "for a batch"
-                )
-            image = Image.fromarray(pixels)
-        if image.mode not in ("1", "L", "RGB"):  # alpha, floats, 16 bits: PIL would drop, clip or wrap
-            raise PredictionError(
-                f"the PIL image's mode is {image.mode}; give image.convert('RGB'), or the file's path"
-            )
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-        return np.asarray(ImageOps.fit(upright, (self.image_size,) * 2, BILINEAR))
 
     def _checked(self, images: NDArray[np.uint8] | Tensor) -> Tensor:
         side = self.image_size
