@@ -121,6 +121,7 @@ slow: setup ## the tests with the real CIFAR-10, which they download, with serve
 	$(PYTEST) -m slow
 
 sweep: setup ## the tests of whole sweeps and queues, with four DVC workers, and of a few kills (10 minutes)
+	@uv pip install --quiet --group study --constraint requirements.txt
 	python -m pytest -m sweep
 
 chaos: setup ## kill trainings at random moments, fill disks, kill the server, and look for violations (10 minutes)

@@ -10,7 +10,7 @@ from repository_copy import TINY, make_copy
 from waiting import start, wait_for
 
 pytest.importorskip("optuna", reason="Optuna, of the group study")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.sweep  # minutes, and `make sweep` installs the group
 SMALL = TINY | {"static": {"rules": ["first"], "num_kept": [3]}, "finetune": {"epochs": 12}}
 STUDY = (sys.executable, "-m", "tools.study", "--set", "gamma=1..10:log", "--budget", "3")
 FINISHED = r"  ([\d.]+) % of the validation images correct, ([\d.]+) % of the FLOPs"
