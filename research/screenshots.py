@@ -112,6 +112,7 @@ def photograph(links: Mapping[str, str], name: str, out: Path) -> None:
                     metrics.press("Escape")
                 for switch in page.get_by_role("switch").all():  # "show differences only"
                     switch.click()
+                page.get_by_role("heading").first.scroll_into_view_if_needed()
             page.wait_for_timeout(SETTLING)
             page.screenshot(path=out / f"{PAGES[title]}.png")
             print(f"{title}: {out / PAGES[title]}.png")
