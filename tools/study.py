@@ -89,7 +89,8 @@ def space_of(settings: Sequence[str], params: Path) -> tuple[list[str], dict[str
         whole = all(re.fullmatch(r"-?\d+", number) for number in (*texts, str(present[key])))
         kind = distributions.IntDistribution if whole else distributions.FloatDistribution
         try:
-            searched[key] = kind(*values, log=limits[3] is not None)
+            low, high = values
+            searched[key] = kind(low, high, log=limits[3] is not None)
         except (TypeError, ValueError) as error:
             raise UserError(f"{setting}: {error}; write a range as gamma=1..20:log") from None
     require_valid(fixed, params)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browsers import chromium
 from builders import make_split, pair_between_paths, small_pair
 from PIL import Image
 
@@ -146,12 +146,7 @@ def test_a_model_without_a_policy_network_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1400])
 def test_the_page_works_in_a_browser(address, width, tmp_path, images, sample, blocks_of):
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no Chromium (`apt-get install chromium`)")
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme="dark")
         faults: list[str] = []
         page.on("pageerror", lambda error: faults.append(str(error)))
@@ -177,4 +172,3 @@ def test_the_page_works_in_a_browser(address, width, tmp_path, images, sample, b
         assert "can't be read as an image" in page.inner_text("#error")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert [fault for fault in faults if "400 (Bad Request)" not in fault] == []
-        browser.close()

@@ -1,10 +1,10 @@
 """The page of `dvc plots` by .dvc/plots.html: pictures fit the window, and charts need no network."""
 
 import configparser
-import shutil
 from pathlib import Path
 
 import pytest
+from browsers import chromium
 from dvc_render import ImageRenderer, VegaRenderer, render_html
 from PIL import Image
 
@@ -47,12 +47,7 @@ def test_scripts_from_a_network_are_loaded_after_the_charts(page):
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [800, 1600])
 def test_page_is_readable_in_a_browser_without_a_network(page, width):
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no Chromium (`apt-get install chromium`)")
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with chromium() as browser:
         shown = browser.new_context(offline=True, viewport={"width": width, "height": 900}).new_page()
         faults: list[str] = []
         shown.on("pageerror", lambda error: faults.append(str(error)))
@@ -65,4 +60,3 @@ def test_page_is_readable_in_a_browser_without_a_network(page, width):
         edges = shown.evaluate(right)
         assert edges[0] < edges[1] <= width  # side by side
         assert faults == []
-        browser.close()
