@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import make_split, pair_between_paths, small_pair
+from builders import make_split, pair_between_paths, set_dial, small_pair
 from PIL import Image
 
 from pipeline.infra.errors import DataError
@@ -38,11 +38,7 @@ def between_paths(networks, images) -> ImageClassifier:
     """Of a policy between paths; its dial is as fitting it would make it."""
     pair = pair_between_paths(images)
     predictor = ImageClassifier(replace(networks, **pair))
-    values = pair["policy_net"].path_values
-    gammas = torch.tensor([0.0, 1e6])
-    flops = torch.tensor([0.3, 0.9]) * predictor.cost.full
-    weights = torch.linspace(0, 1, values.dial.shape[1])
-    values.dial.copy_(torch.stack([start + weights * (end - start) for start, end in (gammas, flops)]))
+    set_dial(pair["policy_net"].path_values, full_flops=predictor.cost.full)
     return predictor
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import NORMALISATION, make_split, pair_between_paths, small_pair
+from builders import NORMALISATION, make_split, pair_between_paths, set_dial, small_pair
 
 from pipeline.flops import measure
 from pipeline.inference import native
@@ -61,11 +61,7 @@ def between_paths(networks, images) -> Predictor:
     """Of a policy between paths; its dial is as fitting it would make it."""
     pair = pair_between_paths(images)
     predictor = Predictor(replace(networks, **pair))
-    values = pair["policy_net"].path_values
-    gammas = torch.tensor([0.0, 1e6])
-    flops = torch.tensor([0.3, 0.9]) * predictor.cost.full
-    weights = torch.linspace(0, 1, values.dial.shape[1])
-    values.dial.copy_(torch.stack([start + weights * (end - start) for start, end in (gammas, flops)]))
+    set_dial(pair["policy_net"].path_values, full_flops=predictor.cost.full)
     return predictor
 
 
