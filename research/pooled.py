@@ -1,13 +1,14 @@
 """Runs of several seeds, pooled: BlockDrop beside each network that all of them have.
 
-`python -m research.pooled FOLDER ...` reads working trees in which `dvc repro` has finished.
+`python -m research.pooled NAME ...` reads rows of results/, which `python -m research.results record`
+writes after `dvc repro`.
 
 Shapes: S seeds, M test images.
 """
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,9 +17,8 @@ from scipy.stats import ttest_1samp
 
 from pipeline.infra.errors import UserError
 from pipeline.report.tables import markdown_table
-from research.results import correctness_of
+from research.results import FOLDER, ROWS, Row, unpacked
 from research.tables import mean_and_std
-from stages.support.common import read_json
 from tools.command import Parser, command
 
 BLOCKDROP = "blockdrop"
@@ -40,40 +40,52 @@ def pooled_difference(
     return float(of_images.mean()), (float(interval.low), float(interval.high))
 
 
-def flops_of(root: Path) -> dict[str, float]:
-    """FLOPs per image by the name that `correctness_of` gives, as a fraction of the full ResNet's."""
-    evaluated = read_json(root / "metrics/evaluate.json")
-    curves = pd.read_csv(root / "plots/baseline/curves.csv").groupby("name")["flops"].first()
-    flops = {BLOCKDROP: evaluated["flops_mean"], **curves}
-    return {name: value / evaluated["full_flops"] for name, value in flops.items()}
+class Result(NamedTuple):
+    """What one network gave in one run."""
+
+    correct: NDArray[np.bool_]  # [M]
+    flops: float  # a mean image's, as a fraction of the full ResNet's
 
 
-def table_of(roots: Sequence[Path]) -> str:
-    """A line for each network, as Markdown.
+def results_of(row: Row) -> dict[str, Result]:
+    """Of BlockDrop and each rival, by name; without those of which the row has no single images."""
+    networks = [(BLOCKDROP, row.correct, row.evaluate["flops_mean"])]
+    networks += [(rival.name, rival.correct, rival.flops) for rival in row.rivals]
+    return {
+        name: Result(unpacked(correct, row.test_images), flops / row.evaluate["full_flops"])
+        for name, correct, flops in networks
+        if correct
+    }
+
+
+def table_of(runs: Mapping[str, Row]) -> str:
+    """A line for each network that all runs have, as Markdown.
 
     Raises:
-        UserError: a run is not finished, or was tested on other images.
+        UserError: runs were tested on different images, or a row is older than what is pooled.
     """
-    try:
-        runs = [correctness_of(root) for root in roots]
-        flops = [flops_of(root) for root in roots]
-        shuffled = [read_json(root / "metrics/evaluate.json")["shuffled_accuracy"] for root in roots]
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing; finish `dvc repro` there first") from None
-    if len({len(run[BLOCKDROP]) for run in runs}) > 1:
-        raise UserError("these runs have different numbers of test images; pool runs of one data set")
-    names = [name for name in flops[0] if all(name in run for run in runs)]
-    correct = {name: np.stack([run[name] for run in runs]) for name in names}  # [S, M] each
+    results = [results_of(row) for row in runs.values()]
+    for name, result in zip(runs, results, strict=True):
+        if BLOCKDROP not in result:
+            raise UserError(f"{name} is an older row, without single images; record it again")
+    if len({(row.params["data.source"], row.test_images) for row in runs.values()}) > 1:
+        raise UserError("these runs have different test images; pool runs of one data set")
+    names = [name for name in results[0] if all(name in result for result in results)]
+    correct = {name: np.stack([result[name].correct for result in results]) for name in names}  # [S, M]
+    shuffled = [row.evaluate["shuffled_accuracy"] for row in runs.values()]
     rows = []
     for name in names:
         accuracies = correct[name].mean(axis=1)  # [S]
+        flops = pd.Series([result[name].flops for result in results])
         mean, (low, high) = pooled_difference(correct[BLOCKDROP], correct[name])
         of_seeds = ", ".join(f"{100 * x:+.2f}" for x in correct[BLOCKDROP].mean(axis=1) - accuracies)
         rows.append(
             (
                 name,
                 mean_and_std(pd.Series(accuracies), percent=True),
-                mean_and_std(pd.Series([of_run[name] for of_run in flops]), digits=1, percent=True),
+                mean_and_std(
+                    pd.Series([result[name].flops for result in results]), digits=1, percent=True
+                ),
                 ""
                 if name == BLOCKDROP
                 else f"{100 * mean:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})",
@@ -87,14 +99,27 @@ def table_of(roots: Sequence[Path]) -> str:
     return markdown_table(header, rows)
 
 
+def load(name: str) -> Row:
+    """A row of results/.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    path = FOLDER / ROWS / f"{name}.json"
+    if not path.exists():
+        known = ", ".join(sorted(row.stem for row in path.parent.glob("*.json")))
+        raise UserError(f"results has no row {name!r}, but {known}")
+    return Row.load(path)
+
+
 def add_options(parser: Parser) -> None:
-    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
+    parser.add_argument("rows", nargs="+", metavar="NAME", help="a row of results/rows")
 
 
 @command(add_options)
 def main(arguments: argparse.Namespace) -> None:
     """Print the table."""
-    print(table_of(arguments.folders))
+    print(table_of({name: load(name) for name in arguments.rows}))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ weights have a table of their own, because their rivals start from these weights
 """
 
 import argparse
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -62,6 +63,7 @@ class Rival:
     # images that BlockDrop alone classifies correctly, and that the rival alone does; None in older
     # rows, whose interval is a paired bootstrap
     right_alone: Sequence[int] | None = None
+    correct: str = ""  # test images that it classifies correctly, `packed`; empty in older rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,9 @@ class Row:
     # speed-ups, empty where the benchmark did not run
     benchmark: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    correct: str = (
+        ""  # the test images that BlockDrop classifies correctly, as `packed` writes them
+    )
 
     @classmethod
     def load(cls, path: Path) -> "Row":
@@ -153,7 +158,19 @@ def row_of(root: Path, preset: str, *, note: str = "") -> Row:
         },
         benchmark={name: ratio for name, ratio in benchmark.items() if name.startswith("speedup_")},
         note=note,
+        correct=packed(correct["blockdrop"]),
     )
+
+
+def packed(correct: NDArray[np.bool_]) -> str:
+    """[M] as base64 of a bit for each image: a row then has what a paired comparison needs."""
+    return base64.b64encode(np.packbits(correct).tobytes()).decode()
+
+
+def unpacked(text: str, images: int) -> NDArray[np.bool_]:
+    """What `packed` was given, [M] for M images."""
+    packed_bits = np.frombuffer(base64.b64decode(text), dtype=np.uint8)
+    return np.unpackbits(packed_bits, count=images).astype(bool)
 
 
 def correctness_of(root: Path) -> dict[str, NDArray[np.bool_]]:
@@ -187,6 +204,7 @@ def rivals_of(root: Path, correct: Mapping[str, NDArray[np.bool_]]) -> list[Riva
                 flops=float(line["flops"]),
                 blockdrop_minus_it=difference[:3],
                 right_alone=(difference.only_first, difference.only_second),
+                correct=packed(correct[name]),
             )
         )
     return rivals
