@@ -83,9 +83,7 @@ def table_of(runs: Mapping[str, Row]) -> str:
             (
                 name,
                 mean_and_std(pd.Series(accuracies), percent=True),
-                mean_and_std(
-                    pd.Series([result[name].flops for result in results]), digits=1, percent=True
-                ),
+                mean_and_std(flops, digits=1, percent=True),
                 ""
                 if name == BLOCKDROP
                 else f"{100 * mean:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})",

@@ -82,9 +82,7 @@ class Row:
     # speed-ups, empty where the benchmark did not run
     benchmark: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
-    correct: str = (
-        ""  # the test images that BlockDrop classifies correctly, as `packed` writes them
-    )
+    correct: str = ""  # the test images that BlockDrop classifies correctly, as `packed` writes them
 
     @classmethod
     def load(cls, path: Path) -> "Row":
