@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -21,6 +22,7 @@ from pipeline.report.comparison import (
     comparison_table,
 )
 from pipeline.report.html import as_code, as_markdown, fence_of
+from pipeline.report.paired import Difference, paired_difference
 from pipeline.report.tables import markdown_table
 from pipeline.results import Answer, BenchmarkResult, Speedup
 
@@ -72,6 +74,7 @@ def page(results: Results, origin: Origin) -> str:
         baselines=results.baselines,
         comparison_table=comparison_table(results, comparisons),
         beside_full=full.difference,
+        pruning=_cost_of_pruning(results),
         blockdrop_trainings=[s for s in (*RESNET, *LEARNING) if s in results.times],
         test_images=len(results.blocks),
         same_cost=SAME_COST,
@@ -91,6 +94,24 @@ def page(results: Results, origin: Origin) -> str:
         rates={name: took for name, took in results.times.items() if took.images_per_second},
         payback=_payback(results),
     )  # fmt: skip
+
+
+class _PruningCost(NamedTuple):
+    """What an experiment with both lost in accuracy, step by step."""
+
+    alone: Difference  # the pruned ResNet with every block beside the full one
+    dropping: Difference  # BlockDrop beside the pruned ResNet with every block
+
+
+def _cost_of_pruning(results: Results) -> _PruningCost | None:
+    """None where nothing was pruned."""
+    if not results.baselines.pruned:
+        return None
+    correct = results.correctness
+    return _PruningCost(
+        alone=paired_difference(correct["pruned"], correct["full"]),
+        dropping=paired_difference(correct["blockdrop"], correct["pruned"]),
+    )
 
 
 def _origin_line(origin: Origin) -> str:
