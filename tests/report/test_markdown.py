@@ -110,8 +110,8 @@ ODD = {"left_out": {"a": "<b> | `x`"}, "machine": {**MACHINE, "processor": "*CPU
           "evaluated": {"flops_saved_by_pruning": 0.2, "flops_saved_by_dropping": 0.25},
           "correctness": {"pruned": correctness(940)}},
          ["| pruned ResNet-110 | **yes, in accuracy", "| 94.00 % | +1.00 (", "| 15 | 8e+07, 80.0 % |",
-          "pruning alone saves 20.0 %, and dropping blocks 25.0 % of what pruning leaves, the policy network "
-          "counted",
+          "pruning alone saves 20.0 %, and dropping blocks 25.0 % of what pruning leaves, the policy "
+          "network counted",
           "0.800 x 0.750 = 0.600 of the FLOPs are left.", "drop blocks of the pruned ResNet",
           "pruning changes it by -2.00 points (", "of the pruned ResNet by +1.00 ("]),
         ({"benchmark": NOTHING}, ["Nothing could be timed", "Left out here: bf16 (emulated)."]),
