@@ -3,9 +3,7 @@
 //
 // A convolution is a product of matrices. A row of the left one is what an output sees of one row of
 // pixels. In memory that is one run of 3 * C inputs, so the matrix is never built: its rows are read
-// where they lie, and overlap. AMX is slow where they don't begin with a cache line. Therefore, if a
-// pixel is shorter than one (C = 16), a row serves `block` = 2 neighbouring outputs: the run has the
-// inputs of both, the right matrix has 2 * C columns, with zeros where an output does not look.
+// where they lie, and overlap.
 // Weights are packed as [columns / 16][ky][run / 2][16][2], runs zero-padded to multiples of DEPTH.
 
 #include <immintrin.h>
@@ -39,7 +37,25 @@ namespace {
 
 typedef uint16_t Bf16;
 typedef ImageOf<Bf16> Image;
-constexpr int ROWS = 16, COLUMNS = 16;  // of a tile of sums
+constexpr int COLUMNS = 16;  // output channels of one product
+
+// 16 outputs: bf16 in memory, fp32 in a register.
+INLINE __m512 read(const Bf16* from) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
+INLINE void write_relu(__m512 sum, Bf16* to) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_max_ps(sum, _mm512_setzero_ps()));
+  _mm256_storeu_si256((__m256i*)to, (__m256i)rounded);
+}
+
+#if defined(WITH_AMX)
+
+// AMX is slow where a row of the left matrix doesn't begin with a cache line. Therefore, if a pixel is
+// shorter than one (C = 16), a row serves `block` = 2 neighbouring outputs: the run has the inputs of
+// both, the right matrix has 2 * C columns, with zeros where an output does not look.
+constexpr int ROWS = 16;  // of a tile of sums
 constexpr int MOST_TILES = 5;  // that share one read of the weights
 constexpr int AHEAD = 4;  // matrices of weights to fetch early: ResNet-110's don't fit the second cache
 
@@ -49,8 +65,6 @@ struct Left {
   int64_t stride, pixel_row;
   bool first;  // of their convolution, so that no weight is in a near cache yet
 };
-
-#if defined(WITH_AMX)
 
 // Tile registers are named by constants: 0 to 4 for sums, 6 and 7 for the matrices.
 template <int T>
@@ -107,42 +121,6 @@ bool permitted() {
   return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
-#else
-
-template <int... T, class Work>
-INLINE void multiply(std::integer_sequence<int, T...>, const Left& left, const Bf16* weights, int steps,
-                     const float* bias, float* sums, Work& meanwhile) {
-  meanwhile.share(1);
-  for (int t = 0; t < (int)sizeof...(T); ++t, sums += ROWS * COLUMNS) {
-    __m512 tile[ROWS];
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) tile[r] = _mm512_loadu_ps(bias);
-    const Bf16* w = weights;
-    for (int ky = 0; ky < 3; ++ky) {
-      const Bf16* from = left.tiles[t] + ky * left.pixel_row;
-      for (int step = 0; step < steps; ++step, from += DEPTH, w += DEPTH * COLUMNS) {
-        const __m512bh pairs = (__m512bh)_mm512_loadu_si512(w);
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r) {
-          int32_t pair;
-          memcpy(&pair, from + r * left.stride, sizeof(pair));
-          tile[r] = _mm512_dpbf16_ps(tile[r], (__m512bh)_mm512_set1_epi32(pair), pairs);
-        }
-      }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) _mm512_store_ps(sums + r * COLUMNS, tile[r]);
-  }
-}
-
-struct TileRegisters {
-  TileRegisters() {}
-};
-
-bool permitted() { return true; }
-
-#endif
-
 // Where the sums of some tiles belong, and what of them has yet to be finished.
 template <bool ADD>
 struct Sums {
@@ -157,12 +135,8 @@ struct Sums {
   // out = relu(sums), or relu(out + sums), rounded.
   INLINE void row(const float* from, Bf16* out) {
     __m512 sum = _mm512_load_ps(from);
-    if (ADD) {
-      const __m512i old = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)out));
-      sum += _mm512_castsi512_ps(_mm512_slli_epi32(old, 16));
-    }
-    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_max_ps(sum, _mm512_setzero_ps()));
-    _mm256_storeu_si256((__m256i*)out, (__m256i)rounded);
+    if (ADD) sum += read(out);
+    write_relu(sum, out);
   }
   INLINE void part() {
     const int tile = next * PART / ROWS, first = next * PART % ROWS;
@@ -239,6 +213,78 @@ void conv_rows(const Conv& c, const Image& in, const Image& out, int from, int t
       std::fill_n(out.at(y, out.width), out.channels, Bf16{});
     }
 }
+
+#else
+
+// T pixels of a row by V * 16 output channels, all sums in registers. `pixel`: inputs from one output's
+// run to the next one's; `pairs`: of inputs in a run.
+template <int T, int V>
+INLINE void tile(const Bf16* in, int64_t in_row, int pixel, int pairs, const Bf16* weights,
+                 const float* bias, Bf16* out, int out_channels, bool add) {
+  const int64_t group = (int64_t)3 * pairs * 2 * COLUMNS;  // from 16 output channels to the next ones
+  __m512 sums[T][V];
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      sums[t][v] = _mm512_loadu_ps(bias + v * COLUMNS);
+      if (add) sums[t][v] += read(out + t * out_channels + v * COLUMNS);
+    }
+  for (int ky = 0; ky < 3; ++ky) {
+    const Bf16* from = in + ky * in_row;
+    for (int i = 0; i < pairs; ++i, from += 2, weights += 2 * COLUMNS) {
+      __m512bh w[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) w[v] = (__m512bh)_mm512_loadu_si512(weights + v * group);
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) {
+        int32_t pair;
+        memcpy(&pair, from + t * pixel, sizeof(pair));
+        const __m512bh inputs = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sums[t][v] = _mm512_dpbf16_ps(sums[t][v], inputs, w[v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) write_relu(sums[t][v], out + t * out_channels + v * COLUMNS);
+}
+
+// V * 16 output channels of some rows, from channel `column` on.
+template <int T, int V>
+void conv_columns(const Conv& c, const Image& in, const Image& out, int from, int to, bool add, int column) {
+  const int pixel = c.stride * in.channels, pairs = 3 * in.channels / 2;
+  const Bf16* weights = static_cast<const Bf16*>(c.weight) + (int64_t)column * 3 * pairs * 2;
+  const float* bias = c.bias + column;
+  const auto some = [&](auto count, int y, int x) {
+    tile<count, V>(in.data + y * c.stride * in.row() + x * pixel, in.row(), pixel, pairs, weights, bias,
+                   out.at(y, x) + column, out.channels, add);
+  };
+  for (int y = from; y < to; ++y) {
+    int x = 0;
+    for (; x + T <= out.width; x += T) some(std::integral_constant<int, T>(), y, x);
+    for (; x + 4 <= out.width; x += 4) some(std::integral_constant<int, 4>(), y, x);
+    for (; x < out.width; ++x) some(std::integral_constant<int, 1>(), y, x);
+  }
+}
+
+template <bool ADD>
+void conv_rows(const Conv& c, const Image& in, const Image& out, int from, int to) {
+  int column = 0;
+  for (; column + 2 * COLUMNS <= out.channels; column += 2 * COLUMNS)
+    conv_columns<8, 2>(c, in, out, from, to, ADD, column);
+  if (column < out.channels) conv_columns<16, 1>(c, in, out, from, to, ADD, column);
+}
+
+struct TileRegisters {
+  TileRegisters() {}
+};
+
+bool permitted() { return true; }
+
+#endif
 
 struct Bf16Kernel {
   typedef Bf16 Value;
