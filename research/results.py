@@ -312,7 +312,9 @@ def published(source: str) -> list[str]:
 def _paths_of(row: Row) -> str:
     """What a label says of a policy between paths."""
     paths = row.params.get("policy_net.paths")  # older rows do not have it
-    return f", paths {' and '.join(map(str, paths))}" if paths else ""
+    if not paths:
+        return ""
+    return f", paths {' and '.join(map(str, paths))} by ResNet-{row.params['policy_net.depth']}"
 
 
 def figure(path: Path, rows: Sequence[Row]) -> None:
