@@ -318,8 +318,16 @@ def _paths_of(row: Row) -> str:
 
 
 def figure(path: Path, rows: Sequence[Row]) -> None:
-    """The trade-off of one network's runs beside all of their rivals."""
-    rivals = {(rival.name, rival.accuracy): rival for row in rows for rival in row.rivals}
+    """The trade-off of one network's runs beside their rivals, which here are single networks alone.
+
+    Runs that differ in the seed share a label.
+    """
+    rivals = {
+        (rival.name, rival.accuracy): rival
+        for row in rows
+        for rival in row.rivals
+        if rival.kind != "ensemble"
+    }
     baselines = [
         {
             "name": rival.name, "kind": rival.kind, "depth": rival.depth, "blocks": rival.blocks,
@@ -328,17 +336,18 @@ def figure(path: Path, rows: Sequence[Row]) -> None:
         }
         for rival in rivals.values()
     ]  # fmt: skip
-    label = "gamma {gamma:g}"
-    if len({row.params["seed"] for row in rows}) > 1:
-        label += ", seed {seed}"
-    points = [
-        {
-            "label": label.format(**row.params) + _paths_of(row),
-            "flops": row.evaluate["flops_mean"],
-            "accuracy": row.evaluate["accuracy"],
-        }
-        for row in rows
-    ]
+    points = []
+    labels: set[str] = set()
+    for row in rows:
+        label = f"gamma {row.params['gamma']:g}" + _paths_of(row)
+        points.append(
+            {
+                "label": "" if label in labels else label,
+                "flops": row.evaluate["flops_mean"],
+                "accuracy": row.evaluate["accuracy"],
+            }
+        )
+        labels.add(label)
     trade_off(
         path, baselines=baselines, blockdrop=points, title=rows[0].network.title,
         images=rows[0].test_images,

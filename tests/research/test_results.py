@@ -124,14 +124,14 @@ def test_networks_from_others_weights_have_their_own_table(finished, monkeypatch
     }  # fmt: skip
 
 
-def test_figure_names_the_seed_where_there_are_several(finished, monkeypatch, tmp_path):
+def test_figure_labels_runs_that_differ_in_the_seed_once(finished, monkeypatch, tmp_path):
     row = results.row_of(finished, "digits")
     drawn = {}
     monkeypatch.setattr(results, "trade_off", lambda path, **given: drawn.update(given))
-    results.figure(tmp_path / "figure.png", [row])
-    assert [point["label"] for point in drawn["blockdrop"]] == ["gamma 2.5"]
-    results.figure(tmp_path / "figure.png", [row, with_params(row, seed=7)])
-    assert [point["label"] for point in drawn["blockdrop"]] == ["gamma 2.5, seed 0", "gamma 2.5, seed 7"]
+    paths = with_params(row, policy_net__paths=[0, 9], policy_net__depth=14)
+    results.figure(tmp_path / "figure.png", [row, with_params(row, seed=7), paths])
+    labels = [point["label"] for point in drawn["blockdrop"]]
+    assert labels == ["gamma 2.5", "", "gamma 2.5, paths 0 and 9 by ResNet-14"]
 
 
 def test_unfinished_run_is_refused_with_a_remedy(finished):
