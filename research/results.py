@@ -131,10 +131,10 @@ def row_of(root: Path, preset: str, *, note: str = "") -> Row:
     """
     params = config.load(root / "params.yaml")
     of_preset = presets.load(preset, root / "presets").flat()
-    try:
-        evaluate = read_json(root / "metrics/evaluate.json")
-    except FileNotFoundError:
-        raise UserError("metrics/evaluate.json is missing; finish `dvc repro` first") from None
+    for name in ("metrics/evaluate.json", "plots/evaluate/images.csv", "plots/baseline/curves.csv"):
+        if not (root / name).exists():
+            raise UserError(f"{name} is missing; finish `dvc repro` first")
+    evaluate = read_json(root / "metrics/evaluate.json")
     commit = git("-C", str(root), "rev-parse", "--short", "HEAD")
     if not commit:
         raise UserError(f"{root} has no Git commit; commit what was run")
@@ -175,18 +175,16 @@ def correctness_of(root: Path) -> dict[str, NDArray[np.bool_]]:
     """Whether each network classifies each test image correctly, in order, [M] by the network's name."""
     evaluated = read_csv(root / "plots/evaluate/images.csv")
     correct = {"blockdrop": np.array([row["correct"] == "1" for row in evaluated])}
-    baseline = root / "plots/baseline/images.csv"
-    rows = read_csv(baseline) if baseline.exists() else []
-    for name in rows[0].keys() - {"image"} if rows else ():
+    rows = read_csv(root / "plots/baseline/images.csv")
+    for name in rows[0].keys() - {"image"}:
         correct[name] = np.array([row[name] == "1" for row in rows])
     return correct
 
 
 def rivals_of(root: Path, correct: Mapping[str, NDArray[np.bool_]]) -> list[Rival]:
     """What was trained to compare with: every block, the finetuned rules, and ensembles."""
-    path = root / "plots/baseline/curves.csv"
     rivals = []
-    for line in read_csv(path) if path.exists() else []:
+    for line in read_csv(root / "plots/baseline/curves.csv"):
         kind = line["kind"]
         if kind in RULES and line["finetuned"] != "1":
             continue
@@ -309,11 +307,11 @@ def published(source: str) -> list[str]:
     return [heading, markdown_table(["what", "accuracy", "FLOPs"], cells) + "\n"]
 
 
-def _paths_of(row: Row) -> str:
-    """What a label says of a policy between paths."""
+def _decision_of(row: Row) -> str:
+    """What a label says of how the policy decides."""
     paths = row.params.get("policy_net.paths")  # older rows do not have it
     if not paths:
-        return ""
+        return ", block by block"
     return f", paths {' and '.join(map(str, paths))} by ResNet-{row.params['policy_net.depth']}"
 
 
@@ -339,7 +337,7 @@ def figure(path: Path, rows: Sequence[Row]) -> None:
     points = []
     labels: set[str] = set()
     for row in rows:
-        label = f"gamma {row.params['gamma']:g}" + _paths_of(row)
+        label = f"gamma {row.params['gamma']:g}" + _decision_of(row)
         points.append(
             {
                 "label": "" if label in labels else label,

@@ -74,7 +74,7 @@ def page(results: Results, origin: Origin) -> str:
         baselines=results.baselines,
         comparison_table=comparison_table(results, comparisons),
         beside_full=full.difference,
-        pruning=_cost_of_pruning(results),
+        pruning=_pruning_steps(results),
         blockdrop_trainings=[s for s in (*RESNET, *LEARNING) if s in results.times],
         test_images=len(results.blocks),
         same_cost=SAME_COST,
@@ -96,19 +96,19 @@ def page(results: Results, origin: Origin) -> str:
     )  # fmt: skip
 
 
-class _PruningCost(NamedTuple):
-    """What an experiment with both lost in accuracy, step by step."""
+class _PruningSteps(NamedTuple):
+    """Changes in accuracy where blocks of a pruned ResNet are dropped, step by step."""
 
     alone: Difference  # the pruned ResNet with every block beside the full one
     dropping: Difference  # BlockDrop beside the pruned ResNet with every block
 
 
-def _cost_of_pruning(results: Results) -> _PruningCost | None:
+def _pruning_steps(results: Results) -> _PruningSteps | None:
     """None where nothing was pruned."""
     if not results.baselines.pruned:
         return None
     correct = results.correctness
-    return _PruningCost(
+    return _PruningSteps(
         alone=paired_difference(correct["pruned"], correct["full"]),
         dropping=paired_difference(correct["blockdrop"], correct["pruned"]),
     )

@@ -131,12 +131,13 @@ def test_figure_labels_runs_that_differ_in_the_seed_once(finished, monkeypatch, 
     paths = with_params(row, policy_net__paths=[0, 9], policy_net__depth=14)
     results.figure(tmp_path / "figure.png", [row, with_params(row, seed=7), paths])
     labels = [point["label"] for point in drawn["blockdrop"]]
-    assert labels == ["gamma 2.5", "", "gamma 2.5, paths 0 and 9 by ResNet-14"]
+    assert labels == ["gamma 2.5, block by block", "", "gamma 2.5, paths 0 and 9 by ResNet-14"]
 
 
-def test_unfinished_run_is_refused_with_a_remedy(finished):
-    (finished / "metrics/evaluate.json").unlink()
-    with pytest.raises(UserError, match=r"metrics/evaluate.json is missing; finish `dvc repro` first"):
+@pytest.mark.parametrize("name", ["metrics/evaluate.json", "plots/baseline/curves.csv"])
+def test_unfinished_run_is_refused_with_a_remedy(finished, name):
+    (finished / name).unlink()
+    with pytest.raises(UserError, match=rf"{name} is missing; finish `dvc repro` first"):
         results.row_of(finished, "digits")
 
 
