@@ -57,6 +57,7 @@ def complete(record: Record, *, finish: bool) -> str:
         )
         _retire_namesakes(client, experiment_id, record)
     run = client.get_run(run_id)
+    _set_tag(client, run, TAG_FINGERPRINT, record.fingerprint)  # first: `find` knows it though the rest fail
     _log_metrics(client, run, record)
     _log_dataset(client, run, record)
     _log_artifacts(client, run, record)
@@ -196,6 +197,7 @@ def _complete_training(client: "MlflowClient", run: "Run", record: Record) -> No
 def _log_dataset(client: "MlflowClient", run: "Run", record: Record) -> None:
     """The prepared data set as an input of the run, by DVC's digest."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
 
     logged = {item.dataset.digest for item in run.inputs.dataset_inputs} if run.inputs else set()
     digest = record.outs.get(PREPARED)
@@ -205,7 +207,11 @@ def _log_dataset(client: "MlflowClient", run: "Run", record: Record) -> None:
     source = json.dumps({"path": PREPARED, "md5": digest})
     dataset = Dataset(name=name, digest=digest, source_type="dvc", source=source)
     tags = [InputTag("mlflow.data.context", "train, validation, test")]
-    client.log_inputs(run.info.run_id, datasets=[DatasetInput(dataset=dataset, tags=tags)])
+    datasets = [DatasetInput(dataset=dataset, tags=tags)]
+    try:
+        client.log_inputs(run.info.run_id, datasets=datasets)
+    except MlflowException:  # a database refuses the second of two clones that add a data set at once
+        client.log_inputs(run.info.run_id, datasets=datasets)  # now it is there, and is linked
 
 
 def _log_artifacts(client: "MlflowClient", run: "Run", record: Record) -> None:
@@ -235,10 +241,7 @@ def _log_model(client: "MlflowClient", run: "Run", record: Record) -> None:
 
 
 def _set_tags(client: "MlflowClient", run: "Run", record: Record) -> None:
-    tags = {
-        TAG_FINGERPRINT: record.fingerprint,
-        TAG_NOTE: describe(record),
-    }
+    tags = {TAG_NOTE: describe(record)}
     if record.preset:
         tags[TAG_PRESET] = record.preset
     if MODEL in record.outs:
@@ -248,8 +251,12 @@ def _set_tags(client: "MlflowClient", run: "Run", record: Record) -> None:
     if record.revision and record.is_whole():  # else the next sync has something to add
         tags[TAG_REVISION] = record.revision
     for tag, text in tags.items():
-        if run.data.tags.get(tag) != text:
-            client.set_tag(run.info.run_id, tag, text)
+        _set_tag(client, run, tag, text)
+
+
+def _set_tag(client: "MlflowClient", run: "Run", tag: str, text: str) -> None:
+    if run.data.tags.get(tag) != text:
+        client.set_tag(run.info.run_id, tag, text)
 
 
 @contextmanager

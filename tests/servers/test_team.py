@@ -163,7 +163,8 @@ def start(server: servers.Server, folder: Path, *command: str) -> subprocess.Pop
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
     outputs = [process.communicate(timeout=900)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    failed = [output for process, output in zip(processes, outputs, strict=True) if process.returncode]
+    assert not failed, "\n\n".join(failed)
     return outputs
 
 

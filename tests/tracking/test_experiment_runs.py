@@ -10,6 +10,7 @@ import pytest
 from builders import enter_project
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 
 from pipeline.infra.safe_io import printable
 from pipeline.report import html
@@ -105,6 +106,42 @@ def test_interrupted_completion_is_completed(client, tmp_path, monkeypatch):
     run = client.get_run(completed(record))
     assert [item.path for item in client.list_artifacts(run.info.run_id, "report")] != []
     assert len(runs_named(client, "interrupted")) == 1
+
+
+def test_data_set_that_another_clone_adds_at_the_same_moment_is_linked(client, tmp_path, monkeypatch):
+    """A database refuses the second of two equal rows, seen with PostgreSQL and four clones."""
+    log_inputs, refused = MlflowClient.log_inputs, []
+
+    def refuse_once(*arguments, **options):
+        if not refused:
+            refused.append(True)
+            raise MlflowException("duplicate key value violates unique constraint")
+        return log_inputs(*arguments, **options)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", refuse_once)
+    run = client.get_run(completed(record_of(tmp_path, "together", model=False)))
+    assert refused
+    assert len(run.inputs.dataset_inputs) == 1
+    assert run.info.status == "FINISHED"
+
+
+def test_result_whose_experiment_failed_half_way_gets_no_second_run(client, tmp_path, monkeypatch):
+    """After `dvc exp run` the work tree has the experiment's result, and is logged after it."""
+    baseline = str(tmp_path)
+    record = record_of(tmp_path, "half", baseline=baseline, model=False)
+    applied = record_of(tmp_path, "", revision="", baseline=baseline, model=False)
+
+    def fail(*arguments, **options):
+        raise MlflowException("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment_runs, "_log_metrics", fail)
+        with pytest.raises(MlflowException, match="away"):
+            completed(record)
+    with store() as (_, experiment_id):
+        found = experiment_runs.find(client, experiment_id, applied)
+    assert found is not None
+    assert found.info.run_name == "half"
 
 
 def test_stages_that_ran_stand_under_the_completed_parent(client, tmp_path, monkeypatch):
