@@ -57,7 +57,7 @@ def complete(record: Record, *, finish: bool) -> str:
         )
         _retire_namesakes(client, experiment_id, record)
     run = client.get_run(run_id)
-    _set_tag(client, run, TAG_FINGERPRINT, record.fingerprint)  # first: `find` knows it though the rest fail
+    _set_tag(client, run, TAG_FINGERPRINT, record.fingerprint)  # first, should the rest fail
     _log_metrics(client, run, record)
     _log_dataset(client, run, record)
     _log_artifacts(client, run, record)
