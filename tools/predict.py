@@ -32,6 +32,7 @@ MODEL = "models/finetune"
 REGISTRY = "models:/"
 COLUMNS = ("image", "class", "confidence", "blocks", "kept", "FLOPs", "saved")
 IN_NUMBERS = COLUMNS[2:3] + COLUMNS[4:]
+SHOWN = 5  # names in a warning
 UNLIMITED = 10**6  # characters of a line
 REMEDIES = "`make repro` trains one, `dvc pull` fetches one"
 
@@ -133,6 +134,20 @@ def show_json(paths: Sequence[Path], predictions: Sequence[Prediction], classes:
         print(json.dumps(record, ensure_ascii=False))
 
 
+def warn_of_unlike(paths: Sequence[Path], unlike: NDArray[np.bool_] | None) -> None:
+    """Name the images that are unlike those of the training, if the checkpoint can tell."""
+    if unlike is None:
+        return
+    names = [printable(path) for path, is_unlike in zip(paths, unlike, strict=True) if is_unlike]
+    if names:
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        print(
+            "warning: unlike the images of the training, so that the class says little: "
+            f"{', '.join(names[:SHOWN])}{more}",
+            file=sys.stderr,
+        )
+
+
 def add_options(parser: Parser) -> None:
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE")
     parser.add_argument(
@@ -176,6 +191,7 @@ def main(arguments: argparse.Namespace) -> None:
         show_json(paths, predictions, predictor.classes)
     elif predictions:
         show(paths, predictions)
+        warn_of_unlike(paths, predictor.unlike_training(images))
     for message in errors:
         print(f"error: {message}", file=sys.stderr)
     if errors:

@@ -4,9 +4,10 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from operator import gt
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import (
@@ -31,6 +32,7 @@ from pipeline.infra.atomic_io import write_atomically, write_text
 from pipeline.infra.errors import UserError
 from pipeline.infra.safe_io import open_regular, read_json, short_repr, truncate
 from pipeline.models.build import make_resnet, on_meta
+from pipeline.models.out_of_distribution import UsualImages
 from pipeline.models.path_values import PathValues
 from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
@@ -38,6 +40,7 @@ from pipeline.models.resnet import ResNet
 WEIGHTS = "model.safetensors"
 SIDECAR = "model.json"
 FORMAT: Literal[1] = 1
+Network = TypeVar("Network", bound=nn.Module)
 MAX_BYTES = 2 << 30  # refuse to read more: the largest network of the families has under 1 GB of weights
 MAX_SIDECAR = 16 << 20
 
@@ -207,7 +210,8 @@ class Checkpoint:
     """Networks with what is needed to use them; a network that is not in it is None.
 
     `path` is where it was read from, None for one that is still to be written. `image_size` is the side
-    in pixels of the images that it was trained on, None where an older file does not say it.
+    in pixels of the images that it was trained on, and `usual_images` tells ones unlike those; both are
+    None where an older file does not say it.
     """
 
     stage: str
@@ -218,6 +222,7 @@ class Checkpoint:
     image_size: int | None
     classes: tuple[str, ...]
     metrics: Mapping[str, float | None]
+    usual_images: UsualImages | None = None
 
     def need_resnet(self) -> ResNet:
         """The ResNet, or CheckpointError when there is none."""
@@ -239,7 +244,7 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
     is new is refused by `load`.
     """
     tensors: dict[str, Tensor] = {}
-    for prefix in ("resnet", "policy_net"):
+    for prefix in ("resnet", "policy_net", "usual_images"):
         network: nn.Module | None = getattr(checkpoint, prefix)
         if network is not None:
             for name, tensor in network.state_dict().items():
@@ -303,32 +308,37 @@ def load(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path} is no valid safetensors file ({truncate(error)}); {_COPY_AGAIN}"
         ) from None
-    known = tuple(f"{prefix}." for prefix in ("resnet", "policy_net") if getattr(sidecar, prefix))
-    strays = sorted(name for name in tensors if not name.startswith(known))
+    parts: dict[str, dict[str, Tensor]] = {"resnet": {}, "policy_net": {}, "usual_images": {}}
+    strays = []
+    for name, tensor in tensors.items():
+        part, _, weight = name.partition(".")
+        if getattr(sidecar, "policy_net" if part == "usual_images" else part, None) and part in parts:
+            parts[part][weight] = tensor
+        else:
+            strays.append(name)
     if strays:
         raise CheckpointError(
-            f"{path} holds weights of no network of {SIDECAR}: {_first_three(strays)}; {_COPY_AGAIN}"
+            f"{path} holds weights of no network of {SIDECAR}: {_first_three(sorted(strays))}; "
+            f"{_COPY_AGAIN}"
         )
-    networks: dict[str, nn.Module | None] = {}
-    for prefix, architecture in (("resnet", sidecar.resnet), ("policy_net", sidecar.policy_net)):
-        networks[prefix] = None
-        if architecture is not None:
-            weights = {
-                name.removeprefix(f"{prefix}."): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(f"{prefix}.")
-            }
-            networks[prefix] = fill(architecture.build, weights, path)
+    resnet = policy_net = usual_images = None
+    if sidecar.resnet is not None:
+        resnet = fill(sidecar.resnet.build, parts["resnet"], path)
+    if sidecar.policy_net is not None:
+        policy_net = fill(sidecar.policy_net.build, parts["policy_net"], path)
+    if policy_net is not None and parts["usual_images"]:
+        usual_images = fill(partial(UsualImages, policy_net), parts["usual_images"], path)
     record = sidecar.normalisation
     return Checkpoint(
         stage=sidecar.stage,
         path=folder,
-        resnet=networks["resnet"],  # type: ignore[arg-type]
-        policy_net=networks["policy_net"],  # type: ignore[arg-type]
+        resnet=resnet,
+        policy_net=policy_net,
         normalisation=Normalisation(mean=record.mean, std=record.std),
         image_size=sidecar.image_size,
         classes=sidecar.classes,
         metrics=sidecar.metrics,
+        usual_images=usual_images,
     )
 
 
@@ -347,8 +357,8 @@ def other_content(path: Path) -> str | None:
 
 
 def fill(
-    build: Callable[[], nn.Module], weights: Mapping[str, Tensor], path: Path, remedy: str = _COPY_AGAIN
-) -> nn.Module:
+    build: Callable[[], Network], weights: Mapping[str, Tensor], path: Path, remedy: str = _COPY_AGAIN
+) -> Network:
     """A network with these weights.
 
     Raises:

@@ -86,6 +86,7 @@ class Demo:
         dropping, full = _milliseconds(
             lambda: self.predictor(pixels, gamma=gamma), lambda: self.full(pixels)
         )
+        unlike = self.predictor.unlike_training(pixels)
         order = prediction.probabilities.argsort()[::-1][:3]
         return {
             "class": prediction.name,
@@ -96,6 +97,7 @@ class Demo:
             "milliseconds": dropping,
             "full_milliseconds": full,
             "unsure": prediction.confidence < UNSURE,
+            "unlike": unlike is not None and bool(unlike[0]),
         }
 
 

@@ -101,13 +101,15 @@ class Predictor:
         self.classes = checkpoint.classes
         self.image_size = image_size_of(checkpoint, image_size)
         self.cost = measure(resnet, policy_net, self.image_size)
-        for network in (resnet, policy_net):
+        for network in (resnet, policy_net, checkpoint.usual_images):
             if network is not None and device is not None:
                 network.to(device)
         self._execute = make_executor(
             Networks(resnet=resnet, policy_net=policy_net, normalisation=checkpoint.normalisation)
         )
         self._lock = threading.Lock()
+        self._policy_net, self._usual_images = policy_net, checkpoint.usual_images
+        self._normalisation = checkpoint.normalisation
         self._values = None if policy_net is None else policy_net.path_values
         self._trained_gamma = 0.0 if self._values is None else float(self._values.gamma)
 
@@ -128,6 +130,27 @@ class Predictor:
         """
         batches = self._checked(images).split(evaluation_batch(self.image_size))
         return [prediction for batch in batches for prediction in self._predict(batch, gamma)]
+
+    def unlike_training(self, images: NDArray[np.uint8] | Tensor) -> NDArray[np.bool_] | None:
+        """Whether each image [B, H, W, 3] is unlike those of the training: its class says little then.
+
+        One in a hundred of those like them is called so too. It takes the policy network's time again.
+
+        Returns:
+            [B] bool; None: the checkpoint does not say what is usual.
+
+        Raises:
+            PredictionError: they have another size or type.
+        """
+        batches = self._checked(images).split(evaluation_batch(self.image_size))
+        if self._policy_net is None or self._usual_images is None:
+            return None
+        with self._lock:
+            unlike = [
+                self._usual_images.are_unlike(self._policy_net, self._normalisation(part)).cpu()
+                for part in batches
+            ]
+        return np.asarray(torch.cat(unlike))
 
     def gamma_of(self, *, gamma: float | None = None, budget: float | None = None) -> float | None:
         """The gamma under which a policy between paths is to decide; None: that of its training.

@@ -16,6 +16,7 @@ from pipeline.config import NO_FILE, Params, PolicyNetParams, Pretrain, ResNetPa
 from pipeline.data.dataset import load_split
 from pipeline.data.metadata import load_classes
 from pipeline.data.split import ImageSplit
+from pipeline.data.transforms import Normalisation
 from pipeline.device import (
     choose_device,
     computes_in_bf16,
@@ -23,6 +24,7 @@ from pipeline.device import (
     keep_freed_memory,
     seed_everything,
 )
+from pipeline.inference.predict import evaluation_batch
 from pipeline.infra import ranks
 from pipeline.infra.errors import UserError
 from pipeline.infra.ranks import is_main
@@ -31,6 +33,8 @@ from pipeline.infra.signals import deferred_signals
 from pipeline.models import checkpoint
 from pipeline.models.build import make_resnet
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.out_of_distribution import UsualImages
+from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet import ResNet
 from pipeline.tracking.runs import StageRun, stage_run
 from pipeline.training import loop
@@ -60,6 +64,7 @@ from stages.support.spared_cores import SparedCores
 from stages.support.training_state import FORMAT, Checkpointer, TrainingSection, TrainingState
 
 T = TypeVar("T")
+MAX_USUAL_IMAGES = 5_000  # validation images that say what is usual
 
 # What dvc.yaml draws of each training: without one there are no points, but the columns must be there.
 CLASSIFICATION_COLUMNS = ("epoch", "train_accuracy", "validation_accuracy")
@@ -90,7 +95,10 @@ class Outputs:
         return PLOTS / self.stage / f"{self.item}.csv" if self.item else PLOTS / f"{self.stage}.csv"
 
     def write_checkpoint(self, networks: Checkpoint, metrics: Metrics) -> None:
-        """Write the networks, with the metrics that the validation images gave beside them."""
+        """Write the networks, with what the validation images gave beside them."""
+        if networks.resnet is not None and networks.policy_net is not None:  # they are used together
+            usual_images = _usual_images(networks.policy_net, networks.normalisation)
+            networks = replace(networks, usual_images=usual_images)
         checkpoint.save(replace(networks, metrics=metrics), MODELS / self.stage / self.item)
 
     def write_metrics(self, metrics: Metrics) -> None:
@@ -248,6 +256,15 @@ def imported_path(setting: str) -> Path | None:
     if path.is_dir():  # DVC sees a file that a stage names by itself, hidden or not
         require_seen(path, [file for file in path.rglob("*") if file.is_file()])
     return path
+
+
+def _usual_images(policy_net: PolicyNet, normalisation: Normalisation) -> UsualImages:
+    """What is usual, by the validation images."""
+    device = choose_device()
+    split = load_split(PREPARED, "validation", device)
+    rows = torch.arange(min(len(split), MAX_USUAL_IMAGES), device=device)
+    batches = split.batches(rows.split(evaluation_batch(split.image_size)))
+    return UsualImages.of(policy_net.to(device), map(normalisation, batches))
 
 
 def _train(

@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipeline.infra.errors import UserError
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.out_of_distribution import UsualImages
 from pipeline.serving import demo as module
 from pipeline.serving.demo import Demo, make_server
 
@@ -38,7 +39,8 @@ def between_paths(images) -> Checkpoint:
         torch.linspace(0.3, 0.9, values.dial.shape[1]) * Demo(model, Path("none")).predictor.cost.full
     )
     values.dial.copy_(torch.stack([1e6 * torch.linspace(0, 1, len(flops)) ** 20, flops]))
-    return model
+    usual_images = UsualImages.of(model.policy_net, [model.normalisation(images)])
+    return replace(model, usual_images=usual_images)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,11 @@ def test_a_budget_moves_the_blocks(address, images, sample, blocks_of):
     for budget, blocks in zip(BUDGETS, blocks_of, strict=True):
         answer = json.loads(ask(f"{address}/predict?budget={budget}", png(images[sample]))[1])
         assert sum(answer["kept"]) == blocks[sample]
+
+
+def test_an_image_unlike_those_of_the_training_is_named_so(address, between_paths, images):
+    for pixels, unlike in ((images[0], False), (torch.full_like(images[0], 200), True)):
+        assert json.loads(ask(f"{address}/predict", png(pixels))[1])["unlike"] is unlike
 
 
 def test_the_page_its_model_and_its_samples(address, images, sample):
@@ -162,10 +169,15 @@ def test_the_page_works_in_a_browser(address, width, tmp_path, images, sample, b
             count = f"document.querySelectorAll('#blocks b.kept').length == {blocks[sample]}"
             page.wait_for_function(count)
         assert page.inner_text("#count") == f"{blocks_of[1][sample]} of 3 blocks ran"
+        assert not page.is_visible("#unlike")
         (tmp_path / "photo.png").write_bytes(png(images[3].repeat(3, 4, 1)))  # of another size
         page.set_input_files("#file", tmp_path / "photo.png")
         page.wait_for_function("document.querySelector('#samples [aria-pressed=true]') === null")
         page.wait_for_selector("#picture:not([hidden])")
+        Image.new("RGB", (SIZE, SIZE), "white").save(tmp_path / "white.png")
+        page.set_input_files("#file", tmp_path / "white.png")
+        page.wait_for_selector("#unlike:not([hidden])")
+        assert "unlike those that the network was trained on" in page.inner_text("#unlike")
         (tmp_path / "text.png").write_text("no image")
         page.set_input_files("#file", tmp_path / "text.png")
         page.wait_for_selector("#error:not([hidden])")

@@ -368,6 +368,7 @@ def test_recipes_of_params_reach_the_learners_and_train(params, tmp_path, monkey
     curriculum.main(params)
     finetune.main(params)
     static.main(params, rule="random", num_kept=params.static.num_kept[0])
+    assert checkpoint.load(Path("models/finetune")).usual_images is not None
     first, second = learners["curriculum"].objective, learners["finetune"].objective
     assert (first.estimator, first.num_flips, first.soft_reward) == ("local_expectation", 2, True)
     assert sum(first.block_shares) == pytest.approx(1)

@@ -26,6 +26,7 @@ REQUIRED = {  # arguments without which a command says that they are missing
     "research.budgets": ("a", "b"),
     "research.pooled": ("a",),
     "research.results": ("table",),
+    "research.unlike": ("a",),
     "tools.import_checkpoint": ("a", "pretrain"),
     "tools.preset": ("a",),
     "tools.promote": ("a",),
