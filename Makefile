@@ -44,7 +44,7 @@ setup: ## install requirements.txt into .venv, if something is missing there (PY
 
 repro: setup ## run the stages whose parameters, code or data changed
 	@python -m tools.repair_dvc
-	dvc repro
+	BLOCKDROP_SYNCED_LATER=1 dvc repro
 	-@python -m tools.sync
 	@python -m tools.repair_dvc --check
 
