@@ -62,7 +62,7 @@ import: setup ## start a stage from a checkpoint: FILE=path STAGE=pretrain|prune
 	@python -m tools.import_checkpoint -- "$$FILE" "$$STAGE"
 
 predict: setup ## classify images, and show the blocks that run: IMAGES="a.png 'b c.png' photos/*.jpg"
-	@python -m tools.predict --words="$$IMAGES"
+	@python -m tools.predict $${MODEL:+--model="$$MODEL"} --words="$$IMAGES"
 
 demo: setup ## try the shipped CIFAR-10 model in a browser, on 127.0.0.1 (PORT=7860): nothing is trained
 	@python -m tools.demo $${MODEL:+--model="$$MODEL"} $${PORT:+--port="$$PORT"}

@@ -1,6 +1,6 @@
 """The benchmark without a training: a ResNet with random weights and a policy of a given keep ratio.
 
-    python -m research.speed --depth 110 --keep-ratio 0.31 --out results/speed_cpu.json
+    python -m research.speed --depth 110 --keep-ratio 0.31 --out results/speed_r110_cpu.json
 
 Time does not depend on the weights' values, so this measures what a trained policy of that keep ratio
 would save on this machine. It needs neither DVC nor MLflow. Images are random pixels, unless `--images`

@@ -2,7 +2,7 @@
 
 It shows all finished experiments that differ from the newest one in gamma, ratio of pruning and seed
 alone, as MLflow has them. Git ignores the files that it writes; `--out results/front.png` replaces the
-README's figure.
+figure of docs/results.md.
 """
 
 import argparse

@@ -34,7 +34,7 @@ COLUMNS = ("image", "class", "confidence", "blocks", "kept", "FLOPs", "saved")
 IN_NUMBERS = COLUMNS[2:3] + COLUMNS[4:]
 SHOWN = 5  # names in a warning
 UNLIMITED = 10**6  # characters of a line
-REMEDIES = "`make repro` trains one, `dvc pull` fetches one"
+REMEDIES = "`make repro` trains one, pretrained/finetune is one for CIFAR-10"
 
 
 @contextmanager
@@ -54,9 +54,7 @@ def folder_of(model: str) -> Iterator[Path]:
     if folder.name in (checkpoint.WEIGHTS, checkpoint.SIDECAR):  # named by a file in it
         folder = folder.parent
     if not folder.is_dir():
-        raise UserError(
-            f"{model} is no folder with a trained model; {REMEDIES}, `--model` names another"
-        )
+        raise UserError(f"{model} is no folder with a trained model; {REMEDIES}; `--model` names one")
     yield folder
 
 

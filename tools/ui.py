@@ -41,7 +41,7 @@ def add_options(parser: Parser) -> None:
         "--host",
         default=HOST,
         help=f"address to listen on ({HOST}: this machine alone); there is no password, so see "
-        "the README before you name another",
+        "docs/tracking.md before you name another",
     )
 
 

@@ -42,9 +42,9 @@ LARGE = 128  # pixels of a side: from here on one image alone keeps a thread's c
 class GatherOrGrouped(Gather, Grouped):
     """`grouped` when images are large or the images of a batch share few policies, else `gather`.
 
-    Measured on 2 CPU cores (AVX2) with random policies that keep 75 % of the blocks: at 32 to 96 pixels
-    `gather` is up to 3.3 times as fast (ResNet-18 and ResNet-50, batches of 8 and 64), at 128 they are
-    equal, at 224 `grouped` is 2 to 28 % faster (ResNet-101, batches of 1, 8, 32).
+    By measurement on 2 CPU cores (AVX2), for random policies that keep 75 % of the blocks: up to 96
+    pixels `gather` is faster, at 128 they are equal, at 224 `grouped` is. `research.speed --executors
+    gather,grouped` compares them on a machine.
     """
 
     name = "gather or grouped"

@@ -170,12 +170,16 @@ def speed_verdict(answer: Answer) -> str:
         sentence = f"{where}: no difference, {speedup}"
     if answer.full_precision != answer.precision:
         sentence += f" beside the full ResNet in {answer.full_precision}"
-    ratios = [
-        f"{100 * ratio:.0f} % with {variant} different policies"
-        for variant, ratio in winner.break_evens.items()
-    ]
+    ratios = (
+        []
+        if speedup.low > 1
+        else [
+            f"{100 * ratio:.0f} % with {variant} different policies"
+            for variant, ratio in winner.break_evens.items()
+        ]
+    )
     if ratios:
-        sentence += f"; it would be up to a keep ratio of {', '.join(ratios)}"
+        sentence += f"; it would be beneficial up to a keep ratio of {', '.join(ratios)}"
     if winner.faster_than:
         sentence += f"; no slower than a {winner.faster_than} with every block"
     return sentence + "."

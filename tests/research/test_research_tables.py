@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from pipeline.report.tables import markdown_table
-from research import study
+from research import seeds
 from research.tables import mean_and_std
 
 
@@ -27,10 +27,10 @@ def test_mean_and_standard_deviation(values, options, cell):
     assert mean_and_std(pd.Series(values), **options) == cell
 
 
-def test_study_has_one_row_for_each_gamma():
-    row = dict.fromkeys(study.METRICS, 0.5)
+def test_table_has_one_row_for_each_gamma():
+    row = dict.fromkeys(seeds.METRICS, 0.5)
     table = pd.DataFrame([{"gamma": gamma, **row} for gamma in (1.0, 1.0, 2.5)])
-    lines = study.summary(table).splitlines()
+    lines = seeds.summary(table).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["1", "2.5"]
     assert "| 50.00 +- 0.00 % " in lines[2]
     assert "| 0.50 +- 0.00 " in lines[2]

@@ -350,6 +350,7 @@ def test_names_reach_the_tools_as_they_were_typed(stubbed, name, by_environment)
     if not by_environment:
         demo = given("demo", MODEL=name, PORT=name)
         assert demo == ["-m", "tools.demo", f"--model={name}", f"--port={name}"]
+        assert given("predict", MODEL=name)[2:] == [f"--model={name}", "--words="]
         address = given("ui", HOST=name, PORT=name)
         assert address == ["-m", "tools.ui", f"--host={name}", f"--port={name}"]
 

@@ -208,7 +208,7 @@ def test_nothing_to_read_prints_no_table(run):
     [
         (
             ("--model", "none"),
-            "^error: none is no folder with a trained model.*`make repro`.*`dvc pull`",
+            "^error: none is no folder with a trained model.*`make repro`.*pretrained/finetune is one",
         ),
         (("--model", "data"), f"^error: data/{SIDECAR} can't be read"),
         (("--model", "models/damaged"), f"^error: models/damaged/{WEIGHTS} is damaged"),

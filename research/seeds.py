@@ -1,6 +1,6 @@
 """The trade-off as means over seeds: a grid of DVC experiments, and a table of their results.
 
-`python -m research.study --gammas 1 2 5 10 --seeds 0 1 2 3 4` on the current commit and params.yaml.
+`python -m research.seeds --gammas 1 2 5 10 --seeds 0 1 2 3 4` on the current commit and params.yaml.
 Stages that do not depend on gamma run once for each seed. Finished experiments are not repeated.
 """
 
