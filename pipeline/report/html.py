@@ -39,6 +39,8 @@ th.words:first-child, td.words:first-child { min-width: 7rem; }
 @media (max-width: 40rem) { td:first-child { max-width: 8rem; } ul { padding-left: 1.2rem; } }
 .picture { overflow-x: auto; background: #fff; border-radius: .3rem; }
 .picture img { display: block; width: 100%; min-width: 36rem; height: auto; }
+@media (prefers-color-scheme: dark) { .chart { background: none; }
+  .chart img { filter: invert(.91) hue-rotate(180deg); } }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; max-height: 22rem; font-size: .85rem; }
 code { background: var(--soft); }
 """
@@ -62,9 +64,11 @@ def page(markdown: str, pictures: Path) -> str:
         children = inline.children or []
         for child in children:
             if child.type == "image":
-                child.attrSet("src", _data_uri(pictures / str(child.attrGet("src"))))
+                png = pictures / str(child.attrGet("src"))
+                child.attrSet("src", _data_uri(png))
+                kind = "picture chart" if _is_chart(png) else "picture"
         if opening.type == "paragraph_open" and [child.type for child in children] == ["image"]:
-            opening.attrSet("class", "picture")
+            opening.attrSet("class", kind)
     types = [token.type for token in tokens]
     head = types.index("paragraph_close") + 1 if "paragraph_close" in types else 0
     body = "".join(
@@ -109,6 +113,12 @@ def _mark_words(tokens: Sequence[Token]) -> None:
         elif opening.type == "table_close":
             for cell in (cell for number in worded for cell in cells[number]):
                 cell.attrSet("class", "words")
+
+
+def _is_chart(png: Path) -> bool:
+    """Whether a picture is lines and text alone, whose brightness may be inverted on a dark page."""
+    svg = png.with_suffix(".svg")
+    return svg.exists() and "<image" not in svg.read_text(encoding="utf-8")
 
 
 def _data_uri(png: Path) -> str:

@@ -48,6 +48,22 @@ def test_page_takes_the_svg_beside_a_png(tmp_path):
     assert "PNG" not in page
 
 
+@pytest.mark.parametrize(
+    ("svg", "kind"),
+    [
+        (SVG, "picture chart"),
+        ('<svg><image href="data:image/png;base64,"/></svg>', "picture"),
+        (None, "picture"),
+    ],
+)
+def test_charts_alone_follow_a_dark_page(tmp_path, svg, kind):
+    """A photograph with its brightness inverted would be wrong."""
+    (tmp_path / "one.png").write_bytes(b"\x89PNG one")
+    if svg:
+        (tmp_path / "one.svg").write_text(svg)
+    assert re.findall('<p class="(.*?)"', html.page(MARKDOWN, tmp_path)) == [kind]
+
+
 def test_contents_lead_to_the_headings_by_githubs_names(tmp_path):
     text = "# A\n\nIntroduction.\n\n## When, `x` & why?\n\n```\n## no heading\n```\n\n## B-side\n"
     page = html.page(text, tmp_path)
