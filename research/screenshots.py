@@ -1,4 +1,4 @@
-"""The README's pictures: pages of the MLflow UI in headless Chromium, and the report's figures.
+"""The pictures in docs/: MLflow's pages, the report and the demo in headless Chromium, and figures.
 
 `python -m research.screenshots` after `make sync`. It needs pyproject.toml's dependency group `docs`
 (`pip install playwright`), a Chromium (`apt-get install chromium` or `playwright install chromium`), and
@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import subprocess
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -19,9 +20,12 @@ from typing import Any
 
 from pipeline.infra.errors import UserError
 from pipeline.infra.resume import project_root
+from pipeline.models import checkpoint
+from pipeline.serving.demo import Demo, make_server
 from pipeline.tracking import overview
 from pipeline.tracking.store import HOST, LEAN, shown_uri, store_uri
 from tools.command import Parser, command
+from tools.demo import MODEL, SAMPLES
 
 WIDTH = 1500
 SETTLING = 3000  # milliseconds that a page takes to redraw
@@ -29,6 +33,9 @@ START = 120  # seconds that the server and each page may take
 PAGES = {"all runs": "ui_runs", "this experiment": "ui_experiment", "its gammas compared": "ui_gammas"}
 # MLflow opens its Assistant beside the first page that a browser asks for
 NO_ASSISTANT = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')"
+# of the report and the demo: width in pixels and colours
+VIEWS = {"": (1400, "light"), "_narrow": (400, "dark")}
+HEIGHT = 1000
 FIGURES = ("policy", "policies_by_class", "easy_and_hard", "trade_off", "learning_curves")
 
 
@@ -119,6 +126,28 @@ def photograph(links: Mapping[str, str], name: str, out: Path) -> None:
             page.close()
 
 
+def photograph_own(report: Path, out: Path) -> None:
+    """Save the first screen of the report, and the demo page, wide and narrow."""
+    demo = Demo(checkpoint.load(Path(MODEL)), SAMPLES)
+    with browser() as context, make_server(demo, HOST, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        addresses = {
+            "report": (report.resolve().as_uri(), "h1"),
+            "demo": (f"http://{HOST}:{server.server_port}", "#result:not([hidden])"),
+        }
+        for name, (address, shown) in addresses.items():
+            for suffix, (width, colours) in VIEWS.items():
+                page = context.new_page()
+                page.set_viewport_size({"width": width, "height": HEIGHT})
+                page.emulate_media(color_scheme=colours)
+                page.goto(address)
+                page.wait_for_selector(shown)
+                page.screenshot(path=out / f"{name}{suffix}.png")
+                page.close()
+        server.shutdown()
+    print(f"report and demo: {out}")
+
+
 def add_options(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--like", metavar="NAME", help="the experiment to open (the newest)")
@@ -135,6 +164,7 @@ def main(arguments: argparse.Namespace) -> None:
     with server() as address:
         links = overview.links(experiment_id, experiments, named[0].run_id, address=address)
         photograph(links, named[0].name, arguments.out)
+    photograph_own(Path("report/report.html"), arguments.out)
     for name in FIGURES:
         shutil.copyfile(Path("report") / f"{name}.png", arguments.out / f"{name}.png")
     print(f"figures of report/: {arguments.out}")
