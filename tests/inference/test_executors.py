@@ -106,7 +106,8 @@ def test_native_agrees_with_masked_at_other_shapes(depth, width, size, threads):
     ("name", "channels"),
     [
         *((name, ((8,), (4,), (12,), (8,), (24,), (20,))) for name in NAMES),
-        ("gather", ((3,), (1,), (5,), (7,), (9,), (31,))),  # native takes multiples of 4
+        # native takes multiples of 4; auto finds that out
+        *((name, ((3,), (1,), (5,), (7,), (9,), (31,))) for name in ("gather", "grouped", "auto")),
         ("native", ((8,), (8,), (16,), (16,), (28,), (32,))),
     ],
 )
