@@ -16,6 +16,7 @@ from pipeline.tracking.experiment_runs import TAG_SUPERSEDED
 from pipeline.tracking.identity import SWEPT
 from pipeline.tracking.runs import TAG_ROLE
 from pipeline.tracking.store import store, store_uri, ui_address
+from pipeline.tracking.units import counted
 from pipeline.tracking.view import QUERY, SHARED_QUERY
 
 LINE = 120  # characters, where there is no terminal
@@ -31,7 +32,7 @@ COLUMNS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A parent run that has results."""
+    """A parent run that has results; its metrics have the names and units of the files of metrics."""
 
     run_id: str
     name: str
@@ -58,7 +59,7 @@ def experiments() -> tuple[str, list[Experiment]]:
             run_id=run.info.run_id,
             name=run.info.run_name,
             params=run.data.params,
-            metrics=run.data.metrics,
+            metrics=counted(run.data.metrics),
         )
         for run in runs
         if "accuracy" in run.data.metrics and TAG_SUPERSEDED not in run.data.tags

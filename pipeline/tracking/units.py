@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 
 COUNT = re.compile(r"(?<![a-z])flops(?=(_mean|_std)?$)")  # and not flops_saved, a fraction
+MILLIONS = re.compile(r"(?<![a-z])mflops(?=(_mean|_std)?$)")
 SHARE = "flops_share"
 
 
@@ -21,3 +22,12 @@ def readable(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
     if mean is not None and full:
         renamed[SHARE] = mean / full
     return renamed
+
+
+def counted(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What `readable` was made from: `flops_mean` in place of `mflops_mean` and so on."""
+    counts = {}
+    for name, value in metrics.items():
+        old = MILLIONS.sub("flops", name)
+        counts[old] = value if old == name else 1e6 * value
+    return counts

@@ -18,7 +18,7 @@ from pipeline.tracking import dvc_results, experiment_runs, overview, registry, 
 from pipeline.tracking.runs import stage_run
 from pipeline.tracking.store import store
 from research import screenshots
-from tools import promote, sync
+from tools import front, promote, sync
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,18 @@ def test_people_see_the_headline_and_no_tag_of_the_code(client, tmp_path):
     headline = {"mflops_mean": 6.0, "flops_share": 0.6, "full_mflops": 10.0, "sole.20.mflops": 5.0}
     assert run.data.metrics.items() >= headline.items()
     assert not {"flops_mean", "full_flops", "sole.20.flops"} & run.data.metrics.keys()
+
+
+def test_the_front_is_drawn_of_what_mlflow_has(client, tmp_path):
+    """MLflow has millions of FLOPs, and files of metrics have FLOPs."""
+    record = record_of(tmp_path, "drawn", model=False)
+    run_id = completed(record)
+    (experiment,) = (found for found in overview.experiments()[1] if found.run_id == run_id)
+    row = front.row_of(experiment)
+    assert row["flops"] == pytest.approx(record.metrics["flops_mean"])
+    full, sole = front.baselines_of(experiment)
+    assert full["flops"] == pytest.approx(record.metrics["full_flops"])
+    assert sole["flops"] == pytest.approx(record.metrics["sole.20.flops"])
 
 
 def test_interrupted_completion_is_completed(client, tmp_path, monkeypatch):
