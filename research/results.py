@@ -318,8 +318,12 @@ def _decision_of(row: Row) -> str:
 def figure(path: Path, rows: Sequence[Row]) -> None:
     """The trade-off of one network's runs beside their rivals, which here are single networks alone.
 
-    Runs that differ in the seed share a label.
+    Runs that differ in the seed share a label. Pruned networks are left out, since rules of one name are
+    drawn as their mean; docs/pruning.md has them.
     """
+    rows = [row for row in rows if not row.params.get("prune.ratio")]  # older rows do not have it
+    if not rows:
+        return
     rivals = {
         (rival.name, rival.accuracy): rival
         for row in rows

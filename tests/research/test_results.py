@@ -134,6 +134,18 @@ def test_figure_labels_runs_that_differ_in_the_seed_once(finished, monkeypatch, 
     assert labels == ["gamma 2.5, block by block", "", "gamma 2.5, paths 0 and 9 by ResNet-14"]
 
 
+def test_figure_leaves_pruned_networks_out(finished, monkeypatch, tmp_path):
+    """The mean over DistributeK of the whole network and of a pruned one would be of neither."""
+    row, drawn = results.row_of(finished, "digits"), []
+    monkeypatch.setattr(results, "trade_off", lambda path, **content: drawn.append(content))
+    pruned = with_params(row, prune__ratio=0.3)
+    results.figure(tmp_path / "figure.png", [row, pruned])
+    results.figure(tmp_path / "figure.png", [row])
+    assert drawn[0] == drawn[1]
+    results.figure(tmp_path / "figure.png", [pruned])
+    assert len(drawn) == 2
+
+
 @pytest.mark.parametrize("name", ["metrics/evaluate.json", "plots/baseline/curves.csv"])
 def test_unfinished_run_is_refused_with_a_remedy(finished, name):
     (finished / name).unlink()
