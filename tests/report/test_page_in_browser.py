@@ -63,7 +63,10 @@ def report(results, origin, tmp_path) -> Path:
         tmp_path / "learning_curves.png", curriculum=[], finetune=[], num_blocks=15
     )
     for name in ("policy", "policies_by_class", "easy_and_hard"):
-        save(plt.figure(figsize=(9, 3)), tmp_path / f"{name}.png")
+        figure = plt.figure(figsize=(9, 3))
+        if name == "easy_and_hard":
+            figure.subplots().imshow([[0, 1]])
+        save(figure, tmp_path / f"{name}.png")
     links = {"this experiment": "http://127.0.0.1:5050/#/experiments/1/runs/" + "0123456789abcdef" * 2}
     text = markdown.page(
         results, replace(origin, experiment="gamma-5", changed=["params.yaml"], links=links)
@@ -94,11 +97,16 @@ def test_page_can_be_read(report, browser, width, scheme):
     contrasts = page.evaluate(CONTRASTS)
     assert len(contrasts) > 50
     assert min(contrasts)[0] >= LEAST_CONTRAST, min(contrasts)
-    # figures are black on white in both themes; a narrow one scrolls in its frame, where it can be read
-    backs = page.evaluate(
-        "[...document.querySelectorAll('.picture')].map(p => getComputedStyle(p).backgroundColor)"
+    # charts are inverted on a dark page, a figure with photographs stays on white; a narrow one
+    # scrolls in its frame, where it can be read
+    looks = page.evaluate(
+        "[...document.querySelectorAll('.picture')].map(p => [p.classList.contains('chart'),"
+        " getComputedStyle(p).backgroundColor, getComputedStyle(p.firstChild).filter.slice(0, 6)])"
     )
-    assert backs == ["rgb(255, 255, 255)"] * 6
+    assert sum(is_chart for is_chart, *_ in looks) == 5
+    for is_chart, *look in looks:
+        inverted = is_chart and scheme == "dark"
+        assert look == (["rgba(0, 0, 0, 0)", "invert"] if inverted else ["rgb(255, 255, 255)", "none"])
     assert min(page.evaluate("[...document.images].map(i => i.clientWidth)")) >= 560
     assert [url for url in asked if not url.startswith(("data:", "file:"))] == []
     assert faults == []
