@@ -101,7 +101,7 @@ class Predictor:
         self.classes = checkpoint.classes
         self.image_size = image_size_of(checkpoint, image_size)
         self.cost = measure(resnet, policy_net, self.image_size)
-        for network in (resnet, policy_net, checkpoint.usual_images):
+        for network in (resnet, policy_net):
             if network is not None and device is not None:
                 network.to(device)
         self._execute = make_executor(
@@ -109,6 +109,8 @@ class Predictor:
         )
         self._lock = threading.Lock()
         self._policy_net, self._usual_images = policy_net, checkpoint.usual_images
+        if self._usual_images is not None:
+            self._usual_images.to(self._execute.device)  # where the networks are, moved here or before
         self._normalisation = checkpoint.normalisation
         self._values = None if policy_net is None else policy_net.path_values
         self._trained_gamma = 0.0 if self._values is None else float(self._values.gamma)
