@@ -2,7 +2,10 @@
 
 import ast
 import graphlib
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -81,6 +84,23 @@ def test_imported_trainings_have_the_columns_that_are_drawn():
                 if Path(file).stem in COLUMNS:
                     names = {drawn} if isinstance(drawn, str) else set(drawn)
                     assert names | {body["x"]} <= set(COLUMNS[Path(file).stem]), file
+
+
+def dotted_names(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from dotted_names(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def test_no_metric_has_the_name_of_a_parameter():
+    """`dvc exp show` puts the file before such a name, and a selection by the name finds nothing."""
+    parameters = set(dotted_names(yaml.safe_load((ROOT / "params.yaml").read_text())))
+    files = list((ROOT / "metrics").glob("*.json"))
+    assert files
+    for file in files:
+        assert not parameters & set(dotted_names(json.loads(file.read_text()))), file.name
 
 
 def test_no_parameter_has_a_default():

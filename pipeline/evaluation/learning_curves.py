@@ -39,7 +39,7 @@ def learning_curves(path: Path, *, curriculum: Rows, finetune: Rows, num_blocks:
         ("accuracy (%)", "train_accuracy", "validation_accuracy", 100),
         ("reward", of_training_reward, "validation_reward", 1),
         (f"blocks kept per image, of {num_blocks}", "train_blocks", "validation_blocks_mean", 1),
-        ("entropy per learnt block (nats)", "train_entropy", "validation_entropy", 1),
+        ("entropy per learnt block (nats)", "train_policy_entropy", "validation_policy_entropy", 1),
         ("effective policies", None, "validation_effective_policies", 1),
     )
     for ax, (label, of_training, of_validation, scale) in zip(axes.flat, panels, strict=False):

@@ -134,7 +134,7 @@ class PolicyLearner:
         backward(loss, batch)
         optimizer_step(self.optimizer)
         per_decision = entropy.detach() / self.num_active  # at most ln 2
-        return {**metrics, "entropy": per_decision, "policy_loss": policy_loss.detach()}
+        return {**metrics, "policy_entropy": per_decision, "policy_loss": policy_loss.detach()}
 
     def _bonus(self, policy: PolicyOutput, entropy: Tensor) -> Tensor:
         if self.objective.entropy == "authors":
@@ -158,7 +158,7 @@ class PolicyLearner:
         optimizer_step(self.optimizer)
         metrics = estimator.metrics(batch, actions, logits, losses)
         entropy = objectives.entropy(policy.logits, self.active).mean() / self.num_active
-        return {**metrics, "entropy": entropy, "policy_loss": torch.zeros_like(entropy)}
+        return {**metrics, "policy_entropy": entropy, "policy_loss": torch.zeros_like(entropy)}
 
     def validate(self, split: ImageSplit) -> Metrics:
         """The greedy policy: accuracy, reward, and how much it differs from image to image."""
@@ -174,7 +174,7 @@ class PolicyLearner:
         return {
             "accuracy": predictions.accuracy,
             "reward": float(self.reward(predictions.correct, actions).mean()),
-            "entropy": float(entropy),
+            "policy_entropy": float(entropy),
             "active_blocks": float(self.num_active),
             **policy_statistics(actions),
         }

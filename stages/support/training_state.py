@@ -222,7 +222,7 @@ class Checkpointer:
 
     def _warn_of_collapse(self, result: loop.EpochResult) -> None:
         metrics = result.validation
-        if "entropy" not in metrics:  # no policy is trained
+        if "policy_entropy" not in metrics:  # no policy is trained
             return
         num_blocks = cast(PolicyNet, self.learner.modules["policy_net"]).num_blocks
         if metrics["active_blocks"] < num_blocks:
@@ -231,7 +231,7 @@ class Checkpointer:
         settles = cast(Any, self.learner).objective.entropy_epochs is not None
         problem = collapse(
             keep_ratio=metrics["blocks_mean"] / num_blocks,
-            entropy=None if settles else metrics["entropy"],
+            entropy=None if settles else metrics["policy_entropy"],
         )
         if problem:
             epoch = f"by the end of epoch {result.epoch + 1}"

@@ -34,7 +34,8 @@ def rows_of(epochs: int, num_blocks: int, *, active: int | None = None) -> list[
         row = {"epoch": epoch, "validation_active_blocks": active or min(epoch, num_blocks)}
         for split in ("train", "validation"):
             row |= {
-                f"{split}_{name}": epoch / epochs for name in ("accuracy", "reward", "entropy", "loss")
+                f"{split}_{name}": epoch / epochs
+                for name in ("accuracy", "reward", "policy_entropy", "loss")
             }
         row |= {"train_reward": -epoch, "train_blocks": num_blocks / 2}
         row |= {"validation_blocks_mean": num_blocks / 3, "validation_effective_policies": epoch**2}

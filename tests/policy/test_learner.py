@@ -317,5 +317,5 @@ def test_metrics_are_those_of_the_step():
     assert metrics["blocks"].item() == 2
     prob = torch.sigmoid(START)
     entropy = -(prob * prob.log() + (1 - prob) * (1 - prob).log()).mean()
-    assert metrics["entropy"].item() == pytest.approx(entropy.item(), rel=1e-5)
-    assert metrics["entropy"].item() < math.log(2)
+    assert metrics["policy_entropy"].item() == pytest.approx(entropy.item(), rel=1e-5)
+    assert metrics["policy_entropy"].item() < math.log(2)
