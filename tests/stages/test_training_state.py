@@ -502,7 +502,7 @@ def test_collapse_is_said_once_and_tagged_when_all_is_learnt(active, kept, warns
     run = Mock(run_id="")
     checkpointer = checkpointer_of(run, params, entropy_epochs=None)
     for epoch in range(3):
-        result = epoch_result(epoch, blocks_mean=kept, entropy=0.3, active_blocks=active)
+        result = epoch_result(epoch, blocks_mean=kept, policy_entropy=0.3, active_blocks=active)
         checkpointer.epoch_done(result)
     warnings = capsys.readouterr().err
     assert warnings.count("collapsed") == int(warns)
@@ -516,7 +516,7 @@ def test_collapse_is_said_once_and_tagged_when_all_is_learnt(active, kept, warns
 @pytest.mark.parametrize(("entropy_epochs", "warns"), [(None, True), (4, False)])
 def test_a_policy_that_is_to_settle_may(entropy_epochs, warns, params, capsys):
     checkpointer = checkpointer_of(Mock(run_id=""), params, entropy_epochs=entropy_epochs)
-    checkpointer.epoch_done(epoch_result(0, blocks_mean=3.0, entropy=0.001, active_blocks=6.0))
+    checkpointer.epoch_done(epoch_result(0, blocks_mean=3.0, policy_entropy=0.001, active_blocks=6.0))
     assert ("no longer explores" in capsys.readouterr().err) == warns
 
 
