@@ -70,7 +70,7 @@ demo: setup ## try the shipped CIFAR-10 model in a browser, on 127.0.0.1 (PORT=7
 export: peers ## write the trained model as ONNX graphs with a runner that needs no PyTorch: TO=folder MODEL=models/finetune
 	@python -m tools.export --to="$$TO" -- "$${MODEL:-models/finetune}"
 
-peers: setup ## install ONNX Runtime and OpenVINO: `make benchmark` then times them too, `make export` needs the first
+peers: setup ## install ONNX Runtime and OpenVINO, which `make benchmark` then times too, and oneDNN for ImageNet's ResNets
 	@uv pip install --quiet --group peers --constraint requirements.txt
 
 ## Experiments

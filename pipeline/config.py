@@ -50,7 +50,7 @@ Schedule = Literal["constant", "cosine", "step"]
 Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["sgd", "adam"]
 RuleName = Literal["first", "random", "distribute"]
-ExecutorName = Literal["masked", "gather", "grouped", "cuda_graphs", "native", "triton"]
+ExecutorName = Literal["masked", "gather", "grouped", "onednn", "cuda_graphs", "native", "triton"]
 T = TypeVar("T")
 
 

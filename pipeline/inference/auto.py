@@ -8,7 +8,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import TypeVar
 
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from pipeline.device import seconds_of
 from pipeline.inference.answering import Answering
-from pipeline.inference.base import Executor, Networks, Output
+from pipeline.inference.base import Executor, Networks, Output, UnavailableError
 from pipeline.inference.cuda_graphs import CudaGraphs
 from pipeline.inference.gather import Gather
 from pipeline.inference.grouped import Grouped
 from pipeline.inference.masked import Masked
 from pipeline.inference.native import Native
+from pipeline.inference.onednn import OneDnn
 from pipeline.inference.triton_kernel import TritonKernel
 from pipeline.infra.errors import UserError, explain_memory
 from pipeline.infra.safe_io import truncate
@@ -29,7 +30,7 @@ from pipeline.infra.safe_io import truncate
 R = TypeVar("R")
 
 EXECUTORS: dict[str, type[Executor]] = {
-    kind.name: kind for kind in (Masked, Gather, Grouped, CudaGraphs, Native, TritonKernel)
+    kind.name: kind for kind in (Masked, Gather, Grouped, OneDnn, CudaGraphs, Native, TritonKernel)
 }
 # The fastest executor, by the networks' shapes, precision, image size and batch. A choice holds until
 # the process ends, and a training's resume point keeps it: another executor rounds differently, so
@@ -42,17 +43,41 @@ LARGE = 128  # pixels of a side: from here on one image alone keeps a thread's c
 class GatherOrGrouped(Gather, Grouped):
     """`grouped` when images are large or the images of a batch share few policies, else `gather`.
 
-    By measurement on 2 CPU cores (AVX2), for random policies that keep 75 % of the blocks: up to 96
-    pixels `gather` is faster, at 128 they are equal, at 224 `grouped` is. `research.speed --executors
-    gather,grouped` compares them on a machine.
+    For large images `onednn` takes the place of `grouped` where it can run. By measurement on 2 CPU
+    cores (AVX2), for random policies that keep 75 % of the blocks: up to 96 pixels `gather` is faster,
+    at 128 they are equal, at 224 `grouped` is. `research.speed --executors gather,grouped,onednn`
+    compares them on a machine.
     """
 
     name = "gather or grouped"
 
+    @cached_property
+    def onednn(self) -> OneDnn | None:
+        """Made for the first large images."""
+        try:
+            return OneDnn(self.networks, precision=self.precision)
+        except UnavailableError as error:
+            _warn_once(f"inference goes on without the executor {OneDnn.name}: {error}")
+            return None
+
+    def free(self) -> None:
+        self.__dict__.pop("onednn", None)
+
+    def _is_large(self, inputs: Tensor) -> bool:
+        return self.device.type == "cpu" and inputs.shape[-1] >= LARGE
+
+    def _decide(self, inputs: Tensor) -> Tensor:
+        if self._is_large(inputs) and self.onednn is not None:
+            return self.onednn._decide(inputs)
+        return super()._decide(inputs)
+
     def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
-        large = self.device.type == "cpu" and inputs.shape[-1] >= LARGE
+        if self._is_large(inputs):
+            if self.onednn is not None:
+                return self.onednn._classify(inputs, actions)
+            return Grouped._classify(self, inputs, actions)
         few = len(actions) >= IMAGES_PER_POLICY * len(torch.unique(actions, dim=0))
-        return (Grouped if large or few else Gather)._classify(self, inputs, actions)
+        return (Grouped if few else Gather)._classify(self, inputs, actions)
 
 
 class Auto(Executor):
@@ -62,7 +87,7 @@ class Auto(Executor):
     (`triton` takes part only if it agrees with a float64 computation on this device.) It times them on
     the first batch of each size, for networks of these shapes; sizes between two powers of two count as
     one. `CHOICES` keeps the result, even if a policy later learns to drop more blocks. If none of these
-    can run, it takes `gather` or `grouped`, and if they can't either, `masked`.
+    can run, it takes `onednn`, `gather` or `grouped`, and if they can't either, `masked`.
 
     An executor that can't be built, or that fails at a batch that another one can run, is left out from
     then on, and a line says why.
@@ -223,7 +248,8 @@ def _warn_once(line: str) -> None:
 
 
 def make_executor(networks: Networks, *, name: str = "auto", precision: str = "fp32") -> Executor:
-    """Build the executor `name`: auto, masked, gather, grouped, cuda_graphs, native or triton.
+    """Build the executor `name`: auto, masked, gather, grouped, onednn, cuda_graphs, native or
+    triton.
 
     Raises:
         ValueError: no executor has that name.

@@ -5,8 +5,9 @@ channel, by PyTorch's own `fuse_conv_bn_weights`.
 Shapes: B images, C channels, H and W pixels, N classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +133,17 @@ class FusedBlock:
         return self.last.add_relu_(x, skipped)
 
 
+class FusedHead:
+    """The mean over all pixels and the last linear layer."""
+
+    def __init__(self, fc: nn.Linear, dtype: torch.dtype) -> None:
+        self.weight, self.bias = fc.weight.detach().to(dtype), fc.bias.detach().to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to logits [B, N] float32."""
+        return F.linear(x.mean(dim=(2, 3)), self.weight, self.bias).float()
+
+
 class FusedNetwork:
     """A ResNet, or the one inside a policy network, in evaluation mode."""
 
@@ -153,31 +165,29 @@ class FusedNetwork:
 
         self.conv1, self.pool = kind(resnet.conv1, resnet.bn1, dtype), resnet.pool
         self.blocks = [fuse(block) for block in resnet.flat_blocks()]
-        self.fc_weight = resnet.fc.weight.detach().to(dtype)
-        self.fc_bias = resnet.fc.bias.detach().to(dtype)
+        self.head = FusedHead(resnet.fc, dtype)
 
     def stem(self, x: Tensor) -> Tensor:
         """The first block's input [B, C, H, W] of images x [B, 3, H, W], channels_last."""
         return self.pool(self.conv1.relu(x)).contiguous(memory_format=torch.channels_last)
 
-    def head(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to logits [B, N] float32."""
-        return F.linear(x.mean(dim=(2, 3)), self.fc_weight, self.fc_bias).float()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Logits [B, N] float32 of inputs [B, 3, H, W] with every block."""
+    def forward(self, inputs: Tensor, policy: Sequence[bool] | None = None) -> Tensor:
+        """Logits [B, N] float32 of inputs [B, 3, H, W] under one policy of K blocks (None: all run)."""
         x = self.stem(inputs)
-        for block in self.blocks:
-            x = block.keep_(x, block.skip(x))
+        for block, keep in zip(self.blocks, policy or [True] * len(self.blocks), strict=True):
+            skipped = block.skip(x)
+            x = block.keep_(x, skipped) if keep else skipped
         return self.head(x)
 
 
 class FusedPolicyNet:
     """A policy network in evaluation mode."""
 
-    def __init__(self, policy_net: PolicyNet, dtype: torch.dtype) -> None:
+    def __init__(
+        self, policy_net: PolicyNet, dtype: torch.dtype, kind: Callable[..., Any] = FusedNetwork
+    ) -> None:
         self.input_size = policy_net.input_size
-        self.features = FusedNetwork(policy_net.features, dtype)
+        self.features = kind(policy_net.features, dtype)
 
     def actions(self, inputs: Tensor) -> Tensor:
         """Greedy actions [B, K] bool: a probability of at least 0.5 is a logit of at least 0."""

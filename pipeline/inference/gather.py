@@ -5,6 +5,7 @@ Shapes: B images, K blocks, R rows that keep a block, C channels, H and W pixels
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,12 +34,14 @@ def put_rows_(x: Tensor, rows: Tensor, new: Tensor) -> None:
 class FusedExecutor(Executor):
     """An executor on fused networks, which gives each thread a part of the batch."""
 
+    network_kind: ClassVar[type[Any]] = FusedNetwork
+
     def __init__(self, networks: Networks, *, precision: str = "fp32") -> None:
         super().__init__(networks, precision=precision)
-        self.network = FusedNetwork(networks.resnet, self.dtype)
-        self.policy_net = (
-            None if networks.policy_net is None else FusedPolicyNet(networks.policy_net, self.dtype)
-        )
+        self.network = self.network_kind(networks.resnet, self.dtype)
+        self.policy_net = None
+        if networks.policy_net is not None:
+            self.policy_net = FusedPolicyNet(networks.policy_net, self.dtype, self.network_kind)
         self.threads = torch.get_num_threads() if self.device.type == "cpu" else 1
 
     def _decide(self, inputs: Tensor) -> Tensor:
@@ -51,9 +54,8 @@ class FusedExecutor(Executor):
         parts = in_parts(count, self.threads)
         return torch.cat(map_torch(torch.no_grad()(run), parts, threads=self.threads))
 
-    def _stem(self, inputs: Tensor) -> Tensor:
-        inputs = inputs.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        return self.network.stem(inputs)
+    def _prepared(self, inputs: Tensor) -> Tensor:
+        return inputs.to(self.dtype).contiguous(memory_format=torch.channels_last)
 
 
 class Gather(FusedExecutor):
@@ -68,7 +70,7 @@ class Gather(FusedExecutor):
         return self._by_parts(lambda part: self._part(inputs[part], actions[part]), len(inputs))
 
     def _part(self, inputs: Tensor, actions: Tensor) -> Tensor:
-        x = self._stem(inputs)
+        x = self.network.stem(self._prepared(inputs))
         for block, rows in zip(self.network.blocks, kept_rows(actions), strict=True):
             output = block.skip(x)  # [B, C, H, W], right for the images that drop the block
             if rows is None:  # every image keeps it

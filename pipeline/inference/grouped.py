@@ -32,8 +32,4 @@ class Grouped(FusedExecutor):
         return torch.empty_like(logits).index_copy_(0, rows, logits)  # in the order of the images
 
     def _group(self, inputs: Tensor, policy: list[bool]) -> Tensor:
-        x = self._stem(inputs)
-        for block, keep in zip(self.network.blocks, policy, strict=True):
-            skipped = block.skip(x)
-            x = block.keep_(x, skipped) if keep else skipped
-        return self.network.head(x)
+        return self.network.forward(self._prepared(inputs), policy)
