@@ -16,6 +16,8 @@ class Grouped(FusedExecutor):
     name = "grouped"
 
     def _classify(self, inputs: Tensor, actions: Tensor) -> Tensor:
+        if len(inputs) == 1:
+            return self._group(inputs, actions[0].tolist())
         policies, group_of = torch.unique(actions, dim=0, return_inverse=True)  # [G, K], [B]
         order = group_of.argsort(stable=True)  # [B], images of one policy beside each other
         ends = torch.bincount(group_of, minlength=len(policies)).cumsum(0).tolist()
@@ -26,10 +28,13 @@ class Grouped(FusedExecutor):
         ]
         # the most work first, so that no thread begins the longest group when the others are done
         groups.sort(key=lambda group: -len(group[0]) * (1 + sum(group[1])))
-        run = torch.no_grad()(lambda group: self._group(inputs[group[0]], group[1]))
-        logits = torch.cat(map_torch(run, groups, threads=self.threads))  # [B, N], by group
+        parts = map_torch(
+            lambda group: self._group(inputs[group[0]], group[1]), groups, threads=self.threads
+        )
+        logits = torch.cat(parts)  # [B, N], by group
         rows = torch.cat([rows for rows, _ in groups])
         return torch.empty_like(logits).index_copy_(0, rows, logits)  # in the order of the images
 
+    @torch.no_grad()
     def _group(self, inputs: Tensor, policy: list[bool]) -> Tensor:
         return self.network.forward(self._prepared(inputs), policy)

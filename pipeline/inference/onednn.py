@@ -1,8 +1,9 @@
 """ImageNet's ResNets on CPUs by oneDNN itself: convolutions are prepared once, and then only called.
 
-PyTorch calls the same kernels, but it looks each up, and makes its output, in every call. That takes
-some 60 us each, and a ResNet-101 has 104. Here a plan holds the kernels of a whole network for a number
-of images, with the memory that they read and write. Dropping a block is not calling its kernels.
+PyTorch calls the same kernels, but it looks each up, and makes its output, in every call, which costs
+some 8 % of a ResNet-101's time at batch 1 (docs/imagenet.md). Here a plan holds the kernels of a whole
+network for a number of images, with the memory that they read and write. Dropping a block is not calling
+its kernels.
 
 The library is Intel's build with OpenMP, which takes PyTorch's threads. Names of its C interface are at
 https://uxlfoundation.github.io/oneDNN (version 3).
@@ -16,7 +17,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ ALIGNMENT = 64  # bytes of a cache line
 
 # values of oneDNN's enumerations
 CPU, IN_ORDER = 1, 1
-FORWARD_INFERENCE, DIRECT, RELU = 96, 1, 32
+FORWARD_INFERENCE, DIRECT, RELU, MAXIMUM = 96, 1, 32, 511
 ANY, VECTOR, PLANAR, CHANNELS_LAST = 1, 2, 5, 22  # layouts
 DTYPES = {torch.bfloat16: 2, torch.float32: 3}
 WEIGHTS_OF, SCRATCHPAD_OF = 131, 136  # questions to a kernel's description
@@ -62,12 +63,24 @@ def library() -> ctypes.CDLL:
         raise UnavailableError(f"{PACKAGE} is not installed; `make peers` installs it") from None
     except (AttributeError, OSError) as error:  # no RTLD_DEEPBIND: not Linux
         raise UnavailableError(f"{PACKAGE} can't be loaded: {error}") from None
+    if not _has_threads_of_torch(loaded):
+        raise UnavailableError(f"{PACKAGE} has other OpenMP threads than this PyTorch")
     loaded.dnnl_primitive_desc_query_md.restype = ctypes.c_void_p
     loaded.dnnl_memory_desc_get_size.restype = ctypes.c_size_t
     loaded.dnnl_primitive_execute.argtypes = [
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p,
     ]  # fmt: skip
     return loaded
+
+
+def _has_threads_of_torch(loaded: ctypes.CDLL) -> bool:
+    """Whether it follows `torch.set_num_threads`: PyTorch may have an OpenMP of its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        return bool(loaded.omp_get_max_threads() == threads + 1)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check(status: int) -> None:
@@ -214,6 +227,20 @@ class _Conv:
             return memory
 
 
+def _max_pool(pool: nn.MaxPool2d, x: Tensor, out: Tensor) -> _Call:
+    """Write pool(x) to `out`; both are channels_last."""
+    read = _description(x.shape, CHANNELS_LAST, x.dtype)
+    written = _description(out.shape, CHANNELS_LAST, x.dtype)
+    sizes = cast(list[int], [pool.kernel_size, pool.stride, pool.padding])  # of squares
+    size, stride, padding = (Dims(value, value) for value in sizes)
+    description = _Object(
+        "dnnl_pooling_forward_primitive_desc_create", "dnnl_primitive_desc_destroy", _engine().handle,
+        FORWARD_INFERENCE, MAXIMUM, read.handle, written.handle, stride, size, Dims(), padding, padding,
+        None,
+    )  # fmt: skip
+    return _Call(description, {SOURCE: _Memory(read.handle, x), TARGET: _Memory(written.handle, out)})
+
+
 class _Block:
     """The convolutions of a block, and its shortcut's, which is None where the shape stays."""
 
@@ -225,19 +252,17 @@ class _Block:
             assert isinstance(conv, nn.Conv2d)
             assert isinstance(bn, nn.BatchNorm2d)
             self.shortcut = _Conv(conv, bn, dtype)
-        elif not isinstance(block.shortcut, nn.Identity):
-            raise UnavailableError("the shortcuts of CIFAR's ResNets are no convolutions")
 
 
 class _Plan:
     """A network for inputs of one shape [R, 3, H, W], with all memory between its layers."""
 
     def __init__(self, network: "OneDnnNetwork", shape: torch.Size) -> None:
-        self.pool, self.head = network.pool, network.head
+        self.head = network.head
         self.inputs = torch.empty(shape, dtype=network.dtype, memory_format=torch.channels_last)
-        self.stem_output = network.conv1.output(self.inputs)
-        self.stem = network.conv1.call(self.inputs, self.stem_output, relu=True)
-        x = self.first = network.pool(self.stem_output).contiguous(memory_format=torch.channels_last)
+        stem = network.conv1.output(self.inputs)
+        x = network.pool(stem).contiguous(memory_format=torch.channels_last)
+        self.stem = network.conv1.call(self.inputs, stem, relu=True), _max_pool(network.pool, stem, x)
         # inside the residuals, by place and shape: blocks that follow each other share it
         inner: dict[tuple[int, torch.Size], Tensor] = {}
         self.blocks: list[tuple[list[_Call], list[_Call]]] = []  # (shortcut, residual)
@@ -260,8 +285,8 @@ class _Plan:
     def __call__(self, inputs: Tensor, policy: Sequence[bool]) -> Tensor:
         """Logits [R, N] float32 of inputs [R, 3, H, W] under one policy of K blocks."""
         self.inputs.copy_(inputs)
-        self.stem()
-        self.first.copy_(self.pool(self.stem_output))
+        for call in self.stem:
+            call()
         for (shortcut, residual), keep in zip(self.blocks, policy, strict=True):
             for call in (*shortcut, *residual) if keep else shortcut:
                 call()
@@ -273,6 +298,8 @@ class OneDnnNetwork:
 
     def __init__(self, resnet: ResNet, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        if not isinstance(resnet.pool, nn.MaxPool2d):
+            raise UnavailableError("it knows the networks of ImageNet alone, not CIFAR's")
         self.conv1, self.pool = _Conv(resnet.conv1, resnet.bn1, dtype), resnet.pool
         self.blocks = [_Block(block, dtype) for block in resnet.flat_blocks()]
         self.head = FusedHead(resnet.fc, dtype)

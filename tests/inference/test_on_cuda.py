@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,10 @@ from pipeline.inference.auto import Auto
 from pipeline.inference.cuda_graphs import CudaGraphs
 from pipeline.inference.masked import Masked
 from pipeline.inference.triton_kernel import TritonKernel
+from pipeline.models import checkpoint
+from pipeline.serving.predictor import Predictor
 
+PRETRAINED = Path(__file__).parents[2] / "pretrained/finetune"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -174,3 +178,13 @@ def test_benchmark_has_everybodys_times_and_memory():
             execute(images_of(row.batch))
             space = execute.resnet.space(16, 16, min(row.batch, execute.programs))
             assert row.peak_mib >= space.nbytes / 2**20
+
+
+def test_unlike_images_are_told_on_the_device_of_the_networks():
+    images = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8)
+    images[:4] = images[:4, :1, :1]  # plain
+    on_cpu = Predictor(checkpoint.load(PRETRAINED))
+    moved = Predictor(checkpoint.load(PRETRAINED), device=torch.device("cuda"))
+    expected = on_cpu.unlike_training(images)
+    assert expected is not None
+    assert (moved.unlike_training(images) == expected).all()

@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,8 +136,13 @@ def test_cifars_resnets_are_refused():
     )
     installed(Networks(resnet=imagenet_resnet(depth=18, width=4, num_classes=3), policy_net=None,
                        normalisation=NORMALISATION))  # fmt: skip
-    with pytest.raises(UnavailableError, match="shortcuts of CIFAR's ResNets are no convolutions"):
+    with pytest.raises(UnavailableError, match="networks of ImageNet alone, not CIFAR's"):
         onednn.OneDnn(networks)
+
+
+def test_a_library_with_threads_of_its_own_is_refused():
+    own = SimpleNamespace(omp_get_max_threads=lambda: 0)
+    assert not onednn._has_threads_of_torch(own)
 
 
 def test_without_the_library_it_says_how_to_install_it(networks, images, monkeypatch, capsys):
