@@ -1,7 +1,7 @@
 """ImageNet's ResNets on CPUs by oneDNN itself: convolutions are prepared once, and then only called.
 
-PyTorch calls the same kernels, but it looks each up, and makes its output, in every call, which costs
-some 8 % of a ResNet-101's time at batch 1 (docs/imagenet.md). Here a plan holds the kernels of a whole
+PyTorch calls the same kernels, but it looks each up, and makes its output, in every call, which takes
+some 7 to 16 % longer at batch 1 (docs/imagenet.md). Here a plan holds the kernels of a whole
 network for a number of images, with the memory that they read and write. Dropping a block is not calling
 its kernels.
 
