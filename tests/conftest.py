@@ -40,6 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in long)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """A test's networks do not depend on which tests ran before: fixtures draw weights without a seed."""
+    torch.manual_seed(0)
+
+
 class StandIn:
     """Executes any module that takes images and actions, as an executor does a ResNet."""
 
