@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """A test's networks do not depend on which tests ran before: fixtures draw weights without a seed."""
+    """A test has the same networks, whatever ran before it: fixtures draw weights without a seed."""
     torch.manual_seed(0)
 
 
