@@ -18,6 +18,7 @@ from pipeline.models.policy_net import PolicyNet
 from pipeline.models.resnet_cifar import cifar_resnet
 from pipeline.models.resnet_imagenet import imagenet_resnet
 
+needs_onednn = pytest.mark.slow  # `make slow` installs it
 SIZE = 65  # odd, so that every stride rounds
 
 
@@ -49,6 +50,7 @@ def policies(batch: int, blocks: int) -> torch.Tensor:
     return actions
 
 
+@needs_onednn
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("batch", [1, 7, 11])
 def test_logits_and_decisions_are_those_of_masked(batch, threads, networks, images):
@@ -66,6 +68,7 @@ def test_logits_and_decisions_are_those_of_masked(batch, threads, networks, imag
         torch.set_num_threads(before)
 
 
+@needs_onednn
 def test_bf16_is_near(networks, images):
     execute = installed(networks, "bf16")
     actions = policies(len(images), networks.num_blocks)
@@ -74,6 +77,7 @@ def test_bf16_is_near(networks, images):
     assert error < 0.05 * expected.abs().max()
 
 
+@needs_onednn
 def test_a_call_leaves_the_next_ones_alone(networks, images):
     """Plans keep their memory: an image must find nothing of those before it."""
     execute = installed(networks)
@@ -84,6 +88,7 @@ def test_a_call_leaves_the_next_ones_alone(networks, images):
     assert torch.equal(execute(images, actions).logits, first)
 
 
+@needs_onednn
 def test_memory_is_freed_at_once(networks, images):
     """Without the garbage collector, which counts objects and not what they hold."""
     execute = installed(networks)
@@ -101,6 +106,7 @@ def test_memory_is_freed_at_once(networks, images):
         gc.enable()
 
 
+@needs_onednn
 def test_several_threads_may_call_at_once(networks, images):
     execute = installed(networks)
     actions = policies(len(images), networks.num_blocks)
@@ -111,6 +117,7 @@ def test_several_threads_may_call_at_once(networks, images):
             torch.testing.assert_close(call.result().logits, expected, atol=1e-5, rtol=1e-5)
 
 
+@needs_onednn
 def test_auto_takes_it_for_large_images_alone(networks, monkeypatch):
     installed(networks)
     execute = GatherOrGrouped(networks)
@@ -130,6 +137,7 @@ def test_parts_of_a_group_are_few_shapes(count):
     assert set(sizes) <= {1, 2, 4}
 
 
+@needs_onednn
 def test_cifars_resnets_are_refused():
     networks = Networks(
         resnet=cifar_resnet(depth=8, width=4), policy_net=None, normalisation=NORMALISATION
