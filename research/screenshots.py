@@ -33,6 +33,7 @@ START = 120  # seconds that the server and each page may take
 PAGES = {"all runs": "ui_runs", "this experiment": "ui_experiment", "its gammas compared": "ui_gammas"}
 # MLflow opens its Assistant beside the first page that a browser asks for
 NO_ASSISTANT = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')"
+NO_BUTTON = "[data-assistant-ui] { display: none !important }"  # nor the button that opens it
 # of the report and the demo: width in pixels and colours
 VIEWS = {"": (1400, "light"), "_narrow": (400, "dark")}
 HEIGHT = 1000
@@ -109,6 +110,7 @@ def photograph(links: Mapping[str, str], name: str, out: Path) -> None:
             if compares:
                 page.set_viewport_size({"width": WIDTH, "height": 1500})
             page.goto(link)
+            page.add_style_tag(content=NO_BUTTON)
             page.get_by_text(name).locator("visible=true").first.wait_for()
             page.wait_for_timeout(SETTLING)
             if compares:
