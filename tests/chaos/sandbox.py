@@ -24,12 +24,11 @@ TINY: dict[str, dict[str, Any]] = repository.TINY | {
     "benchmark": repository.TINY["benchmark"] | {"batch_sizes": [4], "sole_depths": []},
     "static": {"rules": ["first"], "num_kept": [3]},
 }
-NEEDS: dict[
-    str, tuple[str, ...]
-] = {  # trainings in an order in which they can run, with what each needs
+# trainings in an order in which they can run, with what each needs, also of stages that train nothing here
+NEEDS: dict[str, tuple[str, ...]] = {
     "pretrain": (),
-    "curriculum": ("pretrain", "prune"),
-    "finetune": ("pretrain", "prune", "curriculum"),
+    "curriculum": ("pretrain", "prune", "policy_pretrain"),
+    "finetune": ("pretrain", "prune", "policy_pretrain", "curriculum"),
     "sole": (),
     "static": ("pretrain", "prune"),
 }
@@ -149,7 +148,11 @@ def make_sandbox(folder: Path, stages: Sequence[str]) -> Sandbox:
         _require(*sandbox.run(reference, "dvc", "repro", "prepare"))
         _, output = sandbox.run(reference, "dvc", "stage", "list", "--name-only")
         items = [name for stage in NEEDS for name in output.split() if name.split("@")[0] == stage]
-        sandbox.trainings += [_measure(sandbox, name) for name in items]
+        for name in items:
+            before = [need for need in NEEDS[name.split("@")[0]] if need not in NEEDS]
+            if before:
+                _require(*sandbox.run(reference, "dvc", "repro", *before))
+            sandbox.trainings.append(_measure(sandbox, name))
         _require(*sandbox.run(reference, "dvc", "repro"))
     finally:
         checks.left_processes(reference, seconds=0)
