@@ -146,7 +146,7 @@ def run(case: Case, sandbox: Sandbox) -> Outcome:
 
 
 def recover(case: Case, sandbox: Sandbox, folder: Path, outcome: Outcome) -> None:
-    """Run a plain `dvc repro` and all checks after it."""
+    """Do what `make repro` does, and run all checks after it."""
     training = case.training
     # an orphaned trainer may still write, so what the next one finds is a matter of time
     points = [] if any(checks.processes_in(folder)) else training.resume_points(folder)
@@ -160,8 +160,9 @@ def recover(case: Case, sandbox: Sandbox, folder: Path, outcome: Outcome) -> Non
         outcome.violations.append(f"dvc repro: exit status {status}: {output[-1500:]}")
     if must_resume and not outcome.resumed and f"Running stage '{training.name}'" in output:
         outcome.violations.append("the training started over beside its resume point")
-    if case.place == STORE:  # a run that MLflow could not be told of is completed by the sync
-        outcome.violations += sync(sandbox, folder)
+    # completes a run that MLflow could not be told of, and ends the experiment's, whose last stage, the
+    # report, is not in these copies
+    outcome.violations += sync(sandbox, folder)
     outcome.violations += checks.all_violations(
         folder, outs=sandbox.outs, store=folder / STORE, environment=sandbox.environment()
     )

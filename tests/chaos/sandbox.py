@@ -24,7 +24,7 @@ TINY: dict[str, dict[str, Any]] = repository.TINY | {
     "benchmark": repository.TINY["benchmark"] | {"batch_sizes": [4], "sole_depths": []},
     "static": {"rules": ["first"], "num_kept": [3]},
 }
-# trainings in an order in which they can run, with what each needs, also of stages that train nothing here
+# trainings in an order in which they can run, with what each needs, also what trains nothing here
 NEEDS: dict[str, tuple[str, ...]] = {
     "pretrain": (),
     "curriculum": ("pretrain", "prune", "policy_pretrain"),
